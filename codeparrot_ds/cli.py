@@ -1,0 +1,508 @@
+"""The command line: ``codeparrot-ds COMMAND``. Each command imports its work when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds import __version__
+from codeparrot_ds.config import (
+    PRESETS,
+    ArgumentParser,
+    add_config_arguments,
+    add_launch_arguments,
+    config_from_arguments,
+    launch_from_arguments,
+    without_launch_arguments,
+)
+from codeparrot_ds.errors import UserError
+
+PROGRAM = "codeparrot-ds"
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+# What the user can mend when the operating system refuses; anything else is a fault of ours and keeps its traceback.
+REFUSALS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code (0 done, 1 found something wrong, 2 a mistake of the user's)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = build_parser()
+        if not arguments:
+            parser.print_help()
+            return 0
+        parsed = parser.parse_args(arguments)
+        parsed.arguments = arguments[1:]
+        code = parsed.run(parsed)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has left (`| head`); the interpreter's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"{PROGRAM}: error: {REFUSALS[error.errno]}{where}", file=sys.stderr)
+        return UserError.exit_code
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    parser = ArgumentParser(prog=PROGRAM, description="Trains code models from scratch with DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (
+        _add_demo,
+        _add_corpus,
+        _add_tokenizer,
+        _add_train,
+        _add_evaluate,
+        _add_complete,
+        _add_check,
+        _add_checkpoint,
+        _add_hub,
+        _add_report,
+    ):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int] | None, text: str, **kwargs: Any
+) -> ArgumentParser:
+    parser: ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **kwargs)
+    parser.set_defaults(parser=parser, run=run)
+    return parser
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A callback ``(phase, done, total)``: a bar on a terminal, a line every ten seconds elsewhere."""
+    bar: Any = None
+    last = time.monotonic()
+
+    def report(phase: str, done: int, total: int | None) -> None:
+        nonlocal bar, last
+        if sys.stderr.isatty():
+            if bar is None or bar.desc != f"{phase}: ":
+                from tqdm import tqdm
+
+                if bar is not None:
+                    bar.close()
+                bar = tqdm(desc=phase, total=total, unit=" documents", unit_scale=True)
+            bar.update(done - bar.n)
+        elif time.monotonic() - last > 10:
+            last = time.monotonic()
+            print(f"{phase}: {done:,}" + (f" of {total:,}" if total else "") + " documents", file=sys.stderr)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# demo
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", _run_demo, "the whole story on the standard library's source, in minutes, on any machine"
+    )
+    parser.add_argument("--workdir", type=Path, default=Path("demo"), metavar="DIR", help=_default("folder", "./demo"))
+    parser.add_argument("--max-train-steps", type=_count, metavar="N", help="optimizer steps (default: the preset's)")
+    parser.add_argument(
+        "--num-gpus", "--num-ranks", type=_count, dest="num_gpus", metavar="N",
+        help="ranks (default: one a GPU, or 2 without)",
+    )  # fmt: skip
+    parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed JSON (default: the preset's)")
+    parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds a demo")
+
+
+def _run_demo(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.demo import run_demo
+
+    return run_demo(
+        workdir=arguments.workdir,
+        max_train_steps=arguments.max_train_steps,
+        num_gpus=arguments.num_gpus,
+        deepspeed=arguments.deepspeed,
+        overwrite=arguments.overwrite,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# corpus and tokenizer
+
+
+def _add_corpus(commands: Any) -> None:
+    parser = _command(commands, "corpus", _run_corpus, "cleaned, deduplicated shards from source trees or files of rows")
+    parser.add_argument("sources", nargs="+", metavar="SRC", help="source trees, and .jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
+    group = parser.add_argument_group("reading")
+    group.add_argument("--suffixes", nargs="+", default=[".py"], metavar="S", help=_default("files to read", ".py"))
+    group.add_argument("--content-column", default="content", metavar="NAME", help=_default("column of text", "content"))
+    group = parser.add_argument_group("cleaning")
+    group.add_argument(
+        "--filters", nargs="*", metavar="NAME", help="published filters to apply; none after it: none (default: all)"
+    )
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="also drop files under 1.5 characters a token (default: off)"
+    )
+    group = parser.add_argument_group("writing")
+    group.add_argument(
+        "--validation-fraction", type=float, default=0.05, metavar="X", help=_default("share of bytes held out", 0.05)
+    )
+    group.add_argument("--compress", choices=("none", "gz", "zst"), default="none", help=_default("of shards", "none"))
+    group.add_argument(
+        "--shard-bytes", type=_count, default=128 << 20, metavar="N", help=_default("bytes a shard", "134217728")
+    )
+    group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of split, order and filters", 1))
+    group.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
+
+
+def _run_corpus(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.data.corpus import build_corpus
+    from codeparrot_ds.data.filters import FILTER_NAMES
+
+    with _progress() as progress:
+        card = build_corpus(
+            arguments.sources,
+            arguments.out,
+            validation_fraction=arguments.validation_fraction,
+            compress=arguments.compress,
+            shard_bytes=arguments.shard_bytes,
+            seed=arguments.seed,
+            filters=FILTER_NAMES if arguments.filters is None else arguments.filters,
+            tokenizer=arguments.tokenizer,
+            suffixes=arguments.suffixes,
+            content_column=arguments.content_column,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    for step in card["steps"]:
+        dropped = step["documents_before"] - step["documents_after"]
+        print(f"{step['step']:<20} drops {dropped:>8,}  leaves {step['documents_after']:>8,} documents")
+    print(f"{card['documents']:,} documents, {card['bytes'] / 1e6:,.1f} MB in {arguments.out}")
+    return 0
+
+
+def _add_tokenizer(commands: Any) -> None:
+    parser = _command(commands, "tokenizer", _run_tokenizer, "trains the byte-level BPE tokenizer on a corpus")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the tokenizer (required)")
+    parser.add_argument("--vocab-size", type=_count, default=32_768, metavar="N", help=_default("tokens in all", 32768))
+    parser.add_argument("--max-documents", type=_count, metavar="N", help="documents to train on (default: all)")
+    parser.add_argument("--max-bytes", type=_count, metavar="N", help="bytes of text to train on (default: all)")
+    parser.add_argument("--content-column", default="content", metavar="NAME", help=_default("column of text", "content"))
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help=_default("order of shards under a limit", 1))
+    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
+
+
+def _run_tokenizer(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.data.tokenizer import train_tokenizer
+
+    with _progress() as progress:
+        result = train_tokenizer(
+            arguments.data,
+            arguments.out,
+            vocab_size=arguments.vocab_size,
+            seed=arguments.seed,
+            max_documents=arguments.max_documents,
+            max_bytes=arguments.max_bytes,
+            content_column=arguments.content_column,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    print(
+        f"{result['vocab_size']:,} tokens from {result['documents']:,} documents, "
+        f"{result['chars_per_token']:.2f} characters a token, in {arguments.out}"
+    )
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# train and check
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _run_train,
+        "checks a run's settings, then trains it with the deepspeed launcher",
+        usage=f"{PROGRAM} train [PRESET] [--config FILE] [--deepspeed JSON] [options]",
+        epilog="Values: defaults < preset < file < options. Both --max-train-steps and --max_train_steps work.",
+    )
+    add_config_arguments(parser)
+    add_launch_arguments(parser)
+
+
+def _run_train(arguments: argparse.Namespace) -> int:
+    config, launch = config_from_arguments(arguments), launch_from_arguments(arguments)
+
+    from codeparrot_ds.run.launch import front_door
+
+    return front_door(config, launch, without_launch_arguments(arguments.arguments))
+
+
+def _add_check(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "check",
+        _run_check,
+        "checks DeepSpeed JSONs and the run config together; exit code 1 when something is wrong",
+    )
+    parser.add_argument(
+        "ds_configs", nargs="*", metavar="DS_JSON", help="files or shipped names (default: the run config's own)"
+    )
+    parser.add_argument("--config", metavar="FILE", help="run config to check against (default: none)")
+    parser.add_argument("--preset", metavar="NAME", help=f"run preset to check against: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help=_default("what the ranks will have", "auto")
+    )
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config
+    from codeparrot_ds.zero.lint import lint
+
+    config = None
+    if arguments.config or arguments.preset:
+        config = config_from_arguments(arguments)
+        print(_describe_model(config))
+    elif not arguments.ds_configs:
+        raise UserError("nothing to check: name a DeepSpeed JSON, --config FILE or --preset NAME")
+    device = _local_device() if arguments.device == "auto" else arguments.device
+    num_errors = 0
+    for name in arguments.ds_configs or [config.deepspeed]:  # type: ignore[union-attr]
+        try:
+            path = find_ds_config(name)
+            findings = lint(load_ds_config(path), path, config=config, device=device)
+        except UserError as error:
+            print(f"error: {error}")
+            num_errors += 1
+            continue
+        print("\n".join(map(str, findings)) or f"{path}: nothing wrong")
+        num_errors += sum(finding.severity == "error" for finding in findings)
+    return 1 if num_errors else 0
+
+
+def _local_device() -> str:
+    from codeparrot_ds.run.launch import local_device
+
+    return local_device()
+
+
+def _describe_model(config: Any) -> str:
+    from codeparrot_ds.model.shapes import find_shape, flops_per_token, num_parameters
+
+    vocab_size, source = 32_768, "the recipe's vocabulary"
+    if config.tokenizer:
+        from codeparrot_ds.data.tokenizer import load_tokenizer
+
+        vocab_size, source = load_tokenizer(Path(config.tokenizer)).get_vocab_size(), config.tokenizer
+    shape = find_shape(config.model, vocab_size=vocab_size, seq_length=config.seq_length)
+    return (
+        f"model {config.model}: {num_parameters(shape):,} parameters, "
+        f"{flops_per_token(shape, config.seq_length) / 1e9:.3f} GFLOP a token (vocabulary {vocab_size:,}: {source})"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# evaluate and complete
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(commands, "evaluate", _run_evaluate, "loss, perplexity and bits per byte of a model on a split")
+    _add_model(parser)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="DIR", help="corpus folder (default: the run's own)")
+    group.add_argument(
+        "--split", choices=("validation", "train"), default="validation", help=_default("part of it", "validation")
+    )
+    group.add_argument("--seq-length", type=_count, metavar="N", help="tokens a row (default: the run's, or the model's)")
+    group.add_argument("--num-lanes", type=_count, metavar="N", help="lanes that fix the rows (default: the run's, or 64)")
+    group.add_argument("--batch-size", type=_count, default=8, metavar="N", help=_default("rows at once", 8))
+    group.add_argument("--max-eval-steps", type=int, default=-1, metavar="N", help=_default("batches; -1 for all", -1))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_evaluate(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.evaluation.perplexity import evaluate_model
+
+    result = evaluate_model(
+        arguments.source,
+        data=arguments.data,
+        split=arguments.split,
+        seq_length=arguments.seq_length,
+        batch_size=arguments.batch_size,
+        max_eval_steps=arguments.max_eval_steps,
+        num_lanes=arguments.num_lanes,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"{result['model']} ({result['dtype']}) on {result['split']} of {result['data']}")
+    print(f"loss            {result['loss']:.6f}")
+    print(f"perplexity      {result['perplexity']:,.3f}")
+    if result["bits_per_byte"] is not None:
+        print(f"bits per byte   {result['bits_per_byte']:.4f}")
+    print(f"tokens          {result['eval_tokens']:,} in {result['seconds']:.1f} s")
+    return 0
+
+
+def _add_complete(commands: Any) -> None:
+    parser = _command(commands, "complete", _run_complete, "completions of prompts, each cut where its block ends")
+    _add_model(parser)
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="start of some code; - reads it (default: the recipe's four)"
+    )
+    group = parser.add_argument_group("sampling (temperature 0.4, top_p 0.95)")
+    group.add_argument(
+        "--max-length", type=_count, default=64, metavar="N", help=_default("tokens of prompt and completion", 64)
+    )
+    group.add_argument("--num-completions", type=_count, default=4, metavar="N", help=_default("of each prompt", 4))
+    group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+
+
+def _run_complete(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.evaluation.complete import run_complete
+
+    run_complete(
+        arguments.source,
+        arguments.prompts,
+        max_length=arguments.max_length,
+        num_completions=arguments.num_completions,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        device=arguments.device,
+    )
+    return 0
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="MODEL", help="a run, a checkpoint, an exported folder, or a Hub model's name")
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help=_default("precision; auto: that of the weights", "auto"),
+    )  # fmt: skip
+    group.add_argument("--device", metavar="NAME", help="torch device (default: the GPU where there is one)")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what a run leaves behind
+
+
+def _add_checkpoint(commands: Any) -> None:
+    parser = _command(commands, "checkpoint", None, "looks after a run's checkpoints")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    action = _command(actions, "list", _run_checkpoint_list, "lists a run's checkpoints")
+    action.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+    action.add_argument("--json", action="store_true", help="print one JSON array")
+    action = _command(
+        actions, "verify", _run_checkpoint_verify, "compares every byte of checkpoints with their manifests"
+    )
+    action.add_argument("path", type=Path, metavar="PATH", help="a run, or one checkpoint of it")
+
+
+def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.run.checkpoint_files import list_checkpoints
+
+    rows = list_checkpoints(arguments.run_folder)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        state = "complete" if row["complete"] else "NOT COMPLETE"
+        print(f"step {row['step']:>8,}  {row['bytes'] / 1e6:>10,.1f} MB  {row['created']}  {state}  {row['path']}")
+    if not rows:
+        print(f"{arguments.run_folder} has no checkpoint yet")
+    return 0
+
+
+def _run_checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.run.checkpoint_files import list_checkpoints, verify_checkpoint
+
+    is_run = (arguments.path / "run.json").is_file()
+    paths = [Path(row["path"]) for row in list_checkpoints(arguments.path)] if is_run else [arguments.path]
+    if not paths:
+        raise UserError(f"{arguments.path} has no checkpoint yet")
+    num_damaged = 0
+    for path in paths:
+        problems = verify_checkpoint(path)
+        num_damaged += bool(problems)
+        print("\n".join(problems) or f"{path}: every byte is right")
+    return 1 if num_damaged else 0
+
+
+def _add_hub(commands: Any) -> None:
+    parser = _command(commands, "hub", None, "the run's branch of checkpoints and its queue")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, text in (
+        ("status", "what is pushed and what waits"),
+        ("push", "pushes what waits"),
+        ("publish", "pushes what waits and merges the run's branch into main"),
+    ):
+        action = _command(actions, name, _run_hub, text)
+        action.set_defaults(action=name)
+        action.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+
+
+def _run_hub(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.hub.queue import hub_publish, hub_push, hub_status
+
+    action = {"status": hub_status, "push": hub_push, "publish": hub_publish}[arguments.action]
+    print(action(arguments.run_folder))
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(commands, "report", _run_report, "plots and tables of one or more runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: RUN/report)")
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.run.report import write_report
+
+    print(write_report(arguments.runs, arguments.out))
+    return 0
+
+
+def _default(text: str, value: Any) -> str:
+    return f"{text} (default: {value})"
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)

@@ -1,0 +1,511 @@
+"""The run config: everything about a run that is not DeepSpeed's (batch, schedule, data, saving), and its command line.
+
+ZeRO, precision, optimizer kernel, activation checkpointing and communication belong to the DeepSpeed JSON
+(``codeparrot_ds.zero``). Importing this module imports neither torch nor PyYAML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from codeparrot_ds.errors import UserError
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the choice nearest to `word`, or the list of choices when none is near."""
+    choices = sorted(choices)
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {by_lower_case[close[0]]!r}?"
+    if len(choices) <= 12:
+        return f"; choose one of {', '.join(choices)}"
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The fields
+
+
+def _setting(default: Any, group: str, text: str, *, minimum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"group": group, "help": text, "minimum": minimum, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run's settings; the defaults are the recipe's 111M model (preset ``small``).
+
+    Every problem of the values is collected and raised as one `UserError`.
+    """
+
+    data: str = _setting("", "data", "corpus folder made by `corpus`, or a folder of shards, or a Hub dataset's name")
+    tokenizer: str = _setting("", "data", "tokenizer folder made by `tokenizer` (holds tokenizer.json)")
+    seq_length: int = _setting(1024, "data", "tokens a row", minimum=2)
+    shuffle_buffer: int = _setting(1000, "data", "documents a shuffle window holds", minimum=1)
+    num_lanes: int = _setting(64, "data", "logical streams that fix the order of rows at any world size", minimum=1)
+    num_workers: int = _setting(1, "data", "loader processes a rank (0: load in the rank's own process)", minimum=0)
+
+    model: str = _setting("gpt2", "model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, or a GPT-2 config.json")
+    dropout: float = _setting(0.0, "model", "probability of residual, embedding and attention dropout", minimum=0.0)
+    compile: bool = _setting(False, "model", "compile the model with torch.compile")
+    deepspeed: str = _setting("zero2", "model", "DeepSpeed JSON: the name of a shipped file or a path")
+
+    global_batch_size: int = _setting(192, "batch and schedule", "rows a step over all ranks", minimum=1)
+    micro_batch_size: int = _setting(12, "batch and schedule", "rows a rank a forward pass", minimum=1)
+    learning_rate: float = _setting(5e-4, "batch and schedule", "peak learning rate", minimum=0.0)
+    lr_scheduler_type: str = _setting(
+        "cosine", "batch and schedule", "decay after the warm-up", choices=("cosine", "linear", "constant")
+    )
+    num_warmup_steps: int = _setting(2000, "batch and schedule", "steps of linear warm-up", minimum=0)
+    max_train_steps: int = _setting(150_000, "batch and schedule", "optimizer steps of the whole run", minimum=1)
+    weight_decay: float = _setting(
+        0.1, "batch and schedule", "decay of matrices (biases and LayerNorms have none)", minimum=0.0
+    )
+    max_grad_norm: float = _setting(1.0, "batch and schedule", "clip the gradient norm here (0: never)", minimum=0.0)
+    seed: int = _setting(1, "batch and schedule", "seed of the weights, the data order and dropout", minimum=0)
+
+    eval_steps: int | None = _setting(
+        None, "evaluation", "optimizer steps between evaluations (none: with every checkpoint)", minimum=1
+    )
+    max_eval_steps: int = _setting(-1, "evaluation", "batches of one evaluation (-1: all of the validation split)")
+
+    output_dir: str = _setting("runs", "saving", "folder that holds the runs")
+    run_name: str | None = _setting(None, "saving", "name of the run, its folder and branch (none: made up)")
+    save_checkpoint_steps: int = _setting(15_000, "saving", "optimizer steps between checkpoints", minimum=1)
+    keep_checkpoints: int = _setting(3, "saving", "newest checkpoints to keep", minimum=1)
+    resume: str = _setting("auto", "saving", "auto (the newest valid checkpoint), never, or a checkpoint's path")
+    hub: str = _setting("local", "saving", "branch of checkpoints: local, off, or the path of a bare git repository")
+
+    log_steps: int = _setting(10, "logging", "optimizer steps between lines of metrics", minimum=1)
+    wandb: str = _setting(
+        "auto", "logging", "Weights & Biases; auto is online when logged in", choices=("auto", "online", "offline", "off")
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, field in FIELDS.items():
+            value = getattr(self, name)
+            if field.kind == "float" and _is_number(value):
+                object.__setattr__(self, name, float(value))
+            problem = field.problem(getattr(self, name))
+            if problem:
+                problems.append(f"{name} {problem}")
+        if not problems:
+            problems = self._cross_field_problems()
+        if problems:
+            raise UserError("run config: " + "; ".join(problems))
+
+    def _cross_field_problems(self) -> list[str]:
+        problems = []
+        if self.global_batch_size % self.micro_batch_size:
+            sizes = _nearest_divisors(self.global_batch_size, self.micro_batch_size)
+            problems.append(
+                f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size "
+                f"{self.micro_batch_size} (nearest micro_batch_size: {sizes})"
+            )
+        if self.dropout >= 1:
+            problems.append(f"dropout must be below 1, not {self.dropout}")
+        if self.max_eval_steps < -1 or self.max_eval_steps == 0:
+            problems.append(f"max_eval_steps must be -1 (all) or at least 1, not {self.max_eval_steps}")
+        name = self.run_name
+        if name is not None and (not name.strip() or "/" in name or name.startswith((".", "-"))):
+            problems.append(f"run_name must be a plain folder name, not {name!r}")
+        return problems
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches that each of `world_size` ranks adds up for one optimizer step: global / (micro x world)."""
+        rows = self.micro_batch_size * world_size
+        if self.global_batch_size % rows == 0:
+            return self.global_batch_size // rows
+        nearest_global = max(rows, round(self.global_batch_size / rows) * rows)
+        choices = f"--global-batch-size {nearest_global}"
+        if self.global_batch_size % world_size == 0:
+            micro = _nearest_divisors(self.global_batch_size // world_size, self.micro_batch_size)
+            choices = f"--micro-batch-size {micro} or {choices}"
+        raise UserError(
+            f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size x world_size = "
+            f"{self.micro_batch_size} x {world_size} = {rows}; nearest choices: {choices}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below = max((d for d in divisors if d <= wanted), default=None)
+    above = min((d for d in divisors if d > wanted), default=None)
+    return " or ".join(str(d) for d in (below, above) if d is not None)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """What the parser and the checks need to know of one field of `RunConfig`."""
+
+    name: str
+    kind: str  # "str", "int", "float" or "bool"
+    optional: bool
+    default: Any
+    group: str
+    help: str
+    minimum: float | None
+    choices: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        text = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}[self.kind]
+        return f"{text} or none" if self.optional else text
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`, or None."""
+        if value is None and self.optional:
+            return None
+        types = {"str": str, "int": int, "float": (int, float), "bool": bool}[self.kind]
+        if not isinstance(value, types) or (isinstance(value, bool) and self.kind != "bool"):
+            return f"must be {self.expected}, not {value!r}"
+        if self.kind == "float" and not math.isfinite(value):
+            return f"must be a finite number, not {value!r}"
+        if self.minimum is not None and value < self.minimum:
+            return f"must be at least {self.minimum:g}, not {value!r}"
+        if self.choices and value not in self.choices:
+            return f"cannot be {value!r}{did_you_mean(value, self.choices)}"
+        return None
+
+    def parse(self, text: str) -> Any:
+        """The value that a flag's text means; ValueError if it means none (``1e5`` is a whole number)."""
+        if self.optional and text.lower() in ("none", "null"):
+            return None
+        if self.kind == "float":
+            return float(text)
+        if self.kind == "int":
+            number = float(text)
+            return int(text) if text.lstrip("+-").isdigit() else _whole(number)
+        return text
+
+
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError(number)
+    return int(number)
+
+
+def _fields() -> dict[str, _Field]:
+    fields = {}
+    for field in dataclasses.fields(RunConfig):
+        kind, _, optional = str(field.type).partition(" | ")
+        fields[field.name] = _Field(field.name, kind, bool(optional), field.default, **field.metadata)
+    return fields
+
+
+FIELDS = _fields()
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "small": {},
+    "large": {
+        "model": "gpt2-xl",
+        "micro_batch_size": 2,
+        "global_batch_size": 512,
+        "learning_rate": 2e-4,
+        "num_warmup_steps": 750,
+        "max_train_steps": 50_000,
+        "save_checkpoint_steps": 1024,
+        "deepspeed": "zero2_activation_checkpointing",
+    },
+    "demo": {
+        "model": "demo",
+        "seq_length": 256,
+        "global_batch_size": 32,
+        "micro_batch_size": 16,
+        "learning_rate": 2e-3,
+        "num_warmup_steps": 20,
+        "max_train_steps": 150,
+        "save_checkpoint_steps": 50,
+        "log_steps": 5,
+        "deepspeed": "zero2",
+    },
+}
+PRESET_HELP = "small (111M parameters, the defaults), large (1.5B) or demo (a few million)"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def load_config(path: str | os.PathLike[str]) -> RunConfig:
+    """The run config of a YAML or JSON file; fields that it leaves out have their defaults."""
+    return RunConfig(**read_config_file(path))
+
+
+def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Writes `config` as YAML that `load_config` reads back equal; a reader sees the old file or the whole new one."""
+    import yaml
+
+    path = Path(path)
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields that a YAML or JSON file sets; `UserError` with file, line and key for what is not a field's value."""
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such run config file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; --config takes one YAML or JSON file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file; --config takes YAML or JSON") from None
+    if path.suffix == ".json":
+        # JSON is read as YAML, which knows line numbers; YAML forbids the tabs that may indent JSON.
+        text = text.replace("\t", " ")
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML or JSON: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML or JSON: {' '.join(str(error).split())}") from None
+    if root is None:
+        raise UserError(f"{path} is empty; write fields such as `max_train_steps: 1000`")
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}:{root.start_mark.line + 1}: expected `field: value` lines")
+    return _fields_of_mapping(path, root)
+
+
+def _fields_of_mapping(path: Path, root: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    problems = []
+    for key_node, value_node in root.value:
+        key, where = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        name = key.replace("-", "_")
+        if name not in FIELDS:
+            problems.append(f"{where}: unknown field {key!r}{did_you_mean(key, FIELDS)}")
+        elif name in values:
+            problems.append(f"{where}: {key} is given twice")
+        else:
+            value, problem = _value_of_node(FIELDS[name], value_node)
+            values[name] = value
+            if problem:
+                problems.append(f"{where}: {key} {problem}")
+    if problems:
+        raise UserError("; ".join(problems))
+    return values
+
+
+def _value_of_node(field: _Field, node: Any) -> tuple[Any, str | None]:
+    """The value of one YAML node, and what is wrong with it.
+
+    YAML 1.1 reads ``off`` as false and ``5e-4`` as text: text fields take the words as written, and number fields
+    take whatever an unquoted word means as a number.
+    """
+    import yaml
+
+    if not isinstance(node, yaml.ScalarNode):
+        return None, f"must be {field.expected}, not a list or mapping"
+    tag = node.tag.rpartition(":")[2]
+    value: Any = node.value
+    if tag == "null":
+        value = None
+    elif field.kind == "bool" and tag == "bool":
+        value = node.value.lower() in ("true", "yes", "on")
+    elif field.kind in ("int", "float") and node.style is None and tag in ("int", "float", "str"):
+        try:
+            value = field.parse(node.value.replace("_", ""))
+        except (ValueError, OverflowError):
+            return None, f"must be {field.expected}, not {node.value!r}"
+    return value, field.problem(value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, with the nearest option for an unknown one, and exits 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            # A sub-command's leftovers reach the top parser, which does not know the sub-command's options.
+            parser = getattr(parsed, "parser", self)
+            parser.error(parser.describe_unknown(unknown[0]))
+        return parsed
+
+    def describe_unknown(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return f"unexpected argument {argument!r}"
+        option = argument.partition("=")[0]
+        options = {name for action in self._actions for name in action.option_strings}
+        # An option with two spellings is offered in the one that the help shows.
+        options = {name for name in options if "_" not in name or name.replace("_", "-") not in options}
+        return f"unknown option {option}{did_you_mean(option.replace('_', '-'), options)}"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"cannot be {value!r}{did_you_mean(str(value), action.choices)}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wide enough for the long option names, and silent about an option's second spelling."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        kwargs.setdefault("max_help_position", 34)
+        super().__init__(prog, **kwargs)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        hidden = [name for name in action.option_strings if "_" in name]
+        if not hidden:
+            return super()._format_action_invocation(action)
+        shown = [name for name in action.option_strings if "_" not in name]
+        if action.nargs == 0:
+            return ", ".join(shown)
+        return f"{', '.join(shown)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
+def _spellings(name: str) -> list[str]:
+    dashed = "--" + name.replace("_", "-")
+    return [dashed] if "_" not in name else [dashed, "--" + name]
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """PRESET, ``--config FILE`` and one option a field; `config_from_arguments` reads them."""
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"starting values: {PRESET_HELP}")
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of fields; options win over it")
+    # The deepspeed launcher hands this to every rank.
+    parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    groups: dict[str, Any] = {}
+    for field in FIELDS.values():
+        group = groups.get(field.group)
+        if group is None:
+            group = groups[field.group] = parser.add_argument_group(field.group)
+        _add_field(group, field)
+
+
+def _add_field(group: Any, field: _Field) -> None:
+    text = f"{field.help} (default: {_shown(field.default)})".replace("%", "%%")
+    if field.kind == "bool":
+        group.add_argument(
+            *_spellings(field.name), dest=field.name, action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS, help=text,
+        )  # fmt: skip
+        return
+
+    def parse(value: str) -> Any:
+        try:
+            parsed = field.parse(value)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"must be {field.expected}, not {value!r}") from None
+        problem = field.problem(parsed)
+        if problem:
+            raise argparse.ArgumentTypeError(problem)
+        return parsed
+
+    metavar = {"int": "N", "float": "X", "str": "{" + ",".join(field.choices) + "}" if field.choices else "TEXT"}
+    group.add_argument(
+        *_spellings(field.name), dest=field.name, type=parse, default=argparse.SUPPRESS,
+        metavar="JSON" if field.name == "deepspeed" else metavar[field.kind], help=text,
+    )  # fmt: skip
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return str(default) if default != "" else "required"
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
+    """The run config of parsed arguments: defaults < preset < file < options."""
+    values: dict[str, Any] = {}
+    preset = getattr(arguments, "preset", None)
+    if preset is not None:
+        if preset not in PRESETS:
+            looks_like_file = preset.endswith((".yaml", ".yml", ".json"))
+            hint = f"; to read a file write --config {preset}" if looks_like_file else did_you_mean(preset, PRESETS)
+            raise UserError(f"unknown preset {preset!r}{hint}")
+        values.update(PRESETS[preset])
+    if getattr(arguments, "config", None) is not None:
+        values.update(read_config_file(arguments.config))
+    values.update({name: value for name, value in vars(arguments).items() if name in FIELDS})
+    return RunConfig(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """Where the ranks run; handed to the ``deepspeed`` launcher."""
+
+    num_gpus: int | None = None  # ranks on this machine, with or without GPUs; None: all that it offers
+    hostfile: str | None = None
+    include: str | None = None
+    exclude: str | None = None
+    master_addr: str | None = None
+    master_port: int | None = None
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The launcher's own options; `launch_from_arguments` reads them."""
+    group = parser.add_argument_group("launch")
+    group.add_argument(
+        "--num-gpus", "--num_gpus", "--num-ranks", "--num_ranks", type=_positive, metavar="N", dest="num_gpus",
+        help="ranks on this machine (default: one a GPU, or 2 on a machine without)",
+    )  # fmt: skip
+    group.add_argument("--hostfile", metavar="FILE", help="lines of `host slots=N` (default: this machine alone)")
+    group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to use, as in worker-0:0,2@worker-1")
+    group.add_argument("--exclude", metavar="HOSTS", help="hosts and GPUs to leave out; same form")
+    group.add_argument(
+        "--master-addr", "--master_addr", metavar="HOST", dest="master_addr",
+        help="address of the first host (default: found by the launcher)",
+    )  # fmt: skip
+    group.add_argument(
+        "--master-port", "--master_port", type=_positive, metavar="N", dest="master_port",
+        help="port of the first host (default: a free one)",
+    )  # fmt: skip
+
+
+def without_launch_arguments(arguments: list[str]) -> list[str]:
+    """`arguments` less the launcher's own options: what each rank parses again."""
+    parser = ArgumentParser(add_help=False)
+    add_launch_arguments(parser)
+    return parser.parse_known_args(arguments)[1]
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def launch_from_arguments(arguments: argparse.Namespace) -> LaunchOptions:
+    """The launch options of parsed arguments."""
+    return LaunchOptions(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(LaunchOptions)})

@@ -1,0 +1,141 @@
+"""The whole story in minutes: the standard library's source becomes a corpus, a tokenizer, a model, a branch, a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+
+from codeparrot_ds.config import PRESETS, LaunchOptions, RunConfig
+from codeparrot_ds.data.corpus import build_corpus
+from codeparrot_ds.data.raw import standard_library_sources
+from codeparrot_ds.data.tokenizer import train_tokenizer
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.folder import new_run_name
+from codeparrot_ds.run.launch import front_door
+from codeparrot_ds.run.tracking import duration
+
+VOCAB_SIZE = 8192
+PROMPT = '''def area_of_rectangle(a: float, b: float):
+    """Return the area of the rectangle."""'''
+
+
+def run_demo(
+    *,
+    workdir: Path,
+    max_train_steps: int | None = None,
+    num_gpus: int | None = None,
+    deepspeed: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Runs corpus → tokenizer → training → branch → merge → completions → report in ``workdir``; returns the exit code.
+
+    A second call keeps corpus and tokenizer and trains another run beside the first.
+
+    Args:
+        workdir: folder for everything; created.
+        max_train_steps: optimizer steps, the preset's by default.
+        num_gpus: ranks; one a GPU, or two on a CPU, by default.
+        deepspeed: DeepSpeed JSON, the preset's by default.
+        overwrite: start afresh in a folder that holds a demo.
+    """
+    started = time.monotonic()
+    _prepare(workdir, overwrite)
+    corpus, tokenizer, runs = workdir / "corpus", workdir / "tokenizer", workdir / "runs"
+    _say(1, "corpus: the standard library's source, cleaned and split")
+    card = _corpus(corpus)
+    documents = {split: part["documents"] for split, part in card["splits"].items()}
+    print(f"{documents['train']} files to train on, {documents['validation']} held out, in {corpus}")
+    _say(2, f"tokenizer: byte-level BPE with {VOCAB_SIZE:,} tokens")
+    print(f"{_tokenizer(corpus, tokenizer):.2f} characters a token, in {tokenizer}")
+
+    overrides = {"max_train_steps": max_train_steps, "deepspeed": deepspeed}
+    config = RunConfig(
+        **{**PRESETS["demo"], **{key: value for key, value in overrides.items() if value is not None}},
+        data=str(corpus),
+        tokenizer=str(tokenizer),
+        output_dir=str(runs),
+        run_name=new_run_name(runs),
+    )
+    run = runs / str(config.run_name)
+    _say(3, f"training: {config.max_train_steps} steps through the deepspeed launcher")
+    arguments = _command_line(config)
+    code = front_door(config, LaunchOptions(num_gpus=num_gpus), arguments)
+    if code != 0:
+        return code
+    continuation = f"codeparrot-ds train {' '.join(arguments)}"
+    if json.loads((run / "run.json").read_text(encoding="utf-8"))["outcome"]["status"] != "finished":
+        print(f"\nStopped and saved. Go on with:\n  {continuation}")
+        return 0
+    _finish(run, started, continuation)
+    return 0
+
+
+def _finish(run: Path, started: float, continuation: str) -> None:
+    from codeparrot_ds.evaluation.complete import complete_code, load_generator
+    from codeparrot_ds.hub.queue import hub_publish
+    from codeparrot_ds.run.report import write_report
+
+    _say(4, "branch: every checkpoint is a commit on the run's branch, now merged into main")
+    print(hub_publish(run))
+    _say(5, f"completions of: {PROMPT.splitlines()[0]}")
+    complete_code(load_generator(run), PROMPT, max_length=96)
+    report = write_report([run])
+    first, last = _evaluations(run)
+    hub = json.loads((run / "run.json").read_text(encoding="utf-8"))["hub"]
+    _say(6, f"done in {duration(time.monotonic() - started)}")
+    print(f"validation loss   {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}")
+    print(f"perplexity        {first['perplexity']:,.0f} -> {last['perplexity']:,.1f}")
+    print(f"report            {report}")
+    print(f"branch            {run.name} of {hub}   (git clone -b {run.name} {hub})")
+    print(f"logs              {run / 'log'}, {run / 'metrics.jsonl'}, {run / 'tensorboard'}, {run / 'wandb'}")
+    print("\nNext:")
+    print(f"  codeparrot-ds complete {run} 'import os'")
+    print(f"  codeparrot-ds evaluate {run}")
+    print(f"  {continuation} --max-train-steps 500     # go on with this run")
+    print("  codeparrot-ds train small --help              # the recipe's 111M model on your own corpus")
+
+
+def _prepare(workdir: Path, overwrite: bool) -> None:
+    parts = [workdir / name for name in ("corpus", "tokenizer", "runs")]
+    if workdir.is_file():
+        raise UserError(f"--workdir {workdir} is a file: name a folder")
+    if overwrite:
+        for part in parts:
+            if part.exists():
+                shutil.rmtree(part)
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def _corpus(corpus: Path) -> dict:
+    if not (corpus / "corpus.json").is_file():
+        return build_corpus(standard_library_sources(), corpus)
+    return json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))
+
+
+def _tokenizer(corpus: Path, tokenizer: Path) -> float:
+    """Characters a token of the demo's tokenizer, trained when it is not there yet."""
+    record = tokenizer / "training.json"
+    if not record.is_file():
+        figures = train_tokenizer(corpus, tokenizer, vocab_size=VOCAB_SIZE)
+        record.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return json.loads(record.read_text(encoding="utf-8"))["chars_per_token"]
+
+
+def _command_line(config: RunConfig) -> list[str]:
+    """The options of ``train`` that say what differs from the preset."""
+    preset = dataclasses.asdict(RunConfig(**PRESETS["demo"]))
+    changed = {key: value for key, value in dataclasses.asdict(config).items() if value != preset[key]}
+    return ["demo", *(part for key, value in changed.items() for part in (f"--{key.replace('_', '-')}", str(value)))]
+
+
+def _evaluations(run: Path) -> tuple[dict, dict]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "eval_loss" in row]
+    return rows[0], rows[-1]
+
+
+def _say(number: int, text: str) -> None:
+    print(f"\n[{number}/6] {text}", flush=True)

@@ -1,0 +1,133 @@
+"""The recipe's completions: ``complete_code`` samples, ``first_block`` cuts (NLP with Transformers, chapter 10)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.source import context_length, load_model
+
+_BLOCK_ENDS = re.compile(r"\nclass|\ndef|\n#|\n@|\nprint|\nif")
+_SEPARATOR = "\n" + "=" * 80 + "\n"
+
+# Each with the recipe's length in tokens, the prompt's own included.
+EXAMPLE_PROMPTS: tuple[tuple[str, int], ...] = (
+    ('def area_of_rectangle(a: float, b: float):\n    """Return the area of the rectangle."""', 64),
+    ('def get_urls_from_html(html):\n    """Get all embedded URLs in a HTML string."""', 64),
+    (
+        "# a function in native python:\ndef mean(a):\n    return sum(a)/len(a)\n\n"
+        "# the same function using numpy:\nimport numpy as np\ndef mean(a):",
+        64,
+    ),
+    (
+        "X = np.random.randn(100, 100)\ny = np.random.randint(0, 1, 100)\n\n"
+        "# fit random forest classifier with 20 estimators",
+        96,
+    ),
+)
+_EXAMPLE_ROOM = 32  # new tokens that an example gets at least: a small vocabulary writes its prompt with more tokens
+
+
+def first_block(string: str) -> str:
+    """Returns the text up to the first line that starts a new block at the left margin, without trailing space.
+
+    A block starts with ``class``, ``def``, ``#``, ``@``, ``print`` or ``if``.
+    """
+    return _BLOCK_ENDS.split(string, maxsplit=1)[0].rstrip()
+
+
+def complete_code(
+    pipe: Callable[..., Any], prompt: str, max_length: int = 64, num_completions: int = 4, seed: int = 1
+) -> list[str]:
+    """Samples completions of a prompt, prints them separated by a line of 80 ``=``, and returns them.
+
+    Args:
+        pipe: a ``transformers`` text-generation pipeline.
+        prompt: the start of some code.
+        max_length: tokens of prompt and completion together.
+        num_completions: how many to sample.
+        seed: of every random generator; the same pipeline, prompt and seed give the same completions.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    generations = pipe(
+        prompt,
+        num_return_sequences=num_completions,
+        max_length=max_length,
+        # Pipelines of some versions bring 256 new tokens as a default of their own, which would win over max_length.
+        max_new_tokens=None,
+        temperature=0.4,
+        top_p=0.95,
+        top_k=0,
+        num_beams=1,
+        do_sample=True,
+    )
+    completions = [first_block(generation["generated_text"][len(prompt) :]) for generation in generations]
+    print(_SEPARATOR.join(completions))
+    return completions
+
+
+def load_generator(source: str | Path, *, dtype: str = "auto", device: str | None = None) -> Any:
+    """Returns the text-generation pipeline of a run, checkpoint, export or Hub model; see ``load_model``."""
+    from transformers import pipeline
+
+    model, tokenizer = load_model(source, dtype=dtype, device=device)
+    # Training stores its configs without these: generation wants the cache, and a pad token to end rows with.
+    model.generation_config.use_cache = True
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.eos_token_id
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
+
+
+def run_complete(
+    source: str | Path,
+    prompts: Sequence[str],
+    *,
+    max_length: int = 64,
+    num_completions: int = 4,
+    seed: int = 1,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> None:
+    """Prints completions of each prompt; ``-`` is read from standard input, and without any the recipe's four are used.
+
+    Raises ``UserError`` before the first completion when a prompt does not fit.
+    """
+    if num_completions < 1:
+        raise UserError(f"num_completions is {num_completions}; it must be at least 1")
+    texts = [(sys.stdin.read().rstrip("\n") if prompt == "-" else prompt, max_length) for prompt in prompts]
+    pipe = load_generator(source, dtype=dtype, device=device)
+    requests = [(text, length) for text, length in texts] or [
+        (text, max(length, max_length, _num_tokens(pipe, text) + _EXAMPLE_ROOM)) for text, length in EXAMPLE_PROMPTS
+    ]
+    for text, length in requests:
+        _check_fits(pipe, text, length)
+    for text, length in requests:
+        print(f"{text}\n{'-' * 80}")
+        complete_code(pipe, text, max_length=length, num_completions=num_completions, seed=seed)
+        print()
+
+
+def _check_fits(pipe: Any, prompt: str, max_length: int) -> None:
+    tokens, context = _num_tokens(pipe, prompt), context_length(pipe.model)
+    start = " ".join(prompt.split())[:40]
+    if context is not None and tokens >= context:
+        raise UserError(f"the prompt '{start}' has {tokens} tokens and the model's context is {context}; shorten it")
+    if context is not None and max_length > context:
+        raise UserError(
+            f"max_length is {max_length} and the model's context is {context} tokens; give at most {context}"
+        )
+    if tokens >= max_length:
+        raise UserError(
+            f"the prompt '{start}' has {tokens} tokens and max_length, which includes them, is {max_length}; "
+            f"give at least {tokens + 1}"
+        )
+
+
+def _num_tokens(pipe: Any, prompt: str) -> int:
+    return len(pipe.tokenizer(prompt)["input_ids"])

@@ -1,0 +1,225 @@
+"""Loss, perplexity and bits a byte: one exact pass, on any number of ranks, from sums over tokens.
+
+``evaluate_batches`` is what training calls on every rank; ``evaluate_model`` is the command line's, with plain
+``transformers``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.source import context_length, find_run, load_model
+
+IGNORED_LABEL = -100
+_LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """The figures of one evaluation; each is over all tokens of all ranks."""
+
+    loss: float
+    """Nats a token, NaN without any token."""
+    perplexity: float
+    """exp(loss), infinity on overflow."""
+    bits_per_byte: float | None
+    """Bits a byte of text, comparable across tokenizers; None where the bytes of a token are not known."""
+    eval_tokens: int
+    """Tokens that were predicted: all but the first of each row, and no padding."""
+
+
+def result_from_sums(loss_sum: float, tokens: float, num_bytes: float | None = None) -> EvaluationResult:
+    """Returns the figures from the sum of the losses in nats and the numbers of target tokens and of their bytes."""
+    loss = loss_sum / tokens if tokens else math.nan
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:
+        perplexity = math.inf
+    bits_per_byte = loss_sum / math.log(2) / num_bytes if num_bytes else None
+    return EvaluationResult(loss=loss, perplexity=perplexity, bits_per_byte=bits_per_byte, eval_tokens=round(tokens))
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Returns each position's target: the next position's label, and ``IGNORED_LABEL`` at the end of a row."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns each position's cross entropy in nats, fp32, 0 where there is no target.
+
+    Args:
+        logits: (batch, tokens, vocabulary), any precision.
+        labels: (batch, tokens), not shifted; ``IGNORED_LABEL`` is left out.
+
+    The logits are cast to fp32 a few rows at a time: a whole copy would be the largest tensor of the evaluation.
+    """
+    flat, targets = logits.flatten(0, 1), shift_labels(labels).flatten()
+    rows = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+    losses = [
+        F.cross_entropy(some.float(), wanted, ignore_index=IGNORED_LABEL, reduction="none")
+        for some, wanted in zip(flat.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses).view(labels.shape)
+
+
+@torch.no_grad()
+def evaluate_batches(
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    batches: Iterable[Batch],
+    *,
+    token_bytes: np.ndarray | torch.Tensor | None = None,
+    reduce: Callable[[torch.Tensor], Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> EvaluationResult:
+    """Evaluates this rank's batches and returns the figures over all ranks, the same on each.
+
+    Ranks may have different numbers of batches, even none: those that are through go on with a row without targets, so
+    that every rank calls ``loss_fn``, and ZeRO-3 its collectives, the same number of times.
+
+    Args:
+        loss_fn: takes input ids and labels, both (batch, tokens) on ``device``, and returns the losses of the tokens in
+            any shape, or their sum; 0 where there is no target. The model must be in evaluation mode.
+        batches: pairs of input ids and labels; labels are not shifted, ``IGNORED_LABEL`` is left out.
+        token_bytes: bytes of text that each token id stands for, (vocabulary,).
+        reduce: sums a float64 tensor over the ranks in place; ``torch.distributed.all_reduce`` by default where that is
+            initialised. Called once a batch and once at the end.
+    """
+    if reduce is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        reduce = torch.distributed.all_reduce
+    sizes = None if token_bytes is None else torch.as_tensor(token_bytes, device=device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss in nats, target tokens, their bytes
+    for input_ids, labels in _in_step(batches, reduce, device):
+        targets = shift_labels(labels)
+        is_target = targets != IGNORED_LABEL
+        # Summed in float64 and left on the device: the host does not wait for it.
+        totals[0] += loss_fn(input_ids, labels).double().sum()
+        totals[1] += is_target.sum()
+        if sizes is not None:
+            totals[2] += (sizes[targets.clamp(min=0)] * is_target).sum()
+    if reduce is not None:
+        reduce(totals)
+    loss_sum, tokens, num_bytes = totals.tolist()
+    return result_from_sums(loss_sum, tokens, num_bytes)
+
+
+def _in_step(
+    batches: Iterable[Batch], reduce: Callable[[torch.Tensor], Any] | None, device: torch.device | str
+) -> Iterable[Batch]:
+    """Yields this rank's batches on the device, and rows without targets after them until every rank is through."""
+    # Two tokens: the least that has a target, were there one.
+    dummy = (torch.zeros((1, 2), dtype=torch.long), torch.full((1, 2), IGNORED_LABEL))
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        ranks_with_batch = torch.tensor(float(batch is not None), dtype=torch.float64, device=device)
+        if reduce is not None:
+            reduce(ranks_with_batch)
+        if not ranks_with_batch:
+            return
+        input_ids, labels = dummy if batch is None else batch
+        yield input_ids.to(device), labels.to(device)
+
+
+def evaluate_model(
+    source: str | Path,
+    *,
+    data: str | Path | None = None,
+    split: str = "validation",
+    seq_length: int | None = None,
+    batch_size: int = 8,
+    max_eval_steps: int = -1,
+    num_lanes: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Evaluates a run, checkpoint, export or Hub model on a corpus folder, with its own tokenizer.
+
+    For a run, or what lies inside one, ``data``, ``seq_length`` and ``num_lanes`` default to the run's, so the rows are
+    those that training evaluated.
+
+    Args:
+        source: as for ``load_model``.
+        data: corpus folder, a run's own by default.
+        split: ``validation`` or ``train``.
+        seq_length: tokens a row; by default the model's context, at most 1024.
+        batch_size: rows at once.
+        max_eval_steps: batches at most; -1 for all.
+        num_lanes: see ``ValidationLoader``.
+        dtype: one of ``DTYPES``; ``auto`` keeps the precision of the stored weights.
+
+    Returns:
+        ``source``, ``model`` (what was loaded), ``data``, ``split``, ``seq_length``, ``dtype``, ``loss``,
+        ``perplexity``, ``bits_per_byte``, ``eval_tokens``, ``seconds``.
+    """
+    from codeparrot_ds.config import RunConfig, load_config
+    from codeparrot_ds.data.sources import find_shards
+    from codeparrot_ds.data.validation import ValidationLoader
+
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    if max_eval_steps < 1 and max_eval_steps != -1:
+        raise UserError(f"max_eval_steps is {max_eval_steps}; it must be at least 1, or -1 for all")
+    run = find_run(source)
+    config = load_config(run / "config.yaml") if run is not None else RunConfig()
+    data = data or config.data
+    if not data:
+        raise UserError(f"{source} does not say which corpus it belongs to; name one with --data")
+    shards = find_shards(data, split)  # before the model: a wrong folder is said at once
+    model, tokenizer = load_model(source, dtype=dtype, device=device)
+    context = context_length(model)
+    if seq_length is None:
+        seq_length = config.seq_length if run is not None else min(context or 1024, 1024)
+    if seq_length < 2 or context is not None and seq_length > context:
+        raise UserError(f"seq_length is {seq_length}; the model reads rows of 2 to {context} tokens")
+    encoder = _encoder_of(tokenizer)
+    loader = ValidationLoader(
+        shards,
+        encoder,
+        seq_length=seq_length,
+        num_lanes=num_lanes or config.num_lanes,
+        batch_size=batch_size,
+        max_rows=None if max_eval_steps == -1 else max_eval_steps * batch_size,
+    )
+
+    def loss_fn(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return token_losses(model(input_ids=input_ids, use_cache=False).logits, labels)
+
+    started = time.perf_counter()
+    result = evaluate_batches(loss_fn, loader, token_bytes=encoder.token_bytes(), device=model.device)
+    if not result.eval_tokens:
+        raise UserError(f"{data}: split '{split}' has no text to evaluate")
+    return {
+        "source": str(source),
+        "model": model.name_or_path,
+        "data": str(data),
+        "split": split,
+        "seq_length": seq_length,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "eval_tokens": result.eval_tokens,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _encoder_of(tokenizer: Any) -> Any:
+    """Returns the data stream's encoder for a loaded tokenizer, wherever that came from."""
+    from codeparrot_ds.data.encoder import load_encoder
+
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return load_encoder(folder)

@@ -1,0 +1,89 @@
+"""What `evaluate` and `complete` take as a model: a run, a checkpoint, an exported folder, or a name on the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.checkpoint_files import newest_export
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def find_model(source: str | Path) -> str:
+    """Returns what ``from_pretrained`` takes: the folder of the weights, or a name on the Hub.
+
+    A run stands for its newest complete checkpoint, a checkpoint for its export.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        if (path / "export" / "config.json").is_file():
+            return str(path / "export")
+        if (path / "checkpoints").is_dir():
+            return str(newest_export(path))
+        raise UserError(f"{path} is no run, checkpoint or Hugging Face model: it has no checkpoints and no config.json")
+    if path.exists():
+        raise UserError(f"{path} is a file; name the run or model folder that holds it")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(source)):
+        return str(source)
+    raise UserError(f"{source}: no such run or model folder")
+
+
+def find_run(source: str | Path) -> Path | None:
+    """Returns the run folder that a run, checkpoint or export belongs to, None for any other model."""
+    path = Path(source).expanduser().absolute()
+    if not path.exists():
+        return None
+    return next((place for place in (path, *path.parents[:3]) if (place / "run.json").is_file()), None)
+
+
+def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """Returns a causal language model (in evaluation mode, on its device) and its tokenizer.
+
+    Args:
+        source: as for ``find_model``.
+        dtype: one of ``DTYPES``; ``auto`` keeps the precision of the stored weights.
+        device: a torch device; the GPU by default, where there is one.
+
+    Raises ``UserError`` for a model that cannot be found, read, or used with its own tokenizer.
+    """
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    if dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}' is none of {', '.join(DTYPES)}")
+    place = find_model(source)
+    shows_bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{place}: the model cannot be loaded: {_first_sentence(error)}") from error
+    finally:
+        if shows_bars:
+            transformers.utils.logging.enable_progress_bar()
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would go on with random values
+        raise UserError(f"{place}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"{place}: the tokenizer has {len(tokenizer)} tokens and the model only {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
+def context_length(model: Any) -> int | None:
+    """Returns the most tokens that the model reads at once, None when its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

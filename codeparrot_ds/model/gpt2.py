@@ -1,0 +1,189 @@
+"""GPT-2 from a config: built for any ZeRO stage with the same initial weights, and trained without a mask or dense scores.
+
+The module is ``transformers``' own ``GPT2LMHeadModel``, so that a checkpoint is a plain Hugging Face model. Three things
+are set for training: attention goes to the fused causal kernel without a mask, GELU is PyTorch's own tanh form (the same
+function as ``gelu_new``, 40% fewer activation bytes), and the loss takes logits in fp32 once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from codeparrot_ds.model.shapes import GPT2Shape
+
+CAUSAL_ATTENTION = "codeparrot_causal"
+
+
+def hugging_face_config(shape: GPT2Shape, *, eos_token_id: int, dropout: float = 0.0) -> Any:
+    """Returns the ``transformers.GPT2Config`` of a shape, as it is saved beside the weights."""
+    from transformers import GPT2Config
+
+    values = dataclasses.asdict(shape)
+    if shape.activation_function == "gelu_new":
+        values["activation_function"] = "gelu_pytorch_tanh"
+    return GPT2Config(
+        **values,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        use_cache=False,
+    )
+
+
+def build_model(
+    shape: GPT2Shape,
+    *,
+    eos_token_id: int,
+    seed: int,
+    dropout: float = 0.0,
+    zero3_config: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Builds a GPT-2 with tied embeddings and freshly initialized weights.
+
+    Args:
+        shape: the architecture.
+        eos_token_id: the tokenizer's end-of-sequence token.
+        seed: the run's seed: every parameter's initial values follow from it and from the parameter's name alone, so
+            they are equal at every ZeRO stage and world size.
+        dropout: probability for residual, embedding and attention dropout.
+        zero3_config: the resolved DeepSpeed config of a stage 3 run: the model is then built under ``zero.Init``, each
+            parameter partitioned as soon as it exists.
+        device: where the weights of the other stages are created.
+    """
+    from transformers import GPT2LMHeadModel
+
+    config = hugging_face_config(shape, eos_token_id=eos_token_id, dropout=dropout)
+    config._attn_implementation = _register_causal_attention()
+    if zero3_config is not None:
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=zero3_config):
+            model = GPT2LMHeadModel(config)
+    else:
+        # On the meta device nothing is allocated or drawn twice: the values come from initialize_weights below.
+        with torch.device("meta"):
+            model = GPT2LMHeadModel(config)
+        buffers = [name for name, _ in model.named_buffers()]
+        if buffers:
+            raise RuntimeError(f"GPT-2 of this transformers version has buffers that need values: {buffers}")
+        model.to_empty(device=device)
+    if shape.tie_word_embeddings:
+        model.tie_weights()
+    initialize_weights(model, seed, partitioned=zero3_config is not None)
+    model.loss_function = causal_lm_loss
+    return model
+
+
+def _register_causal_attention() -> str:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # A name without a mask function: transformers then builds no mask at all, so the fused kernel stays in eager mode and
+    # under torch.compile (where the packed-sequence check would otherwise turn into a dense mask).
+    ALL_ATTENTION_FUNCTIONS.register(CAUSAL_ATTENTION, causal_attention)
+    return CAUSAL_ATTENTION
+
+
+def causal_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention over whole rows: (batch, heads, tokens, head size) in, (batch, tokens, heads, head size) out."""
+    output = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout if module.training else 0.0, is_causal=True, scale=scaling
+    )
+    return output.transpose(1, 2), None
+
+
+def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+    """Mean cross entropy in nats over the targets of (batch, tokens, vocab) logits; label -100 is left out.
+
+    The labels are shifted instead of the logits, so the logits (the largest tensor of the step) are not copied to drop
+    their last position.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return F.cross_entropy(logits.float().view(-1, vocab_size), targets.reshape(-1), ignore_index=-100)
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, seed: int, *, partitioned: bool = False) -> None:
+    """Draws GPT-2's initial weights: normal(0, 0.02), residual projections scaled by 1/sqrt(2 * layers), LayerNorm 1, biases 0.
+
+    Each parameter has a generator of its own, seeded by the run's seed and its name.
+    """
+    config = model.config
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        with _whole(parameter, partitioned) as writable:
+            if not writable:
+                continue
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif id(parameter) in norms:
+                parameter.fill_(1.0)
+            else:
+                scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                parameter.copy_(_normal(parameter, config.initializer_range / scale, seed, name))
+
+
+def _normal(parameter: torch.Tensor, std: float, seed: int, name: str) -> torch.Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    # Drawn in fp32 and then rounded: a bf16 stage 3 parameter gets what casting an fp32 model to bf16 gives.
+    return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device).normal_(
+        0.0, std, generator=generator
+    )
+
+
+@contextlib.contextmanager
+def _whole(parameter: nn.Parameter, partitioned: bool):
+    """Yields whether this rank may write the whole parameter; a partitioned one is gathered and handed back after."""
+    if not partitioned:
+        yield True
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+        yield deepspeed.comm.get_rank() == 0
+
+
+def get_grouped_params(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
+    """Splits the parameters for AdamW: matrices decay, biases and LayerNorm weights do not.
+
+    Decided by module type and by the name ``bias``, not by a list of name fragments (which misses GPT-2's ``ln_1``,
+    ``ln_2`` and ``ln_f``) and not by the number of dimensions (a ZeRO-3 parameter has one). A tied weight appears once.
+    """
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (others if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": others, "weight_decay": 0.0, "name": "not decayed"},
+    ]
+
+
+def enable_activation_checkpointing(model: nn.Module, ds_config: dict[str, Any]) -> None:
+    """Recomputes each block in the backward pass through DeepSpeed's checkpointing, as the DeepSpeed config says."""
+    import deepspeed
+
+    deepspeed.checkpointing.configure(mpu_=None, deepspeed_config=ds_config)
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=deepspeed.checkpointing.checkpoint)

@@ -1,0 +1,60 @@
+"""A trained model as a plain Hugging Face folder: safetensors weights, config, tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+def working_weights(engine: Any, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The weights that the forward pass uses, on the CPU in their own precision; collective at stage 3.
+
+    Args:
+        engine: a DeepSpeed engine.
+        keep: whether this rank wants them (the others take part in the gathering and get an empty table). ZeRO-3
+            parameters are gathered one at a time, so no device ever holds the whole model.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():  # a tied weight appears once
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(parameter):
+                if keep:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        elif keep:
+            weights[name] = parameter.detach().to("cpu").contiguous()
+    return weights
+
+
+def write_export(folder: Path, weights: dict[str, torch.Tensor], model_config: Any, tokenizer: Path, card: str) -> None:
+    """Writes what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` need, and the card.
+
+    Args:
+        folder: created here.
+        weights: ``working_weights`` of rank 0.
+        model_config: the model's ``transformers`` config.
+        tokenizer: folder of the run's tokenizer.
+        card: the text of README.md.
+    """
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    saved = type(model_config).from_dict(model_config.to_dict())
+    saved.architectures = ["GPT2LMHeadModel"]
+    saved.dtype = next(iter(weights.values())).dtype
+    saved.use_cache = True  # Off in training, wanted in generation.
+    saved.save_pretrained(folder)
+    eos = model_config.eos_token_id
+    GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    (folder / "README.md").write_text(card, encoding="utf-8")

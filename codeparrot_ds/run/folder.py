@@ -1,0 +1,190 @@
+"""A run's folder: its name, its record, its lock, and whether a config may continue it. No torch here."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import random
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.config import RunConfig, load_config, save_config
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.checkpoint_files import checkpoint_folders, write_json
+
+ADJECTIVES = (
+    "amber brave bright calm clever copper crimson daring dusty eager early fancy gentle golden green happy hidden jolly "
+    "keen lively lucky mellow merry misty noble olive patient proud quick quiet rapid royal rustic scarlet silent silver "
+    "smooth snowy solar steady sunny swift tidy vivid warm wild wise young"
+).split()
+NOUNS = (
+    "ara badger breeze brook cedar cloud comet coral crane dawn delta dune ember falcon fern finch fjord forest galaxy "
+    "glade harbor hawk heron island kestrel lagoon lark macaw maple meadow meteor moon oak orchid otter parrot pebble pine "
+    "planet prairie raven reef river robin sparrow spruce star summit swan thicket toucan valley willow wren"
+).split()
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "huggingface_hub", "wandb", "numpy")
+
+# What a run is: a config that differs here is another run, and continuing it would mix two.
+IDENTITY = ("model", "seq_length", "global_batch_size", "num_lanes", "shuffle_buffer", "seed")
+
+
+def new_run_name(output_dir: Path) -> str:
+    """An adjective-noun-number name that no run in ``output_dir`` has; a valid branch name, never like a commit id."""
+    draw = random.SystemRandom()
+    number = 1 + sum(1 for path in output_dir.glob("*/run.json")) if output_dir.is_dir() else 1
+    while True:
+        name = f"{draw.choice(ADJECTIVES)}-{draw.choice(NOUNS)}-{number}"
+        if not (output_dir / name).exists():
+            return name
+        number += 1
+
+
+def check_run_name(name: str) -> None:
+    """Refuses a run name that cannot be a folder and a branch.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", name) or ".." in name or name.endswith((".lock", ".")):
+        raise UserError(f"run_name {name!r} cannot be a branch: use letters, digits, '-', '_' and '.' (brave-otter-7)")
+    if re.fullmatch(r"[0-9a-f]{7,40}", name):
+        raise UserError(f"run_name {name!r} looks like a commit id: add a word to it")
+
+
+class RunFolder:
+    """``<output_dir>/<run_name>/`` as one process sees it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record: dict[str, Any] = {}
+        self._lock: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def has_checkpoints(self) -> bool:
+        return bool(checkpoint_folders(self.checkpoints))
+
+    def reload(self) -> None:
+        """Reads ``run.json`` as rank 0 wrote it."""
+        self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    def update(self, **fields: Any) -> None:
+        """Changes fields of ``run.json`` (rank 0)."""
+        self.record.update(fields)
+        write_json(self.path / "run.json", self.record)
+
+
+def check_continuation(config: RunConfig, path: Path) -> None:
+    """Refuses to continue a run with a config that is another run, or to start anew on top of one; changes nothing.
+
+    Raises:
+        UserError: with the fields that differ, or the holder of the folder.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: choose another --run-name or --output-dir")
+    saved_config = path / "config.yaml"
+    if not (path / "run.json").is_file() or not saved_config.is_file():
+        if any(path.iterdir()):
+            raise UserError(f"{path} is not a run and not empty: choose another --run-name or --output-dir")
+        return
+    if config.resume == "never" and checkpoint_folders(path / "checkpoints"):
+        raise UserError(f"{path} holds a run with checkpoints and resume is 'never': choose another --run-name")
+    saved = load_config(saved_config)
+    differences = [
+        f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"
+        for field in IDENTITY
+        if getattr(saved, field) != getattr(config, field)
+    ]
+    if differences:
+        raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name")
+
+
+def open_run(config: RunConfig, ds_config: dict[str, Any], world_size: int, hosts: list[str]) -> RunFolder:
+    """Creates or continues the run's folder and takes its lock (rank 0).
+
+    Args:
+        config: the run config; its ``run_name`` is set.
+        ds_config: the resolved DeepSpeed config.
+        world_size: number of ranks of this start.
+        hosts: host name of every rank.
+
+    Raises:
+        UserError: the folder belongs to another config or another process, or cannot be written.
+    """
+    assert config.run_name is not None
+    path = Path(config.output_dir) / config.run_name
+    check_continuation(config, path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {path}: {error.strerror}") from error
+    folder = RunFolder(path)
+    _take_lock(folder)
+    if (path / "run.json").is_file():
+        folder.reload()
+    save_config(config, path / "config.yaml")
+    write_json(path / "ds_config.json", ds_config)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    folder.record.setdefault("name", folder.name)
+    folder.record.setdefault("id", f"{folder.name}-{os.urandom(3).hex()}")
+    folder.record.setdefault("created", now)
+    starts = folder.record.get("starts", [])
+    starts.append({"time": now, "world_size": world_size, "command": shlex.join(sys.argv), "hosts": sorted(set(hosts))})
+    folder.update(
+        versions={"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        git_commit=_git_commit(),
+        hosts=sorted(set(hosts)),
+        starts=starts,
+        outcome={"status": "running", "step": None},
+    )
+    return folder
+
+
+def _take_lock(folder: RunFolder) -> None:
+    """Holds ``<run>/.lock`` until the process ends, so that two runs never write to one folder."""
+    file = (folder.path / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(f"{folder.path} is in use by {holder}: wait for it, or choose another --run-name") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    folder._lock = file
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this project's checkout, with ``+changes`` when the tree differs from it; None outside git."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None

@@ -1,0 +1,230 @@
+"""The optimizer fragments that a rank owns, for every ZeRO stage: the portable form of a DeepSpeed engine's state.
+
+A fragment is a contiguous piece of one flattened parameter: its fp32 master weights and both Adam moments. Each rank
+reads and writes only what its ZeRO partition owns, under the parameter's name and the offset inside the parameter. Where
+the pieces lie is read from DeepSpeed's own mappings (0.19.8):
+
+- stages 1 and 2 (``DeepSpeedZeroOptimizer``, ``BF16_Optimizer``): ``parameter._hp_mapping``;
+- stage 3: ``optimizer.grad_position`` (group, offset, numel), piece ``rank`` of the parameter, cut at ``ds_numel``;
+- stage 0: the bare optimizer (fp32) or ``FP16_Optimizer``'s flat groups (bf16, fp16); rank 0 owns everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+MASTER = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """One piece of one parameter.
+
+    Attributes:
+        name: the parameter's name in the model.
+        start: offset of the piece inside the flattened parameter.
+        tensors: ``fp32``, ``exp_avg`` and ``exp_avg_sq``, one-dimensional fp32 views into the optimizer's storage.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def numel(self) -> int:
+        return self.tensors[MASTER].numel()
+
+
+def parameter_shapes(engine: Any) -> dict[str, list[int]]:
+    """Shape of every trained parameter by name, the whole one also where ZeRO-3 has partitioned it."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in _trained(engine)}
+
+
+def owned_fragments(engine: Any, *, every_copy: bool = False) -> Iterator[Fragment]:
+    """Yields the fragments that this rank owns; use each before asking for the next (NVMe state is swapped out again).
+
+    Args:
+        engine: a DeepSpeed engine with a FusedAdam, CPUAdam or torch AdamW optimizer whose states exist.
+        every_copy: at stage 0, where every rank holds everything, yield on every rank (to fill them all) and not on
+            rank 0 alone (to save once).
+    """
+    kind = type(engine.optimizer).__name__
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        yield from _stage3_fragments(engine)
+    elif kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        yield from _stage12_fragments(engine)
+    elif engine.global_rank == 0 or every_copy:
+        yield from _stage0_fragments(engine)
+
+
+def create_optimizer_state(engine: Any) -> None:
+    """Creates Adam's moments and step counters where DeepSpeed has not done so yet (it waits for the first step)."""
+    optimizer, base = engine.optimizer, engine.basic_optimizer
+    flats = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    if flats is None:
+        flats = [tensor for group in base.param_groups for tensor in group["params"]]
+    for i, flat in enumerate(flats):
+        if _swapped(optimizer, i):
+            continue  # DeepSpeed makes the moments of an NVMe group when it writes the group out at construction.
+        state = base.state[flat]
+        for key in MOMENTS:
+            if key not in state:
+                state[key] = torch.zeros_like(flat.data)
+        state.setdefault("step", torch.tensor(0.0) if isinstance(base, torch.optim.AdamW) else 0)
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def optimizer_step_count(engine: Any) -> int:
+    """Adam's step counter. FusedAdam counts in one tensor's state of a group alone, hence the maximum."""
+    return max((int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state), default=0)
+
+
+def set_optimizer_step_count(engine: Any, step: int) -> None:
+    """Sets Adam's step counter for every tensor."""
+    base = engine.basic_optimizer
+    for state in base.state.values():
+        state["step"] = torch.tensor(float(step)) if isinstance(base, torch.optim.AdamW) else step
+
+
+@torch.no_grad()
+def masters_to_working_weights(engine: Any) -> None:
+    """Copies the fp32 masters, just filled, into the weights that the forward pass uses."""
+    optimizer = engine.optimizer
+    kind = type(optimizer).__name__
+    if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        optimizer.update_lp_params()
+    elif kind == "FP16_Optimizer":
+        for working, master in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
+            working.data.copy_(master.data)
+    elif kind == "FP16_UnfusedOptimizer":
+        for working_group, master_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for working, master in zip(working_group, master_group, strict=True):
+                working.data.copy_(master.data)
+    elif kind == "DeepSpeedZeroOptimizer_Stage3":
+        optimizer.checkpoint_event_prologue()
+        for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+            with _in_memory(optimizer, i):
+                optimizer.fp16_partitioned_groups_flat[i].data.copy_(optimizer.fp32_partitioned_groups_flat[i].data)
+            pieces = optimizer.unflatten(
+                optimizer.fp16_partitioned_groups_flat[i], optimizer.fp16_partitioned_groups[i]
+            )
+            for partition, piece in zip(optimizer.fp16_partitioned_groups[i], pieces, strict=True):
+                partition.data = piece.data
+        optimizer.checkpoint_event_epilogue()
+
+
+def forget_beta_powers(engine: Any) -> None:
+    """Makes DeepSpeed's C++ Adam compute beta^t afresh at the next step, as it will after a restart.
+
+    The C++ optimizer keeps a running float product of beta^t in the process (``IncrementStep`` in
+    ``csrc/includes/cpu_adam.h``) and falls back to ``pow`` when the step number does not follow the last one. The two
+    differ in the last bits, so a resumed run would part from an uninterrupted one. Updating one dummy number with a step
+    number far away leaves the next real step no choice but ``pow``. On a GPU the kernel has no such memory.
+    """
+    base = engine.basic_optimizer
+    group = base.param_groups[0]
+    beta1, beta2 = group["betas"]
+    far_away = 10**6
+    grad, weight, moment1, moment2 = (torch.zeros(1) for _ in range(4))
+    if type(base).__name__ == "DeepSpeedCPUAdam":
+        base.ds_opt_adam.adam_update(
+            base.opt_id, far_away, 0.0, beta1, beta2, group["eps"], 0.0, True, weight, grad, moment1, moment2
+        )
+    elif type(base).__name__ == "FusedAdam" and engine.device.type == "cpu":
+        tensors = [[grad], [weight], [moment1], [moment2]]
+        base.multi_tensor_adam(
+            2048 * 32, base._dummy_overflow_buf, tensors, 0.0, beta1, beta2, group["eps"], far_away, 1, 1, 0.0
+        )
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter
+
+
+def _pieces(state: dict[str, torch.Tensor], flat: torch.Tensor, offset: int, numel: int) -> dict[str, torch.Tensor]:
+    tensors = {MASTER: flat.data.view(-1).narrow(0, offset, numel)}
+    for key in MOMENTS:
+        tensors[key] = state[key].view(-1).narrow(0, offset, numel)
+    return tensors
+
+
+def _stage3_fragments(engine: Any) -> Iterator[Fragment]:
+    optimizer = engine.optimizer
+    rank = torch.distributed.get_rank(optimizer.dp_process_group)
+    by_group: dict[int, list[tuple[str, nn.Parameter, int, int]]] = {}
+    for name, parameter in _trained(engine):
+        group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        by_group.setdefault(group, []).append((name, parameter, offset, numel))
+    for group, members in sorted(by_group.items()):
+        with _in_memory(optimizer, group):
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            for name, parameter, offset, numel in members:
+                start = rank * numel
+                owned = min(numel, parameter.ds_numel - start)  # The last partition is padded.
+                if owned > 0:
+                    tensors = _pieces(engine.basic_optimizer.state[flat], flat, offset, owned)
+                    yield Fragment(name=name, start=start, tensors=tensors)
+
+
+def _stage12_fragments(engine: Any) -> Iterator[Fragment]:
+    base = engine.basic_optimizer
+    for name, parameter in _trained(engine):
+        mapping = parameter._hp_mapping
+        if mapping is None:  # Another rank owns all of it.
+            continue
+        flat = base.param_groups[mapping.param_group_index]["params"][0]
+        address = mapping.hp_fragment_address
+        tensors = _pieces(base.state[flat], flat, address.start, address.numel)
+        yield Fragment(name=name, start=mapping.lp_fragment_address.start, tensors=tensors)
+
+
+def _stage0_fragments(engine: Any) -> Iterator[Fragment]:
+    optimizer, base = engine.optimizer, engine.basic_optimizer
+    kind = type(optimizer).__name__
+    names = {id(parameter): name for name, parameter in _trained(engine)}
+    if kind == "FP16_Optimizer":
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            offset = 0
+            for parameter in group:
+                tensors = _pieces(base.state[flat], flat, offset, parameter.numel())
+                yield Fragment(name=names[id(parameter)], start=0, tensors=tensors)
+                offset += parameter.numel()
+    elif kind == "FP16_UnfusedOptimizer":
+        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(group, masters, strict=True):
+                tensors = _pieces(base.state[master], master, 0, master.numel())
+                yield Fragment(name=names[id(parameter)], start=0, tensors=tensors)
+    else:
+        for name, parameter in _trained(engine):
+            tensors = _pieces(base.state[parameter], parameter, 0, parameter.numel())
+            yield Fragment(name=name, start=0, tensors=tensors)
+
+
+def _swapped(optimizer: Any, group: int) -> bool:
+    return bool(getattr(optimizer, "swap_optimizer", False)) and optimizer._swappable_optimizer_subgroup(group)
+
+
+class _in_memory:  # noqa: N801 (a context manager that reads like one)
+    """Holds one stage 3 group in memory when it lives on NVMe, and writes it back after."""
+
+    def __init__(self, optimizer: Any, group: int) -> None:
+        self.optimizer, self.group, self.swapped = optimizer, group, _swapped(optimizer, group)
+
+    def __enter__(self) -> None:
+        if self.swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_in(self.group)
+
+    def __exit__(self, *_: object) -> None:
+        if self.swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_out(self.group)
+

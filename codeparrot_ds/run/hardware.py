@@ -1,0 +1,54 @@
+"""What the device can do: its peak for MFU, its memory in use."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+# Dense bf16/fp16 tensor-core peaks in FLOP/s, from the vendors' data sheets (no sparsity). First match wins.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.5e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """The device's dense matrix peak in FLOP/s and where the number comes from.
+
+    A known GPU has its data sheet's; anything else is measured: the best of a few 1024-cubed products in the run's
+    precision, on the threads that this rank has. All ranks of a CPU measure at once, as they will train.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, flops in PEAK_FLOPS.items():
+            if known in name:
+                return flops, f"data sheet of {known}, dense bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, f"measured {precision} matrix products"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: allocated on the GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

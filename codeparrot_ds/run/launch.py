@@ -1,0 +1,252 @@
+"""The front door of training: checks everything that needs no rank, then starts the ``deepspeed`` launcher. No torch here.
+
+The launcher is DeepSpeed's own; what is added is that mistakes are found before any process starts, that operators are
+built once, that signals reach the ranks, and that the exit code tells what became of the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.config import LaunchOptions, RunConfig
+from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.data.stream import check_lanes, check_world_size
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.repository import open_repository
+from codeparrot_ds.model.shapes import find_shape, num_parameters
+from codeparrot_ds.run.folder import check_continuation, check_run_name, new_run_name
+from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
+from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
+from codeparrot_ds.zero.lint import lint
+
+BYTES_A_PARAMETER = 16  # a checkpoint: three fp32 numbers for the optimizer, the export, and room for the rest
+DEFAULT_CPU_RANKS = 2
+
+
+def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -> int:
+    """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
+
+    Args:
+        config: the run config, resolved from ``arguments``.
+        launch: where the ranks run.
+        arguments: the options of ``train`` as typed, without the launcher's own; every rank parses them again.
+
+    Raises:
+        UserError: anything that can be known to be wrong before a rank starts.
+    """
+    if launch.hostfile and not Path(launch.hostfile).is_file():
+        raise UserError(f"hostfile {launch.hostfile} does not exist: DeepSpeed would quietly train on this machine alone")
+    device = local_device()
+    ranks = launch.num_gpus or local_ranks(device)
+    output_dir = Path(config.output_dir)
+    name = config.run_name or new_run_name(output_dir)
+    config = dataclasses.replace(config, run_name=name)
+    ds_config = check_run(config, device=device, world_size=None if launch.hostfile else ranks)
+    environment = rank_environment(device, ranks)
+    if not are_built(needed_operators(ds_config, device)):
+        _build_operators(ds_config, device, environment)
+    command = _launcher_command(launch, ranks, [*arguments, "--run-name", name])
+    return _run_to_the_end(command, environment, output_dir / name)
+
+
+def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
+    """Checks config, DeepSpeed JSON, tokenizer, model, data, folder and disk without a rank; returns the resolved JSON.
+
+    Args:
+        config: a run config with a name.
+        device: ``cpu`` or ``cuda``, for what DeepSpeed refuses there.
+        world_size: number of ranks; None when a hostfile decides.
+
+    Raises:
+        UserError: the first thing that is wrong, or all findings of the config check.
+    """
+    check_run_name(str(config.run_name))
+    for field in ("data", "tokenizer"):
+        if not getattr(config, field):
+            raise UserError(f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`")
+    source = find_ds_config(config.deepspeed)
+    raw = load_ds_config(source)
+    errors = [finding for finding in lint(raw, source, config=config, device=device) if finding.severity == "error"]
+    if errors:
+        raise UserError("; ".join(str(finding) for finding in errors))
+    encoder = load_encoder(config.tokenizer)
+    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    shards = find_shards(config.data, "train")
+    find_shards(config.data, "validation")
+    check_lanes(shards, config.num_lanes)
+    if world_size is not None:
+        check_world_size(config.num_lanes, world_size)
+    run = Path(config.output_dir) / str(config.run_name)
+    resolved = resolve_ds_config(
+        raw,
+        config,
+        world_size=world_size or 1,
+        model_hidden_size=shape.n_embd,
+        nvme_path=run / "nvme",
+        source=source,
+    )
+    check_continuation(config, run)
+    open_repository(config.hub, config.output_dir)
+    _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
+    return resolved
+
+
+def local_device() -> str:
+    """``cuda`` when there are GPUs and a torch that can use them, else ``cpu``; found without importing torch."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or importlib.metadata.version("torch").endswith("+cpu"):
+        return "cpu"
+    return "cuda" if _visible_gpus() else "cpu"
+
+
+def local_ranks(device: str) -> int:
+    """How many ranks this machine offers: its visible GPUs, or two on a CPU with two cores."""
+    if device == "cuda":
+        return _visible_gpus()
+    return min(DEFAULT_CPU_RANKS, _cores())
+
+
+def rank_environment(device: str, ranks: int) -> dict[str, str]:
+    """The environment that launcher and ranks get: device, threads, operators' folder, this interpreter first."""
+    environment = dict(os.environ)
+    use_operators_folder(environment)
+    if device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The package may be used from a checkout; the ranks import the same one.
+    package_parent = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
+    return environment
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _visible_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
+    if not shutil.which("nvidia-smi"):
+        return 0
+    answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return len(answer.stdout.splitlines()) if answer.returncode == 0 else 0
+
+
+def _check_space(output_dir: Path, parameters: int, keep: int) -> None:
+    """Refuses a run whose first checkpoints cannot fit, and a folder that cannot be written."""
+    existing = output_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"output_dir {output_dir} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {output_dir} cannot be written: no permission in {existing}")
+    needed = parameters * BYTES_A_PARAMETER * (min(keep, 1) + 1)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"output_dir {output_dir} has {free / 1e9:.1f} GB free and a checkpoint beside the one before it takes "
+            f"{needed / 1e9:.1f} GB: free some space or choose another --output-dir"
+        )
+
+
+def _build_operators(ds_config: dict[str, Any], device: str, environment: dict[str, str]) -> None:
+    names = ", ".join(needed_operators(ds_config, device))
+    print(f"building DeepSpeed's operators ({names}), once for this environment; a minute or two", file=sys.stderr)
+    script = (
+        "import json, sys\n"
+        "from codeparrot_ds.errors import UserError\n"
+        "from codeparrot_ds.run.ops import build_operators\n"
+        "try:\n"
+        "    build_operators(json.loads(sys.stdin.read()), sys.argv[1])\n"
+        "except UserError as error:\n"
+        "    sys.exit(f'codeparrot-ds: error: {error}')\n"
+    )
+    command = [sys.executable, "-c", script, device]
+    built = subprocess.run(command, input=json.dumps(ds_config), text=True, capture_output=True, env=environment, check=False)
+    if built.returncode != 0:
+        lines = [line for line in built.stderr.splitlines() if line.strip()]
+        raise UserError(lines[-1].removeprefix("codeparrot-ds: error: ") if lines else "building operators failed")
+
+
+def _launcher_command(launch: LaunchOptions, ranks: int, arguments: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    # An empty name: the launcher's default is /job/hostfile, which nobody here asked for.
+    command += ["--hostfile", launch.hostfile or ""]
+    for option in ("include", "exclude", "master_addr"):
+        if getattr(launch, option):
+            command += [f"--{option}", getattr(launch, option)]
+    if not (launch.include or launch.exclude) and (launch.num_gpus or not launch.hostfile):
+        command += ["--num_gpus", str(ranks)]
+    command += ["--master_port", str(launch.master_port or _free_port())]
+    return [*command, "--module", "codeparrot_ds.train", *arguments]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _run_to_the_end(command: list[str], environment: dict[str, str], run: Path) -> int:
+    """Runs the launcher in a session of its own and passes stop signals to the ranks alone, who save and then end."""
+    started = time.time()
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            print("stopping: the ranks save at the next step boundary; again to stop without", file=sys.stderr)
+            _signal_ranks(process.pid, signal.SIGTERM)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code != 0:
+        return code if code > 0 else 128 - code
+    return 0 if _ended_well(run, started) else 1
+
+
+def _signal_ranks(launcher: int, number: int) -> None:
+    """Signals the processes that DeepSpeed's per-node launcher started, and neither it nor their own children."""
+    import psutil
+
+    for process in psutil.Process(launcher).children(recursive=True):
+        try:
+            parent = process.parent()
+            if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
+                process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _ended_well(run: Path, started: float) -> bool:
+    """Whether rank 0 recorded an end: a launcher whose ranks died of a signal reports success all the same."""
+    try:
+        record = run / "run.json"
+        return record.stat().st_mtime >= started - 1 and json.loads(record.read_text())["outcome"]["status"] in (
+            "finished",
+            "stopped",
+        )
+    except (OSError, ValueError, KeyError):
+        return False

@@ -1,0 +1,305 @@
+"""The report as one HTML page and as Markdown. Every text that comes from a run is escaped."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from codeparrot_ds.run.plots import THEMES, Chart, number
+
+NOTHING = "–"
+
+CSS = """
+:root { color-scheme: light dark; --paper: #fff; --ink: #1f2430; --faint: #5c6475; --line: #e4e7ee; --back: #f4f5f8; }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #1a1d24; --ink: #e8eaf0; --faint: #a0a8b8;
+  --line: #2d323d; --back: #12141a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1200px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.5rem 0 .8rem; }
+.subtitle { color: var(--faint); margin: .3rem 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin-top: 1.5rem; }
+.tile, figure, .table, details { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
+.tile { padding: .8rem 1rem; }
+.tile span { color: var(--faint); font-size: .8rem; display: block; }
+.tile strong { display: block; font-size: 1.5rem; font-weight: 650; font-variant-numeric: tabular-nums; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: .8rem;
+  margin-top: 1.5rem; }
+figure { margin: 0; padding: .6rem; break-inside: avoid; }
+figure img { display: block; width: 100%; height: auto; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .42rem .9rem; text-align: left; white-space: nowrap; border-top: 1px solid var(--line); }
+tr:first-child > * { border-top: 0; }
+th { font-weight: 600; }
+tbody th { width: 1%; font-weight: 400; color: var(--faint); position: sticky; left: 0; background: var(--paper); }
+td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; }
+details { margin-top: .6rem; padding: .7rem 1rem; }
+summary { cursor: pointer; }
+pre { overflow-x: auto; font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; margin: .6rem 0 0; }
+@media print { body { background: none; font-size: 11pt; } main { max-width: none; padding: 0; }
+  .charts { grid-template-columns: 1fr 1fr; } h2 { break-after: avoid; } details:not([open]) { display: none; } }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{css}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+# Label, and how the value is written.
+_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("status", lambda run: run["status"] or NOTHING),
+    ("model", lambda run: run["model"] or NOTHING),
+    ("parameters", lambda run: _whole(run["parameters"])),
+    ("ranks", lambda run: _whole(run["world_size"])),
+    ("ZeRO stage", lambda run: _whole(run["zero_stage"])),
+    ("precision", lambda run: run["precision"] or NOTHING),
+    ("global batch (rows × tokens)", lambda run: f"{_whole(run['global_batch_size'])} × {_whole(run['seq_length'])}"),
+    ("steps", lambda run: _of(run["steps"], run["max_train_steps"])),
+    ("tokens", lambda run: _whole(run["tokens"])),
+    ("validation loss: first", lambda run: _decimal(run["first_eval_loss"])),
+    ("validation loss: last", lambda run: _decimal(run["last_eval_loss"])),
+    ("validation loss: best", lambda run: _at_step(_decimal(run["best_eval_loss"]), run["best_step"])),
+    ("perplexity: first", lambda run: _number(run["first_perplexity"])),
+    ("perplexity: last", lambda run: _number(run["last_perplexity"])),
+    ("perplexity: best", lambda run: _at_step(_number(run["best_perplexity"]), run["best_step"])),
+    ("bits per byte", lambda run: _decimal(run["bits_per_byte"])),
+    ("training loss: last", lambda run: _decimal(run["last_loss"])),
+    ("non-finite losses", lambda run: _whole(run["non_finite_losses"])),
+    ("skipped steps", lambda run: _whole(run["skipped_steps"])),
+    ("tokens/s (median)", lambda run: _number(run["tokens_per_second"])),
+    ("model FLOPs utilization (median)", lambda run: _percent(run["mfu"])),
+    ("waiting for data", lambda run: _percent(run["data_wait_fraction"])),
+    ("peak memory", lambda run: _gibibytes(run["memory_bytes"])),
+    ("total time", lambda run: _hours(run["total_hours"])),
+    ("starts", lambda run: _whole(run["starts"])),
+    ("checkpoints at steps", lambda run: ", ".join(map(str, run["checkpoints"])) or NOTHING),
+    ("branch", lambda run: f"{run['branch']} of {run['hub']}" if run["branch"] else NOTHING),
+    ("unreadable rows of metrics", lambda run: _whole(run["unreadable_rows"])),
+)
+_LONG_ROWS = {"checkpoints at steps", "branch"}
+# Worth a line only where something happened.
+_QUIET_AT_ZERO = {"non-finite losses", "skipped steps", "unreadable rows of metrics"}
+
+
+def html_page(
+    summaries: Sequence[dict[str, Any]],
+    settings: Sequence[dict[str, Any]],
+    pictures: Sequence[tuple[Chart, dict[str, bytes]]],
+) -> str:
+    """A page without outer assets. ``settings`` has ``config`` and ``ds_config`` of each run."""
+    title = _title(summaries)
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="subtitle">{html.escape(_subtitle(summaries))}</p>']
+    if len(summaries) == 1:
+        parts.append(_tiles(summaries[0]))
+    parts.append('<div class="charts">' + "".join(_figure(chart, images) for chart, images in pictures) + "</div>")
+    parts.append("<h2>Figures</h2>" + _html_table(_summary_table(summaries)))
+    differences = _differences(summaries, settings)
+    if differences:
+        parts.append("<h2>Settings that differ</h2>" + _html_table(differences))
+    parts.append("<h2>Settings</h2>" + "".join(map(_details, summaries, settings)))
+    return _PAGE.format(title=html.escape(title), css=CSS, body="\n".join(parts))
+
+
+def markdown_page(
+    summaries: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]], drawn: Sequence[Chart]
+) -> str:
+    """The same in Markdown; pictures are files beside it."""
+    parts = [f"# {_md(_title(summaries))}", _md(_subtitle(summaries)), _md_table(_summary_table(summaries))]
+    differences = _differences(summaries, settings)
+    if differences:
+        parts += ["## Settings that differ", _md_table(differences)]
+    parts += [f"![{_md(_alternative_text(chart))}]({chart.name}.png)" for chart in drawn]
+    for summary, setting in zip(summaries, settings, strict=True):
+        for name, text in _setting_files(setting):
+            parts.append(
+                f"<details><summary>{_md(summary['name'])}: {name}</summary>\n\n```\n{text}\n```\n\n</details>"
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parts of a page
+
+
+def _title(summaries: Sequence[dict[str, Any]]) -> str:
+    names = [summary["name"] for summary in summaries]
+    return f"Run {names[0]}" if len(names) == 1 else "Runs " + ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _subtitle(summaries: Sequence[dict[str, Any]]) -> str:
+    if len(summaries) > 1:
+        return f"{len(summaries)} runs compared"
+    (run,) = summaries
+    stage = None if run["zero_stage"] is None else f"ZeRO-{run['zero_stage']}"
+    parameters = None if run["parameters"] is None else f"{number(run['parameters'])} parameters"
+    ranks = None if run["world_size"] is None else f"{run['world_size']} rank{'s' * (run['world_size'] != 1)}"
+    facts = [run["model"], parameters, stage, run["precision"], ranks, run["status"]]
+    return " · ".join(fact for fact in facts if fact)
+
+
+def _tiles(run: dict[str, Any]) -> str:
+    tiles = (
+        ("validation perplexity", _number(run["last_perplexity"])),
+        ("validation loss", _decimal(run["last_eval_loss"])),
+        ("steps", _whole(run["steps"])),
+        ("tokens", _number(run["tokens"])),
+        ("tokens/s (median)", _number(run["tokens_per_second"])),
+        ("total time", _hours(run["total_hours"])),
+    )
+    cells = "".join(
+        f'<div class="tile"><span>{html.escape(label)}</span><strong>{html.escape(value)}</strong></div>'
+        for label, value in tiles
+        if value != NOTHING
+    )
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _figure(chart: Chart, images: dict[str, bytes]) -> str:
+    source = {theme: f"data:image/png;base64,{base64.b64encode(images[theme]).decode()}" for theme in THEMES}
+    return (
+        f'<figure><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{source["dark"]}">'
+        f'<img src="{source["light"]}" width="1120" height="640" alt="{html.escape(_alternative_text(chart))}">'
+        "</picture></figure>"
+    )
+
+
+def _alternative_text(chart: Chart) -> str:
+    """The chart in words: where each line begins and ends."""
+    ends = []
+    for series in chart.series:
+        known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
+        (x0, y0), (x1, y1) = known[0], known[-1]
+        ends.append(f"{series.label} from {number(y0)} at {number(x0)} to {number(y1)} at {number(x1)}")
+    unit = f" ({chart.unit})" if chart.unit else ""
+    return f"{chart.title}{unit} by {chart.x_label}: {'; '.join(ends)}"
+
+
+Table = list[tuple[str, list[str]]]
+"""Rows of a label and a text a run; the first row is the head."""
+
+
+def _summary_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    table: Table = [("run", [summary["name"] for summary in summaries])]
+    for label, write in _ROWS:
+        values = [str(write(summary)) for summary in summaries]
+        empty = {NOTHING, "0"} if label in _QUIET_AT_ZERO else {NOTHING}
+        if not set(values) <= empty:
+            table.append((label, values))
+    return table
+
+
+def _differences(summaries: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]]) -> Table:
+    """Every setting of config.yaml and ds_config.json in which the runs differ: what the comparison compares."""
+    flat = [_flat(setting["config"]) | _flat(setting["ds_config"], "deepspeed: ") for setting in settings]
+    keys = sorted({key for each in flat for key in each} - {"run_name"})
+    rows = [(key, [str(each.get(key, NOTHING)) for each in flat]) for key in keys]
+    differing = [(key, values) for key, values in rows if len(set(values)) > 1]
+    return [("setting", [summary["name"] for summary in summaries]), *differing] if differing else []
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _html_table(table: Table) -> str:
+    (corner, names), *rows = table
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
+    body = ""
+    for label, values in rows:
+        kind = ' class="wrap"' if label in _LONG_ROWS else ""
+        cells = "".join(f"<td{kind}>{html.escape(value)}</td>" for value in values)
+        body += f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>'
+    corner_cell = f'<th scope="col">{html.escape(corner)}</th>'
+    return f'<div class="table"><table><thead><tr>{corner_cell}{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _md_table(table: Table) -> str:
+    (corner, names), *rows = table
+    lines = [[corner, *names], ["---"] * (1 + len(names)), *([label, *values] for label, values in rows)]
+    return "\n".join("| " + " | ".join(cell if cell == "---" else _md(cell) for cell in line) + " |" for line in lines)
+
+
+def _details(summary: dict[str, Any], setting: dict[str, Any]) -> str:
+    return "".join(
+        f"<details><summary>{html.escape(summary['name'])}: {name}</summary><pre>{html.escape(text)}</pre></details>"
+        for name, text in _setting_files(setting)
+    )
+
+
+def _setting_files(setting: dict[str, Any]) -> list[tuple[str, str]]:
+    files = []
+    if setting["config"]:
+        import yaml
+
+        files.append(("config.yaml", yaml.safe_dump(setting["config"], sort_keys=False).strip()))
+    if setting["ds_config"]:
+        files.append(("ds_config.json", json.dumps(setting["ds_config"], indent=2)))
+    return files
+
+
+def _md(text: str) -> str:
+    """Plain text in Markdown: no table cell, tag, link or emphasis can begin in it."""
+    escaped = html.escape(text, quote=False)
+    return "".join(f"\\{character}" if character in "|[]*_`\\" else character for character in escaped)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Values as text
+
+
+def _whole(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else NOTHING
+
+
+def _decimal(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, (int, float)) else NOTHING
+
+
+def _number(value: Any) -> str:
+    return number(value) if isinstance(value, (int, float)) else NOTHING
+
+
+def _percent(fraction: Any) -> str:
+    return f"{100 * fraction:.3g}%" if isinstance(fraction, (int, float)) else NOTHING
+
+
+def _gibibytes(size: Any) -> str:
+    return f"{size / 2**30:.2f} GiB" if isinstance(size, (int, float)) else NOTHING
+
+
+def _hours(hours: Any) -> str:
+    if not isinstance(hours, (int, float)):
+        return NOTHING
+    return f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.1f} min"
+
+
+def _of(value: Any, total: Any) -> str:
+    return f"{_whole(value)} of {_whole(total)}" if isinstance(total, int) else _whole(value)
+
+
+def _at_step(text: str, step: Any) -> str:
+    return text if text == NOTHING else f"{text} at step {_whole(step)}"

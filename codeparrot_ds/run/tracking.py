@@ -1,0 +1,233 @@
+"""What a run writes down: a log a rank, metrics.jsonl, TensorBoard, Weights & Biases, and the console.
+
+``metrics.jsonl`` is the source of truth; the others repeat it. Rank 0 alone writes them; the other ranks log to their own
+file and speak on the console only of errors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import netrc
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.run.folder import RunFolder
+
+logger = logging.getLogger("codeparrot_ds")
+TRAIN_NAMES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds")
+OTHER_NAMES = ("memory_bytes", "skipped_steps", "loss_scale", "epoch", "tokens")
+
+
+def set_up_logging(folder: Path, rank: int) -> None:
+    """Sends every log record of this rank to ``log/debug_<rank>.log``; rank 0 shows progress, the others errors only."""
+    (folder / "log").mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / "log" / f"debug_{rank}.log", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.handlers = [file, console]
+    others = logging.StreamHandler(sys.stderr)
+    others.setLevel(logging.ERROR)
+    # DeepSpeed reports every setting of the engine at INFO: to the file with it, the console is for the run's progress.
+    for name in ("DeepSpeed", "transformers", "datasets", "huggingface_hub"):
+        library = logging.getLogger(name)
+        library.handlers = [file, others]
+        library.propagate = False
+    # Python's warnings (torch deprecates what DeepSpeed calls) go to the file alone.
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").handlers = [file]
+    logging.getLogger("py.warnings").propagate = False
+
+
+class Metrics:
+    """``metrics.jsonl``: one JSON object a line, appended and flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the rows of steps that a restart will do again, and a line that a crash left half-written."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row.get("step", 0) <= step:
+                kept.append(line)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Writes one row; a number that JSON has no word for (NaN, infinity) becomes a string that ``float`` reads."""
+        plain = {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")
+
+
+class Tracker:
+    """Rank 0's record of a run; on the other ranks every method does nothing."""
+
+    def __init__(self, folder: RunFolder, *, active: bool, mode: str, hyperparameters: dict[str, Any]) -> None:
+        """Opens TensorBoard and wandb.
+
+        Args:
+            folder: the run's folder.
+            active: whether this is rank 0.
+            mode: ``auto``, ``online``, ``offline`` or ``off`` for wandb.
+            hyperparameters: the run config and derived figures, flat.
+        """
+        self.metrics = Metrics(folder.path / "metrics.jsonl")
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        self.hyperparameters = {key: value for key, value in hyperparameters.items() if value is not None}
+        self.last_evaluation: dict[str, Any] = {}
+        if active:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"))
+            self.wandb = _start_wandb(folder, mode, self.hyperparameters)
+
+    def train(self, row: dict[str, Any]) -> None:
+        """Records a training row (see the keys in the README)."""
+        self._write(row, "train")
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Records an evaluation row."""
+        self.last_evaluation = row
+        self._write(row, "validation")
+
+    def _write(self, row: dict[str, Any], group: str) -> None:
+        if self.tensorboard is None:
+            return
+        row = {**row, "time": time.time()}
+        self.metrics.append(row)
+        numbers = {
+            f"{group}/{key}": value
+            for key, value in row.items()
+            if key not in ("step", "time") and isinstance(value, int | float)
+        }
+        for name, value in numbers.items():
+            self.tensorboard.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log(numbers | {"step": row["step"]})
+
+    def close(self) -> None:
+        """Writes the hyperparameters with the final figures and ends TensorBoard and wandb."""
+        if self.tensorboard is None:
+            return
+        figures = {
+            f"final/{key}": float(value)
+            for key, value in self.last_evaluation.items()
+            if key in ("eval_loss", "perplexity", "bits_per_byte") and value is not None
+        }
+        plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in self.hyperparameters.items()}
+        self.tensorboard.add_hparams(plain, figures, run_name=".")
+        self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) -> Any:
+    if mode == "off":
+        logger.info("wandb: off")
+        return None
+    if mode == "auto":
+        mode = "online" if _logged_in_to_wandb() else "offline"
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=60)
+    (folder.path / "wandb").mkdir(exist_ok=True)  # otherwise wandb turns to a temporary folder
+    options: dict[str, Any] = {
+        "project": "codeparrot-ds",
+        "name": folder.name,
+        "id": folder.record["id"],
+        "resume": "allow",
+        "dir": str(folder.path),
+        "config": hyperparameters,
+        "settings": settings,
+    }
+    try:
+        run = wandb.init(mode=mode, **options)
+    except (wandb.Error, TimeoutError) as error:
+        if mode != "online":
+            raise
+        logger.warning("wandb: cannot reach the server (%s); going on offline", error)
+        mode = "offline"
+        run = wandb.init(mode=mode, **options)
+    run.define_metric("*", step_metric="step")
+    hint = "" if mode == "online" else f"; upload later with: wandb sync {folder.path}/wandb/offline-run-*"
+    logger.info("wandb: %s, run %s%s", mode, folder.name, hint)
+    return run
+
+
+def _logged_in_to_wandb() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Progress:
+    """Rank 0's progress: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, *, active: bool, start: int, total: int) -> None:
+        self.bar: Any = None
+        self.active = active
+        self.total = total
+        if active and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, desc="training")
+
+    def show(self, row: dict[str, Any], eta_seconds: float) -> None:
+        """Shows a training row, and the time that is left."""
+        if not self.active:
+            return
+        figures = f"loss {row['loss']:.4f}, lr {row['learning_rate']:.2e}, {row['tokens_per_second']:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.n = row["step"]
+            self.bar.set_postfix_str(figures)
+        else:
+            logger.info("step %d/%d: %s, %s left", row["step"], self.total, figures, duration(eta_seconds))
+
+    def say(self, message: str, *args: Any) -> None:
+        """A line that stands above the bar."""
+        if self.active:
+            if self.bar is not None:
+                self.bar.clear()
+            logger.info(message, *args)
+            if self.bar is not None:
+                self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: ``42 s``, ``3 min 5 s``, ``2 h 4 min``, ``7 d 3 h``."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    whole = max(0, round(seconds))
+    for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {name}"
+    return f"{whole} s"

@@ -1,0 +1,119 @@
+"""One training run, as one of its ranks sees it.
+
+The recipe's loop on the DeepSpeed engine: gradient accumulation, clipping, warm-up and cosine; evaluation and a
+checkpoint every so many optimizer steps and at the end; each checkpoint is exported and queued for the run's branch.
+
+Started by a launcher (``deepspeed --module codeparrot_ds.train small --data …``, ``torchrun -m …``) this module is a rank.
+Started bare it is the front door, like ``codeparrot-ds train``: it checks everything, then starts the launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from codeparrot_ds.config import (
+    ArgumentParser,
+    RunConfig,
+    add_config_arguments,
+    add_launch_arguments,
+    config_from_arguments,
+)
+from codeparrot_ds.errors import UserError
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Trains a run, or continues it, as one rank; every rank of the launcher calls it with the same config.
+
+    Returns:
+        ``{"status": "finished" or "stopped", "step": optimizer steps done, "run": the run's folder}``.
+
+    Raises:
+        UserError: something that the user can mend, in one sentence; the same on every rank.
+    """
+    from codeparrot_ds.run.session import Session
+
+    session = Session.start(config)
+    ranks, engine, progress = session.ranks, session.engine, session.progress
+    step = first_step = session.step
+    batches = iter(session.loader)
+
+    while True:
+        # Evaluate and save at the boundary between two steps; a run that was just restored has done both here.
+        last = step >= config.max_train_steps
+        stopping = session.stop.agreed()
+        fresh = step == 0 or step > first_step
+        saving = last or stopping or step % config.save_checkpoint_steps == 0
+        evaluating = last or step % (config.eval_steps or config.save_checkpoint_steps) == 0
+        if fresh and evaluating:
+            session.evaluate(step)
+        if fresh and saving and step > 0:
+            session.save(step)
+        if last or stopping:
+            break
+
+        loss_sum = accumulate_gradients(engine, batches, session.accumulation_steps, ranks.device)
+        step += 1
+        if step % config.log_steps == 0 or step == config.max_train_steps:
+            # The only place where the host waits for the device.
+            loss = ranks.sum(loss_sum).item() / (session.accumulation_steps * ranks.world_size)
+            row = session.meter.row(step, loss, engine)
+            session.tracker.train(row)
+            progress.show(row, session.meter.seconds_left(step))
+
+    return session.finish(step, "finished" if last else "stopped")
+
+
+def accumulate_gradients(engine: Any, batches: Iterator[Any], accumulation_steps: int, device: Any) -> Any:
+    """One optimizer step: forward and backward over ``accumulation_steps`` micro-batches; the last one updates.
+
+    Returns:
+        The sum of the micro-batches' mean losses on this rank, a scalar on the device (nothing is waited for).
+    """
+    loss_sum = None
+    for _ in range(accumulation_steps):
+        ids = next(batches).to(device, non_blocking=True)
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()  # counts the micro-batches itself: clips, updates and schedules after the last one
+        loss_sum = loss.detach().float() if loss_sum is None else loss_sum + loss.detach()
+    return loss_sum
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of ``python -m codeparrot_ds.train``: a rank under a launcher, the front door without one."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        from codeparrot_ds.cli import main as command_line
+
+        return command_line(["train", *arguments])
+    return run_rank(arguments)
+
+
+def run_rank(arguments: list[str]) -> int:
+    """Runs one rank and returns its exit code: 0 finished or stopped and saved, 2 a mistake of the user's."""
+    from codeparrot_ds.run.ranks import SharedError, leave_ranks
+
+    parser = ArgumentParser(prog="codeparrot_ds.train", description="one rank of a training run")
+    add_config_arguments(parser)
+    add_launch_arguments(parser)  # typed for the front door; the ranks have nothing to do with them
+    rank = int(os.environ["RANK"])
+    try:
+        try:
+            config = config_from_arguments(parser.parse_args(arguments))
+        except UserError as error:  # the same arguments on every rank
+            raise SharedError(str(error)) from None
+        train(config)
+    except UserError as error:
+        if rank == 0 or not isinstance(error, SharedError):
+            print(f"codeparrot-ds train: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        leave_ranks()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

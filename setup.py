@@ -1,0 +1,66 @@
+"""Packaging. `launch.sh` installs this in a virtual environment with the tested versions of `constraints.txt`."""
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+
+
+class BuildWithConfigs(build_py):
+    """Puts the DeepSpeed configs, which lie at the top of the repository, inside the built package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "codeparrot_ds" / "ds_configs"
+            target.mkdir(parents=True, exist_ok=True)
+            for path in sorted((HERE / "ds_configs").iterdir()):
+                shutil.copy(path, target)
+
+
+setup(
+    name="codeparrot-ds",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "codeparrot_ds" / "__init__.py").read_text())[1],
+    description="Trains code models from scratch with DeepSpeed: the CodeParrot recipe",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["codeparrot_ds", "codeparrot_ds.*"]),
+    cmdclass={"build_py": BuildWithConfigs},
+    python_requires=">=3.10",
+    entry_points={"console_scripts": ["codeparrot-ds = codeparrot_ds.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8",
+        "transformers>=5.17",
+        "datasets>=4",
+        "tokenizers>=0.22",
+        "wandb>=0.20",
+        "ninja>=1.11",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "tensorboard>=2.18",
+        "matplotlib>=3.8",
+        "PyYAML>=6",
+        "tqdm>=4.66",
+        "orjson>=3.10",
+        "zstandard>=0.22",
+        "pyarrow>=18",
+        "numpy>=1.26",
+        "psutil>=5.9",
+        # torch.utils.cpp_extension, which builds DeepSpeed's operators, imports it.
+        "setuptools",
+    ],
+    extras_require={
+        # accelerate is the peer that benchmarks measure against.
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "accelerate>=1.6"],
+    },
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+    ],
+)

@@ -1,0 +1,86 @@
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from codeparrot_ds.data.encoder import Encoder, estimate_chars_per_token, load_encoder
+from codeparrot_ds.errors import UserError
+from tests.data.conftest import EOS, make_documents
+
+
+def test_ids_are_the_tokenizers(tokenizer_dir: Path, encoder: Encoder) -> None:
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    texts = [*make_documents(20), "", "😀 naïve\x00"]
+    for text, ids in zip(texts, encoder.encode_batch(texts), strict=True):
+        assert ids.dtype == np.uint16
+        assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    assert encoder.vocab_size == 320
+    assert encoder.eos_token_id == tokenizer.token_to_id(EOS)
+    data = (tokenizer_dir / "tokenizer.json").read_bytes()
+    assert encoder.fingerprint == hashlib.sha256(data).hexdigest()
+
+
+def test_token_bytes_add_up_to_the_text(encoder: Encoder) -> None:
+    sizes = encoder.token_bytes()
+    assert sizes is not None and sizes.shape == (encoder.vocab_size,)
+    for text in [*make_documents(20), "😀 naïve\x00\u2028"]:
+        [ids] = encoder.encode_batch([text])
+        assert sizes[ids].sum() == len(text.encode())
+    assert sizes[encoder.eos_token_id] == 0
+
+
+def test_token_bytes_need_a_byte_level_tokenizer(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({EOS: 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_encoder(tmp_path).token_bytes() is None
+
+
+@pytest.mark.parametrize("eos_token", ["Ċ", {"content": "Ċ", "special": True}])
+def test_the_config_names_the_eos_token(tokenizer_dir: Path, tmp_path: Path, eos_token: object) -> None:
+    shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
+    assert load_encoder(tmp_path).eos_token_id == load_encoder(tokenizer_dir).eos_token_id  # the usual one
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    newline = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id("Ċ")
+    assert load_encoder(tmp_path).eos_token_id == newline
+
+
+def test_long_vocabularies_get_wider_ids(tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({EOS: 0, "far": 70_000}, unk_token=EOS)).save(str(tmp_path / "tokenizer.json"))
+    encoder = load_encoder(tmp_path)
+    assert encoder.vocab_size == 70_001
+    assert encoder.encode_batch(["far"])[0].tolist() == [70_000]
+
+
+def test_what_is_missing_is_named(tokenizer_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; make one with"):
+        load_encoder(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        load_encoder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
+        load_encoder(tmp_path)
+    shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(UserError, match="no end-of-sequence token '</s>'"):
+        load_encoder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not a JSON object"):
+        load_encoder(tmp_path)
+
+
+def test_chars_per_token_as_in_the_recipe(tokenizer_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    texts = make_documents(30)
+    characters = sum(len(text) for text in texts[:20])
+    tokens = sum(len(tokenizer(text).tokens()) for text in texts[:20])
+    dataset = ({"content": text} for text in texts)
+    assert estimate_chars_per_token(dataset, tokenizer, num_documents=20) == characters / tokens
+    with pytest.raises(UserError, match="no text"):
+        estimate_chars_per_token([], tokenizer)

@@ -1,0 +1,303 @@
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from codeparrot_ds.data import sources
+from codeparrot_ds.data.encoder import Encoder
+from codeparrot_ds.data.sources import BadDocuments, find_shards, read_documents
+from codeparrot_ds.data.stream import (
+    LaneState,
+    Row,
+    StreamConfig,
+    TrainingStream,
+    check_lanes,
+    check_world_size,
+    fingerprint_differences,
+    lane_share,
+    stream_fingerprint,
+)
+from codeparrot_ds.errors import UserError
+from tests.data.conftest import make_documents, write_shard
+
+SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
+ConfigMaker = Callable[..., StreamConfig]
+
+
+@pytest.fixture
+def make_config(make_corpus: Callable[..., Path], encoder: Encoder) -> ConfigMaker:
+    def make(texts: list[str], *, num_shards: int = 3, suffix: str = ".jsonl", **fields: Any) -> StreamConfig:
+        folder = make_corpus(texts, num_shards=num_shards, suffix=suffix)
+        settings = {"seq_length": 32, "num_lanes": 8, "shuffle_buffer": 30, "seed": 1, **fields}
+        return StreamConfig(shards=find_shards(folder, "train"), encoder=encoder, **settings)
+
+    return make
+
+
+def take(stream: Iterable[Row], count: int) -> list[Row]:
+    return list(islice(stream, count))
+
+
+def assert_same_rows(rows: list[Row], expected: list[Row]) -> None:
+    assert [row.lane for row in rows] == [row.lane for row in expected]
+    assert np.array_equal(np.stack([row.ids for row in rows]), np.stack([row.ids for row in expected]))
+    assert [row.state for row in rows] == [row.state for row in expected]
+
+
+def saved_states(rows: list[Row]) -> dict[int, LaneState]:
+    """The last state of each lane, by way of JSON, as a checkpoint keeps them."""
+    states = {row.lane: row.state.to_json() for row in rows}
+    return {int(lane): LaneState.from_json(state) for lane, state in json.loads(json.dumps(states)).items()}
+
+
+def documents_of_lane(rows: list[Row], lane: int, eos_token_id: int) -> list[tuple[int, ...]]:
+    """The finished documents of a lane's rows, in order."""
+    ids = np.concatenate([row.ids for row in rows if row.lane == lane])
+    pieces = np.split(ids, np.flatnonzero(ids == eos_token_id) + 1)[:-1]
+    return [tuple(piece[:-1].tolist()) for piece in pieces]
+
+
+def test_row_k_comes_from_lane_k_modulo_num_lanes(make_config: ConfigMaker) -> None:
+    config = make_config(make_documents(100))
+    rows = take(TrainingStream(config), 50)
+    assert [row.lane for row in rows] == [k % 8 for k in range(50)]
+    assert all(row.ids.shape == (32,) and row.ids.dtype == np.uint16 for row in rows)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_order_is_the_same_at_every_world_size(make_config: ConfigMaker, world_size: int, num_workers: int) -> None:
+    config = make_config(make_documents(80), num_lanes=24)
+    num_rows = 24 * 20
+    expected = take(TrainingStream(config), num_rows)
+    assert min(row.state.epoch for row in expected[-24:]) >= 2  # epoch borders are crossed
+    rows: list[Any] = [None] * num_rows
+    for rank in range(world_size):
+        for worker in range(num_workers):
+            stream = TrainingStream(config, rank=rank, world_size=world_size, worker=(worker, num_workers))
+            step = world_size * num_workers
+            rows[rank + world_size * worker :: step] = take(stream, num_rows // step)
+    assert_same_rows(rows, expected)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_resumes_anywhere_at_any_world_size(make_config: ConfigMaker, suffix: str) -> None:
+    config = make_config(make_documents(120), suffix=suffix, num_lanes=8)
+    num_rows = 8 * 80
+    expected = take(TrainingStream(config), num_rows)
+    assert min(row.state.epoch for row in expected[-8:]) >= 3
+    rng = random.Random(0)
+    for _ in range(15):
+        world_size = rng.choice([1, 2, 4, 8])
+        start_row = 8 * rng.randrange(1, num_rows // 8 - 2)
+        states = saved_states(expected[:start_row])
+        rows: list[Any] = [None] * (num_rows - start_row)
+        for rank in range(world_size):
+            stream = TrainingStream(config, rank=rank, world_size=world_size, start_row=start_row, lane_states=states)
+            rows[rank::world_size] = take(stream, len(rows[rank::world_size]))
+        assert_same_rows(rows, expected[start_row:])
+
+
+@pytest.mark.parametrize("start_row", [4, 12, 20])
+def test_resumes_inside_a_round_of_lanes(make_config: ConfigMaker, start_row: int) -> None:
+    config = make_config(make_documents(100), num_lanes=8)
+    expected = take(TrainingStream(config), 60)
+    stream = TrainingStream(config, start_row=start_row, lane_states=saved_states(expected[:start_row]))
+    assert_same_rows(take(stream, 60 - start_row), expected[start_row:])
+
+
+@pytest.mark.parametrize(("num_shards", "suffix"), [(1, ".jsonl"), (3, ".parquet"), (3, ".jsonl"), (13, ".jsonl.gz")])
+def test_every_document_once_an_epoch_over_resumes(make_config: ConfigMaker, num_shards: int, suffix: str) -> None:
+    config = make_config(make_documents(61), num_shards=num_shards, suffix=suffix, num_lanes=5, shuffle_buffer=20)
+    corpus: Counter[tuple[int, ...]] = Counter()
+    rows: list[Row] = []
+    for _ in range(4):  # stopped and resumed four times
+        rows += take(TrainingStream(config, start_row=len(rows), lane_states=saved_states(rows)), 5 * 30)
+    for lane in range(5):
+        share = lane_share(config.shards, 5, lane)
+        texts = [
+            text
+            for shard in share.shards
+            for text, _ in read_documents(shard, phase=share.phase, stride=share.stride, bad=BadDocuments())
+        ]
+        owned = Counter(tuple(ids.tolist()) for ids in config.encoder.encode_batch(texts))
+        seen = documents_of_lane(rows, lane, config.encoder.eos_token_id)
+        epochs = [seen[start : start + len(texts)] for start in range(0, len(seen), len(texts))]
+        assert len(epochs) > 3
+        assert all(Counter(epoch) == owned for epoch in epochs[:-1])
+        assert len({tuple(epoch) for epoch in epochs[:-1]}) == len(epochs) - 1, "each epoch has another order"
+        last = rows[-5 + lane].state
+        assert (last.documents, last.epoch) == (len(seen), (len(seen) - (last.token == 0)) // len(texts))
+        corpus += owned
+    all_ids = config.encoder.encode_batch(make_documents(61))
+    assert corpus == Counter(tuple(ids.tolist()) for ids in all_ids)
+
+
+def test_counters_are_of_finished_documents(make_config: ConfigMaker) -> None:
+    texts = make_documents(50)
+    config = make_config(texts, num_shards=1, num_lanes=1, seq_length=8)
+    rows = take(TrainingStream(config), 2000)
+    assert rows[-1].state.epoch > 2
+    all_ids = config.encoder.encode_batch(texts)
+    sizes = {tuple(ids.tolist()): len(text.encode()) for text, ids in zip(texts, all_ids, strict=True)}
+    seen = documents_of_lane(rows, 0, config.encoder.eos_token_id)
+    num_finished = np.cumsum([np.count_nonzero(row.ids == config.encoder.eos_token_id) for row in rows])
+    num_bytes = np.cumsum([0, *(sizes[ids] for ids in seen)])
+    for place, row in enumerate(rows):
+        expected = (num_finished[place], 8 * (place + 1), num_bytes[num_finished[place]])
+        assert (row.state.documents, row.state.tokens, row.state.bytes) == expected
+
+
+def test_each_epoch_has_its_own_order_of_shards(make_config: ConfigMaker) -> None:
+    config = make_config(make_documents(26), num_shards=13, num_lanes=1, shuffle_buffer=1)
+    rows = take(TrainingStream(config), 300)
+    seen = documents_of_lane(rows, 0, config.encoder.eos_token_id)
+    epochs = {tuple(seen[start : start + 26]) for start in range(0, 26 * 4, 26)}
+    assert len(epochs) == 4
+
+
+def test_seed_and_buffer_change_the_order(make_config: ConfigMaker) -> None:
+    config = make_config(make_documents(100))
+    first = np.stack([row.ids for row in take(TrainingStream(config), 40)])
+    for other in (replace(config, seed=2), replace(config, shuffle_buffer=80), replace(config, shuffle_buffer=1)):
+        assert not np.array_equal(first, np.stack([row.ids for row in take(TrainingStream(other), 40)]))
+
+
+def test_the_order_is_pinned(make_config: ConfigMaker) -> None:
+    """A checkpoint resumed with another version of NumPy or of this project must go on with the same rows."""
+    config = make_config([f"{number}" for number in range(12)], num_shards=1, num_lanes=1, shuffle_buffer=5)
+    rows = take(TrainingStream(config), 10)
+    ids = np.concatenate([row.ids for row in rows])
+    pieces = np.split(ids, np.flatnonzero(ids == config.encoder.eos_token_id) + 1)
+    digits = {tuple(e.tolist()): n for n, e in enumerate(config.encoder.encode_batch([f"{n}" for n in range(12)]))}
+    order = [digits[tuple(piece[:-1].tolist())] for piece in pieces[:24]]
+    windows = [[0, 4, 1, 2, 3], [6, 5, 8, 9, 7], [10, 11], [2, 3, 4, 1, 0], [9, 6, 5, 7, 8], [11, 10]]
+    assert order == [number for window in windows for number in window]
+
+
+def bytes_read() -> int:
+    """Bytes that this process has asked the system for."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_resume_reads_a_window_a_lane_wherever_it_stands(
+    make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "READ_BYTES", 4096)
+    texts = [f"# {number}\n" + "x = 1\n" * 200 for number in range(800)]  # 1.2 kB each, 1 MB in all
+    config = make_config(texts, num_shards=2, num_lanes=4, shuffle_buffer=16, seq_length=256)
+    rows = [row for row in take(TrainingStream(config), 6000) if row.state.epoch == 0]
+    window_bytes = 4 * 2 * 1300  # 4 documents of a lane, and those of the other lane in between
+    for share in (0.01, 0.5, 0.99):
+        start_row = int(len(rows) * share) // 4 * 4
+        states = saved_states(rows[:start_row])
+        before = bytes_read()
+        resumed = take(TrainingStream(config, start_row=start_row, lane_states=states), 4)
+        assert bytes_read() - before < 4 * (2 * window_bytes + 2 * 4096) < 0.15 * sum(map(len, texts))
+        assert_same_rows(resumed, rows[start_row : start_row + 4])
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 8, 20])
+def test_lanes_share_the_documents(make_config: ConfigMaker, num_shards: int) -> None:
+    texts = make_documents(97)
+    config = make_config(texts, num_shards=num_shards)
+    found = []
+    for lane in range(8):
+        share = lane_share(config.shards, 8, lane)
+        for shard in share.shards:
+            documents = read_documents(shard, phase=share.phase, stride=share.stride, bad=BadDocuments())
+            found += [text for text, _ in documents]
+    assert sorted(found) == sorted(texts)
+
+
+@pytest.mark.parametrize(("num_documents", "num_shards", "largest"), [(5, 1, 5), (11, 3, 11), (2, 1, 2)])
+def test_an_empty_lane_names_the_largest_number(
+    make_config: ConfigMaker, num_documents: int, num_shards: int, largest: int
+) -> None:
+    config = make_config(make_documents(num_documents), num_shards=num_shards, num_lanes=24)
+    message = f"of num_lanes=24 has no document: .*; the largest num_lanes that works is {largest}\\."
+    with pytest.raises(UserError, match=message):
+        check_lanes(config.shards, 24)
+    with pytest.raises(UserError, match=message):
+        take(TrainingStream(config), 24)
+    check_lanes(config.shards, largest)
+    take(TrainingStream(replace(config, num_lanes=largest)), 3 * largest)
+
+
+def test_empty_shards_count(tmp_path: Path, encoder: Encoder) -> None:
+    write_shard(tmp_path / "train" / "part-0.jsonl", make_documents(9))
+    (tmp_path / "train" / "part-1.jsonl").touch()
+    shards = find_shards(tmp_path, "train")
+    check_lanes(shards, 1)
+    with pytest.raises(UserError, match="Lane 1 of num_lanes=2 .* that works is 1"):
+        check_lanes(shards, 2)
+    (tmp_path / "train" / "part-0.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match="No document can be read from the 2 shards"):
+        check_lanes(find_shards(tmp_path, "train"), 2)
+
+
+def test_bad_documents_are_counted_once_however_many_epochs(make_config: ConfigMaker) -> None:
+    config = make_config(make_documents(10), num_shards=1, num_lanes=2, max_bad_documents=2)
+    with open(config.shards[0].path, "a") as file:
+        file.write('{"content": null}\n{"text": "x"}\n')
+    bad = BadDocuments(2)
+    rows = take(TrainingStream(config, bad=bad), 200)
+    assert rows[-1].state.epoch > 3
+    assert [found.line for found in bad] == [11, 12]
+    with pytest.raises(UserError, match="max_bad_documents=1"):
+        take(TrainingStream(replace(config, max_bad_documents=1)), 200)
+
+
+def test_world_size_must_divide_the_lanes() -> None:
+    for world_size in (1, 2, 16, 64):
+        check_world_size(64, world_size)
+    with pytest.raises(UserError, match="shared by 6 ranks; use 4 or 8 ranks, or start a new run with num_lanes=66"):
+        check_world_size(64, 6)
+    with pytest.raises(UserError, match="shared by 100 ranks; use 64 ranks, or start a new run with num_lanes=100"):
+        check_world_size(64, 100)
+
+
+def test_states_of_another_row_are_refused(make_config: ConfigMaker) -> None:
+    config = make_config(make_documents(50))
+    states = saved_states(take(TrainingStream(config), 16))
+    with pytest.raises(UserError, match="does not belong to row 24 of the run: lane 0 stands after 64 tokens, not 96"):
+        TrainingStream(config, start_row=24, lane_states=states)
+    with pytest.raises(UserError, match="lane 0 stands after 0 tokens"):
+        TrainingStream(config, start_row=16)
+    with pytest.raises(UserError, match="lane 0 stands after 64 tokens, not 0"):
+        TrainingStream(config, lane_states=states)
+    with pytest.raises(UserError, match="saved lane state must hold the counts .*epoch"):
+        LaneState.from_json({"epoch": 1})
+
+
+def test_fingerprint_differences_are_spelled_out(make_config: ConfigMaker) -> None:
+    config = make_config(make_documents(50), num_shards=3)
+    saved = json.loads(json.dumps(stream_fingerprint(config)))
+    assert fingerprint_differences(saved, stream_fingerprint(config)) == []
+    shards = [config.shards[0], replace(config.shards[1], bytes=7), replace(config.shards[2], name="part-9.jsonl")]
+    other = stream_fingerprint(replace(config, shards=shards, seq_length=16, seed=2))
+    assert fingerprint_differences({**saved, "tokenizer": "0"}, other) == [
+        "seq_length is 16, but the run was started with 32.",
+        "seed is 2, but the run was started with 1.",
+        "The tokenizer is not the one that the run was started with (tokenizer.json differs).",
+        f"The shard part-00001.jsonl has 7 bytes, but had {config.shards[1].bytes}.",
+        "The shard part-00002.jsonl is gone.",
+        "The shard part-9.jsonl is new.",
+    ]
+
+
+def test_the_stream_needs_no_torch() -> None:
+    code = (
+        "import sys, codeparrot_ds.data.stream, codeparrot_ds.data.validation; "
+        "assert not {'torch', 'transformers', 'pyarrow', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

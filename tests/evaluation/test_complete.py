@@ -1,0 +1,169 @@
+"""Completions, against an independent transcription of the recipe's functions on the same pipeline."""
+
+import io
+import re
+import shutil
+
+import pytest
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.complete import (
+    EXAMPLE_PROMPTS,
+    complete_code,
+    first_block,
+    load_generator,
+    run_complete,
+)
+from codeparrot_ds.evaluation.source import find_model
+from codeparrot_ds.hub.queue import PushQueue
+from codeparrot_ds.hub.repository import LocalRepository
+
+AREA = EXAMPLE_PROMPTS[0][0]
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder):
+    return load_generator(model_folder)
+
+
+def book_first_block(string):
+    return re.split("\nclass|\ndef|\n#|\n@|\nprint|\nif", string)[0].rstrip()
+
+
+def book_complete_code(pipe, prompt, max_length=64, num_completions=4, seed=1):
+    from transformers import set_seed
+
+    set_seed(seed)
+    gen_kwargs = {"temperature": 0.4, "top_p": 0.95, "top_k": 0, "num_beams": 1, "do_sample": True}
+    code_gens = pipe(prompt, num_return_sequences=num_completions, max_length=max_length, **gen_kwargs)
+    code_strings = []
+    for code_gen in code_gens:
+        code_strings.append(book_first_block(code_gen["generated_text"][len(prompt) :]))
+    print(("\n" + "=" * 80 + "\n").join(code_strings))
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("\n    return a * b\n\nclass Next:", "\n    return a * b"),
+        ("\n    return 1\n\ndef next():", "\n    return 1"),
+        (" x\n# comment\n@decorated", " x"),
+        (" x\n@decorated\n", " x"),
+        (" x\nprint(x)", " x"),
+        (" x\nif x:", " x"),
+        (" x\n    if x:\n        print(x)  \n\n", " x\n    if x:\n        print(x)"),
+        ("def f(): pass", "def f(): pass"),
+        ("\nclassical = 1", ""),
+        ("", ""),
+    ],
+)
+def test_first_block_cuts_at_the_left_margin(text, block):
+    assert first_block(text) == block == book_first_block(text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments"),
+    [
+        ("def f(x):", {}),
+        ("def f(x):", {"seed": 7, "num_completions": 2}),
+        ("class A:\n    ", {"max_length": 128}),
+        ("", {"max_length": 32}),
+    ],
+)
+def test_complete_code_prints_what_the_recipe_prints(pipe, capsys, prompt, arguments):
+    book_complete_code(pipe, prompt, **arguments)
+    expected = capsys.readouterr().out
+    completions = complete_code(pipe, prompt, **arguments)
+    printed = capsys.readouterr()
+    assert printed.out == expected
+    assert printed.out.count("=" * 80) == arguments.get("num_completions", 4) - 1 == len(completions) - 1
+
+
+def test_completions_follow_the_seed_and_end_at_max_length(pipe, capsys):
+    first, again, other = (complete_code(pipe, "def f(x):", seed=seed) for seed in (3, 3, 4))
+    assert first == again != other
+    lengths = []
+
+    def counting(prompt, **arguments):
+        generations = pipe(prompt, return_tensors=True, **arguments)
+        lengths.extend(len(generation["generated_token_ids"]) for generation in generations)
+        return pipe(prompt, **arguments)
+
+    complete_code(counting, "def f(x):", max_length=40)
+    assert max(lengths) == 40
+
+
+def test_a_run_stands_for_its_newest_complete_checkpoint(run_folder):
+    checkpoints = run_folder / "checkpoints"
+    assert find_model(run_folder) == str(checkpoints / "step-00001000" / "export")
+    assert find_model(checkpoints / "step-00000500") == str(checkpoints / "step-00000500" / "export")
+    assert find_model(checkpoints / "step-00000500" / "export") == str(checkpoints / "step-00000500" / "export")
+    assert find_model("org/name") == "org/name"
+
+
+def test_a_drained_branch_cloned_with_plain_git_generates_the_same(run_folder, tmp_path, capsys):
+    import subprocess
+
+    queue = PushQueue(run_folder)
+    queue.enqueue(1000, find_model(run_folder), "step 1000")
+    queue.drain(LocalRepository(tmp_path / "hub.git"), "brave-fox-1")
+    subprocess.run(["git", "clone", "-q", "-b", "brave-fox-1", tmp_path / "hub.git", tmp_path / "clone"], check=True)
+    here = complete_code(load_generator(run_folder), "def f(x):")
+    assert complete_code(load_generator(tmp_path / "clone"), "def f(x):") == here
+
+
+def test_run_complete_takes_arguments_standard_input_and_examples(model_folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("def from_stdin(x):\n"))
+    run_complete(model_folder, ["def f(x):", "-"], num_completions=2)
+    printed = capsys.readouterr().out
+    assert printed.startswith("def f(x):\n" + "-" * 80 + "\n") and "def from_stdin(x):\n" + "-" * 80 in printed
+    assert printed.count("=" * 80) == 2
+    run_complete(model_folder, [], num_completions=1)
+    printed = capsys.readouterr().out
+    assert all(f"{prompt}\n{'-' * 80}" in printed for prompt, _ in EXAMPLE_PROMPTS)
+
+
+def test_prompts_that_do_not_fit_are_refused_before_anything_is_printed(model_folder, capsys):
+    for prompts, length, message in (
+        (["def f(x):", AREA], 8, "max_length, which includes them, is 8; give at least"),
+        (["x = 1\n" * 200], 64, "context is 256"),
+        (["def f(x):"], 500, "give at most 256"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_complete(model_folder, prompts, max_length=length)
+    with pytest.raises(UserError, match="num_completions"):
+        run_complete(model_folder, ["x"], num_completions=0)
+    assert capsys.readouterr().out == ""
+
+
+def test_models_that_cannot_be_used_are_named(model_folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no such run or model folder"):
+        load_generator("./absent")
+    with pytest.raises(UserError, match="no run, checkpoint or Hugging Face model"):
+        load_generator(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        load_generator(tmp_path)
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_generator(broken)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="org/absent: the model cannot be loaded"):
+        load_generator("org/absent")
+
+
+def test_weights_that_lack_a_tensor_are_refused(model_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    partial = shutil.copytree(model_folder, tmp_path / "partial")
+    tensors = load_file(partial / "model.safetensors")
+    tensors.pop("transformer.h.1.mlp.c_fc.weight")
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack transformer.h.1.mlp.c_fc.weight"):
+        load_generator(partial)
+
+
+def test_generation_uses_the_cache_even_if_training_saved_it_off(pipe):
+    assert pipe.model.generation_config.use_cache is True

@@ -1,0 +1,178 @@
+"""Loss, perplexity and bits a byte, against transformers' own loss and against counting by hand."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.data.validation import ValidationLoader
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation import perplexity
+from codeparrot_ds.evaluation.perplexity import evaluate_batches, evaluate_model, result_from_sums, token_losses
+from codeparrot_ds.evaluation.source import load_model
+
+
+def transformers_loss(model, batches) -> tuple[float, int]:
+    """The token-weighted mean of the model's own loss over batches with labels, and the number of targets."""
+    loss_sum = tokens = 0
+    with torch.no_grad():
+        for input_ids, labels in batches:
+            count = int((labels[:, 1:] != -100).sum())
+            loss_sum += model(input_ids=input_ids, labels=labels).loss.double().item() * count
+            tokens += count
+    return loss_sum / tokens, tokens
+
+
+def validation_batches(model_folder, corpus_folder, **settings):
+    shards = find_shards(corpus_folder, "validation")
+    settings = {"seq_length": 64, "num_lanes": 2, "batch_size": 3} | settings
+    return list(ValidationLoader(shards, load_encoder(model_folder), **settings))
+
+
+def test_loss_equals_that_of_transformers(model_folder, corpus_folder):
+    batches = validation_batches(model_folder, corpus_folder)
+    assert any((labels == -100).any() for _, labels in batches)  # a padded row is among them
+    model, _ = load_model(model_folder)
+    expected, tokens = transformers_loss(model, batches)
+    result = evaluate_model(model_folder, data=corpus_folder, seq_length=64, num_lanes=2, batch_size=5)
+    assert result["loss"] == pytest.approx(expected, abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    assert result["eval_tokens"] == tokens
+    assert (result["dtype"], result["seq_length"], result["split"]) == ("float32", 64, "validation")
+
+
+def test_token_losses_do_not_depend_on_the_chunks_and_leave_out_ignored_labels(monkeypatch):
+    logits = torch.randn(3, 7, 11, dtype=torch.bfloat16)
+    labels = torch.randint(0, 11, (3, 7))
+    labels[1, 3:] = -100
+    whole = token_losses(logits, labels)
+    monkeypatch.setattr(perplexity, "_LOGITS_AT_ONCE", 44)
+    assert torch.equal(token_losses(logits, labels), whole)
+    assert whole.dtype == torch.float32 and whole.shape == labels.shape
+    assert (whole[:, -1] == 0).all() and (whole[1, 2:] == 0).all() and (whole[1, :2] > 0).all()
+    by_hand = -logits[0, 2].float().log_softmax(-1)[labels[0, 3]]
+    assert whole[0, 2].item() == pytest.approx(by_hand.item(), rel=1e-6)
+
+
+def test_bits_a_byte_of_a_uniform_distribution_count_the_text(model_folder, texts):
+    """Each token costs log2(vocabulary) bits whatever the model, so the figure follows from counting alone."""
+    encoder = load_encoder(model_folder)
+    text = "".join(texts[:2])
+    ids = torch.tensor(encoder.encode_batch([text])[0].astype(np.int64))[None]
+    for vocabulary in (encoder.vocab_size, 50_000):
+
+        def uniform(input_ids, labels, vocabulary=vocabulary):
+            return token_losses(torch.zeros(*input_ids.shape, vocabulary), labels)
+
+        result = evaluate_batches(uniform, [(ids, ids)], token_bytes=encoder.token_bytes())
+        targets = ids.shape[1] - 1
+        bytes_of_targets = len(text.encode()) - int(encoder.token_bytes()[ids[0, 0]])
+        assert result.eval_tokens == targets
+        assert result.loss == pytest.approx(math.log(vocabulary), rel=1e-6)
+        assert result.bits_per_byte == pytest.approx(targets * math.log2(vocabulary) / bytes_of_targets, rel=1e-6)
+    assert evaluate_batches(uniform, [(ids, ids)]).bits_per_byte is None
+
+
+def test_sums_become_figures_also_at_the_edges():
+    result = result_from_sums(6.0, 3, 4)
+    assert (result.loss, result.perplexity, result.eval_tokens) == (2.0, math.exp(2), 3)
+    assert result.bits_per_byte == pytest.approx(6 / math.log(2) / 4)
+    assert result_from_sums(1e6, 1).perplexity == math.inf
+    assert math.isnan(result_from_sums(0.0, 0).loss)
+    assert math.isnan(result_from_sums(math.nan, 3).perplexity)
+
+
+def test_sums_are_kept_in_double_precision():
+    """A million tokens of loss 0.1 after one of 1e7: in fp32 the small ones would be rounded away."""
+    losses = iter([torch.tensor([1e7]), *[torch.full((1000,), 0.1)] * 1000])
+    batch = (torch.zeros((1, 1001), dtype=torch.long),) * 2
+    result = evaluate_batches(lambda ids, labels: next(losses), [batch] * 1001)
+    assert result.loss * result.eval_tokens == pytest.approx(1e7 + 1e5, rel=1e-7)
+
+
+RANK_SCRIPT = """
+import sys, torch
+from torch import distributed
+from codeparrot_ds.evaluation.perplexity import evaluate_batches
+rank, world, store = int(sys.argv[1]), 3, sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+generator = torch.Generator().manual_seed(0)
+everything = [torch.randint(0, 50, (2, 9), generator=generator) for _ in range(5)]
+mine = [everything[i] for i in [(0, 1, 2, 3), (4,), ()][rank]]  # ranks with 4, 1 and no batches
+calls = 0
+
+def loss_fn(input_ids, labels):
+    global calls
+    calls += 1
+    distributed.all_reduce(torch.ones(1))  # as ZeRO-3 would gather: every rank must come here equally often
+    return (input_ids.float() * (labels != -100))[:, 1:]
+
+result = evaluate_batches(loss_fn, [(ids, ids) for ids in mine], token_bytes=torch.arange(50))
+print(calls, repr(result.loss), repr(result.bits_per_byte), result.eval_tokens, flush=True)
+distributed.destroy_process_group()
+"""
+
+
+def test_ranks_with_unequal_numbers_of_batches_stay_in_step(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_SCRIPT, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    answers = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    generator = torch.Generator().manual_seed(0)
+    targets = [torch.randint(0, 50, (2, 9), generator=generator)[:, 1:] for _ in range(5)]
+    total, count = sum(int(some.sum()) for some in targets), sum(some.numel() for some in targets)
+    bits_per_byte = total / math.log(2) / total  # each target id stands for as many bytes as its loss
+    assert answers == [f"4 {total / count!r} {bits_per_byte!r} {count}"] * 3
+
+
+def test_a_run_is_evaluated_on_its_own_rows(run_folder, model_folder, corpus_folder):
+    run = evaluate_model(run_folder)
+    assert run["model"].endswith("step-00001000/export") and run["data"] == str(corpus_folder)
+    model, _ = load_model(model_folder)
+    expected, tokens = transformers_loss(model, validation_batches(model_folder, corpus_folder))
+    assert (run["eval_tokens"], run["seq_length"]) == (tokens, 64)
+    assert run["loss"] == pytest.approx(expected, abs=1e-5)
+    export = evaluate_model(run_folder / "checkpoints" / "step-00000500" / "export")
+    assert export["loss"] == run["loss"]  # the same rows from inside the run
+    one_batch = evaluate_model(run_folder, max_eval_steps=1, batch_size=2)
+    rows = validation_batches(model_folder, corpus_folder, batch_size=2)[:1]
+    assert one_batch["eval_tokens"] == transformers_loss(model, rows)[1]
+    assert evaluate_model(run_folder, split="train")["loss"] == pytest.approx(run["loss"])  # the same text here
+
+
+def test_weights_are_used_in_their_own_precision_unless_told(tmp_path, corpus_folder, save_model):
+    folder = save_model(tmp_path / "model", dtype="bfloat16")
+    settings = {"data": corpus_folder, "seq_length": 64, "num_lanes": 1}
+    stored = evaluate_model(folder, **settings)
+    widened = evaluate_model(folder, dtype="float32", **settings)
+    assert (stored["dtype"], widened["dtype"]) == ("bfloat16", "float32")
+    assert stored["loss"] != widened["loss"] and stored["loss"] == pytest.approx(widened["loss"], rel=2e-2)
+
+
+def test_what_does_not_fit_together_is_refused(model_folder, corpus_folder, run_folder, tmp_path, save_model):
+    small = save_model(tmp_path / "small", vocab_size=100)
+    for arguments, message in (
+        ({"source": small, "data": corpus_folder}, r"tokenizer has \d+ tokens and the model only 100"),
+        ({"source": model_folder}, "--data"),
+        ({"source": model_folder, "data": tmp_path / "absent"}, "absent"),
+        ({"source": model_folder, "data": corpus_folder, "split": "test"}, "test"),
+        ({"source": model_folder, "data": corpus_folder, "seq_length": 512}, "rows of 2 to 256"),
+        ({"source": run_folder, "max_eval_steps": 0}, "max_eval_steps"),
+        ({"source": run_folder, "batch_size": 0}, "batch_size"),
+        ({"source": run_folder, "dtype": "fp8"}, "auto, float32"),
+        ({"source": tmp_path / "absent"}, "absent"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_model(**arguments)

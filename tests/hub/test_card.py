@@ -1,0 +1,69 @@
+"""The model card: metadata that huggingface_hub accepts, and every figure in its place."""
+
+import math
+
+from huggingface_hub import ModelCard
+
+from codeparrot_ds.hub.card import model_card
+
+INFO = {
+    "name": "brave-fox-1",
+    "model": "gpt2",
+    "num_parameters": 111_008_256,
+    "dtype": "bfloat16",
+    "step": 15_000,
+    "tokens": 2_949_120_000,
+    "loss": 1.25,
+    "eval_loss": 1.3,
+    "perplexity": math.exp(1.3),
+    "bits_per_byte": 0.52,
+    "eval_tokens": 1_000_000,
+    "history": [{"step": 7500, "eval_loss": 1.5, "perplexity": math.exp(1.5)}],
+    "config": {"model": "gpt2", "learning_rate": 5e-4, "num_warmup_steps": 2000, "output_dir": "/home/me/secret-place"},
+    "ds_config": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "corpus": {
+        "steps": [
+            {
+                "step": "exact_duplicates",
+                "documents_before": 90,
+                "documents_after": 80,
+                "bytes_before": 9,
+                "bytes_after": 8,
+            }
+        ],
+        "licenses": {"mit": 50, "apache-2.0|or-later": 30},
+        "splits": {"train": {"documents": 70, "bytes": 7000}, "validation": {"documents": 10, "bytes": 1000}},
+    },
+    "repository": "/srv/hub.git",
+    "license": "apache-2.0",
+    "versions": {"deepspeed": "0.19.8"},
+}
+
+
+def test_metadata_is_what_the_hub_reads():
+    data = ModelCard(model_card(INFO)).data
+    assert (data.language, data.license, data.library_name) == ("code", "apache-2.0", "transformers")
+    assert {"deepspeed", "gpt2", "code-generation"} <= set(data.tags)
+    assert data.metrics == ["perplexity"] and data.datasets is None
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("perplexity", round(math.exp(1.3), 6))
+
+
+def test_the_body_holds_every_figure_and_no_local_path():
+    text = model_card(INFO)
+    for shown in (
+        "111,008,256", "15,000", "2,949,120,000", "1.2500", "1.3000", "3.6693", "0.5200", "| 7,500 | 1.5000 | 4.4817 |",
+        "`learning_rate` | 0.0005", '"stage": 2', "| exact_duplicates | 90 | 80 | 8 |", "| mit | 50 |",
+        "apache-2.0\\|or-later", "| train | 70 | 7,000 |", "git clone -b brave-fox-1 /srv/hub.git", "<details>",
+        "## Limits",
+    ):  # fmt: skip
+        assert shown in text, shown
+    assert "secret-place" not in text
+
+
+def test_a_card_of_little_knowledge_is_still_valid():
+    for perplexity in (None, math.inf):
+        text = model_card({"name": "x", "perplexity": perplexity, "dataset": "org/code"})
+        data = ModelCard(text).data
+        assert data.license == "other" and data.datasets == ["org/code"] and data.eval_results is None
+    assert "## Data" in text and "Hyperparameters" not in text and "| inf |" in text

@@ -1,0 +1,195 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import codeparrot_ds
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def constraints():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def declared():
+    """The requirements of setup.py with those of its extra `test`."""
+    text = (ROOT / "setup.py").read_text()
+    return [Requirement(found) for found in re.findall(r'"([A-Za-z][\w-]*>=[\d.]+)"', text) if "python" not in found]
+
+
+def test_importing_the_package_is_free_of_torch():
+    script = "import sys, codeparrot_ds; assert not {'torch', 'numpy', 'yaml'} & set(sys.modules); dir(codeparrot_ds)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", codeparrot_ds.__all__)
+def test_every_public_name_is_there(name):
+    assert callable(getattr(codeparrot_ds, name))
+    assert name in dir(codeparrot_ds)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        codeparrot_ds.nothing  # noqa: B018
+
+
+def test_constraints_are_exact_and_single():
+    for version in ("3.10", "3.11", "3.12"):
+        names = []
+        for pin in constraints():
+            assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), pin
+            assert "+" not in str(pin.specifier), f"{pin}: a local build of torch is not on the index"
+            if pin.marker is None or pin.marker.evaluate({"python_version": version}):
+                names.append(canonicalize_name(pin.name))
+        assert len(names) == len(set(names))
+
+
+def test_constraints_satisfy_the_declared_ranges():
+    pins = constraints()
+    for requirement in declared():
+        found = [pin for pin in pins if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
+        assert found, f"{requirement} has no pin"
+        for pin in found:
+            (version,) = (clause.version for clause in pin.specifier)
+            assert requirement.specifier.contains(version), f"{pin} is outside {requirement}"
+
+
+def test_declared_ranges_admit_the_older_versions_that_are_supported():
+    ranges = {requirement.name: requirement.specifier for requirement in declared()}
+    assert ranges["torch"].contains("2.11.0") and ranges["transformers"].contains("5.17.0")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of what is packaged, so that the checkout stays as it is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("codeparrot_ds", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_carries_the_configs_and_finds_them(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path)
+    shipped = {path.name for path in (ROOT / "ds_configs").iterdir()}
+    assert {f"codeparrot_ds/ds_configs/{name}" for name in shipped} <= names
+    assert not [name for name in names if name.startswith(("tests", "ds_configs"))]
+    command = [sys.executable, "-m", "codeparrot_ds", "check", "zero2", "--device", "cpu"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert str(tmp_path / "codeparrot_ds" / "ds_configs" / "zero2.json") in result.stdout
+
+
+# launch.sh, on a copy of it whose package installs in a moment: what is tested is the script, not pip.
+SETUP = """
+from setuptools import setup
+setup(name="codeparrot-ds", version="0", packages=["codeparrot_ds"],
+      entry_points={"console_scripts": ["codeparrot-ds = codeparrot_ds:main"]}, extras_require={"test": []})
+"""
+PROGRAM = """
+import os, shutil, sys
+def main():
+    print("arguments", sys.argv[1:], "cwd", os.getcwd(), "python", shutil.which("python"))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    root = tmp_path / "a checkout"
+    (root / "codeparrot_ds").mkdir(parents=True)
+    (root / "codeparrot_ds" / "__init__.py").write_text(PROGRAM)
+    (root / "setup.py").write_text(SETUP)
+    (root / "constraints.txt").write_text("")
+    shutil.copy(ROOT / "launch.sh", root)
+    return root
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A virtual environment that borrows this interpreter's packages, so that nothing is downloaded."""
+    folder = tmp_path / "active"
+    venv.create(folder, with_pip=True, symlinks=True)
+    purelib = subprocess.run(
+        [folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    own = [path for path in sys.path if path.endswith("-packages")]
+    Path(purelib, "borrowed.pth").write_text("\n".join(own) + "\n")
+    return folder
+
+
+def launch(checkout, environment, *arguments, cwd=None, **variables):
+    settings = {key: value for key, value in os.environ.items() if key not in ("CONDA_PREFIX", "PYTHONPATH")}
+    settings |= {"VIRTUAL_ENV": str(environment), "PIP_NO_BUILD_ISOLATION": "0", **variables}
+    return subprocess.run(
+        [str(checkout / "launch.sh"), *arguments], cwd=cwd or checkout, env=settings, capture_output=True, text=True, check=False
+    )
+
+
+def test_launch_installs_once_and_hands_over(checkout, environment, tmp_path):
+    first = launch(checkout, environment, "train", "a b", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert f"arguments ['train', 'a b'] cwd {tmp_path} python {environment}/bin/python" in first.stdout
+    assert "installing into" in first.stderr
+    second = launch(checkout, environment, cwd="/")
+    assert (second.returncode, second.stderr) == (0, "")
+    assert "arguments [] cwd /" in second.stdout
+
+
+def test_launch_installs_again_when_what_it_depends_on_changes(checkout, environment):
+    assert launch(checkout, environment).returncode == 0
+    (checkout / "constraints.txt").write_text("# newer\n")
+    assert "installing into" in launch(checkout, environment).stderr
+
+
+def test_an_interrupted_installation_is_not_taken_for_a_whole_one(checkout, environment):
+    (checkout / "setup.py").write_text("raise SystemExit('interrupted')\n")
+    assert launch(checkout, environment).returncode != 0
+    assert not list(environment.glob(".codeparrot-ds*"))
+    (checkout / "setup.py").write_text(SETUP)
+    assert launch(checkout, environment).returncode == 0
+
+
+def test_launch_test_runs_pytest_in_the_checkout(checkout, environment):
+    (checkout / "test_it.py").write_text("def test_it():\n    pass\n")
+    result = launch(checkout, environment, "test", "-q", "test_it.py", cwd="/")
+    assert "1 passed" in result.stdout, result.stdout + result.stderr
+    # The test installation holds all that the plain one does.
+    assert launch(checkout, environment).stderr == ""
+
+
+def test_two_first_calls_do_not_collide(checkout, environment):
+    settings = os.environ | {"VIRTUAL_ENV": str(environment), "PIP_NO_BUILD_ISOLATION": "0"}
+    calls = [
+        subprocess.Popen([str(checkout / "launch.sh")], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [call.communicate()[1] for call in calls]
+    assert [call.returncode for call in calls] == [0, 0], said
+    assert sum("installing into" in text for text in said) == 1
+
+
+def test_an_old_python_is_refused_in_one_sentence(checkout, tmp_path):
+    fake = tmp_path / "fake" / "bin"
+    fake.mkdir(parents=True)
+    (fake / "python").write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.1 && exit 0\nexit 1\n')
+    (fake / "python").chmod(0o755)
+    result = launch(checkout, fake.parent)
+    assert result.returncode == 1
+    assert result.stderr == f"launch.sh: needs Python 3.10 or newer, and {fake}/python is Python 3.8.1\n"
