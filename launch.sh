@@ -52,10 +52,6 @@ install() {
     rm -f "$environment/.codeparrot-ds" "$environment/.codeparrot-ds-test"
     if [ "$environment" != "$here/.venv" ] && "$python" -c 'import torch' 2> /dev/null; then
         pins=()  # somebody's own environment with a torch that fits the machine: only add what is missing
-    elif [ ! -e /dev/nvidiactl ] && ! "$python" -c 'import torch' 2> /dev/null; then
-        # Without a GPU the CPU build saves gigabytes; where its index cannot be reached, the usual build follows.
-        "${pip[@]}" install --no-deps --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu \
-            "${pins[@]}" torch >&2 || echo "launch.sh: no CPU build of torch; taking the usual one" >&2
     fi
     "${pip[@]}" install "${pins[@]}" -e "$here${extras:+[$extras]}" >&2
     fingerprint > "$environment/.codeparrot-ds${extras:+-$extras}"

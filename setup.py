@@ -1,6 +1,6 @@
 """Packaging. `launch.sh` installs this in a virtual environment with the tested versions of `constraints.txt`."""
 
-import re
+import ast
 import shutil
 from pathlib import Path
 
@@ -8,6 +8,10 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+# Read, not imported: the build environment has none of the packages.
+SOURCE = (HERE / "codeparrot_ds" / "__init__.py").read_text(encoding="utf-8")
+VERSION_LINE = next(line for line in SOURCE.splitlines() if line.startswith("__version__"))
+VERSION = ast.literal_eval(VERSION_LINE.partition("=")[2].strip())
 
 
 class BuildWithConfigs(build_py):
@@ -24,7 +28,7 @@ class BuildWithConfigs(build_py):
 
 setup(
     name="codeparrot-ds",
-    version=re.search(r'__version__ = "(.+)"', (HERE / "codeparrot_ds" / "__init__.py").read_text())[1],
+    version=VERSION,
     description="Trains code models from scratch with DeepSpeed: the CodeParrot recipe",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -110,7 +110,8 @@ def build_model(options: argparse.Namespace) -> torch.nn.Module:
 
 def grouped_params(model: torch.nn.Module, weight_decay: float = 0.1) -> list[dict]:
     """Returns the recipe's groups, by its match of names."""
-    decayed, others = [], []
+    decayed: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (others if any(part in name for part in ("bias", "LayerNorm.weight")) else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -132,7 +133,7 @@ def train_steps(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -
     model = build_model(options)
     optimizer = torch.optim.AdamW(grouped_params(model), lr=options.learning_rate)
     scheduler = get_scheduler("cosine", optimizer, options.num_warmup_steps, options.max_train_steps)
-    loader = DataLoader(rows.flatten(0, 1), batch_size=options.micro_batch)
+    loader: DataLoader = DataLoader(list(rows.flatten(0, 1)), batch_size=options.micro_batch)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
     started = time.perf_counter()

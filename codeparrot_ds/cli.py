@@ -94,7 +94,9 @@ def build_parser() -> ArgumentParser:
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int] | None, text: str, **kwargs: Any
 ) -> ArgumentParser:
-    parser: ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **kwargs)
+    parser: ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", **kwargs
+    )
     parser.set_defaults(parser=parser, run=run)
     return parser
 
@@ -161,12 +163,16 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 
 def _add_corpus(commands: Any) -> None:
-    parser = _command(commands, "corpus", _run_corpus, "cleaned, deduplicated shards from source trees or files of rows")
+    parser = _command(
+        commands, "corpus", _run_corpus, "cleaned, deduplicated shards from source trees or files of rows"
+    )
     parser.add_argument("sources", nargs="+", metavar="SRC", help="source trees, and .jsonl, .jsonl.gz or .jsonl.zst")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
     group = parser.add_argument_group("reading")
     group.add_argument("--suffixes", nargs="+", default=[".py"], metavar="S", help=_default("files to read", ".py"))
-    group.add_argument("--content-column", default="content", metavar="NAME", help=_default("column of text", "content"))
+    group.add_argument(
+        "--content-column", default="content", metavar="NAME", help=_default("column of text", "content")
+    )
     group = parser.add_argument_group("cleaning")
     group.add_argument(
         "--filters", nargs="*", metavar="NAME", help="published filters to apply; none after it: none (default: all)"
@@ -219,7 +225,6 @@ def _add_tokenizer(commands: Any) -> None:
     parser.add_argument("--vocab-size", type=_count, default=32_768, metavar="N", help=_default("tokens in all", 32768))
     parser.add_argument("--max-documents", type=_count, metavar="N", help="documents to train on (default: all)")
     parser.add_argument("--max-bytes", type=_count, metavar="N", help="bytes of text to train on (default: all)")
-    parser.add_argument("--content-column", default="content", metavar="NAME", help=_default("column of text", "content"))
     parser.add_argument("--seed", type=int, default=1, metavar="N", help=_default("order of shards under a limit", 1))
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
 
@@ -235,7 +240,6 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             max_documents=arguments.max_documents,
             max_bytes=arguments.max_bytes,
-            content_column=arguments.content_column,
             overwrite=arguments.overwrite,
             progress=progress,
         )
@@ -324,9 +328,9 @@ def _describe_model(config: Any) -> str:
 
     vocab_size, source = 32_768, "the recipe's vocabulary"
     if config.tokenizer:
-        from codeparrot_ds.data.tokenizer import load_tokenizer
+        from codeparrot_ds.data.encoder import load_encoder
 
-        vocab_size, source = load_tokenizer(Path(config.tokenizer)).get_vocab_size(), config.tokenizer
+        vocab_size, source = load_encoder(config.tokenizer).vocab_size, config.tokenizer
     shape = find_shape(config.model, vocab_size=vocab_size, seq_length=config.seq_length)
     return (
         f"model {config.model}: {num_parameters(shape):,} parameters, "
@@ -346,8 +350,12 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument(
         "--split", choices=("validation", "train"), default="validation", help=_default("part of it", "validation")
     )
-    group.add_argument("--seq-length", type=_count, metavar="N", help="tokens a row (default: the run's, or the model's)")
-    group.add_argument("--num-lanes", type=_count, metavar="N", help="lanes that fix the rows (default: the run's, or 64)")
+    group.add_argument(
+        "--seq-length", type=_count, metavar="N", help="tokens a row (default: the run's, or the model's)"
+    )
+    group.add_argument(
+        "--num-lanes", type=_count, metavar="N", help="lanes that fix the rows (default: the run's, or 64)"
+    )
     group.add_argument("--batch-size", type=_count, default=8, metavar="N", help=_default("rows at once", 8))
     group.add_argument("--max-eval-steps", type=int, default=-1, metavar="N", help=_default("batches; -1 for all", -1))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -409,7 +417,9 @@ def _run_complete(arguments: argparse.Namespace) -> int:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="MODEL", help="a run, a checkpoint, an exported folder, or a Hub model's name")
+    parser.add_argument(
+        "source", metavar="MODEL", help="a run, a checkpoint, an exported folder, or a Hub model's name"
+    )
     group = parser.add_argument_group("device")
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",

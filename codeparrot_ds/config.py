@@ -35,7 +35,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 # The fields
 
 
-def _setting(default: Any, group: str, text: str, *, minimum: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+def _setting(
+    default: Any, group: str, text: str, *, minimum: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
     metadata = {"group": group, "help": text, "minimum": minimum, "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -87,7 +89,10 @@ class RunConfig:
 
     log_steps: int = _setting(10, "logging", "optimizer steps between lines of metrics", minimum=1)
     wandb: str = _setting(
-        "auto", "logging", "Weights & Biases; auto is online when logged in", choices=("auto", "online", "offline", "off")
+        "auto",
+        "logging",
+        "Weights & Biases; auto is online when logged in",
+        choices=("auto", "online", "offline", "off"),
     )
 
     def __post_init__(self) -> None:
@@ -170,7 +175,7 @@ class _Field:
         """What is wrong with `value`, or None."""
         if value is None and self.optional:
             return None
-        types = {"str": str, "int": int, "float": (int, float), "bool": bool}[self.kind]
+        types: Any = {"str": str, "int": int, "float": (int, float), "bool": bool}[self.kind]
         if not isinstance(value, types) or (isinstance(value, bool) and self.kind != "bool"):
             return f"must be {self.expected}, not {value!r}"
         if self.kind == "float" and not math.isfinite(value):
@@ -481,8 +486,8 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         help="ranks on this machine (default: one a GPU, or 2 on a machine without)",
     )  # fmt: skip
     group.add_argument("--hostfile", metavar="FILE", help="lines of `host slots=N` (default: this machine alone)")
-    group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to use, as in worker-0:0,2@worker-1")
-    group.add_argument("--exclude", metavar="HOSTS", help="hosts and GPUs to leave out; same form")
+    group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to use, as in a:0,2@b (default: all)")
+    group.add_argument("--exclude", metavar="HOSTS", help="hosts and GPUs to leave out, same form (default: none)")
     group.add_argument(
         "--master-addr", "--master_addr", metavar="HOST", dest="master_addr",
         help="address of the first host (default: found by the launcher)",

@@ -56,6 +56,8 @@ def train(config: RunConfig) -> dict[str, Any]:
 
         loss_sum = accumulate_gradients(engine, batches, session.accumulation_steps, ranks.device)
         step += 1
+        if step == first_step + 1:
+            session.first_step_done()
         if step % config.log_steps == 0 or step == config.max_train_steps:
             # The only place where the host waits for the device.
             loss = ranks.sum(loss_sum).item() / (session.accumulation_steps * ranks.world_size)

@@ -87,7 +87,7 @@ def test_version(capsys):
         (["train", "small"], "--data is missing"),
         (["corpus", "/nonexistent", "--out", "out"], "source /nonexistent does not exist"),
         (["corpus", "src", "--out", "out", "--overwrit"], "unknown option --overwrit; did you mean '--overwrite'?"),
-        (["tokenizer", "--data", "none", "--out", "out"], "none is not a corpus"),
+        (["tokenizer", "--data", "none", "--out", "out"], "no split 'train'"),
         (["check"], "nothing to check"),
         (["checkpoint", "list", "none"], "none is not a run"),
         (["checkpoint", "lst", "none"], "did you mean 'list'?"),
@@ -191,7 +191,11 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 
 def test_a_full_disk_is_one_sentence():
     result = subprocess.run(
-        f"{sys.executable} -m codeparrot_ds check zero2 > /dev/full", shell=True, capture_output=True, text=True, check=False
+        f"{sys.executable} -m codeparrot_ds check zero2 > /dev/full",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2
     assert result.stderr == "codeparrot-ds: error: the disk is full\n"

@@ -155,7 +155,9 @@ def test_accumulation_that_does_not_divide_names_valid_choices():
 
 
 def test_saved_config_is_read_back_equal(tmp_path):
-    config = RunConfig(run_name="2024", hub="off", wandb="off", resume="no", learning_rate=1e-5, eval_steps=3, data="null")
+    config = RunConfig(
+        run_name="2024", hub="off", wandb="off", resume="no", learning_rate=1e-5, eval_steps=3, data="null"
+    )
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
@@ -176,7 +178,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_what_yaml_misreads_is_read_as_meant(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("learning_rate: 5e-4\nmax_train_steps: 1e3\nhub: off\nrun-name: 2024\ncompile: yes\nshuffle_buffer: 1_000\n")
+    path.write_text(
+        "learning_rate: 5e-4\nmax_train_steps: 1e3\nhub: off\nrun-name: 2024\ncompile: yes\nshuffle_buffer: 1_000\n"
+    )
     config = load_config(path)
     assert (config.learning_rate, config.max_train_steps, config.hub, config.run_name) == (5e-4, 1000, "off", "2024")
     assert config.compile and config.shuffle_buffer == 1000
@@ -191,7 +195,10 @@ def test_json_with_tabs(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("seed: 1\nmax_trian_steps: 5\n", "run.yaml:2: unknown field 'max_trian_steps'; did you mean 'max_train_steps'?"),
+        (
+            "seed: 1\nmax_trian_steps: 5\n",
+            "run.yaml:2: unknown field 'max_trian_steps'; did you mean 'max_train_steps'?",
+        ),
         ("seed: 1\nseq_length: long\n", "run.yaml:2: seq_length must be a whole number, not 'long'"),
         ("seed: 1.5\n", "run.yaml:1: seed must be a whole number, not '1.5'"),
         ('learning_rate: "1e-4"\n', "run.yaml:1: learning_rate must be a number, not '1e-4'"),
@@ -239,7 +246,16 @@ def test_the_launchers_own_rank_option_is_accepted():
 
 
 def test_ranks_get_the_options_without_the_launchers():
-    arguments = ["small", "--num-gpus", "2", "--max-train-steps=3", "--hostfile=h", "--compile", "--max-eval-steps", "-1"]
+    arguments = [
+        "small",
+        "--num-gpus",
+        "2",
+        "--max-train-steps=3",
+        "--hostfile=h",
+        "--compile",
+        "--max-eval-steps",
+        "-1",
+    ]
     rest = without_launch_arguments(arguments)
     assert rest == ["small", "--max-train-steps=3", "--compile", "--max-eval-steps", "-1"]
     assert config_of(*rest) == config_of(*arguments)

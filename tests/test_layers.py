@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "codeparrot_ds"
 MODULES = {
-    ".".join(("codeparrot_ds", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in PACKAGE.rglob("*.py")
+    ".".join(("codeparrot_ds", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+    for path in PACKAGE.rglob("*.py")
 }
 # From what the user types (3) down to what is pure (0).
 LAYERS = {"cli": 3, "demo": 3, "__main__": 3, "train": 2, "run": 1, "hub": 1, "evaluation": 1, "model.gpt2": 1}

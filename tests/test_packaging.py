@@ -79,7 +79,17 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(source),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return next(folder.glob("*.whl"))
 
@@ -120,10 +130,13 @@ def checkout(tmp_path):
     return root
 
 
-@pytest.fixture
-def environment(tmp_path):
-    """A virtual environment that borrows this interpreter's packages, so that nothing is downloaded."""
-    folder = tmp_path / "active"
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """An active environment that borrows this interpreter's packages, so that nothing is downloaded.
+
+    Shared by the tests: each has a checkout of its own, for which the environment is not prepared yet.
+    """
+    folder = tmp_path_factory.mktemp("environment") / "active"
     venv.create(folder, with_pip=True, symlinks=True)
     purelib = subprocess.run(
         [folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -138,7 +151,12 @@ def launch(checkout, environment, *arguments, cwd=None, **variables):
     settings = {key: value for key, value in os.environ.items() if key not in ("CONDA_PREFIX", "PYTHONPATH")}
     settings |= {"VIRTUAL_ENV": str(environment), "PIP_NO_BUILD_ISOLATION": "0", **variables}
     return subprocess.run(
-        [str(checkout / "launch.sh"), *arguments], cwd=cwd or checkout, env=settings, capture_output=True, text=True, check=False
+        [str(checkout / "launch.sh"), *arguments],
+        cwd=cwd or checkout,
+        env=settings,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -177,7 +195,9 @@ def test_launch_test_runs_pytest_in_the_checkout(checkout, environment):
 def test_two_first_calls_do_not_collide(checkout, environment):
     settings = os.environ | {"VIRTUAL_ENV": str(environment), "PIP_NO_BUILD_ISOLATION": "0"}
     calls = [
-        subprocess.Popen([str(checkout / "launch.sh")], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [str(checkout / "launch.sh")], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     said = [call.communicate()[1] for call in calls]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,11 +67,11 @@ class TrainingLoader:
             start_row=start_row,
             lane_states=self._states.copy(),
         )
-        chunks = [_start_workers(dataset, self.num_workers) if self.num_workers else iter(dataset)]
-        self._chunks = chunks
-        # Dropping the DataLoader's iterator stops its workers. The finalizer sees to it at exit as well, where nothing
-        # else would: multiprocessing waits for workers that it has sent a SIGTERM, which they ignore.
-        self._stop = weakref.finalize(self, chunks.clear)
+        stopping = multiprocessing.RawValue("b", 0)
+        self._chunks = [_start_workers(dataset, self.num_workers, stopping) if self.num_workers else iter(dataset)]
+        self._stop = weakref.finalize(self, _stop_workers, self._chunks, stopping)
+        # Registered after the exit handlers of DataLoader and multiprocessing, it runs before they wait for workers.
+        atexit.register(self._stop)
         self._rows = self._ordered_rows()
 
     def __iter__(self) -> TrainingLoader:
@@ -171,7 +174,7 @@ class _ChunkDataset(IterableDataset):
             yield error
 
 
-def _start_workers(dataset: _ChunkDataset, num_workers: int) -> Iterator[_Chunk | UserError]:
+def _start_workers(dataset: _ChunkDataset, num_workers: int, stopping: Any) -> Iterator[_Chunk | UserError]:
     # Each worker is one core's worth of tokenizing, and the library warns at a fork unless this is set before.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
@@ -180,7 +183,7 @@ def _start_workers(dataset: _ChunkDataset, num_workers: int) -> Iterator[_Chunk 
         num_workers=num_workers,
         prefetch_factor=PREFETCH_CHUNKS,
         collate_fn=_unchanged,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_handle_signals, stopping),
         multiprocessing_context="fork",
         # Its own generator: otherwise starting workers draws from the random state that a resumed run restores.
         generator=torch.Generator(),
@@ -188,11 +191,25 @@ def _start_workers(dataset: _ChunkDataset, num_workers: int) -> Iterator[_Chunk 
     return iter(loader)
 
 
+def _stop_workers(chunks: list[Any], stopping: Any) -> None:
+    stopping.value = 1
+    chunks.clear()  # the DataLoader's iterator ends its workers when the last reference to it goes
+
+
 def _unchanged(chunk: Any) -> Any:
     return chunk
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C or a scheduler's SIGTERM reaches the whole group; the rank decides, and needs its rows until it saves."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+def _handle_signals(stopping: Any, worker: int) -> None:
+    """Keeps a worker at work when Ctrl-C or a SIGTERM reaches all of a job: the rank needs its rows until it has saved.
+
+    Once the loader is stopping, a SIGTERM ends the worker: at exit multiprocessing sends one and waits without limit.
+    """
+
+    def terminate(number: int, frame: Any) -> None:
+        if stopping.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, terminate)
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

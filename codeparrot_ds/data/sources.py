@@ -249,7 +249,7 @@ def _parquet_rows(shard: Shard, position: Position, phase: int, stride: int) -> 
                     row += num_rows
                     continue
                 # No Arrow threads: a forked loader worker must not depend on its parent's thread pool.
-                batches = file.iter_batches(256, row_groups=[group], columns=["content"], use_threads=False)
+                batches = file.iter_batches(64, row_groups=[group], columns=["content"], use_threads=False)
                 for value in (value for batch in batches for value in batch.column(0)):
                     row += 1
                     if row > position.line and (row - 1) % stride == phase:

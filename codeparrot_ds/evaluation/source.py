@@ -76,7 +76,11 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = 
             f"{place}: the tokenizer has {len(tokenizer)} tokens and the model only {model.config.vocab_size}; "
             "they do not belong together"
         )
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+    try:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # an unknown name, no such device, or too little memory on it
+        raise UserError(f"{place}: the model cannot go to device '{device}': {_first_sentence(error)}") from error
+    return model.eval(), tokenizer
 
 
 def context_length(model: Any) -> int | None:

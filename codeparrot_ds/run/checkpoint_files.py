@@ -79,10 +79,17 @@ def publish(staging: Path, final: Path, step: int, files: dict[str, dict[str, An
     for folder in {path.parent for path in staging.rglob("*")}:
         sync_folder(folder)
     if final.exists():  # The same step again, after a resume from an older one: its bytes are replaced as a whole.
-        shutil.rmtree(final)
+        _remove(final)
     staging.rename(final)
     sync_folder(final.parent)
     write_json(final.parent / LATEST, {"checkpoint": final.name, "step": step})
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a kill in the middle must not leave a half-removed folder that looks like a checkpoint.
+    hidden = checkpoint.with_name(f"{STAGING}{checkpoint.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(hidden))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -94,14 +101,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        entries = manifest["files"]
-        version = manifest["format"]
+        version, entries, created = (manifest[key] for key in ("format", "files", "created"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read ({error})") from error
-    if version > FORMAT:
+    if isinstance(version, int) and version > FORMAT:
         raise UserError(f"{checkpoint} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds")
-    if not isinstance(entries, dict):
-        raise UserError(f"{path} is damaged: 'files' is not a table")
+    whole = isinstance(version, int) and isinstance(created, str) and isinstance(entries, dict)
+    if not whole or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries.values()):
+        raise UserError(f"{path} is damaged: it is not a table of files with 'bytes' and 'sha256'")
     return manifest
 
 
@@ -124,9 +131,12 @@ def _compare(path: Path, entry: dict[str, Any]) -> str | None:
     if size != entry["bytes"]:
         return f"{path} has {size} bytes instead of {entry['bytes']}"
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
     return None if digest.hexdigest() == entry["sha256"] else f"{path} is damaged: its SHA-256 is not the manifest's"
 
 
@@ -175,9 +185,10 @@ def remove_old(checkpoints: Path, keep: int) -> list[Path]:
     removed = [path for path in checkpoints.glob(f"{STAGING}*") if path.is_dir()]
     removed += checkpoint_folders(checkpoints)[keep:]
     for folder in removed:
-        # Renamed first: a kill in the middle must not leave a half-removed folder that looks like a checkpoint.
-        hidden = folder if folder.name.startswith(".") else folder.rename(folder.with_name(f"{STAGING}{folder.name}"))
-        shutil.rmtree(hidden)
+        if folder.name.startswith(STAGING):
+            shutil.rmtree(folder)
+        else:
+            _remove(folder)
     return removed
 
 

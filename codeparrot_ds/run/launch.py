@@ -28,6 +28,7 @@ from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.folder import check_continuation, check_run_name, new_run_name
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
+from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
 from codeparrot_ds.zero.lint import lint
 
@@ -46,6 +47,7 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     Raises:
         UserError: anything that can be known to be wrong before a rank starts.
     """
+    started = time.time()
     if launch.hostfile and not Path(launch.hostfile).is_file():
         raise UserError(f"hostfile {launch.hostfile} does not exist: DeepSpeed would quietly train on this machine alone")
     device = local_device()
@@ -58,7 +60,7 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     if not are_built(needed_operators(ds_config, device)):
         _build_operators(ds_config, device, environment)
     command = _launcher_command(launch, ranks, [*arguments, "--run-name", name])
-    return _run_to_the_end(command, environment, output_dir / name)
+    return _run_to_the_end(command, environment | {LAUNCHED_AT: str(started)}, output_dir / name, started)
 
 
 def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
@@ -202,9 +204,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _run_to_the_end(command: list[str], environment: dict[str, str], run: Path) -> int:
+def _run_to_the_end(command: list[str], environment: dict[str, str], run: Path, started: float) -> int:
     """Runs the launcher in a session of its own and passes stop signals to the ranks alone, who save and then end."""
-    started = time.time()
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     asked: list[int] = []
 

@@ -38,6 +38,7 @@ from codeparrot_ds.run.hardware import peak_flops
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.ranks import Ranks, join_ranks
+from codeparrot_ds.run.startup import Startup
 from codeparrot_ds.run.stopping import StopSignal
 from codeparrot_ds.run.tracking import Progress, Tracker, set_up_logging
 from codeparrot_ds.zero.ds_config import (
@@ -67,6 +68,7 @@ class Session:
     tracker: Tracker
     progress: Progress
     meter: Meter
+    startup: Startup
     step: int
     stream: StreamConfig
     evaluations: list[dict[str, Any]]
@@ -74,10 +76,13 @@ class Session:
     @classmethod
     def start(cls, config: RunConfig) -> Session:
         """Sets one rank up: ranks, config, folder, model, engine, restored state, data, trackers; collective."""
+        startup = Startup()
+        startup.lap("Python, torch and other imports")
         keep_freed_pages()
         _share_the_cores()
         use_operators_folder(os.environ)
         ranks = join_ranks()
+        startup.lap("DeepSpeed import and process group")
         stop = StopSignal(ranks)
         config = ranks.on_main(lambda: _named(config))
         ds_config, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
@@ -86,6 +91,7 @@ class Session:
         ranks.together(lambda: build_operators(ds_config, ranks.device.type))
         stream = ranks.together(lambda: _stream_config(config, encoder))
 
+        startup.lap("config, data, folder, operators")
         torch.manual_seed(config.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
         model = build_model(
             shape,
@@ -95,8 +101,11 @@ class Session:
             zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
             device=ranks.device,
         )
+        startup.lap("model")
         engine = create_engine(model, ds_config, config)
+        startup.lap("DeepSpeed engine")
         restored = _restore(config, folder, engine, ranks, stream)
+        startup.lap("checkpoint")
         if config.compile:
             engine.compile()
         step = restored.step if restored else 0
@@ -104,6 +113,7 @@ class Session:
         progress = Progress(active=ranks.is_main, start=step, total=config.max_train_steps)
         _introduce(progress, config, ds_config, shape, ranks, folder, restored)
         tracker = _open_tracker(config, ds_config, shape, ranks, folder, step)
+        startup.lap("loader and trackers")
         meter = _start_meter(config, ds_config, shape, ranks, loader, restored)
         return cls(
             config=config,
@@ -118,6 +128,7 @@ class Session:
             tracker=tracker,
             progress=progress,
             meter=meter,
+            startup=startup,
             step=step,
             stream=stream,
             evaluations=list(restored.extra["evaluations"]) if restored else [],
@@ -132,6 +143,15 @@ class Session:
     def accumulation_steps(self) -> int:
         """Micro-batches a rank an optimizer step."""
         return self.config.gradient_accumulation_steps(self.ranks.world_size)
+
+    def first_step_done(self) -> None:
+        """Records where the time between the command and the first step went."""
+        self.startup.lap("first step")
+        if self.ranks.is_main:
+            starts = self.folder.record["starts"]
+            starts[-1]["startup_seconds"] = self.startup.laps
+            self.folder.update(starts=starts)
+            logger.debug("first step %.1f s after the start: %s", self.startup.total_seconds, self.startup.laps)
 
     def evaluate(self, step: int) -> None:
         """Evaluates on the validation split and records the row; collective."""
@@ -175,6 +195,8 @@ class Session:
             time.perf_counter() - started,
         )
         self.meter.pause(time.perf_counter() - started)
+        if step == self.step:
+            self.startup.lap("first evaluation")
 
     def save(self, step: int) -> None:
         """Saves a checkpoint with its export and queues the export for the run's branch; collective."""

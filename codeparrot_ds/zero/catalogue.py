@@ -76,7 +76,8 @@ def catalogue() -> dict[str, Entry]:
         _config(2, offload_optimizer=cpu), "optimizer in CPU memory: little GPU memory, CPU Adam sets the pace"
     )
     entries["zero3_offload"] = Entry(
-        _config(3, offload_optimizer=cpu, offload_param=cpu), "optimizer and weights in CPU memory: the least GPU memory"
+        _config(3, offload_optimizer=cpu, offload_param=cpu),
+        "optimizer and weights in CPU memory: the least GPU memory",
     )
     entries["zero3_nvme"] = Entry(
         _config(3, sub_group_size=100_000_000, offload_optimizer=nvme, offload_param=cpu),

@@ -205,8 +205,9 @@ def resolve_ds_config(
     """
     resolved = copy.deepcopy(dict(ds_config))
     resolved.setdefault("optimizer", copy.deepcopy(DEFAULT_OPTIMIZER))
-    problems = [_block_problem(resolved, key) for key in ("optimizer", "zero_optimization", "timers")]
-    problems = [problem for problem in problems if problem] or _fill_run_values(resolved, config, world_size)
+    blocks = ("optimizer", "zero_optimization", "timers")
+    problems = [f"{key} must be an object {{...}}" for key in blocks if not isinstance(resolved.get(key, {}), dict)]
+    problems = problems or _fill_run_values(resolved, config, world_size)
     if problems:
         raise UserError(f"{source}: " + "; ".join(problems))
 
@@ -225,12 +226,6 @@ def resolve_ds_config(
     return resolved
 
 
-def _block_problem(config: Mapping[str, Any], key: str) -> str | None:
-    if isinstance(config.get(key, {}), dict):
-        return None
-    return f"{key} must be an object {{...}}, not {config[key]!r}"
-
-
 def _fill_run_values(resolved: dict[str, Any], config: RunConfig, world_size: int) -> list[str]:
     """Sets the run's keys; returns the conflicts with values that are already there."""
     problems = []
@@ -246,7 +241,9 @@ def _fill_run_values(resolved: dict[str, Any], config: RunConfig, world_size: in
     scheduler = resolved.get("scheduler")
     if scheduler is not None:
         if any(value != "auto" for path, value in leaves(scheduler) if path[0] == "params"):
-            problems.append("scheduler belongs to the run config (lr_scheduler_type, num_warmup_steps); remove the block")
+            problems.append(
+                "scheduler belongs to the run config (lr_scheduler_type, num_warmup_steps); remove the block"
+            )
         del resolved["scheduler"]
     return problems
 

@@ -50,9 +50,7 @@ KNOWN_KEYS: Mapping[KeyPath, frozenset[str]] = {
         zero_quantized_gradients zero_quantized_nontrainable_weights zero_quantized_weights
         """
     ),
-    ("zero_optimization", "offload_param"): _keys(
-        "buffer_count buffer_size device max_in_cpu nvme_path pin_memory"
-    ),
+    ("zero_optimization", "offload_param"): _keys("buffer_count buffer_size device max_in_cpu nvme_path pin_memory"),
     ("zero_optimization", "offload_optimizer"): _keys(
         """
         buffer_count cpuadam_cores_perc device fast_init nvme_path pin_memory pipeline_read pipeline_write ratio

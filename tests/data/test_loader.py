@@ -102,7 +102,10 @@ def test_counters_and_wait(config: StreamConfig) -> None:
     for _ in range(40):
         next(loader)
     assert 0 < loader.wait_seconds <= time.perf_counter() - start
-    counters, states = loader.counters(), loader.state().values()
+    counters, saved = loader.counters(), loader.state()
+    states = list(saved.values())
+    next(loader)
+    assert states == list(saved.values()), "a state that was asked for stays as it is"
     assert counters["tokens"] == 40 * 6 * 32
     assert counters["epoch"] == min(state.epoch for state in states) > 0
     assert counters["documents"] == sum(state.documents for state in states) > 80
@@ -165,6 +168,8 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(
 
 SCRIPT = """
 import sys
+import weakref
+weakref.finalize(weakref.WeakSet(), int)  # weakref's own exit handler comes before multiprocessing's, so runs after it
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.sources import find_shards
@@ -177,8 +182,21 @@ next(loader)
 raise SystemExit(7)
 """
 
+BREAK = """
+def fail(texts):
+    raise RuntimeError("the encoder is broken")
+config.encoder.encode_batch = fail
+loader ="""
 
-def test_a_process_ends_without_closing_its_loader(config: StreamConfig, tokenizer_dir: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("script", "exit_code", "message"),
+    [(SCRIPT, 7, ""), (SCRIPT.replace("loader =", BREAK), 1, "RuntimeError: the encoder is broken\n\n")],
+)
+def test_a_process_ends_without_closing_its_loader(
+    config: StreamConfig, tokenizer_dir: Path, script: str, exit_code: int, message: str
+) -> None:
     arguments = [str(config.shards[0].path.parent.parent), str(tokenizer_dir)]
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], timeout=60, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (7, "")
+    done = subprocess.run([sys.executable, "-c", script, *arguments], timeout=60, capture_output=True, text=True)
+    assert done.returncode == exit_code
+    assert done.stderr.endswith(message) and bool(done.stderr) == bool(message)

@@ -171,6 +171,7 @@ def test_what_does_not_fit_together_is_refused(model_folder, corpus_folder, run_
         ({"source": model_folder, "data": corpus_folder, "seq_length": 512}, "rows of 2 to 256"),
         ({"source": run_folder, "max_eval_steps": 0}, "max_eval_steps"),
         ({"source": run_folder, "batch_size": 0}, "batch_size"),
+        ({"source": run_folder, "device": "abacus"}, "device 'abacus'"),
         ({"source": run_folder, "dtype": "fp8"}, "auto, float32"),
         ({"source": tmp_path / "absent"}, "absent"),
     ):

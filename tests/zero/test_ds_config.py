@@ -70,7 +70,12 @@ def test_what_is_not_json_names_the_place(tmp_path, content, sentence):
 def test_files_of_the_wrong_kind(tmp_path):
     (tmp_path / "c.yaml").write_text("a: 1")
     (tmp_path / "b.json").write_bytes(b"\xff\xfe")
-    for name, sentence in (("c.yaml", "is YAML"), ("b.json", "not a text file"), (".", "folder"), ("n.json", "no such")):
+    for name, sentence in (
+        ("c.yaml", "is YAML"),
+        ("b.json", "not a text file"),
+        (".", "folder"),
+        ("n.json", "no such"),
+    ):
         with pytest.raises(UserError, match=sentence):
             load_ds_config(tmp_path / name)
 

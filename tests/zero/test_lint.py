@@ -63,7 +63,11 @@ def test_fp16_on_a_machine_without_gpu_names_what_to_choose():
         ({"aio": {"thread_count": 1}}, "aio.thread_count", "unknown key"),
         ({"amp": {"enabled": True}}, "amp", "DeepSpeed has removed"),
         ({"zero_optimization": {"mics_shard_size": 2}}, "zero_optimization.mics_shard_size", "DeepSpeed has removed"),
-        ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, "optimizer.params.max_grad_norm", "clipping"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}},
+            "optimizer.params.max_grad_norm",
+            "clipping",
+        ),
     ],
 )
 def test_unknown_keys_are_named_with_the_nearest(ds_config, key, hint):
@@ -150,4 +154,3 @@ def test_gradient_accumulation_dtype_has_many_names():
 def test_all_findings_at_once():
     ds_config = {"fp61": {}, "gradient_cliping": 1, "zero_optimization": {"stage": 3, "ofload_param": {}}}
     assert len(findings(ds_config)) == 3
-

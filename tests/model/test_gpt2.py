@@ -1,0 +1,185 @@
+"""GPT-2 as it is trained: sizes, initial weights, parameter groups, and the same function as transformers' own."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from codeparrot_ds.model.gpt2 import build_model, causal_attention, get_grouped_params, hugging_face_config
+from codeparrot_ds.model.shapes import KNOWN_SHAPES, GPT2Shape, num_parameters
+
+TINY = GPT2Shape(n_layer=3, n_embd=64, n_head=4, vocab_size=300, n_positions=48)
+UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False, n_inner=100)
+EOS = 7
+
+
+def build(shape=TINY, seed=1, **kwargs):
+    return build_model(shape, eos_token_id=EOS, seed=seed, **kwargs)
+
+
+def rows(batch=3, tokens=33, vocab_size=300, seed=0):
+    return torch.randint(vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [KNOWN_SHAPES["demo"], TINY, UNTIED], ids=["demo", "tied", "untied"])
+def test_number_of_parameters(shape):
+    model = build(shape)
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(shape)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == shape.tie_word_embeddings
+
+
+def test_initial_weights_are_those_of_gpt2():
+    model = build(KNOWN_SHAPES["demo"])
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        if name.endswith("bias"):
+            assert (values == 0).all(), name
+        elif ".ln_" in name:
+            assert (values == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * 4) if name.endswith("c_proj.weight") else 0.02
+            # Five standard errors, of the standard deviation and of the mean.
+            assert values.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * values.numel())), name
+            assert abs(values.mean().item()) < 5 * std / math.sqrt(values.numel()), name
+
+
+def test_equal_seeds_give_equal_weights_whatever_happened_before():
+    first = build(seed=3).state_dict()
+    torch.manual_seed(99)
+    torch.rand(10)
+    state = torch.get_rng_state()
+    second = build(seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from the rank's own generator
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_parameters_are_independent_of_each_other_and_of_the_seed():
+    size = TINY.n_positions * TINY.n_embd  # the smallest matrix
+    drawn = torch.stack(
+        [p.detach().flatten()[:size] for seed in (1, 2) for p in build(UNTIED, seed).parameters() if p.dim() == 2]
+    )
+    correlation = torch.corrcoef(drawn) - torch.eye(len(drawn))
+    assert len(drawn) == 2 * (3 + 4 * 3) and correlation.abs().max() < 6 / math.sqrt(size)
+
+
+def test_a_parameter_follows_from_seed_and_name_alone():
+    """What keeps the weights equal at every ZeRO stage: neither the order nor the other parameters matter."""
+    shallow, deep = dict(build().named_parameters()), dict(build(dataclasses.replace(TINY, n_layer=5)).named_parameters())
+    assert all(torch.equal(shallow[name], deep[name]) for name in shallow if "c_proj" not in name)
+    assert not torch.equal(shallow["transformer.h.0.mlp.c_proj.weight"], deep["transformer.h.0.mlp.c_proj.weight"])
+
+
+@pytest.mark.parametrize("shape", [TINY, UNTIED], ids=["tied", "untied"])
+def test_grouped_params(shape):
+    model = build(shape)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = get_grouped_params(model, 0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    not_decayed = {names[id(parameter)] for parameter in others["params"]}
+    expected = {name for name in names.values() if name.endswith("bias")}
+    expected |= {f"transformer.h.{layer}.{norm}.weight" for layer in range(3) for norm in ("ln_1", "ln_2")}
+    assert not_decayed == expected | {"transformer.ln_f.weight"}
+    everything = [id(parameter) for parameter in (*decayed["params"], *others["params"])]
+    assert sorted(everything) == sorted(names)  # each one exactly once, a tied one too
+
+
+def test_grouped_params_leave_frozen_parameters_out():
+    model = build()
+    model.transformer.wpe.weight.requires_grad_(False)
+    assert all(p is not model.transformer.wpe.weight for group in get_grouped_params(model) for p in group["params"])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        TINY,
+        UNTIED,
+        dataclasses.replace(TINY, activation_function="relu"),
+        dataclasses.replace(TINY, scale_attn_weights=False),
+        dataclasses.replace(TINY, scale_attn_by_inverse_layer_idx=True),
+    ],
+    ids=["tied", "untied", "relu", "unscaled", "scaled by layer"],
+)
+def test_same_loss_and_gradients_as_transformers(shape):
+    model = build(shape)
+    with torch.no_grad():  # fresh weights are so small that attention hardly matters
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attn_implementation": "eager"}
+    reference = GPT2LMHeadModel(GPT2Config(**dataclasses.asdict(shape), **plain)).train()
+    reference.load_state_dict(model.state_dict())
+    assert reference.config._attn_implementation == "eager"
+    ids = rows()
+    labels = ids.clone()
+    labels[1, 20:] = -100
+    ours, theirs = model(input_ids=ids, labels=labels), reference(input_ids=ids, labels=labels)
+    assert theirs.loss.item() > 5
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-5, rtol=0)
+    ours.loss.backward()
+    theirs.loss.backward()
+    gradients = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_loss_is_the_mean_over_the_next_tokens_in_fp32():
+    model = build().to(torch.bfloat16)
+    ids = rows()
+    output = model(input_ids=ids, labels=ids)
+    assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    expected = F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_runs_the_flash_kernel_without_a_mask(training, dtype):
+    model = build(dropout=0.1 if not training else 0.0).to(dtype).train(training)
+    ids = rows(tokens=48)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == TINY.n_layer
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] == TINY.n_layer
+    dense = [
+        (event.name, shape)
+        for event in profile.events()
+        for shape in event.input_shapes
+        if len(shape) >= 2 and shape[-2:] == [48, 48]
+    ]
+    assert not dense, f"(tokens, tokens) tensors: {dense[:3]}"
+
+
+def test_attention_dropout_only_in_training():
+    query = torch.randn(1, 2, 8, 4)
+    module = torch.nn.Module()
+    module.eval()
+    quiet, weights = causal_attention(module, query, query, query, None, dropout=0.5)
+    expected = F.scaled_dot_product_attention(query, query, query, is_causal=True).transpose(1, 2)
+    assert weights is None and torch.equal(quiet, expected)
+    module.train()
+    assert not torch.equal(causal_attention(module, query, query, query, None, dropout=0.5)[0], expected)
+
+
+def test_dropout_reaches_the_config():
+    config = hugging_face_config(TINY, eos_token_id=EOS, dropout=0.25)
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0.25, 0.25, 0.25)
+    assert (config.bos_token_id, config.eos_token_id, config.use_cache) == (EOS, EOS, False)
+
+
+def test_attention_is_causal():
+    model = build().eval()
+    ids = rows(batch=1, tokens=20)
+    changed = ids.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 300
+    with torch.no_grad():
+        before, after = model(input_ids=ids).logits, model(input_ids=changed).logits
+    assert torch.equal(before[0, :12], after[0, :12])
+    assert not torch.equal(before[0, 12:], after[0, 12:])

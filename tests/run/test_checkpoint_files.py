@@ -1,0 +1,275 @@
+"""Checkpoint folders: complete or invisible, damage named, the newest valid one found."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.checkpoint_files import (
+    LATEST,
+    MANIFEST,
+    checkpoint_folders,
+    file_entry,
+    list_checkpoints,
+    newest_export,
+    newest_valid,
+    publish,
+    read_manifest,
+    remove_old,
+    staging_folder,
+    step_folder,
+    verify_checkpoint,
+    write_json,
+)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def stage(checkpoints: Path, step: int, content: str = "weights") -> tuple[Path, dict]:
+    """Writes the files of a checkpoint into its staging folder and returns it with the manifest's table."""
+    staging = staging_folder(checkpoints, step)
+    (staging / "export").mkdir(parents=True)
+    (staging / "state.json").write_text(json.dumps({"step": step}))
+    (staging / "export" / "model.safetensors").write_text(f"{content} {step}" * 100)
+    names = ("state.json", "export/model.safetensors")
+    return staging, {name: file_entry(staging / name) for name in names}
+
+
+def save(checkpoints: Path, step: int, content: str = "weights") -> Path:
+    staging, files = stage(checkpoints, step, content)
+    final = step_folder(checkpoints, step)
+    publish(staging, final, step, files)
+    return final
+
+
+def test_a_published_checkpoint_is_whole_and_pointed_to(checkpoints):
+    final = save(checkpoints, 50)
+    assert final.name == "step-00000050"
+    assert verify_checkpoint(final) == []
+    assert newest_valid(checkpoints) == (final, [])
+    assert json.loads((checkpoints / LATEST).read_text()) == {"checkpoint": "step-00000050", "step": 50}
+    assert not staging_folder(checkpoints, 50).exists()
+    manifest = read_manifest(final)
+    assert manifest["step"] == 50 and sorted(manifest["files"]) == ["export/model.safetensors", "state.json"]
+
+
+def test_file_entry(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert file_entry(tmp_path / "abc") == {"bytes": 3, "sha256": digest}
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def make_unreadable(path: Path) -> None:
+    """Reading it fails with EIO, as from a bad sector, whoever reads."""
+    size = path.stat().st_size
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    manifest = path.parents[1] / MANIFEST
+    manifest.write_text(manifest.read_text().replace(f'"bytes": {size}', '"bytes": 0'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, "has 999 bytes instead of 1000"),
+        (Path.unlink, "is missing"),
+        (flip_a_bit, "is damaged: its SHA-256"),
+        (make_unreadable, "cannot be read"),
+    ],
+)
+def test_damage_is_named_and_the_next_older_one_is_used(checkpoints, damage, words):
+    older = save(checkpoints, 9)
+    newer = save(checkpoints, 10)
+    broken = newer / "export" / "model.safetensors"
+    damage(broken)
+    problems = verify_checkpoint(newer)
+    assert len(problems) == 1 and str(broken) in problems[0] and words in problems[0]
+    assert newest_valid(checkpoints) == (older, problems)
+
+
+def test_every_damaged_file_is_named(checkpoints):
+    final = save(checkpoints, 10)
+    truncate(final / "state.json")
+    (final / "export" / "model.safetensors").unlink()
+    assert len(verify_checkpoint(final)) == 2
+
+
+def test_none_is_valid(checkpoints):
+    for step in (10, 20):
+        truncate(save(checkpoints, step) / "state.json")
+    found, problems = newest_valid(checkpoints)
+    assert found is None and ["step-00000020" in problem for problem in problems] == [True, False]
+    assert newest_valid(checkpoints.parent / "nowhere") == (None, [])
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '"text"', "{}", '{"format": 1, "files": []}', "\xff\xfe"])
+def test_a_manifest_that_is_none(checkpoints, content):
+    older, newer = save(checkpoints, 10), save(checkpoints, 20)
+    if content is None:
+        (newer / MANIFEST).unlink()
+    else:
+        (newer / MANIFEST).write_text(content, encoding="latin-1")
+    found, problems = newest_valid(checkpoints)
+    assert found == older
+    assert len(problems) == 1 and "step-00000020" in problems[0] and MANIFEST in problems[0]
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_never_crashes_and_never_hides_damage(checkpoints):
+    final = save(checkpoints, 10)
+    manifest = final / MANIFEST
+    whole = manifest.read_bytes()
+    first_file = whole.index(b'"files"')
+    for position in range(len(whole)):
+        manifest.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        damage = verify_checkpoint(final)
+        list_checkpoints_of(final)
+        if position > first_file and whole[position : position + 1].isalnum():
+            assert damage, manifest.read_text()
+
+
+def list_checkpoints_of(checkpoint: Path) -> list[dict]:
+    run = checkpoint.parents[1]
+    (run / "run.json").write_text("{}")
+    return list_checkpoints(run)
+
+
+def test_a_newer_format_is_refused_by_name(checkpoints):
+    final = save(checkpoints, 10)
+    write_json(final / MANIFEST, json.loads((final / MANIFEST).read_text()) | {"format": 2})
+    (problem,) = verify_checkpoint(final)
+    assert "step-00000010 has format 2" in problem and "update codeparrot-ds" in problem
+
+
+def test_a_half_written_checkpoint_is_never_seen(checkpoints):
+    older = save(checkpoints, 10)
+    staging, files = stage(checkpoints, 20)
+    assert newest_valid(checkpoints) == (older, [])
+    write_json(staging / MANIFEST, {"format": 1, "step": 20, "created": "", "files": files})  # killed before the rename
+    assert newest_valid(checkpoints) == (older, [])
+    assert checkpoint_folders(checkpoints) == [older]
+    assert [row["step"] for row in list_checkpoints_of(older)] == [10]
+    assert newest_export(checkpoints.parent) == older / "export"
+
+
+@pytest.mark.parametrize("same_step", [False, True])
+def test_a_kill_at_any_call_of_publish_leaves_a_whole_checkpoint(checkpoints, monkeypatch, same_step):
+    """Each call to the system on the way fails once, as if the process had died there."""
+    calls = [(os, "fsync"), (os, "rename"), (os, "replace"), (os, "rmdir"), (os, "unlink"), (Path, "rename"),
+             (Path, "replace"), (shutil, "rmtree")]  # fmt: skip
+    reached = 0
+    for owner, name in calls:
+        for number in range(30):
+            for folder in checkpoints.iterdir():
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+            older = save(checkpoints, 10)
+            if same_step:
+                save(checkpoints, 20, "first")
+            staging, files = stage(checkpoints, 20, "second")
+            if not dies_at(monkeypatch, owner, name, number, lambda: publish(staging, step_folder(checkpoints, 20), 20, files)):
+                break
+            reached += 1
+            found, problems = newest_valid(checkpoints)
+            assert found is not None and found in (older, step_folder(checkpoints, 20)) and problems == [], (name, number)
+    assert reached > 5
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing on the way may tidy up."""
+
+
+def dies_at(monkeypatch, owner, name, number, work) -> bool:
+    """Runs ``work`` until the call ``number`` of ``owner.name``; False when there are fewer calls."""
+    real, count = getattr(owner, name), -1
+
+    def dying(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == number:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        try:
+            work()
+        except Killed:
+            return True
+    return False
+
+
+def test_saving_the_same_step_again_replaces_it(checkpoints):
+    save(checkpoints, 20, "first")
+    final = save(checkpoints, 20, "second")
+    assert (final / "export" / "model.safetensors").read_text().startswith("second")
+    assert verify_checkpoint(final) == []
+    assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["step-00000020"]
+
+
+def test_retention_keeps_the_newest(checkpoints):
+    # Not alphabetical: a run may pass 99,999,999 steps.
+    for step in (5, 100, 123_456_789, 99_999_999):
+        save(checkpoints, step)
+    stage(checkpoints, 7)
+    removed = remove_old(checkpoints, 2)
+    assert sorted(path.name for path in removed) == [".staging-00000007", "step-00000005", "step-00000100"]
+    assert [path.name for path in checkpoint_folders(checkpoints)] == ["step-123456789", "step-99999999"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [LATEST, "step-123456789", "step-99999999"]
+
+
+def test_a_kill_while_removing_leaves_no_half_checkpoint(checkpoints, monkeypatch):
+    for step in (10, 20):
+        save(checkpoints, step)
+    assert dies_at(monkeypatch, os, "rmdir", 0, lambda: remove_old(checkpoints, 1))
+    assert [path.name for path in checkpoint_folders(checkpoints)] == ["step-00000020"]
+    remove_old(checkpoints, 1)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [LATEST, "step-00000020"]
+
+
+def test_list_checkpoints(checkpoints):
+    with pytest.raises(UserError, match="is not a run"):
+        list_checkpoints(checkpoints.parent)
+    save(checkpoints, 10)
+    (save(checkpoints, 9) / MANIFEST).unlink()
+    (checkpoints / "step-notes").mkdir()
+    rows = list_checkpoints_of(checkpoints / "step-00000010")
+    assert [(row["step"], row["complete"], row["files"]) for row in rows] == [(9, False, 0), (10, True, 2)]
+    assert rows[1]["bytes"] == 1000 + len('{"step": 10}') and rows[1]["path"].endswith("step-00000010")
+
+
+def test_newest_export(checkpoints):
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        newest_export(checkpoints.parent)
+    first, second = save(checkpoints, 10), save(checkpoints, 20)
+    assert newest_export(checkpoints.parent) == second / "export"
+    (second / MANIFEST).unlink()
+    assert newest_export(checkpoints.parent) == first / "export"
+
+
+def test_write_json_replaces_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert dies_at(monkeypatch, os, "fsync", 0, lambda: write_json(path, {"a": 2}))
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 3})
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]

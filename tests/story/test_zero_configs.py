@@ -1,0 +1,95 @@
+"""Every shipped DeepSpeed config trains through the real launcher, and equal data gives equal losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+from stories import evaluations, losses, metrics
+
+from codeparrot_ds.zero.catalogue import catalogue
+
+CONFIGS = [name for name in catalogue() if not name.endswith("_fp16")]
+COMPARED = [f"zero{stage}{suffix}" for suffix in ("", "_fp32") for stage in range(4)]
+
+
+@pytest.fixture(scope="module")
+def trained(workshop):
+    """Runs a config once a session: 20 steps for those that are compared, 5 for the others."""
+    done = {}
+
+    def run(name, ranks=2):
+        key = f"{name}-on-{ranks}"
+        if key not in done:
+            steps = "20" if name in COMPARED else "5"
+            process = workshop.train(
+                *("--deepspeed", name, "--num-gpus", str(ranks), "--run-name", key, "--max-train-steps", steps),
+                *("--save-checkpoint-steps", "10"),
+            )
+            assert process.returncode == 0, process.stderr[-3000:]
+            done[key] = workshop.runs / key
+        return done[key]
+
+    return run
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_trains(trained, name):
+    run = trained(name)
+    steps = 20 if name in COMPARED else 5
+    rows = [row for row in metrics(run) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
+    assert all(row["skipped_steps"] == 0 for row in rows)
+    assert rows[0]["loss"] == pytest.approx(math.log(1024), abs=0.3)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    assert json.loads((run / "run.json").read_text())["outcome"]["status"] == "finished"
+    resolved = json.loads((run / "ds_config.json").read_text())
+    assert resolved["train_batch_size"] == 8 and "auto" not in json.dumps(resolved)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", range(4))
+def test_fp32_losses_agree(trained, stage, ranks):
+    reference, other = losses(trained("zero0_fp32")), losses(trained(f"zero{stage}_fp32", ranks))
+    assert reference.keys() == other.keys() and len(other) == 20
+    assert max(abs(reference[step] - other[step]) for step in reference) <= 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bf16_losses_agree(trained, stage):
+    reference, other = losses(trained("zero1")), losses(trained(f"zero{stage}"))
+    assert max(abs(reference[step] - other[step]) for step in reference) <= 5e-3
+
+
+def test_validation_loss_is_the_same_at_any_world_size(trained):
+    for step, loss in evaluations(trained("zero1_fp32", 1)).items():
+        assert evaluations(trained("zero1_fp32", 2))[step] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARED])
+def test_resume_is_exact(workshop, trained, tmp_path, name):
+    """A run that stopped after step 10 has the losses of steps 11 to 20 of the one that never stopped."""
+    whole = trained(name)
+    shutil.copytree(whole, tmp_path / whole.name)
+    shutil.rmtree(tmp_path / whole.name / "checkpoints" / "step-00000020")
+    process = workshop.train(
+        *("--deepspeed", name, "--num-gpus", "2", "--run-name", whole.name, "--max-train-steps", "20"),
+        *("--save-checkpoint-steps", "10"),
+        output_dir=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "resumed from step 10" in process.stderr
+    assert losses(tmp_path / whole.name) == losses(whole)
+    assert evaluations(tmp_path / whole.name) == evaluations(whole)
+
+
+@pytest.mark.parametrize("name", [name for name in catalogue() if name.endswith("_fp16")])
+def test_fp16_is_refused_on_a_cpu_before_any_rank_starts(workshop, name):
+    process = workshop.train("--deepspeed", name, "--run-name", "never", "--max-train-steps", "5")
+    assert process.returncode == 2
+    (line,) = process.stderr.strip().splitlines()
+    assert "fp16" in line and "GPU" in line and f"zero{name[4]}" in line
+    assert not (workshop.runs / "never").exists()
