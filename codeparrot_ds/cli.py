@@ -356,8 +356,10 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument(
         "--num-lanes", type=_count, metavar="N", help="lanes that fix the rows (default: the run's, or 64)"
     )
-    group.add_argument("--batch-size", type=_count, default=8, metavar="N", help=_default("rows at once", 8))
-    group.add_argument("--max-eval-steps", type=int, default=-1, metavar="N", help=_default("batches; -1 for all", -1))
+    group.add_argument("--batch-size", type=_count, metavar="N", help="rows at once (default: the run's, or 8)")
+    group.add_argument(
+        "--max-eval-steps", type=int, metavar="N", help="batches; -1 for all (default: the run's, or -1)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

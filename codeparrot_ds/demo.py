@@ -1,4 +1,4 @@
-"""The whole story in minutes: the standard library's source becomes a corpus, a tokenizer, a model, a branch, a report."""
+"""The whole story in minutes: the standard library's source becomes corpus, tokenizer, model, branch, report."""
 
 from __future__ import annotations
 

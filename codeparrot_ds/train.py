@@ -3,8 +3,8 @@
 The recipe's loop on the DeepSpeed engine: gradient accumulation, clipping, warm-up and cosine; evaluation and a
 checkpoint every so many optimizer steps and at the end; each checkpoint is exported and queued for the run's branch.
 
-Started by a launcher (``deepspeed --module codeparrot_ds.train small --data …``, ``torchrun -m …``) this module is a rank.
-Started bare it is the front door, like ``codeparrot-ds train``: it checks everything, then starts the launcher.
+Started by a launcher (``deepspeed --module codeparrot_ds.train small --data …``, ``torchrun -m …``) this module is a
+rank. Started bare it is the front door, like ``codeparrot-ds train``: it checks everything, then starts the launcher.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry of ``python -m codeparrot_ds.train``: a rank under a launcher, the front door without one."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
-        from codeparrot_ds.cli import main as command_line
-
-        return command_line(["train", *arguments])
+        os.execv(sys.executable, [sys.executable, "-m", "codeparrot_ds", "train", *arguments])
     return run_rank(arguments)
 
 

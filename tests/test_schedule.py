@@ -13,9 +13,7 @@ NAMES_IN_TRANSFORMERS = {"cosine": "cosine", "linear": "linear", "constant": "co
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 10), (1, 7), (20, 150), (2000, 2001), (5, 5)])
 def test_equal_to_transformers(kind, warmup, steps):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(
-        NAMES_IN_TRANSFORMERS[kind], optimizer, num_warmup_steps=warmup, num_training_steps=steps
-    )
+    scheduler = get_scheduler(NAMES_IN_TRANSFORMERS[kind], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     reference = scheduler.lr_lambdas[0]
     ours = [learning_rate_factor(kind, step, warmup, steps) for step in range(steps)]
     assert ours == pytest.approx([reference(step) for step in range(steps)], abs=1e-12)

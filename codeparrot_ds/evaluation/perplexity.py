@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.evaluation.source import context_length, find_run, load_model
+from codeparrot_ds.evaluation.source import context_length, find_model, find_run, load_model
 
 IGNORED_LABEL = -100
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
@@ -139,24 +140,24 @@ def evaluate_model(
     data: str | Path | None = None,
     split: str = "validation",
     seq_length: int | None = None,
-    batch_size: int = 8,
-    max_eval_steps: int = -1,
+    batch_size: int | None = None,
+    max_eval_steps: int | None = None,
     num_lanes: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a run, checkpoint, export or Hub model on a corpus folder, with its own tokenizer.
 
-    For a run, or what lies inside one, ``data``, ``seq_length`` and ``num_lanes`` default to the run's, so the rows are
-    those that training evaluated.
+    What is not given defaults to how training evaluated: an export says so in its ``training_state.json``, also after a
+    clone. So the same rows are evaluated, and the loss is the one that the run logged (up to precision).
 
     Args:
         source: as for ``load_model``.
         data: corpus folder, a run's own by default.
         split: ``validation`` or ``train``.
         seq_length: tokens a row; by default the model's context, at most 1024.
-        batch_size: rows at once.
-        max_eval_steps: batches at most; -1 for all.
+        batch_size: rows at once; 8 for a model that says nothing.
+        max_eval_steps: batches at most; -1 for all, also for a model that says nothing.
         num_lanes: see ``ValidationLoader``.
         dtype: one of ``DTYPES``; ``auto`` keeps the precision of the stored weights.
 
@@ -168,20 +169,22 @@ def evaluate_model(
     from codeparrot_ds.data.sources import find_shards
     from codeparrot_ds.data.validation import ValidationLoader
 
+    run = find_run(source)
+    data = data or (load_config(run / "config.yaml").data if run is not None else "")
+    as_trained = _evaluated_with(source)
+    batch_size = as_trained.get("batch_size", 8) if batch_size is None else batch_size
+    max_eval_steps = as_trained.get("max_eval_steps", -1) if max_eval_steps is None else max_eval_steps
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     if max_eval_steps < 1 and max_eval_steps != -1:
         raise UserError(f"max_eval_steps is {max_eval_steps}; it must be at least 1, or -1 for all")
-    run = find_run(source)
-    config = load_config(run / "config.yaml") if run is not None else RunConfig()
-    data = data or config.data
     if not data:
         raise UserError(f"{source} does not say which corpus it belongs to; name one with --data")
     shards = find_shards(data, split)  # before the model: a wrong folder is said at once
     model, tokenizer = load_model(source, dtype=dtype, device=device)
     context = context_length(model)
     if seq_length is None:
-        seq_length = config.seq_length if run is not None else min(context or 1024, 1024)
+        seq_length = as_trained.get("seq_length") or min(context or 1024, 1024)
     if seq_length < 2 or context is not None and seq_length > context:
         raise UserError(f"seq_length is {seq_length}; the model reads rows of 2 to {context} tokens")
     encoder = _encoder_of(tokenizer)
@@ -189,7 +192,7 @@ def evaluate_model(
         shards,
         encoder,
         seq_length=seq_length,
-        num_lanes=num_lanes or config.num_lanes,
+        num_lanes=num_lanes or as_trained.get("num_lanes") or RunConfig().num_lanes,
         batch_size=batch_size,
         max_rows=None if max_eval_steps == -1 else max_eval_steps * batch_size,
     )
@@ -214,6 +217,17 @@ def evaluate_model(
         "eval_tokens": result.eval_tokens,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _evaluated_with(source: str | Path) -> dict[str, Any]:
+    """Returns how training evaluated a model, from its export's ``training_state.json``; empty for any other model."""
+    path = Path(find_model(source)) / "training_state.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["evaluated_with"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a training state of codeparrot-ds: {error}") from error
 
 
 def _encoder_of(tokenizer: Any) -> Any:

@@ -1,8 +1,8 @@
-"""GPT-2 from a config: built for any ZeRO stage with the same initial weights, and trained without a mask or dense scores.
+"""GPT-2 from a config: the same initial weights at every ZeRO stage, attention without a mask or dense scores.
 
-The module is ``transformers``' own ``GPT2LMHeadModel``, so that a checkpoint is a plain Hugging Face model. Three things
-are set for training: attention goes to the fused causal kernel without a mask, GELU is PyTorch's own tanh form (the same
-function as ``gelu_new``, 40% fewer activation bytes), and the loss takes logits in fp32 once.
+The module is ``transformers``' own ``GPT2LMHeadModel``, so that a checkpoint is a plain Hugging Face model. Three
+things are set for training: attention goes to the fused causal kernel without a mask, GELU is PyTorch's own tanh form
+(the same function as ``gelu_new``, 40% fewer activation bytes), and the loss takes logits in fp32 once.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def build_model(
 def _register_causal_attention() -> str:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # A name without a mask function: transformers then builds no mask at all, so the fused kernel stays in eager mode and
-    # under torch.compile (where the packed-sequence check would otherwise turn into a dense mask).
+    # A name without a mask function: transformers then builds no mask at all, so the fused kernel stays in eager mode
+    # and under torch.compile (where the packed-sequence check would otherwise turn into a dense mask).
     ALL_ATTENTION_FUNCTIONS.register(CAUSAL_ATTENTION, causal_attention)
     return CAUSAL_ATTENTION
 
@@ -123,7 +123,7 @@ def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, 
 
 @torch.no_grad()
 def initialize_weights(model: nn.Module, seed: int, *, partitioned: bool = False) -> None:
-    """Draws GPT-2's initial weights: normal(0, 0.02), residual projections scaled by 1/sqrt(2 * layers), LayerNorm 1, biases 0.
+    """Draws GPT-2's initial weights: normal(0, 0.02), residual projections / sqrt(2 * layers), LayerNorms 1, biases 0.
 
     Each parameter has a generator of its own, seeded by the run's seed and its name.
     """

@@ -1,8 +1,9 @@
 """Saving a run and bringing it back, at the same layout bit for bit and at another one with the same state.
 
-Every rank writes the optimizer fragments that it owns and its random number generators' state; rank 0 adds the step, the
-schedule, the loss scaler, the counters and the position of every data lane. All of it is JSON and safetensors: nothing
-that is loaded can run code. Which folders exist and whether they are whole is :mod:`codeparrot_ds.run.checkpoint_files`.
+Every rank writes the optimizer fragments that it owns and its random number generators' state; rank 0 adds the step,
+the schedule, the loss scaler, the counters and the position of every data lane. All of it is JSON and safetensors:
+nothing that is loaded can run code. Which folders exist and whether they are whole is
+:mod:`codeparrot_ds.run.checkpoint_files`.
 """
 
 from __future__ import annotations
@@ -166,7 +167,9 @@ def _write_fragments(engine: Any, folder: Path, rank: int) -> str | None:
 def _load_fragments(engine: Any, checkpoint: Path, saved_shapes: dict[str, list[int]]) -> None:
     shapes = parameter_shapes(engine)
     if shapes != saved_shapes:
-        different = sorted(name for name in shapes.keys() | saved_shapes.keys() if shapes.get(name) != saved_shapes.get(name))
+        different = sorted(
+            name for name in shapes.keys() | saved_shapes.keys() if shapes.get(name) != saved_shapes.get(name)
+        )
         first = different[0]
         raise UserError(
             f"{checkpoint} belongs to another model: {first} has shape {saved_shapes.get(first)} there and "

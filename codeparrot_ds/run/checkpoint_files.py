@@ -1,8 +1,8 @@
 """Checkpoint folders on disk: complete or invisible, every byte accounted for. No torch here.
 
-A checkpoint is written into a hidden staging folder, every file's size and SHA-256 go into ``manifest.json``, everything
-is synced to the disk, and one rename makes it visible. Whoever finds a ``step-*`` folder with a manifest that holds has a
-whole checkpoint; anything else is not one.
+A checkpoint is written into a hidden staging folder, every file's size and SHA-256 go into ``manifest.json``,
+everything is synced to the disk, and one rename makes it visible. Whoever finds a ``step-*`` folder with a manifest
+that holds has a whole checkpoint; anything else is not one.
 """
 
 from __future__ import annotations
@@ -107,13 +107,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if isinstance(version, int) and version > FORMAT:
         raise UserError(f"{checkpoint} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds")
     whole = isinstance(version, int) and isinstance(created, str) and isinstance(entries, dict)
-    if not whole or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries.values()):
+    if not whole or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries.values()
+    ):
         raise UserError(f"{path} is damaged: it is not a table of files with 'bytes' and 'sha256'")
     return manifest
 
 
 def verify_checkpoint(checkpoint: Path) -> list[str]:
-    """Compares every file with the manifest and returns the damage, one sentence a file (none: the checkpoint is whole)."""
+    """Compares every file with the manifest and returns the damage, one sentence a file; none when it is whole."""
     checkpoint = Path(checkpoint)
     try:
         entries = read_manifest(checkpoint)["files"]

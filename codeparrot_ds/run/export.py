@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+TRAINING_STATE = "training_state.json"
 
 
 def working_weights(engine: Any, *, keep: bool) -> dict[str, torch.Tensor]:
@@ -32,7 +34,15 @@ def working_weights(engine: Any, *, keep: bool) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_export(folder: Path, weights: dict[str, torch.Tensor], model_config: Any, tokenizer: Path, card: str) -> None:
+def write_export(
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    model_config: Any,
+    tokenizer: Path,
+    *,
+    card: str,
+    training_state: dict[str, Any],
+) -> None:
     """Writes what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` need, and the card.
 
     Args:
@@ -41,6 +51,7 @@ def write_export(folder: Path, weights: dict[str, torch.Tensor], model_config: A
         model_config: the model's ``transformers`` config.
         tokenizer: folder of the run's tokenizer.
         card: the text of README.md.
+        training_state: step, tokens, losses and how they were evaluated, for ``training_state.json``.
     """
     from safetensors.torch import save_file
     from transformers import GenerationConfig
@@ -58,3 +69,5 @@ def write_export(folder: Path, weights: dict[str, torch.Tensor], model_config: A
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    text = json.dumps(training_state, indent=2) + "\n"
+    (folder / TRAINING_STATE).write_text(text, encoding="utf-8")

@@ -21,14 +21,15 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders, write_json
 
 ADJECTIVES = (
-    "amber brave bright calm clever copper crimson daring dusty eager early fancy gentle golden green happy hidden jolly "
-    "keen lively lucky mellow merry misty noble olive patient proud quick quiet rapid royal rustic scarlet silent silver "
-    "smooth snowy solar steady sunny swift tidy vivid warm wild wise young"
+    "amber brave bright calm clever copper crimson daring dusty eager early fancy gentle golden green happy hidden "
+    "jolly keen lively lucky mellow merry misty noble olive patient proud quick quiet rapid royal rustic scarlet "
+    "silent silver smooth snowy solar steady sunny swift tidy vivid warm wild wise young "
 ).split()
 NOUNS = (
-    "ara badger breeze brook cedar cloud comet coral crane dawn delta dune ember falcon fern finch fjord forest galaxy "
-    "glade harbor hawk heron island kestrel lagoon lark macaw maple meadow meteor moon oak orchid otter parrot pebble pine "
-    "planet prairie raven reef river robin sparrow spruce star summit swan thicket toucan valley willow wren"
+    "ara badger breeze brook cedar cloud comet coral crane dawn delta dune ember falcon fern finch fjord forest "
+    "galaxy glade harbor hawk heron island kestrel lagoon lark macaw maple meadow meteor moon oak orchid otter "
+    "parrot pebble pine planet prairie raven reef river robin sparrow spruce star summit swan thicket toucan valley "
+    "willow wren "
 ).split()
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "huggingface_hub", "wandb", "numpy")
 

@@ -1,8 +1,8 @@
 """The optimizer fragments that a rank owns, for every ZeRO stage: the portable form of a DeepSpeed engine's state.
 
 A fragment is a contiguous piece of one flattened parameter: its fp32 master weights and both Adam moments. Each rank
-reads and writes only what its ZeRO partition owns, under the parameter's name and the offset inside the parameter. Where
-the pieces lie is read from DeepSpeed's own mappings (0.19.8):
+reads and writes only what its ZeRO partition owns, under the parameter's name and the offset inside the parameter.
+Where the pieces lie is read from DeepSpeed's own mappings (0.19.8):
 
 - stages 1 and 2 (``DeepSpeedZeroOptimizer``, ``BF16_Optimizer``): ``parameter._hp_mapping``;
 - stage 3: ``optimizer.grad_position`` (group, offset, numel), piece ``rank`` of the parameter, cut at ``ds_numel``;
@@ -126,8 +126,8 @@ def forget_beta_powers(engine: Any) -> None:
 
     The C++ optimizer keeps a running float product of beta^t in the process (``IncrementStep`` in
     ``csrc/includes/cpu_adam.h``) and falls back to ``pow`` when the step number does not follow the last one. The two
-    differ in the last bits, so a resumed run would part from an uninterrupted one. Updating one dummy number with a step
-    number far away leaves the next real step no choice but ``pow``. On a GPU the kernel has no such memory.
+    differ in the last bits, so a resumed run would part from an uninterrupted one. Updating one dummy number with a
+    step number far away leaves the next real step no choice but ``pow``. On a GPU the kernel has no such memory.
     """
     base = engine.basic_optimizer
     group = base.param_groups[0]
@@ -214,7 +214,7 @@ def _swapped(optimizer: Any, group: int) -> bool:
     return bool(getattr(optimizer, "swap_optimizer", False)) and optimizer._swappable_optimizer_subgroup(group)
 
 
-class _in_memory:  # noqa: N801 (a context manager that reads like one)
+class _in_memory:
     """Holds one stage 3 group in memory when it lives on NVMe, and writes it back after."""
 
     def __init__(self, optimizer: Any, group: int) -> None:
@@ -227,4 +227,3 @@ class _in_memory:  # noqa: N801 (a context manager that reads like one)
     def __exit__(self, *_: object) -> None:
         if self.swapped:
             self.optimizer._optimizer_states_and_gradient_swap_out(self.group)
-

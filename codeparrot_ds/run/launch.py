@@ -1,4 +1,4 @@
-"""The front door of training: checks everything that needs no rank, then starts the ``deepspeed`` launcher. No torch here.
+"""The front door of training: checks what needs no rank, then starts the ``deepspeed`` launcher. No torch here.
 
 The launcher is DeepSpeed's own; what is added is that mistakes are found before any process starts, that operators are
 built once, that signals reach the ranks, and that the exit code tells what became of the run.
@@ -49,7 +49,9 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     """
     started = time.time()
     if launch.hostfile and not Path(launch.hostfile).is_file():
-        raise UserError(f"hostfile {launch.hostfile} does not exist: DeepSpeed would quietly train on this machine alone")
+        raise UserError(
+            f"hostfile {launch.hostfile} does not exist: DeepSpeed would quietly train on this machine alone"
+        )
     device = local_device()
     ranks = launch.num_gpus or local_ranks(device)
     output_dir = Path(config.output_dir)
@@ -77,7 +79,9 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     check_run_name(str(config.run_name))
     for field in ("data", "tokenizer"):
         if not getattr(config, field):
-            raise UserError(f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`")
+            raise UserError(
+                f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
+            )
     source = find_ds_config(config.deepspeed)
     raw = load_ds_config(source)
     errors = [finding for finding in lint(raw, source, config=config, device=device) if finding.severity == "error"]
@@ -179,7 +183,9 @@ def _build_operators(ds_config: dict[str, Any], device: str, environment: dict[s
         "    sys.exit(f'codeparrot-ds: error: {error}')\n"
     )
     command = [sys.executable, "-c", script, device]
-    built = subprocess.run(command, input=json.dumps(ds_config), text=True, capture_output=True, env=environment, check=False)
+    built = subprocess.run(
+        command, input=json.dumps(ds_config), text=True, capture_output=True, env=environment, check=False
+    )
     if built.returncode != 0:
         lines = [line for line in built.stderr.splitlines() if line.strip()]
         raise UserError(lines[-1].removeprefix("codeparrot-ds: error: ") if lines else "building operators failed")

@@ -1,8 +1,8 @@
 """DeepSpeed's just-in-time operators: built once on a host before they are needed, and never waited for in vain.
 
-A rank that is killed while it builds leaves a file named ``lock`` in the operator's folder, and every later process waits
-for it without a word. Builds are therefore made under a file lock of our own, which the system releases with its holder:
-whoever holds it knows that a leftover ``lock`` is stale.
+A rank that is killed while it builds leaves a file named ``lock`` in the operator's folder, and every later process
+waits for it without a word. Builds are therefore made under a file lock of our own, which the system releases with its
+holder: whoever holds it knows that a leftover ``lock`` is stale.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger("codeparrot_ds.ops")
 
 
 def operators_folder() -> Path:
-    """Where operators are built: a folder for this Python, torch and DeepSpeed alone, unless ``TORCH_EXTENSIONS_DIR`` is set.
+    """Where operators are built: ``TORCH_EXTENSIONS_DIR``, or a folder for this Python, torch and DeepSpeed alone.
 
     A shared cache is rebuilt whenever another environment's ninja or compiler flags come along.
     """
@@ -54,7 +54,7 @@ def needed_operators(ds_config: dict[str, Any], device: str) -> list[str]:
     if not optimizer.get("params", {}).get("torch_adam", False):
         names.append("fused_adam" if offload_device(ds_config, "optimizer") == "none" else "cpu_adam")
     if "nvme" in (offload_device(ds_config, "optimizer"), offload_device(ds_config, "parameters")):
-        names.append("async_io")
+        names += ["pin_memory", "async_io"]
     return names
 
 
@@ -73,9 +73,14 @@ def build_operators(ds_config: dict[str, Any], device: str) -> None:
     names = needed_operators(ds_config, device)
     if not names:
         return
-    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, FusedAdamBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, FusedAdamBuilder, PinMemoryBuilder
 
-    builders = {"fused_adam": FusedAdamBuilder, "cpu_adam": CPUAdamBuilder, "async_io": AsyncIOBuilder}
+    builders = {
+        "fused_adam": FusedAdamBuilder,
+        "cpu_adam": CPUAdamBuilder,
+        "pin_memory": PinMemoryBuilder,
+        "async_io": AsyncIOBuilder,
+    }
     with _build_lock():
         for name in names:
             _remove_stale_lock(name)
@@ -106,7 +111,9 @@ def _build_lock() -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".build-lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write DeepSpeed's operators to {folder}: {error.strerror}; set TORCH_EXTENSIONS_DIR") from error
+        raise UserError(
+            f"cannot write DeepSpeed's operators to {folder}: {error.strerror}; set TORCH_EXTENSIONS_DIR"
+        ) from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

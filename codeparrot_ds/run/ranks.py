@@ -62,10 +62,12 @@ class Ranks:
         """Runs ``work`` on every rank; if it fails on any, every rank raises, so that nobody waits for a lost one.
 
         Raises:
-            SharedError: the failure in one sentence, naming the rank; a failure that is not the user's keeps its traceback
-                as the cause on the rank where it happened.
+            SharedError: the failure in one sentence, naming the rank. One that is not the user's keeps its traceback
+            on the rank where it happened.
         """
-        result, failure, mistake = None, None, True
+        result: Any = None
+        failure: Exception | None = None
+        mistake = True
         try:
             result = work()
         except (UserError, OSError) as error:
@@ -75,7 +77,7 @@ class Ranks:
         reports = self.gather(None if failure is None else (str(failure) or type(failure).__name__, mistake))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report is not None]
         if not failed:
-            return result  # type: ignore[return-value]
+            return result
         if failure is not None and not mistake:
             raise failure
         rank, sentence, _ = failed[0]
@@ -84,11 +86,15 @@ class Ranks:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0 and hands its result, or its failure, to every rank."""
-        return self.broadcast(self.together(lambda: work() if self.is_main else None))  # type: ignore[arg-type]
+
+        def main() -> Any:
+            return work() if self.is_main else None
+
+        return self.broadcast(self.together(main))
 
 
 def join_ranks() -> Ranks:
-    """Joins the process group that the launcher's environment describes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` …)."""
+    """Joins the process group that the launcher's environment describes (``RANK``, ``WORLD_SIZE`` …)."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -99,7 +105,8 @@ def join_ranks() -> Ranks:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    # DeepSpeed would build a C++ operator for inference's all-reduce here, in every rank at once; training has no use for it.
+    # DeepSpeed would build a C++ operator for inference's all-reduce here, in every rank at once; training has no use
+    # for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     return Ranks(

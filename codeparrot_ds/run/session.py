@@ -20,7 +20,14 @@ from codeparrot_ds.config import RunConfig
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.sources import find_shards
-from codeparrot_ds.data.stream import LaneState, StreamConfig, check_lanes, check_world_size, fingerprint_differences, stream_fingerprint
+from codeparrot_ds.data.stream import (
+    LaneState,
+    StreamConfig,
+    check_lanes,
+    check_world_size,
+    fingerprint_differences,
+    stream_fingerprint,
+)
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, token_losses
@@ -219,7 +226,12 @@ class Session:
             layout=_layout(self.ds_config, self.ranks),
             extra={"evaluations": self.evaluations},
             write_export=lambda folder: write_export(
-                folder, weights, self.engine.module.config, Path(self.config.tokenizer), self._card(step, tokens)
+                folder,
+                weights,
+                self.engine.module.config,
+                Path(self.config.tokenizer),
+                card=self._card(step, tokens),
+                training_state=self._training_state(step, tokens),
             ),
         )
         self.ranks.on_main(lambda: self._after_save(path, step))
@@ -238,12 +250,21 @@ class Session:
             title += f": loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['perplexity']:.2f}"
             if evaluation["step"] != step:
                 title += f" (at step {evaluation['step']})"
-        PushQueue(self.folder.path).enqueue(step, path / "export", title, f"Tokens: {self.meter.tokens_at(step):,}")
+        files = checkpoint_files.read_manifest(path)["files"]
+        PushQueue(self.folder.path).enqueue(
+            step,
+            path / "export",
+            title,
+            f"Tokens: {self.meter.tokens_at(step):,}",
+            sha256={name[7:]: entry["sha256"] for name, entry in files.items() if name.startswith("export/")},
+        )
         start_drain(self.folder.path)
 
     def _card(self, step: int, tokens: int) -> str:
         corpus = Path(self.config.data) / "corpus.json"
-        figures = {key: self.last_evaluation.get(key) for key in ("eval_loss", "perplexity", "bits_per_byte", "eval_tokens")}
+        figures = {
+            key: self.last_evaluation.get(key) for key in ("eval_loss", "perplexity", "bits_per_byte", "eval_tokens")
+        }
         return model_card(
             {
                 "name": self.folder.name,
@@ -257,10 +278,25 @@ class Session:
                 "config": dataclasses.asdict(self.config),
                 "ds_config": self.ds_config,
                 "corpus": json.loads(corpus.read_text(encoding="utf-8")) if corpus.is_file() else None,
-                "repository": self.folder.record.get("hub"),
                 "versions": self.folder.record["versions"],
             }
         )
+
+    def _training_state(self, step: int, tokens: int) -> dict[str, Any]:
+        """What the exported model is, and what ``evaluate`` needs to see the same rows again."""
+        config = self.config
+        return {
+            "run": self.folder.name,
+            "step": step,
+            "tokens": tokens,
+            "evaluation": self.last_evaluation,
+            "evaluated_with": {
+                "seq_length": config.seq_length,
+                "num_lanes": config.num_lanes,
+                "batch_size": config.micro_batch_size,
+                "max_eval_steps": config.max_eval_steps,
+            },
+        }
 
     def finish(self, step: int, status: str) -> dict[str, Any]:
         """Ends loader, trackers and the branch's queue; says where everything is. Returns the outcome."""
@@ -284,7 +320,9 @@ def _share_the_cores() -> None:
     """Without OMP_NUM_THREADS every rank would take every core, and they would push each other off."""
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))))
+        torch.set_num_threads(
+            max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
+        )
 
 
 def _named(config: RunConfig) -> RunConfig:

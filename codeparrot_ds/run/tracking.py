@@ -1,7 +1,7 @@
 """What a run writes down: a log a rank, metrics.jsonl, TensorBoard, Weights & Biases, and the console.
 
-``metrics.jsonl`` is the source of truth; the others repeat it. Rank 0 alone writes them; the other ranks log to their own
-file and speak on the console only of errors.
+``metrics.jsonl`` is the source of truth; the others repeat it. Rank 0 alone writes them; the other ranks log to their
+own file and speak on the console only of errors.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from codeparrot_ds.run.folder import RunFolder
 logger = logging.getLogger("codeparrot_ds")
 TRAIN_NAMES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds")
 OTHER_NAMES = ("memory_bytes", "skipped_steps", "loss_scale", "epoch", "tokens")
+WANDB_TIMEOUT_SECONDS = 60
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # what `wandb login` calls the cloud: before and since 0.29
 
 
 def set_up_logging(folder: Path, rank: int) -> None:
-    """Sends every log record of this rank to ``log/debug_<rank>.log``; rank 0 shows progress, the others errors only."""
+    """Sends this rank's log records to ``log/debug_<rank>.log``; rank 0 shows progress, the others errors only."""
     (folder / "log").mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / "log" / f"debug_{rank}.log", encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -135,7 +137,9 @@ class Tracker:
             for key, value in self.last_evaluation.items()
             if key in ("eval_loss", "perplexity", "bits_per_byte") and value is not None
         }
-        plain = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in self.hyperparameters.items()}
+        plain = {
+            key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in self.hyperparameters.items()
+        }
         self.tensorboard.add_hparams(plain, figures, run_name=".")
         self.tensorboard.close()
         if self.wandb is not None:
@@ -150,7 +154,7 @@ def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) 
         mode = "online" if _logged_in_to_wandb() else "offline"
     import wandb
 
-    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=60)
+    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=WANDB_TIMEOUT_SECONDS)
     (folder.path / "wandb").mkdir(exist_ok=True)  # otherwise wandb turns to a temporary folder
     options: dict[str, Any] = {
         "project": "codeparrot-ds",
@@ -167,6 +171,7 @@ def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) 
         if mode != "online":
             raise
         logger.warning("wandb: cannot reach the server (%s); going on offline", error)
+        wandb.teardown()  # Its service still holds the run's id and would refuse it.
         mode = "offline"
         run = wandb.init(mode=mode, **options)
     run.define_metric("*", step_metric="step")
@@ -178,9 +183,11 @@ def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) 
 def _logged_in_to_wandb() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    server = os.environ.get("WANDB_BASE_URL")
+    hosts = [server.split("://")[-1].split("/")[0]] if server else WANDB_HOSTS
     try:
-        return netrc.netrc().authenticators(host) is not None
+        credentials = netrc.netrc(os.environ.get("NETRC"))
+        return any(credentials.authenticators(host) for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 

@@ -78,7 +78,9 @@ def run_folder(tmp_path, model_folder, corpus_folder):
 
     run = tmp_path / "runs" / "brave-fox-1"
     for step in (500, 1000, 1500):
-        shutil.copytree(model_folder, run / "checkpoints" / f"step-{step:08d}" / "export")
+        export = run / "checkpoints" / f"step-{step:08d}" / "export"
+        shutil.copytree(model_folder, export)
+        (export / "training_state.json").write_text('{"evaluated_with": {"seq_length": 64, "num_lanes": 2}}')
         if step != 1500:
             (run / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text("{}")
     (run / "run.json").write_text(json.dumps({"name": run.name, "hub": "local"}))

@@ -68,7 +68,10 @@ def test_parameters_are_independent_of_each_other_and_of_the_seed():
 
 def test_a_parameter_follows_from_seed_and_name_alone():
     """What keeps the weights equal at every ZeRO stage: neither the order nor the other parameters matter."""
-    shallow, deep = dict(build().named_parameters()), dict(build(dataclasses.replace(TINY, n_layer=5)).named_parameters())
+    shallow, deep = (
+        dict(build().named_parameters()),
+        dict(build(dataclasses.replace(TINY, n_layer=5)).named_parameters()),
+    )
     assert all(torch.equal(shallow[name], deep[name]) for name in shallow if "c_proj" not in name)
     assert not torch.equal(shallow["transformer.h.0.mlp.c_proj.weight"], deep["transformer.h.0.mlp.c_proj.weight"])
 

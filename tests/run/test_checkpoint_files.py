@@ -183,11 +183,16 @@ def test_a_kill_at_any_call_of_publish_leaves_a_whole_checkpoint(checkpoints, mo
             if same_step:
                 save(checkpoints, 20, "first")
             staging, files = stage(checkpoints, 20, "second")
-            if not dies_at(monkeypatch, owner, name, number, lambda: publish(staging, step_folder(checkpoints, 20), 20, files)):
+            if not dies_at(
+                monkeypatch, owner, name, number, lambda: publish(staging, step_folder(checkpoints, 20), 20, files)
+            ):
                 break
             reached += 1
             found, problems = newest_valid(checkpoints)
-            assert found is not None and found in (older, step_folder(checkpoints, 20)) and problems == [], (name, number)
+            assert found is not None and found in (older, step_folder(checkpoints, 20)) and problems == [], (
+                name,
+                number,
+            )
     assert reached > 5
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-SCRIPT = '''
+SCRIPT = """
 import json, os, sys, traceback
 import torch
 from codeparrot_ds.errors import UserError
@@ -39,7 +39,7 @@ answers["still in step"] = ranks.gather(ranks.rank)
 leave_ranks()
 leave_ranks()
 print(json.dumps(answers))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def test_a_signal_asks_and_nothing_more(stop, number):
     assert stop.agreed()
 
 
-SCRIPT = '''
+SCRIPT = """
 import json, os, signal
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ for step in range(4):
     answers.append(stop.agreed())
 dist.destroy_process_group()
 print(json.dumps(answers))
-'''
+"""
 
 
 def test_all_ranks_stop_at_the_same_step_when_one_was_asked(run_ranks):

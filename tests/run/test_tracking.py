@@ -1,0 +1,224 @@
+"""What a run writes down."""
+
+import glob
+import json
+import logging
+import math
+import os
+import socket
+import warnings
+
+import pytest
+
+from codeparrot_ds.run.folder import RunFolder
+from codeparrot_ds.run.tracking import Metrics, Progress, Tracker, duration, set_up_logging
+
+LOGGERS = ("codeparrot_ds", "DeepSpeed", "transformers", "datasets", "huggingface_hub", "py.warnings")
+
+
+@pytest.fixture
+def loggers():
+    """Puts every logger back as it was."""
+    before = {name: (log.handlers, log.propagate, log.level) for name in LOGGERS for log in [logging.getLogger(name)]}
+    yield
+    logging.captureWarnings(False)
+    for name, (handlers, propagate, level) in before.items():
+        log = logging.getLogger(name)
+        for handler in set(log.handlers) - set(handlers):
+            handler.close()
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "runs" / "brave-otter-7"
+    path.mkdir(parents=True)
+    folder = RunFolder(path)
+    folder.record = {"name": folder.name, "id": "brave-otter-7-abc123"}
+    return folder
+
+
+def rows(metrics):
+    return [json.loads(line) for line in metrics.path.read_text().splitlines()]
+
+
+def test_metrics_are_rows_at_once(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.append({"step": 1, "loss": 2.5, "grad_norm": None})
+    assert rows(metrics) == [{"step": 1, "loss": 2.5, "grad_norm": None}]
+    metrics.append({"step": 2, "loss": 2.25})
+    assert [row["step"] for row in rows(metrics)] == [1, 2]
+
+
+def test_numbers_that_json_has_no_word_for(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "low": -math.inf})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    row = json.loads(metrics.path.read_text(), parse_constant=refuse)
+    assert math.isnan(float(row["loss"])) and float(row["grad_norm"]) == math.inf and float(row["low"]) == -math.inf
+    assert row["step"] == 1
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "lo', '{"step": 2, "loss": 1.0}', "\0\0\0\0", "12"])
+def test_a_restart_drops_the_steps_that_it_does_again(tmp_path, torn):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.truncate_after(5)  # no file yet
+    for step in (0, 1, 2, 3):
+        metrics.append({"step": step, "loss": float(step)})
+    metrics.append({"step": 1, "eval_loss": 2.0})
+    with metrics.path.open("a") as file:
+        file.write(torn)
+    metrics.truncate_after(1)
+    assert [row["step"] for row in rows(metrics)] == [0, 1, 1]
+    metrics.append({"step": 2, "loss": 9.0})  # on a line of its own
+    assert rows(metrics)[-1] == {"step": 2, "loss": 9.0}
+
+
+def test_a_log_a_rank(tmp_path, loggers, capsys):
+    for rank in (0, 1):
+        set_up_logging(tmp_path, rank)
+        logging.getLogger("codeparrot_ds.session").debug("detail of rank %d", rank)
+        logging.getLogger("codeparrot_ds.session").info("progress of rank %d", rank)
+        logging.getLogger("codeparrot_ds.session").error("trouble of rank %d", rank)
+        logging.getLogger("DeepSpeed").info("a setting of rank %d", rank)
+        warnings.warn(f"deprecated on rank {rank}", stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == [
+        "progress of rank 0",
+        "trouble of rank 0",
+        "rank 1: trouble of rank 1",
+    ]
+    for rank in (0, 1):
+        text = (tmp_path / "log" / f"debug_{rank}.log").read_text()
+        assert f"DEBUG codeparrot_ds.session: detail of rank {rank}" in text
+        assert f"trouble of rank {rank}" in text and f"a setting of rank {rank}" in text
+        assert f"deprecated on rank {rank}" in text and f"rank {1 - rank}" not in text
+
+
+TRAINING_ROW = {"step": 5, "tokens": 640, "loss": 3.5, "learning_rate": 1e-3, "grad_norm": None, "mfu": math.nan}
+EVALUATION_ROW = {"step": 5, "tokens": 640, "eval_loss": 3.25, "perplexity": 25.8, "bits_per_byte": None}
+
+
+def test_tensorboard_is_read_back(folder, loggers):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"model": "demo", "learning_rate": 1e-3, "compile": False, "eval_steps": None, "betas": [0.9, 0.999]}
+    tracker = Tracker(folder, active=True, mode="off", hyperparameters=settings)
+    tracker.train(TRAINING_ROW)
+    tracker.evaluation(EVALUATION_ROW)
+    tracker.close()
+    assert tracker.last_evaluation == EVALUATION_ROW
+
+    events = EventAccumulator(str(folder.path / "tensorboard")).Reload()
+    (loss,) = events.Scalars("train/loss")
+    assert (loss.step, loss.value) == (5, 3.5)
+    assert events.Scalars("validation/perplexity")[0].value == pytest.approx(25.8)
+    assert {"train/grad_norm", "train/step"}.isdisjoint(events.Tags()["scalars"])
+    assert events.Scalars("final/eval_loss")[0].value == 3.25
+
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert start["model"].string_value == "demo" and start["learning_rate"].number_value == 1e-3
+    assert start["compile"].bool_value is False and start["betas"].string_value == "[0.9, 0.999]"
+    assert "eval_steps" not in start
+
+    first, second = rows(tracker.metrics)
+    assert first["loss"] == 3.5 and first["mfu"] == "nan" and first["time"] > 0
+    assert second["eval_loss"] == 3.25 and second["bits_per_byte"] is None
+
+
+def test_the_other_ranks_write_nothing(folder):
+    tracker = Tracker(folder, active=False, mode="offline", hyperparameters={"model": "demo"})
+    tracker.train(TRAINING_ROW)
+    tracker.evaluation(EVALUATION_ROW)
+    tracker.close()
+    assert list(folder.path.iterdir()) == []
+    assert tracker.last_evaluation == EVALUATION_ROW
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """The environment of somebody who never logged in to wandb."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+
+
+def test_wandb_runs_offline_under_the_runs_name(folder, stranger, loggers, caplog):
+    caplog.set_level(logging.INFO, "codeparrot_ds")
+    tracker = Tracker(folder, active=True, mode="auto", hyperparameters={"model": "demo"})
+    assert tracker.wandb.name == "brave-otter-7" and tracker.wandb.id == "brave-otter-7-abc123"
+    assert tracker.wandb.project == "codeparrot-ds" and tracker.wandb.config["model"] == "demo"
+    assert tracker.wandb.offline
+    tracker.train(TRAINING_ROW)
+    tracker.close()
+    (stored,) = glob.glob(f"{folder.path}/wandb/offline-run-*-brave-otter-7-abc123/run-*.wandb")
+    content = open(stored, "rb").read()
+    assert b"brave-otter-7" in content and b"train/loss" in content
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("wandb: ")]
+    assert line.startswith("wandb: offline, run brave-otter-7") and "wandb sync" in line
+
+
+def test_wandb_off(folder, stranger, caplog):
+    caplog.set_level(logging.INFO, "codeparrot_ds")
+    tracker = Tracker(folder, active=True, mode="off", hyperparameters={})
+    tracker.close()
+    assert tracker.wandb is None and not (folder.path / "wandb").exists()
+    assert "wandb: off" in caplog.text
+
+
+def test_an_unreachable_wandb_server_turns_a_run_offline(folder, stranger, loggers, caplog, monkeypatch):
+    """A key and a server that nobody runs: a run must not die of it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+    caplog.set_level(logging.INFO, "codeparrot_ds")
+    tracker = Tracker(folder, active=True, mode="auto", hyperparameters={})
+    try:
+        assert tracker.wandb.offline and tracker.wandb.name == "brave-otter-7"
+        assert "going on offline" in caplog.text
+    finally:
+        tracker.close()
+
+
+def test_progress_in_lines(caplog, capsys):
+    caplog.set_level(logging.INFO, "codeparrot_ds")
+    progress = Progress(active=True, start=0, total=100)
+    progress.show({"step": 5, "loss": 3.5, "learning_rate": 1e-3, "tokens_per_second": 12345.6}, 185)
+    progress.say("evaluation at step %d", 5)
+    progress.close()
+    silent = Progress(active=False, start=0, total=100)
+    silent.show({"step": 6}, 1)
+    silent.say("nothing")
+    silent.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 5/100: loss 3.5000, lr 1.00e-03, 12,346 tokens/s, 3 min 5 s left",
+        "evaluation at step 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (-3, "0 s"),
+        (41.6, "42 s"),
+        (59.7, "1 min 0 s"),
+        (185, "3 min 5 s"),
+        (3599.6, "1 h 0 min"),
+        (7440, "2 h 4 min"),
+        (7 * 86400 + 3 * 3600 + 59, "7 d 3 h"),
+        (math.nan, "unknown time"),
+        (math.inf, "unknown time"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
