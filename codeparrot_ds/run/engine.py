@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 from typing import Any
 
@@ -50,15 +51,19 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
 def _undo_construction_step(engine: Any) -> None:
     """Takes back the optimizer step that DeepSpeed makes while it builds a bf16 or fp16 engine at stage 0.
 
-    ``FP16_Optimizer.initialize_optimizer_states`` steps once with zero gradients to create Adam's states. That leaves
-    the step counter at 1 (a wrong bias correction: the first real update is about a third too small) and the masters
-    decayed once, so stage 0 parts from stages 1 to 3 within a few steps. The working weights are not touched by that
-    step: they give the masters back.
+    ``initialize_optimizer_states`` of ``FP16_Optimizer`` (fused Adam) and ``FP16_UnfusedOptimizer`` (torch's) steps once
+    with zero gradients to create Adam's states. That leaves the step counter at 1 (a wrong bias correction: the first
+    real update is about a third too small) and the masters decayed once, so stage 0 parts from stages 1 to 3 within a
+    few steps. The working weights are not touched by that step: they give the masters back.
     """
     optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp32_groups_flat"):
+    if hasattr(optimizer, "fp32_groups_flat"):
+        pairs = zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True)
+    elif hasattr(optimizer, "fp32_groups"):
+        pairs = zip(itertools.chain(*optimizer.fp16_groups), itertools.chain(*optimizer.fp32_groups), strict=True)
+    else:
         return
-    for working, master in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
+    for working, master in pairs:
         master.data.copy_(working.data)
     for state in engine.basic_optimizer.state.values():
         state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0

@@ -56,6 +56,8 @@ def check_run_name(name: str) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", name) or ".." in name or name.endswith((".lock", ".")):
         raise UserError(f"run_name {name!r} cannot be a branch: use letters, digits, '-', '_' and '.' (brave-otter-7)")
+    if name in ("main", "HEAD"):
+        raise UserError(f"run_name {name!r} means something else in git: choose another, such as brave-otter-7")
     if re.fullmatch(r"[0-9a-f]{7,40}", name):
         raise UserError(f"run_name {name!r} looks like a commit id: add a word to it")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 
@@ -12,6 +13,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989.5e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989.5e12,
     "A100": 312e12,
     "A10": 125e12,
@@ -32,7 +34,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, flops in PEAK_FLOPS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):  # whole words: an L40 is no L4, an RTX A1000 no A100
                 return flops, f"data sheet of {known}, dense bf16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 1024 if device.type == "cpu" else 8192

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
+import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import logging
 import os
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,10 +28,13 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.zero.ds_config import offload_device
 
 logger = logging.getLogger("codeparrot_ds.ops")
+RECORD = "codeparrot-ds.built"
+# The other two are loaded by DeepSpeed when it comes to them, one after the other and with symbols shared.
+LOADED_DIRECTLY = ("fused_adam", "cpu_adam")
 
 
 def operators_folder() -> Path:
-    """Where operators are built: ``TORCH_EXTENSIONS_DIR``, or a folder for this Python, torch and DeepSpeed alone.
+    """Where operators are built: ``TORCH_EXTENSIONS_DIR``, or a folder for this environment and processor alone.
 
     A shared cache is rebuilt whenever another environment's ninja or compiler flags come along.
     """
@@ -34,8 +42,18 @@ def operators_folder() -> Path:
     if chosen:
         return Path(chosen)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
-    return cache / "codeparrot-ds" / f"operators-py{sys.version_info[0]}{sys.version_info[1]}-{versions}"
+    return cache / "codeparrot-ds" / f"operators-{_build_key()}"
+
+
+@functools.cache
+def _build_key() -> str:
+    """What a built operator depends on: Python, torch, DeepSpeed, and the processor's instructions (-march=native)."""
+    versions = [f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed")]
+    flags = platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        flags += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    processor = hashlib.sha256(flags.encode()).hexdigest()[:8]
+    return "-".join([f"py{sys.version_info[0]}{sys.version_info[1]}", *versions, processor])
 
 
 def use_operators_folder(environment: dict[str, str] | os._Environ[str]) -> None:
@@ -59,8 +77,8 @@ def needed_operators(ds_config: dict[str, Any], device: str) -> list[str]:
 
 
 def are_built(names: list[str]) -> bool:
-    """Whether every operator has a library in the folder (without importing torch)."""
-    return all((operators_folder() / name / f"{name}.so").is_file() for name in names)
+    """Whether every operator has been built and loaded here before (without importing torch)."""
+    return all(_record_holds(name) for name in names)
 
 
 def build_operators(ds_config: dict[str, Any], device: str) -> None:
@@ -71,8 +89,17 @@ def build_operators(ds_config: dict[str, Any], device: str) -> None:
     """
     use_operators_folder(os.environ)
     names = needed_operators(ds_config, device)
-    if not names:
-        return
+    if not are_built(names):
+        with _build_lock():
+            for name in names:
+                _build(name)
+    for name in names:
+        if name in LOADED_DIRECTLY:
+            _load_built(name)
+
+
+def _build(name: str) -> None:
+    """Has DeepSpeed build (or check) and load one operator, and records it; call it with the build lock held."""
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, FusedAdamBuilder, PinMemoryBuilder
 
     builders = {
@@ -81,27 +108,61 @@ def build_operators(ds_config: dict[str, Any], device: str) -> None:
         "pin_memory": PinMemoryBuilder,
         "async_io": AsyncIOBuilder,
     }
-    with _build_lock():
-        for name in names:
-            _remove_stale_lock(name)
-            started, known = time.monotonic(), are_built([name])
-            if not known:
-                logger.info("building DeepSpeed's operator %s (once; 20 to 60 s)", name)
-            try:
-                # The builder prints its checks to the console; they matter only when it fails.
-                with contextlib.redirect_stdout(io.StringIO()) as said:
-                    builders[name]().load(verbose=False)
-            except (RuntimeError, OSError) as error:
-                raise UserError(_build_failure(name, f"{said.getvalue()}\n{error}")) from error
-            logger.debug("operator %s ready after %.1f s", name, time.monotonic() - started)
+    _remove_stale_lock(name)
+    started = time.monotonic()
+    try:
+        # The builder prints its checks to the console; they matter only when it fails.
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            builders[name]().load(verbose=False)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise UserError(_build_failure(name, f"{said.getvalue()}\n{error}")) from error
+    library = _library(name)
+    if library.is_file():  # not where the operator was installed with DeepSpeed
+        (library.parent / RECORD).write_text(_record(library), encoding="utf-8")
+    logger.debug("operator %s built and loaded in %.1f s", name, time.monotonic() - started)
+
+
+def _load_built(name: str) -> None:
+    """Imports a recorded library and hands it to DeepSpeed, whose own loading spends seconds to find nothing to build.
+
+    That loading imports the compiler tools, asks py-cpuinfo and runs ninja, each time in each rank.
+    """
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    if name in OpBuilder._loaded_ops or not _record_holds(name):
+        return
+    specification = importlib.util.spec_from_file_location(name, _library(name))
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    OpBuilder._loaded_ops[name] = module
+
+
+def _library(name: str) -> Path:
+    return operators_folder() / name / f"{name}.so"
+
+
+def _record(library: Path) -> str:
+    status = library.stat()
+    return f"{_build_key()} {status.st_size} {status.st_mtime_ns}\n"
+
+
+def _record_holds(name: str) -> bool:
+    """Whether a library is the one that was loaded before: a linker that was killed leaves one that is not."""
+    library = _library(name)
+    try:
+        return (library.parent / RECORD).read_text(encoding="utf-8") == _record(library)
+    except OSError:
+        return False
 
 
 def _build_failure(name: str, output: str) -> str:
     remedy = {"async_io": "install libaio's headers (Debian: apt-get install libaio-dev)"}.get(
         name, "install g++ and ninja, or set optimizer.params.torch_adam to true in the DeepSpeed JSON"
     )
-    words = [line.strip() for line in output.splitlines() if "error" in line.lower() or "unable" in line.lower()]
-    return f"DeepSpeed's operator {name} cannot be built: {words[-1] if words else output.strip()[-300:]}; {remedy}"
+    marks = ("error:", "not found", "unable", "returned non-zero")
+    words = [line.strip() for line in output.splitlines() if any(mark in line.lower() for mark in marks)]
+    return f"DeepSpeed's operator {name} cannot be built: {(words or [output.strip()])[-1][-300:]}; {remedy}"
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.ranks import Ranks, join_ranks
 from codeparrot_ds.run.startup import Startup
 from codeparrot_ds.run.stopping import StopSignal
-from codeparrot_ds.run.tracking import Progress, Tracker, set_up_logging
+from codeparrot_ds.run.tracking import Progress, Tracker, set_up_logging, warm_up
 from codeparrot_ds.zero.ds_config import (
     find_ds_config,
     load_ds_config,
@@ -93,12 +93,16 @@ class Session:
         stop = StopSignal(ranks)
         config = ranks.on_main(lambda: _named(config))
         ds_config, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
+        startup.lap("config and tokenizer")
         folder = _open_folder(config, ds_config, ranks)
         set_up_logging(folder.path, ranks.rank)
+        if ranks.is_main and config.wandb != "off":
+            warm_up()
+        startup.lap("run folder and branch")
         ranks.together(lambda: build_operators(ds_config, ranks.device.type))
+        startup.lap("operators")
         stream = ranks.together(lambda: _stream_config(config, encoder))
-
-        startup.lap("config, data, folder, operators")
+        startup.lap("data")
         torch.manual_seed(config.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
         model = build_model(
             shape,

@@ -6,12 +6,14 @@ own file and speak on the console only of errors.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import logging
 import math
 import netrc
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,8 @@ from typing import Any
 from codeparrot_ds.run.folder import RunFolder
 
 logger = logging.getLogger("codeparrot_ds")
-TRAIN_NAMES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds")
-OTHER_NAMES = ("memory_bytes", "skipped_steps", "loss_scale", "epoch", "tokens")
 WANDB_TIMEOUT_SECONDS = 60
-WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # what `wandb login` calls the cloud: before and since 0.29
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # wandb's cloud in ~/.netrc, by its old and its new name
 
 
 def set_up_logging(folder: Path, rank: int) -> None:
@@ -95,14 +95,22 @@ class Tracker:
         """
         self.metrics = Metrics(folder.path / "metrics.jsonl")
         self.tensorboard: Any = None
-        self.wandb: Any = None
+        self._wandb: concurrent.futures.Future[Any] | None = None
         self.hyperparameters = {key: value for key, value in hyperparameters.items() if value is not None}
         self.last_evaluation: dict[str, Any] = {}
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"))
-            self.wandb = _start_wandb(folder, mode, self.hyperparameters)
+            # wandb takes seconds to start, longer without an answer from its server: the first step does not wait.
+            starter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="wandb-start")
+            self._wandb = starter.submit(_start_wandb, folder, mode, self.hyperparameters)
+            starter.shutdown(wait=False)
+
+    @property
+    def wandb(self) -> Any:
+        """The wandb run, waiting for its start; None when it is off and on the other ranks."""
+        return None if self._wandb is None else self._wandb.result()
 
     def train(self, row: dict[str, Any]) -> None:
         """Records a training row (see the keys in the README)."""
@@ -178,6 +186,18 @@ def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) 
     hint = "" if mode == "online" else f"; upload later with: wandb sync {folder.path}/wandb/offline-run-*"
     logger.info("wandb: %s, run %s%s", mode, folder.name, hint)
     return run
+
+
+def warm_up() -> None:
+    """Imports TensorBoard and wandb and starts wandb's service in the background, while the model is being built."""
+
+    def work() -> None:
+        import wandb
+        from torch.utils import tensorboard  # noqa: F401
+
+        wandb.setup()
+
+    threading.Thread(target=work, name="tracking-warm-up", daemon=True).start()
 
 
 def _logged_in_to_wandb() -> bool:

@@ -77,22 +77,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def rank_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def rank_environment() -> Callable[..., dict[str, str]]:
     """The environment that a launcher gives to a rank on this machine."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
-    }
+
+    def variables(rank: int, world_size: int, port: int | None = None) -> dict[str, str]:
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port or free_port()),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(REPOSITORY),
+        }
+
+    return variables
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., list[dict]]:
+def run_ranks(rank_environment: Callable[..., dict[str, str]]) -> Callable[..., list[dict]]:
     """Runs a script as several ranks; each prints one JSON object as its last line. Returns them in rank order."""
 
     def run(script: str, world_size: int = 2) -> list[dict]:
@@ -100,7 +105,7 @@ def run_ranks() -> Callable[..., list[dict]]:
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", script],
-                env=os.environ | rank_variables(rank, world_size, port),
+                env=os.environ | rank_environment(rank, world_size, port),
                 cwd=REPOSITORY,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -1,10 +1,10 @@
 """A run's folder: names, identity, record, lock."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -178,6 +178,7 @@ def test_a_folder_that_cannot_be_made(make_config, tmp_path):
         open_folder(make_config())
 
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys
 from codeparrot_ds.config import RunConfig
@@ -188,20 +189,25 @@ sys.stdin.read()
 """
 
 
+def run_record(config) -> str:
+    return Path(config.output_dir, "brave-otter-7", "run.json").read_text()
+
+
 def test_a_second_process_is_told_who_holds_the_folder(make_config):
     config = make_config(seq_length=1024, global_batch_size=192, num_lanes=64, shuffle_buffer=1000, model="gpt2")
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, config.output_dir], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, config.output_dir],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert holder.stdout.readline() == "locked\n"
-        before = os.path.join(config.output_dir, "brave-otter-7", "run.json")
-        with open(before) as file:
-            record = file.read()
+        record = run_record(config)
         with pytest.raises(UserError, match=f"in use by process {holder.pid} on {socket.gethostname()}"):
             open_folder(config)
-        with open(before) as file:
-            assert file.read() == record
+        assert run_record(config) == record
     finally:
         holder.kill()
         holder.communicate()

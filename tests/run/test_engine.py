@@ -1,0 +1,202 @@
+"""The DeepSpeed engine on one real rank: groups, schedule, and the mends of what DeepSpeed does at stage 0."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from codeparrot_ds.model.gpt2 import build_model, get_grouped_params
+from codeparrot_ds.model.shapes import GPT2Shape
+from codeparrot_ds.run.engine import create_engine, loss_scale
+from codeparrot_ds.run.export import working_weights
+from codeparrot_ds.run.fragments import optimizer_step_count
+from codeparrot_ds.run.ops import build_operators
+from codeparrot_ds.run.ranks import join_ranks, leave_ranks
+from codeparrot_ds.schedule import learning_rate_factor
+from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config, zero_stage
+
+SHAPE = GPT2Shape(n_layer=2, n_embd=32, n_head=2, vocab_size=128, n_positions=32)
+STAGES = ["zero0", "zero0_fp32", "zero1", "zero1_fp32", "zero2", "zero2_fp32", "zero3", "zero3_fp32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks(rank_environment):
+    """This process as the only rank of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank_environment(0, 1).items():
+            patch.setenv(name, value)
+        ranks = join_ranks()
+        build_operators({"optimizer": {"type": "AdamW", "params": {}}}, ranks.device.type)
+        yield ranks
+        leave_ranks()
+
+
+@pytest.fixture
+def build(make_config, ranks):
+    """Builds the engine of a shipped DeepSpeed config, with changes to the run config or to the JSON."""
+
+    def make(name, *, optimizer=None, mended=True, **changes):
+        import deepspeed
+
+        settings = {"num_warmup_steps": 0, "learning_rate": 1e-2, "max_train_steps": 50, "dropout": 0.0}
+        config = make_config(deepspeed=name, global_batch_size=4, micro_batch_size=4, **settings | changes)
+        source = find_ds_config(name)
+        ds_config = resolve_ds_config(load_ds_config(source), config, world_size=1, model_hidden_size=SHAPE.n_embd)
+        ds_config["optimizer"]["params"] |= optimizer or {}
+        zero3 = ds_config if zero_stage(ds_config) == 3 else None
+        model = build_model(SHAPE, eos_token_id=0, seed=1, zero3_config=zero3, device=ranks.device)
+        if mended:
+            return create_engine(model, ds_config, config)
+        groups = get_grouped_params(model, config.weight_decay)
+        return deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)[0]
+
+    return make
+
+
+def train_step(engine, seed=0, poison=None) -> float:
+    """One optimizer step on random rows, the same for the same seed; ``poison`` multiplies the loss."""
+    ids = torch.randint(SHAPE.vocab_size, (4, 32), generator=torch.Generator().manual_seed(seed)).to(engine.device)
+    loss = engine(input_ids=ids, labels=ids).loss
+    if poison is not None:
+        loss = loss * poison
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def weights_of(engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in working_weights(engine, keep=True).items()}
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_initial_weights_are_the_same_at_every_stage(build, name):
+    dtype = torch.float32 if name.endswith("fp32") else torch.bfloat16
+    plain = {key: value.detach().to(dtype) for key, value in build_model(SHAPE, eos_token_id=0, seed=1).named_parameters()}
+    engine = build(name)
+    assert equal(weights_of(engine), plain)
+    assert working_weights(engine, keep=False) == {}
+    assert optimizer_step_count(engine) == 0
+    assert loss_scale(engine) == 1.0
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero0_fp32", "zero2", "zero3"])
+def test_schedule_and_groups(build, name):
+    engine = build(name, num_warmup_steps=2, weight_decay=0.2)
+    assert [group["weight_decay"] for group in engine.basic_optimizer.param_groups] == [0.2, 0.0]
+    before, rates = weights_of(engine), []
+    for step in range(4):
+        rates.append(engine.get_lr()[0])
+        train_step(engine)
+        assert equal(weights_of(engine), before) == (step == 0)  # the first update of a warm-up has rate 0
+    assert rates == pytest.approx([1e-2 * learning_rate_factor("cosine", step, 2, 50) for step in range(4)])
+    assert engine.global_steps == 4 and engine.skipped_steps == 0
+
+
+@pytest.mark.parametrize("precision", ["", "_fp32"])
+def test_all_stages_learn_alike(build, precision):
+    losses = {}
+    for stage in range(4):
+        engine = build(f"zero{stage}{precision}")
+        losses[stage] = [train_step(engine) for _ in range(8)]
+    assert losses[0][-1] < losses[0][0] - 0.5
+    for stage in (0, 1, 3):
+        assert losses[stage] == pytest.approx(losses[2], abs=2e-2 if precision == "" else 1e-5), stage
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(build, name, poison):
+    engine = build(name)
+    train_step(engine)
+    before, rate = weights_of(engine), engine.get_lr()
+    train_step(engine, poison=poison)
+    assert equal(weights_of(engine), before)
+    assert engine.skipped_steps == 1
+    assert engine.get_lr() == rate, "a skipped step is no step of the schedule"
+    train_step(engine)
+    after = weights_of(engine)
+    assert not equal(after, before) and all(tensor.isfinite().all() for tensor in after.values())
+    assert engine.skipped_steps == 1
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.25])
+@pytest.mark.parametrize("name", ["zero0_fp32", "zero2_fp32"])
+def test_gradient_norm_of_stage_0_in_fp32(build, name, max_grad_norm):
+    engine = build(name, max_grad_norm=max_grad_norm)
+    model = build_model(SHAPE, eos_token_id=0, seed=1, device=engine.device)
+    ids = torch.randint(SHAPE.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0)).to(engine.device)
+    model(input_ids=ids, labels=ids).loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item()
+    assert norm > 0.5  # so that clipping at 0.25 does something
+    train_step(engine)
+    assert float(engine.get_global_grad_norm()) == pytest.approx(norm, rel=1e-4)
+    train_step(engine)
+    train_step(engine, poison=float("nan"))
+    assert not torch.isfinite(torch.tensor(float(engine.get_global_grad_norm())))
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"torch_adam": True}], ids=["DeepSpeed's Adam", "torch's Adam"])
+def test_construction_at_stage_0_in_bf16_leaves_no_trace(build, optimizer):
+    engine = build("zero0", optimizer=optimizer, weight_decay=0.5)
+    assert optimizer_step_count(engine) == 0
+    for state in engine.basic_optimizer.state.values():
+        assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+    masters = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+    total = sum(master.double().sum().item() for master in masters)
+    weights = sum(tensor.double().sum().item() for tensor in weights_of(engine).values())
+    assert total == pytest.approx(weights, rel=1e-12)
+    reference = build("zero1", optimizer=optimizer, weight_decay=0.5)
+    for _ in range(4):
+        assert train_step(engine) == pytest.approx(train_step(reference), abs=2e-2)
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"torch_adam": True}], ids=["DeepSpeed's Adam", "torch's Adam"])
+def test_deepspeed_still_steps_while_it_builds_stage_0(build, optimizer):
+    """When this fails, DeepSpeed has mended it: remove ``_undo_construction_step``."""
+    engine = build("zero0", optimizer=optimizer, mended=False)
+    assert optimizer_step_count(engine) == 1
+
+
+def test_deepspeed_still_lets_a_nan_into_the_weights_of_stage_0_in_fp32(build):
+    """When this fails, DeepSpeed has mended it: remove ``_guard_bare_optimizer``."""
+    engine = build("zero0_fp32", mended=False)
+    train_step(engine, poison=float("nan"))
+    assert not all(tensor.isfinite().all() for tensor in weights_of(engine).values())
+
+
+def test_activation_checkpointing_recomputes_and_changes_nothing(build):
+    engine, plain = build("zero2_activation_checkpointing"), build("zero2")
+    calls = []
+    engine.module.transformer.h[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    assert [train_step(engine) for _ in range(3)] == pytest.approx([train_step(plain) for _ in range(3)], abs=1e-4)
+    assert len(calls) == 6  # once forward, once again in the backward pass
+
+
+FAULTS = """
+import json, resource
+import torch
+from codeparrot_ds.run.engine import keep_freed_pages
+keep_freed_pages()
+keep_freed_pages()
+for step in range(30):
+    if step == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF)
+    torch.ones(16 * 2**20)
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({"faults": after.ru_minflt - before.ru_minflt, "grown": after.ru_maxrss - before.ru_maxrss}))
+"""
+
+
+def test_freed_pages_are_kept_and_used_again():
+    repository = Path(__file__).resolve().parents[2]
+    answer = subprocess.run([sys.executable, "-c", FAULTS], cwd=repository, capture_output=True, text=True, check=True)
+    answer = json.loads(answer.stdout)
+    assert answer["faults"] < 16_384  # what a single tensor of 64 MiB would take from the system; here are twenty
+    assert answer["grown"] < 64 * 1024  # KiB

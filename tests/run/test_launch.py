@@ -1,0 +1,259 @@
+"""The front door: mistakes found before any rank starts, and what the launcher is given."""
+
+import collections
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from codeparrot_ds.config import LaunchOptions, save_config
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.run import launch
+from codeparrot_ds.run.launch import check_run, front_door, local_device, local_ranks, rank_environment
+
+
+def test_a_run_that_is_fine_gets_its_json(make_config):
+    ds_config = check_run(make_config(), device="cpu", world_size=2)
+    assert ds_config["train_batch_size"] == 8 and ds_config["gradient_accumulation_steps"] == 2
+    assert ds_config["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"run_name": "a b"}, "run_name 'a b' cannot be a branch"),
+        ({"data": ""}, "--data is missing: make one with `codeparrot-ds corpus`"),
+        ({"tokenizer": ""}, "--tokenizer is missing: make one with `codeparrot-ds tokenizer`"),
+        ({"data": "/nowhere/corpus"}, "/nowhere/corpus"),
+        ({"tokenizer": "/nowhere/tokenizer"}, "/nowhere/tokenizer"),
+        ({"deepspeed": "zerro2"}, "did you mean 'zero2'"),
+        ({"model": "gpt2-lrge"}, "did you mean 'gpt2-large'"),
+        ({"seq_length": 2048}, "seq_length 2048 is longer than the 1024 positions of model demo"),
+        ({"global_batch_size": 6}, "6 is not divisible by micro_batch_size x world_size = 2 x 2 = 4"),
+        ({"num_lanes": 41}, "the largest num_lanes that works is 40"),
+        ({"num_lanes": 5}, "num_lanes=5 cannot be shared by 2 ranks"),
+        ({"deepspeed": "zero2_fp16"}, "fp16 needs a GPU"),
+        ({"hub": "/nowhere/hub.git"}, "/nowhere/hub.git"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_found_before_a_rank_starts(make_config, changes, words):
+    config = make_config(**changes)
+    with pytest.raises(UserError) as caught:
+        check_run(config, device="cpu", world_size=2)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not Path(config.output_dir).exists()  # nothing is left behind
+
+
+def test_a_corpus_without_a_validation_split(make_config, corpus_dir, tmp_path):
+    shutil.copytree(corpus_dir / "train", tmp_path / "corpus" / "train")
+    with pytest.raises(UserError, match="validation"):
+        check_run(make_config(data=str(tmp_path / "corpus")), device="cpu", world_size=2)
+
+
+def test_a_folder_of_another_config(make_config, tmp_path):
+    run = tmp_path / "runs" / "brave-otter-7"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    save_config(make_config(seq_length=64), run / "config.yaml")
+    with pytest.raises(UserError, match="belongs to another config .seq_length is 64 there and 32 here"):
+        check_run(make_config(), device="cpu", world_size=2)
+
+
+def test_an_output_folder_that_cannot_be_made(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made: .*file is a file"):
+        check_run(make_config(output_dir=str(tmp_path / "file" / "runs")), device="cpu", world_size=2)
+
+
+def test_an_output_folder_without_permission(make_config):
+    where = "/sys/kernel/runs"  # which not even root may write
+    with pytest.raises(UserError, match="cannot be written: no permission in /sys/kernel"):
+        check_run(make_config(output_dir=where), device="cpu", world_size=2)
+
+
+def test_a_full_disk(make_config, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**8, 10**8))
+    with pytest.raises(UserError, match=r"has 0\.1 GB free and a checkpoint .* takes 0\.\d GB: free some space"):
+        check_run(make_config(), device="cpu", world_size=2)
+
+
+def test_a_hostfile_that_does_not_exist(make_config):
+    with pytest.raises(UserError, match="hostfile /nowhere/hosts does not exist"):
+        front_door(make_config(), LaunchOptions(hostfile="/nowhere/hosts"), [])
+
+
+def test_a_world_that_a_hostfile_decides_is_not_guessed(make_config):
+    check_run(make_config(num_lanes=5), device="cpu", world_size=None)
+
+
+MODULE = ["--module", "codeparrot_ds.train", "demo", "--data", "d"]
+
+
+def command_line(ranks=2, **options) -> list[str]:
+    command = launch._launcher_command(LaunchOptions(**options), ranks, ["demo", "--data", "d"])
+    assert command[:4] == [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    return command[4:]
+
+
+def test_launcher_command_on_this_machine():
+    command = command_line(master_port=29511)
+    assert command == ["--hostfile", "", "--num_gpus", "2", "--master_port", "29511", *MODULE]
+    assert command_line(num_gpus=3, ranks=3, master_port=1)[2:4] == ["--num_gpus", "3"]
+
+
+def test_launcher_command_on_hosts():
+    options = {"hostfile": "hosts", "include": "a:0,2@b", "master_addr": "a", "master_port": 29511}
+    expected = ["--hostfile", "hosts", "--include", "a:0,2@b", "--master_addr", "a", "--master_port", "29511"]
+    assert command_line(**options) == [*expected, *MODULE]
+    command = command_line(hostfile="hosts", exclude="b", master_port=29511)
+    assert command == ["--hostfile", "hosts", "--exclude", "b", "--master_port", "29511", *MODULE]
+    assert "--num_gpus" not in command_line(hostfile="hosts")
+
+
+def test_launcher_takes_a_free_port_each_time():
+    ports = {command[command.index("--master_port") + 1] for command in (command_line() for _ in range(5))}
+    assert len(ports) > 1 and all(1024 < int(port) < 65536 for port in ports)
+
+
+def test_deepspeeds_launcher_knows_the_options():
+    """The real parser of DeepSpeed takes what is typed for it and leaves the rest to the ranks."""
+    from deepspeed.launcher.runner import parse_args
+
+    known = parse_args(command_line(hostfile="hosts", include="a:0", master_addr="a", master_port=29511))
+    assert (known.hostfile, known.include, known.master_addr, known.master_port) == ("hosts", "a:0", "a", 29511)
+    assert known.module and known.user_script == "codeparrot_ds.train" and known.user_args == ["demo", "--data", "d"]
+    assert parse_args(command_line(ranks=2)).num_gpus == 2
+
+
+def test_environment_of_a_rank(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "PYTHONPATH", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("MY_OWN", "kept")
+    environment = rank_environment("cpu", 2)
+    repository = str(Path(__file__).resolve().parents[2])
+    assert environment["PYTHONPATH"] == repository and environment["MY_OWN"] == "kept"
+    assert environment["DS_ACCELERATOR"] == "cpu" and "CUDA_VISIBLE_DEVICES" not in environment
+    assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert environment["TOKENIZERS_PARALLELISM"] == "false" and environment["TORCH_EXTENSIONS_DIR"]
+    assert environment["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    assert "OMP_NUM_THREADS" not in os.environ  # ours is as it was
+
+
+def test_environment_keeps_what_the_user_set(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,2")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    environment = rank_environment("cuda", 64)
+    assert environment["OMP_NUM_THREADS"] == "7" and environment["CUDA_VISIBLE_DEVICES"] == "1,2"
+    assert environment["PYTHONPATH"].endswith(":/mine") and "DS_ACCELERATOR" not in environment
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("0", 1), ("0,1,3", 3), ("-1", 0), ("GPU-5f9,GPU-77a", 2), ("0,", 1), (" 0 , 1 ", 2)]
+)
+def test_gpus_that_the_environment_shows(monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launch._visible_gpus() == count
+
+
+@pytest.mark.parametrize(
+    ("script", "count"),
+    [
+        ('echo "GPU 0: NVIDIA H200 (UUID: GPU-a)"; echo "GPU 1: NVIDIA H200 (UUID: GPU-b)"', 2),
+        ('echo "NVIDIA-SMI has failed"; exit 9', 0),
+        (None, 0),
+    ],
+)
+def test_gpus_that_the_driver_lists(monkeypatch, tmp_path, script, count):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert launch._visible_gpus() == count
+
+
+def test_device_and_ranks(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.13.0+cpu")
+    assert local_device() == "cpu"  # a torch that cannot use them
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.13.0")
+    assert local_device() == "cuda" and local_ranks("cuda") == 3
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local_device() == "cpu" and local_ranks("cpu") == min(2, len(os.sched_getaffinity(0)))
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local_device() == "cpu"
+
+
+def end(run: Path, status: str, code: str = "pass") -> list[str]:
+    """A command in the launcher's place that records an end and then does ``code``."""
+    record = json.dumps({"outcome": {"status": status, "step": 3}})
+    lines = ["import os, signal, sys, pathlib, time", f"run = pathlib.Path({str(run)!r})", f"text = {record!r}"]
+    lines += ["run.mkdir(exist_ok=True)", "(run / 'run.json').write_text(text)", code]
+    return [sys.executable, "-c", "\n".join(lines)]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        ("finished", "pass", 0),
+        ("stopped", "pass", 0),
+        ("running", "pass", 1),  # the launcher says success when its ranks died of a signal
+        ("finished", "sys.exit(3)", 3),
+        ("running", "os.kill(os.getpid(), signal.SIGKILL)", 128 + 9),
+    ],
+)
+def test_the_exit_code_tells_what_became_of_the_run(tmp_path, status, code, expected):
+    command = end(tmp_path / "run", status, code)
+    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run", time.time()) == expected
+
+
+def test_an_outcome_of_an_earlier_start_does_not_count(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"outcome": {"status": "finished", "step": 3}}))
+    os.utime(run / "run.json", (0, 0))
+    assert launch._run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run, time.time()) == 1
+    shutil.rmtree(run)
+    assert launch._run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run, time.time()) == 1
+
+
+def test_a_second_signal_stops_without_saving(tmp_path, capfd):
+    ask = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(1.5); " * 2
+    handler = signal.getsignal(signal.SIGTERM)
+    command = end(tmp_path / "run", "running", ask + "time.sleep(60)")
+    started = time.time()
+    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run", started) == 128 + 9
+    assert time.time() - started < 30
+    assert "the ranks save at the next step boundary" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_name_is_made_before_anything_else(make_config, monkeypatch, tmp_path):
+    """The front door gives every rank the same new name; nothing is started here."""
+    seen = {}
+
+    def run_to_the_end(command, environment, run, started):
+        seen.update(command=command, run=run, environment=environment)
+        return 0
+
+    monkeypatch.setattr(launch, "_run_to_the_end", run_to_the_end)
+    monkeypatch.setattr(launch, "are_built", lambda names: True)
+    config = dataclasses.replace(make_config(), run_name=None)
+    assert front_door(config, LaunchOptions(num_gpus=2), ["demo", "--data", "d"]) == 0
+    name = seen["run"].name
+    assert seen["command"][-2:] == ["--run-name", name] and seen["run"].parent == tmp_path / "runs"
+    assert len(name.split("-")) == 3 and float(seen["environment"][launch.LAUNCHED_AT]) <= time.time()
