@@ -20,6 +20,7 @@ import torch
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import checkpoint_files
+from codeparrot_ds.run.export import save_tensors
 from codeparrot_ds.run.fragments import (
     MASTER,
     MOMENTS,
@@ -150,8 +151,6 @@ def load_checkpoint(engine: Any, ranks: Ranks, checkpoint: Path) -> RestoredRun:
 
 
 def _write_fragments(engine: Any, folder: Path, rank: int) -> str | None:
-    from safetensors.torch import save_file
-
     create_optimizer_state(engine)
     tensors: dict[str, torch.Tensor] = {}
     for fragment in owned_fragments(engine):
@@ -160,7 +159,7 @@ def _write_fragments(engine: Any, folder: Path, rank: int) -> str | None:
     if not tensors:  # Stage 0: rank 0 has written everything.
         return None
     name = f"fragments-{rank:05d}.safetensors"
-    save_file(tensors, folder / name)
+    save_tensors(tensors, folder / name)
     return name
 
 
@@ -246,14 +245,12 @@ def _loss_scaler(engine: Any) -> Any:
 
 
 def _write_rng(folder: Path, ranks: Ranks) -> str:
-    from safetensors.torch import save_file
-
     states = {"torch": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         states["device"] = torch.cuda.get_rng_state(ranks.device)
     version, numbers, gauss = random.getstate()
     name = f"rng-{ranks.rank:05d}.safetensors"
-    save_file(states, folder / name, metadata={"python": json.dumps([version, list(numbers), gauss])})
+    save_tensors(states, folder / name, {"python": json.dumps([version, list(numbers), gauss])})
     return name
 
 

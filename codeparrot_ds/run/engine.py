@@ -51,10 +51,10 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
 def _undo_construction_step(engine: Any) -> None:
     """Takes back the optimizer step that DeepSpeed makes while it builds a bf16 or fp16 engine at stage 0.
 
-    ``initialize_optimizer_states`` of ``FP16_Optimizer`` (fused Adam) and ``FP16_UnfusedOptimizer`` (torch's) steps once
-    with zero gradients to create Adam's states. That leaves the step counter at 1 (a wrong bias correction: the first
-    real update is about a third too small) and the masters decayed once, so stage 0 parts from stages 1 to 3 within a
-    few steps. The working weights are not touched by that step: they give the masters back.
+    ``initialize_optimizer_states`` of ``FP16_Optimizer`` (fused Adam) and ``FP16_UnfusedOptimizer`` (torch's) steps
+    once with zero gradients to create Adam's states. That leaves the step counter at 1 (a wrong bias correction: the
+    first real update is about a third too small) and the masters decayed once, so stage 0 parts from stages 1 to 3
+    within a few steps. The working weights are not touched by that step: they give the masters back.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_groups_flat"):

@@ -13,6 +13,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 TRAINING_STATE = "training_state.json"
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: the system refused (disk full, no permission); safetensors has an exception of its own for that.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {str(error).removeprefix('Error while serializing: ')}") from error
+
+
 def working_weights(engine: Any, *, keep: bool) -> dict[str, torch.Tensor]:
     """The weights that the forward pass uses, on the CPU in their own precision; collective at stage 3.
 
@@ -53,11 +68,10 @@ def write_export(
         card: the text of README.md.
         training_state: step, tokens, losses and how they were evaluated, for ``training_state.json``.
     """
-    from safetensors.torch import save_file
     from transformers import GenerationConfig
 
     folder.mkdir(parents=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     saved = type(model_config).from_dict(model_config.to_dict())
     saved.architectures = ["GPT2LMHeadModel"]
     saved.dtype = next(iter(weights.values())).dtype

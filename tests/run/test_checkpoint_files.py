@@ -1,5 +1,6 @@
 """Checkpoint folders: complete or invisible, damage named, the newest valid one found."""
 
+import functools
 import json
 import os
 import shutil
@@ -183,9 +184,8 @@ def test_a_kill_at_any_call_of_publish_leaves_a_whole_checkpoint(checkpoints, mo
             if same_step:
                 save(checkpoints, 20, "first")
             staging, files = stage(checkpoints, 20, "second")
-            if not dies_at(
-                monkeypatch, owner, name, number, lambda: publish(staging, step_folder(checkpoints, 20), 20, files)
-            ):
+            work = functools.partial(publish, staging, step_folder(checkpoints, 20), 20, files)
+            if not dies_at(monkeypatch, owner, name, number, work):
                 break
             reached += 1
             found, problems = newest_valid(checkpoints)

@@ -41,7 +41,9 @@ def test_a_known_gpu_has_its_data_sheets_peak(monkeypatch, name, known):
     assert flops == PEAK_FLOPS[known] and known in source
 
 
-@pytest.mark.parametrize("name", ["NVIDIA RTX A1000 Laptop GPU", "NVIDIA L40", "NVIDIA A10G", "NVIDIA GB200", "Tesla T4"])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA RTX A1000 Laptop GPU", "NVIDIA L40", "NVIDIA A10G", "NVIDIA GB200", "Tesla T4"]
+)
 def test_a_gpu_with_a_similar_name_is_not_taken_for_a_known_one(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch, "randn", measured)
@@ -78,7 +80,8 @@ def test_peak_memory_of_a_cpu_rank_counts_what_it_held():
         "print(peak_memory_bytes(cpu) - before)\n"
     )
     repository = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", script]
+    # Through a shell: Linux counts what the parent held when it forked, and that would be the tests.
+    command = ["sh", "-c", '"$0" -c "$1"; exit $?', sys.executable, script]
     answer = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
-    assert 200e6 < int(answer.stdout) < 500e6  # less what the process held before it knew itself
+    assert 380e6 < int(answer.stdout) < 500e6
     assert peak_memory_bytes(CPU) > 50e6

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from codeparrot_ds.config import LaunchOptions, save_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import launch
 from codeparrot_ds.run.launch import check_run, front_door, local_device, local_ranks, rank_environment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_a_run_that_is_fine_gets_its_json(make_config):
@@ -40,7 +44,7 @@ def test_a_run_that_is_fine_gets_its_json(make_config):
         ({"num_lanes": 41}, "the largest num_lanes that works is 40"),
         ({"num_lanes": 5}, "num_lanes=5 cannot be shared by 2 ranks"),
         ({"deepspeed": "zero2_fp16"}, "fp16 needs a GPU"),
-        ({"hub": "/nowhere/hub.git"}, "/nowhere/hub.git"),
+        ({"hub": __file__}, __file__),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -73,10 +77,26 @@ def test_an_output_folder_that_cannot_be_made(make_config, tmp_path):
         check_run(make_config(output_dir=str(tmp_path / "file" / "runs")), device="cpu", world_size=2)
 
 
-def test_an_output_folder_without_permission(make_config):
-    where = "/sys/kernel/runs"  # which not even root may write
-    with pytest.raises(UserError, match="cannot be written: no permission in /sys/kernel"):
-        check_run(make_config(output_dir=where), device="cpu", world_size=2)
+CHECK_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.launch import _check_space
+if os.geteuid() == 0:  # who may write everywhere
+    os.setuid(65534)
+try:
+    _check_space(Path(sys.argv[1]), 1, 1)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_an_output_folder_without_permission():
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which is its owner's alone
+        os.chmod(folder, 0o555)
+        command = [sys.executable, "-c", CHECK_AS_NOBODY, f"{folder}/runs"]
+        answer = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert answer.stdout == f"output_dir {folder}/runs cannot be written: no permission in {folder}\n"
 
 
 def test_a_full_disk(make_config, monkeypatch):
@@ -140,8 +160,7 @@ def test_environment_of_a_rank(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("MY_OWN", "kept")
     environment = rank_environment("cpu", 2)
-    repository = str(Path(__file__).resolve().parents[2])
-    assert environment["PYTHONPATH"] == repository and environment["MY_OWN"] == "kept"
+    assert environment["PYTHONPATH"] == str(REPOSITORY) and environment["MY_OWN"] == "kept"
     assert environment["DS_ACCELERATOR"] == "cpu" and "CUDA_VISIBLE_DEVICES" not in environment
     assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert environment["TOKENIZERS_PARALLELISM"] == "false" and environment["TORCH_EXTENSIONS_DIR"]
@@ -160,7 +179,8 @@ def test_environment_keeps_what_the_user_set(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("visible", "count"), [("", 0), ("0", 1), ("0,1,3", 3), ("-1", 0), ("GPU-5f9,GPU-77a", 2), ("0,", 1), (" 0 , 1 ", 2)]
+    ("visible", "count"),
+    [("", 0), ("0", 1), ("0,1,3", 3), ("-1", 0), ("GPU-5f9,GPU-77a", 2), ("0,", 1), (" 0 , 1 ", 2)],
 )
 def test_gpus_that_the_environment_shows(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -128,18 +128,24 @@ def test_a_failed_build_says_what_the_compiler_said_and_what_to_do(tmp_path):
 
 def test_a_compiler_that_does_not_run(tmp_path):
     words = build_with("false", tmp_path)
-    assert words.startswith("DeepSpeed's operator fused_adam cannot be built: Command '['false', '--version']' returned")
+    assert words.startswith(
+        "DeepSpeed's operator fused_adam cannot be built: Command '['false', '--version']' returned"
+    )
     assert words.endswith("install g++ and ninja, or set optimizer.params.torch_adam to true in the DeepSpeed JSON")
+
+
+NO_COMPILER = "FAILED: [code=127] fused_adam.o\n/bin/sh: 1: c++: not found\nninja: build stopped."
+NO_LIBAIO = "x\nUnable to JIT load the async_io op due to it not being compatible.\n"
 
 
 @pytest.mark.parametrize(
     ("name", "output", "words"),
     [
-        ("fused_adam", "FAILED: [code=127] fused_adam.o\n/bin/sh: 1: c++: not found\nninja: build stopped.", "c++: not found; install"),
-        ("async_io", "x\nUnable to JIT load the async_io op due to it not being compatible.\n", "apt-get install libaio-dev"),
+        ("fused_adam", NO_COMPILER, "cannot be built: /bin/sh: 1: c++: not found; install g++ and ninja"),
+        ("async_io", NO_LIBAIO, "not being compatible.; install libaio's headers (Debian: apt-get install libaio-dev)"),
         ("cpu_adam", "something\nunheard of", "cannot be built: something\nunheard of; install g++"),
     ],
-)  # fmt: skip
+)
 def test_the_words_of_a_failure(name, output, words):
     assert words in ops._build_failure(name, output)
 

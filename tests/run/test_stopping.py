@@ -37,7 +37,8 @@ from codeparrot_ds.run.stopping import StopSignal
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-ranks = Ranks(rank=rank, world_size=2, local_rank=rank, device=torch.device("cpu"), control=dist.new_group(backend="gloo"))
+control = dist.new_group(backend="gloo")
+ranks = Ranks(rank=rank, world_size=2, local_rank=rank, device=torch.device("cpu"), control=control)
 stop = StopSignal(ranks)
 answers = []
 for step in range(4):

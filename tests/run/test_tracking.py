@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import warnings
+from pathlib import Path
 
 import pytest
 import wandb
@@ -166,7 +167,7 @@ def test_wandb_runs_offline_under_the_runs_name(folder, stranger, loggers, caplo
     tracker.close()
     wandb.teardown()  # what the end of the process does: the service writes the rest
     (stored,) = glob.glob(f"{folder.path}/wandb/offline-run-*-brave-otter-7-abc123/run-*.wandb")
-    content = open(stored, "rb").read()
+    content = Path(stored).read_bytes()
     assert b"brave-otter-7" in content and b"train/loss" in content
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("wandb: ")]
     assert line.startswith("wandb: offline, run brave-otter-7") and "wandb sync" in line

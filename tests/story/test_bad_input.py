@@ -1,0 +1,173 @@
+"""Each mistake gets one sentence and exit code 2 before a rank starts, and leaves what was there as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+
+import pytest
+from stories import run_command
+
+from codeparrot_ds.data.tokenizer import train_tokenizer
+from codeparrot_ds.run.checkpoint_files import list_checkpoints, verify_checkpoint
+
+
+def refused(process, *words):
+    """The one line of a refusal, which holds all of ``words``."""
+    assert process.returncode == 2, process.stderr[-2000:]
+    (line,) = process.stderr.strip().splitlines()
+    for word in words:
+        assert word in line, line
+    return line
+
+
+def contents(folder):
+    """Name and hash of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--micro-batch-size", "3"), ["global_batch_size 8", "micro_batch_size"]),
+        (("--num-gpus", "3"), ["num_lanes=8", "3 ranks"]),
+        (("--seq-length", "2048"), ["seq_length 2048", "1024"]),
+        (("--model", "gpt2-xxl"), ["gpt2-xxl", "gpt2-xl"]),
+        (("--deepspeed", "zero5"), ["zero5", "zero"]),
+        (("--learning-rte", "1e-3"), ["--learning-rte", "--learning-rate"]),
+        (("--max-train-steps", "ten"), ["max-train-steps", "ten"]),
+        (("--config", "absent.yaml"), ["absent.yaml"]),
+        (("--hostfile", "absent.txt"), ["absent.txt"]),
+        (("--hub", "org/name"), ["org/name", "local"]),
+        (("--run-name", "a b"), ["a b"]),
+        (("--data", "absent"), ["absent"]),
+        (("--tokenizer", "absent"), ["absent"]),
+    ],
+)
+def test_wrong_options(workshop, tmp_path, arguments, words):
+    refused(workshop.train(*arguments, output_dir=tmp_path / "runs"), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_preset_and_unknown_field(workshop, tmp_path):
+    command = [sys.executable, "-m", "codeparrot_ds", "train"]
+    refused(run_command([*command, "smal"]), "smal", "small")
+    file = tmp_path / "run.yaml"
+    file.write_text("max_train_steps: 5\nlearning_rte: 1.0e-3\n")
+    refused(run_command([*command, "small", "--config", str(file)]), f"{file}:2", "learning_rte", "learning_rate")
+
+
+def test_mistyped_deepspeed_key(workshop, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimisation": {"stage": 2}, "bf16": {"enabled": True}}))
+    refused(workshop.train("--deepspeed", str(file)), str(file), "zero_optimisation", "zero_optimization")
+
+
+def test_unwritable_and_mistaken_run_folders(workshop, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(workshop.train(output_dir=file / "runs"), "file")
+    (tmp_path / "mine" / "run").mkdir(parents=True)
+    (tmp_path / "mine" / "run" / "notes.txt").write_text("keep me")
+    refused(workshop.train("--run-name", "run", output_dir=tmp_path / "mine"), "not a run")
+    assert (tmp_path / "mine" / "run" / "notes.txt").read_text() == "keep me"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many megabytes; needs root, which CI has."""
+    if os.geteuid() != 0 and not os.environ.get("CI"):
+        pytest.skip("mounting a small disk needs root")
+    mounted = []
+
+    def mount(megabytes):
+        disk = tmp_path / f"disk-{megabytes}"
+        disk.mkdir()
+        process = run_command(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)])
+        assert process.returncode == 0, process.stderr
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        assert run_command(["umount", str(disk)]).returncode == 0
+
+
+def test_a_disk_without_room_is_refused_before_a_rank_starts(workshop, small_disk):
+    disk = small_disk(40)
+    line = refused(workshop.train("--max-train-steps", "2", output_dir=disk / "runs"), "GB free")
+    assert "--output-dir" in line and not list(disk.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoints_before(workshop, small_disk):
+    disk = small_disk(130)  # room for two checkpoints of 52 MB
+    process = workshop.train(
+        *("--run-name", "full", "--max-train-steps", "6", "--save-checkpoint-steps", "2"), output_dir=disk
+    )
+    assert process.returncode == 2, process.stderr[-2000:]
+    assert "checkpoint of step 6 could not be written" in process.stderr and "Traceback" not in process.stderr
+    rows = list_checkpoints(disk / "full")
+    assert [row["step"] for row in rows] == [2, 4]
+    assert not [problem for row in rows for problem in verify_checkpoint(row["path"])]
+
+
+@pytest.fixture(scope="module")
+def finished(workshop):
+    """A run of three steps."""
+    process = workshop.train("--run-name", "mine", "--max-train-steps", "3", "--save-checkpoint-steps", "3")
+    assert process.returncode == 0, process.stderr[-3000:]
+    return workshop.runs / "mine"
+
+
+def test_a_run_folder_of_another_config(workshop, finished):
+    before = contents(finished)
+    for arguments, words in (
+        (("--seed", "7"), ["seed", "7"]),
+        (("--model", "gpt2"), ["model", "gpt2"]),
+        (("--global-batch-size", "16"), ["global_batch_size", "16"]),
+        (("--resume", "never"), ["resume"]),
+    ):
+        refused(workshop.train("--run-name", "mine", "--max-train-steps", "4", *arguments), "--run-name", *words)
+    assert contents(finished) == before
+
+
+def test_resuming_with_another_tokenizer(workshop, finished, tmp_path):
+    train_tokenizer(workshop.corpus, tmp_path / "other", vocab_size=1024, max_documents=20)
+    before = contents(finished / "checkpoints")
+    process = workshop.train("--run-name", "mine", "--max-train-steps", "4", "--tokenizer", str(tmp_path / "other"))
+    assert process.returncode == 2, process.stderr[-2000:]
+    assert "tokenizer" in process.stderr and "Traceback" not in process.stderr
+    assert contents(finished / "checkpoints") == before
+
+
+def test_resuming_on_changed_data(workshop, finished, tmp_path):
+    shutil.copytree(workshop.corpus, tmp_path / "corpus")
+    shard = next((tmp_path / "corpus" / "train").iterdir())
+    shard.write_text(shard.read_text() + json.dumps({"content": "x = 1\n"}) + "\n")
+    process = workshop.train("--run-name", "mine", "--max-train-steps", "4", "--data", str(tmp_path / "corpus"))
+    assert process.returncode == 2 and shard.name in process.stderr and "Traceback" not in process.stderr
+
+
+def test_sources_and_vocabulary(tmp_path):
+    command = [sys.executable, "-m", "codeparrot_ds"]
+    refused(run_command([*command, "corpus", str(tmp_path / "absent"), "--out", str(tmp_path / "c")]), "absent")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(run_command([*command, "corpus", str(empty), "--out", str(tmp_path / "c")]), "empty")
+    (empty / "binary.py").write_bytes(b"\0\1\2" * 100)
+    refused(run_command([*command, "corpus", str(empty), "--out", str(tmp_path / "c")]), "empty")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_vocabulary_larger_than_the_corpus_supports(workshop, tmp_path):
+    command = [sys.executable, "-m", "codeparrot_ds", "tokenizer", "--data", str(workshop.corpus)]
+    process = run_command([*command, "--out", str(tmp_path / "t"), "--vocab-size", "2000000"])
+    refused(process, "2", "vocab")
+    assert not (tmp_path / "t").exists()

@@ -1,0 +1,120 @@
+"""The demo from the first command to the last, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from stories import REPOSITORY, clean_environment, evaluations, metrics, run_command
+
+from codeparrot_ds.evaluation.perplexity import evaluate_model
+
+PERPLEXITY_LIMIT = 1 / 20  # of the vocabulary
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A demo with the steps that the perplexity's fall needs; returns its work folder, its run and what it said."""
+    workdir = tmp_path_factory.mktemp("demo") / "work"
+    command = [sys.executable, "-m", "codeparrot_ds", "demo", "--workdir", str(workdir), "--max-train-steps", "60"]
+    home = workdir.parent / "home"
+    home.mkdir()
+    environment = clean_environment(NETRC=str(home / "none"))
+    environment.pop("WANDB_API_KEY", None)
+    process = run_command(command, timeout=900, env=environment)
+    assert process.returncode == 0, process.stderr[-3000:]
+    (run,) = (path.parent for path in (workdir / "runs").glob("*/run.json"))
+    return workdir, run, process
+
+
+def test_perplexity_falls(demo):
+    _, run, _ = demo
+    first, *_, last = evaluations(run).values()
+    assert math.exp(first) == pytest.approx(8192, rel=0.15)
+    assert math.exp(last) < 8192 * PERPLEXITY_LIMIT
+
+
+def test_what_it_says_at_the_end(demo):
+    workdir, run, process = demo
+    for words in (
+        "validation loss",
+        "perplexity",
+        "report.html",
+        "branch",
+        run.name,
+        "Next:",
+        "codeparrot-ds evaluate",
+    ):
+        assert words in process.stdout
+    assert process.stdout.count("=" * 80) == 3  # four completions
+    assert (run / "report" / "report.html").is_file() and (run / "log" / "debug_1.log").is_file()
+
+
+def test_rows_of_metrics(demo):
+    _, run, _ = demo
+    rows = metrics(run)
+    training = [row for row in rows if "loss" in row]
+    assert set(training[0]) == set(
+        "step tokens epoch loss learning_rate grad_norm tokens_per_second mfu step_seconds data_wait_seconds "
+        "memory_bytes skipped_steps loss_scale time".split()
+    )
+    evaluation = next(row for row in rows if "eval_loss" in row)
+    assert set(evaluation) == set("step tokens eval_loss perplexity bits_per_byte eval_tokens time".split())
+    assert all(row["tokens"] == row["step"] * 32 * 256 for row in rows)
+    assert all(row["data_wait_seconds"] < 0.02 * row["step_seconds"] for row in training[1:])
+    assert all(0 < row["mfu"] < 1.5 for row in training)
+
+
+def test_the_branch_cloned_with_git_gives_the_logged_loss_in_transformers(demo, tmp_path):
+    workdir, run, _ = demo
+    hub = json.loads((run / "run.json").read_text())["hub"]
+    clone = tmp_path / "model"
+    subprocess.run(["git", "clone", "-q", "-b", run.name, hub, str(clone)], check=True)
+    log = subprocess.run(
+        ["git", "-C", str(clone), "log", "--format=%s"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    steps = [step for step in evaluations(run) if step > 0]
+    assert [title.split(":")[0] for title in log if title.startswith("Step")] == [f"Step {s}" for s in reversed(steps)]
+    assert not [path for path in clone.iterdir() if "fragments" in path.name or "optim" in path.name]
+    logged = evaluations(run)[max(steps)]
+    for dtype in ("auto", "float32"):
+        loss = evaluate_model(clone, data=workdir / "corpus", dtype=dtype, device="cpu")["loss"]
+        assert loss == pytest.approx(logged, rel=1e-3), dtype
+    branches = subprocess.run(["git", "-C", hub, "branch", "--contains", run.name], capture_output=True, text=True)
+    assert "main" in branches.stdout
+
+
+def test_a_second_demo_keeps_corpus_and_first_run(demo, tmp_path):
+    workdir, run, _ = demo
+    shards = {path: path.stat().st_mtime_ns for path in (workdir / "corpus").rglob("*.jsonl")}
+    command = [sys.executable, "-m", "codeparrot_ds", "demo", "--workdir", str(workdir), "--max-train-steps", "2"]
+    process = run_command(command, timeout=600)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in (workdir / "corpus").rglob("*.jsonl")} == shards
+    assert len(list((workdir / "runs").glob("*/run.json"))) == 2
+
+
+def test_tensorboard_and_wandb_hold_the_run(demo):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, run, _ = demo
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("validation/eval_loss")}
+    assert logged == pytest.approx(evaluations(run), rel=1e-6)
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert list((run / "wandb").glob("offline-run-*"))
+
+
+def test_launch_sh_help_is_fast_and_imports_no_torch():
+    script = (
+        "import sys, time; start = time.perf_counter(); from codeparrot_ds.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules; print(time.perf_counter() - start, file=sys.stderr)"
+    )
+    process = run_command([sys.executable, "-c", script], cwd=REPOSITORY)
+    assert process.returncode == 0, process.stderr
+    assert float(process.stderr) < 1
