@@ -92,11 +92,16 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.rename(hidden))
 
 
+class NewerFormatError(UserError):
+    """A checkpoint that a later version of this program wrote: whole, but not to be read, and not to be passed over."""
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: there is none, it is not JSON, or a newer version of this program wrote it.
+        UserError: there is none, or it is not JSON.
+        NewerFormatError: a newer version of this program wrote it.
     """
     path = checkpoint / MANIFEST
     try:
@@ -105,7 +110,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read ({error})") from error
     if isinstance(version, int) and version > FORMAT:
-        raise UserError(f"{checkpoint} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds")
+        raise NewerFormatError(
+            f"{checkpoint} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds"
+        )
     whole = isinstance(version, int) and isinstance(created, str) and isinstance(entries, dict)
     if not whole or not all(
         isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries.values()
@@ -149,9 +156,20 @@ def checkpoint_folders(checkpoints: Path) -> list[Path]:
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte is right, and what is wrong with the newer ones."""
+    """The newest checkpoint whose every byte is right, and what is wrong with the newer ones.
+
+    Raises:
+        NewerFormatError: a later version of this program went on with the run; an older checkpoint would undo that.
+    """
     problems: list[str] = []
     for folder in checkpoint_folders(checkpoints):
+        try:
+            read_manifest(folder)
+        except NewerFormatError:
+            raise
+        except UserError as error:
+            problems.append(str(error))
+            continue
         damage = verify_checkpoint(folder)
         if not damage:
             return folder, problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import time
 
 import torch
@@ -37,8 +36,10 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
             if re.search(rf"\b{known}\b", name):  # whole words: an L40 is no L4, an RTX A1000 no A100
                 return flops, f"data sheet of {known}, dense bf16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    size = 1024 if device.type == "cpu" else 4096
+    # A generator of its own: the global one's state was just restored, or decides the first dropout masks.
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()
@@ -53,4 +54,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this rank has held: allocated on the GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open(
+        "/proc/self/status", encoding="ascii"
+    ) as status:  # getrusage would count what the parent held at the fork
+        high_water = next(line for line in status if line.startswith("VmHWM"))
+    return int(high_water.split()[1]) * 1024

@@ -29,7 +29,7 @@ from codeparrot_ds.zero.ds_config import offload_device
 
 logger = logging.getLogger("codeparrot_ds.ops")
 RECORD = "codeparrot-ds.built"
-# The other two are loaded by DeepSpeed when it comes to them, one after the other and with symbols shared.
+# The others share symbols, which DeepSpeed's own loading arranges.
 LOADED_DIRECTLY = ("fused_adam", "cpu_adam")
 
 
@@ -89,9 +89,10 @@ def build_operators(ds_config: dict[str, Any], device: str) -> None:
     """
     use_operators_folder(os.environ)
     names = needed_operators(ds_config, device)
-    if not are_built(names):
+    through_builder = [name for name in names if name not in LOADED_DIRECTLY or not are_built([name])]
+    if through_builder:
         with _build_lock():
-            for name in names:
+            for name in through_builder:
                 _build(name)
     for name in names:
         if name in LOADED_DIRECTLY:

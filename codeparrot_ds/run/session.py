@@ -477,7 +477,7 @@ def _open_tracker(
     }
     tracker = Tracker(folder, active=ranks.is_main, mode=config.wandb, hyperparameters=hyperparameters)
     if ranks.is_main:
-        tracker.metrics.truncate_after(step)
+        tracker.metrics.truncate_after(step if step else -1)  # a fresh start evaluates step 0 again
         folder.update(parameters=num_parameters(shape), **_layout(ds_config, ranks))
     return tracker
 

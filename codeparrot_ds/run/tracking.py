@@ -155,11 +155,12 @@ class Tracker:
 
 
 def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) -> Any:
-    if mode == "off":
+    if mode == "off" or (mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
         logger.info("wandb: off")
         return None
     if mode == "auto":
-        mode = "online" if _logged_in_to_wandb() else "offline"
+        wished = os.environ.get("WANDB_MODE", "")
+        mode = wished if wished in ("online", "offline") else "online" if _logged_in_to_wandb() else "offline"
     import wandb
 
     settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=WANDB_TIMEOUT_SECONDS)
