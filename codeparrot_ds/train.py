@@ -9,6 +9,7 @@ rank. Started bare it is the front door, like ``codeparrot-ds train``: it checks
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -33,12 +34,16 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: something that the user can mend, in one sentence; the same on every rank.
     """
+    # Start-up makes some hundred thousand objects that live as long as the run: nothing for the collector.
+    gc.disable()
     from codeparrot_ds.run.session import Session
 
     session = Session.start(config)
     ranks, engine, progress = session.ranks, session.engine, session.progress
     step = first_step = session.step
     batches = iter(session.loader)
+    gc.freeze()
+    gc.enable()
 
     while True:
         # Evaluate and save at the boundary between two steps; a run that was just restored has done both here.

@@ -6,6 +6,7 @@ built once, that signals reach the ranks, and that the exit code tells what beca
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib.metadata
 import json
@@ -20,12 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config import LaunchOptions, RunConfig
-from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.sources import find_shards
-from codeparrot_ds.data.stream import check_lanes, check_world_size
+from codeparrot_ds.data.encoder import Encoder, load_encoder
+from codeparrot_ds.data.sources import Shard, find_shards
+from codeparrot_ds.data.stream import (
+    StreamConfig,
+    check_lanes,
+    check_world_size,
+    fingerprint_differences,
+    stream_fingerprint,
+)
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.shapes import find_shape, num_parameters
+from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.folder import check_continuation, check_run_name, new_run_name
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
 from codeparrot_ds.run.startup import LAUNCHED_AT
@@ -104,9 +112,32 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
         source=source,
     )
     check_continuation(config, run)
+    _check_data(config, run, encoder, shards)
     open_repository(config.hub, config.output_dir)
     _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
     return resolved
+
+
+def _check_data(config: RunConfig, run: Path, encoder: Encoder, shards: list[Shard]) -> None:
+    """Refuses to resume on other data than the newest checkpoint's."""
+    newest = next(iter(checkpoint_folders(run / "checkpoints")), None)
+    if config.resume != "auto" or newest is None:
+        return
+    try:
+        saved = json.loads((newest / "data.json").read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
+    stream = StreamConfig(
+        shards=shards,
+        encoder=encoder,
+        seq_length=config.seq_length,
+        num_lanes=config.num_lanes,
+        shuffle_buffer=config.shuffle_buffer,
+        seed=config.seed,
+    )
+    differences = fingerprint_differences(saved, stream_fingerprint(stream))
+    if differences:
+        raise UserError(f"{run} was trained on other data: {' '.join(differences)} Choose another --run-name")
 
 
 def local_device() -> str:
@@ -192,16 +223,25 @@ def _build_operators(ds_config: dict[str, Any], device: str, environment: dict[s
 
 
 def _launcher_command(launch: LaunchOptions, ranks: int, arguments: list[str]) -> list[str]:
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-    # An empty name: the launcher's default is /job/hostfile, which nobody here asked for.
-    command += ["--hostfile", launch.hostfile or ""]
+    """The command of DeepSpeed's launcher: the whole of it for hosts and filters, its per-node half for this machine.
+
+    On one machine the first half (``deepspeed``, the runner) only starts the second; it costs an import of torch, and
+    it reports success when the second is killed.
+    """
+    port = str(launch.master_port or _free_port())
+    ranks_command = ["--module", "codeparrot_ds.train", *arguments]
+    if not (launch.hostfile or launch.include or launch.exclude):
+        world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+        node = [f"--world_info={world}", f"--master_addr={launch.master_addr or '127.0.0.1'}", f"--master_port={port}"]
+        return [sys.executable, "-m", "deepspeed.launcher.launch", *node, "--quiet", *ranks_command]
+    # An empty name: the runner's default is /job/hostfile, which nobody here asked for.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", launch.hostfile or ""]
     for option in ("include", "exclude", "master_addr"):
         if getattr(launch, option):
             command += [f"--{option}", getattr(launch, option)]
-    if not (launch.include or launch.exclude) and (launch.num_gpus or not launch.hostfile):
+    if launch.num_gpus and not (launch.include or launch.exclude):
         command += ["--num_gpus", str(ranks)]
-    command += ["--master_port", str(launch.master_port or _free_port())]
-    return [*command, "--module", "codeparrot_ds.train", *arguments]
+    return [*command, "--master_port", port, *ranks_command]
 
 
 def _free_port() -> int:
@@ -238,7 +278,11 @@ def _signal_ranks(launcher: int, number: int) -> None:
     """Signals the processes that DeepSpeed's per-node launcher started, and neither it nor their own children."""
     import psutil
 
-    for process in psutil.Process(launcher).children(recursive=True):
+    try:
+        processes = psutil.Process(launcher).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
         try:
             parent = process.parent()
             if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():

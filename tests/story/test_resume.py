@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from stories import REPOSITORY, clean_environment, losses, metrics, run_command
+from stories import REPOSITORY, clean_environment, losses, metrics
 
 STEPS = ("--max-train-steps", "20", "--save-checkpoint-steps", "10")
 
@@ -21,23 +21,6 @@ def with_dropout(workshop):
     process = workshop.train("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", *STEPS)
     assert process.returncode == 0, process.stderr[-3000:]
     return workshop.runs / "dropout"
-
-
-@pytest.fixture
-def stopped_at_10(with_dropout, tmp_path):
-    """The same run as it was after step 10, in a folder of its own."""
-    run = tmp_path / with_dropout.name
-    shutil.copytree(with_dropout, run)
-    shutil.rmtree(run / "checkpoints" / "step-00000020")
-    return run
-
-
-def test_resume_with_dropout_is_exact(workshop, with_dropout, stopped_at_10):
-    process = workshop.train(
-        *("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", *STEPS), output_dir=stopped_at_10.parent
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert losses(stopped_at_10) == losses(with_dropout)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with_dropout, tmp_path):
@@ -54,20 +37,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with
     assert "step-00000020/fragments-00001.safetensors is damaged" in process.stderr
     assert "resumed from step 10" in process.stderr
     assert losses(run) == losses(with_dropout)
-
-
-def test_a_run_goes_on_at_another_layout(workshop, tmp_path):
-    """Two ranks at stage 3 until step 10, then one rank at stage 1: the losses are those of a run that never moved."""
-    fp32 = ("--save-checkpoint-steps", "10", "--max-train-steps", "20", "--run-name", "elastic")
-    for folder, arguments in (("moved", ("--deepspeed", "zero3_fp32")), ("whole", ("--deepspeed", "zero1_fp32"))):
-        process = workshop.train(*fp32, *arguments, output_dir=tmp_path / folder)
-        assert process.returncode == 0, process.stderr[-3000:]
-    moved, whole = tmp_path / "moved" / "elastic", tmp_path / "whole" / "elastic"
-    shutil.rmtree(moved / "checkpoints" / "step-00000020")
-    process = workshop.train(*fp32, "--deepspeed", "zero1_fp32", "--num-gpus", "1", output_dir=tmp_path / "moved")
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "world_size 2 -> 1" in process.stderr and "zero_stage 3 -> 1" in process.stderr
-    assert max(abs(losses(moved)[step] - losses(whole)[step]) for step in range(11, 21)) <= 1e-5
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -116,17 +85,3 @@ def test_killed_ranks_lose_nothing_that_was_saved(workshop, with_dropout, tmp_pa
     assert "resumed from step 10" in process.stderr
     assert losses(run) == losses(with_dropout)
     assert [row["step"] for row in metrics(run) if "loss" in row] == list(range(1, 21))
-
-
-def test_the_launcher_itself_and_a_finished_run(workshop, tmp_path):
-    """`deepspeed --module codeparrot_ds.train` gives the same run; asked again, a finished run has nothing to do."""
-    arguments = workshop.command("--run-name", "bare", "--max-train-steps", "3", output_dir=tmp_path)[4:]
-    launcher = ["deepspeed", "--num_gpus", "2", "--module", "codeparrot_ds.train", *arguments]
-    process = run_command(launcher, env=clean_environment(DS_ACCELERATOR="cpu"))
-    assert process.returncode == 0, process.stderr[-3000:]
-    front_door = workshop.train("--run-name", "front", "--max-train-steps", "3", output_dir=tmp_path)
-    assert front_door.returncode == 0, front_door.stderr[-3000:]
-    assert losses(tmp_path / "bare") == losses(tmp_path / "front")
-    again = workshop.train("--run-name", "front", "--max-train-steps", "3", output_dir=tmp_path)
-    assert again.returncode == 0 and "resumed from step 3" in again.stderr
-    assert len(losses(tmp_path / "front")) == 3
