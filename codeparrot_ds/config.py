@@ -233,7 +233,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "micro_batch_size": 16,
         "learning_rate": 2e-3,
         "num_warmup_steps": 20,
-        "max_train_steps": 150,
+        "max_train_steps": 100,
         "save_checkpoint_steps": 50,
         "max_eval_steps": 8,
         "log_steps": 5,

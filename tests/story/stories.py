@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# The demo's model on short rows: a run is mostly start-up. The learning rate is a small batch's: at the demo's 2e-3 a rare
-# token's first appearance in 8 short rows gives a gradient norm of 100, and rounding differences are amplified with it.
+# The demo's model on short rows: a run is mostly start-up. The learning rate is a small batch's: at the demo's 2e-3 a
+# rare token's first appearance in 8 short rows gives a gradient norm of 100, which amplifies rounding differences.
 SMALL = [
     *("demo", "--seq-length", "64", "--global-batch-size", "8", "--micro-batch-size", "2", "--num-warmup-steps", "4"),
     *("--learning-rate", "5e-4"),
