@@ -235,7 +235,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_warmup_steps": 20,
         "max_train_steps": 100,
         "save_checkpoint_steps": 50,
-        "max_eval_steps": 8,
+        "max_eval_steps": 6,
         "log_steps": 5,
         "deepspeed": "zero2",
     },
