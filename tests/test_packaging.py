@@ -138,6 +138,9 @@ def environment(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("environment") / "active"
     venv.create(folder, with_pip=True, symlinks=True)
+    # What ensurepip brings to Python 3.10 and 3.11 is too old to build a wheel, and would hide the borrowed one.
+    uninstall = [folder / "bin" / "python", "-m", "pip", "uninstall", "-y", "setuptools"]
+    subprocess.run(uninstall, check=True, capture_output=True)
     purelib = subprocess.run(
         [folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         capture_output=True, text=True, check=True,
