@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from codeparrot_ds.config import RunConfig
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.packing import Packer
-from codeparrot_ds.data.sources import START, BadDocuments, Position, Shard, read_documents
+from codeparrot_ds.data.sources import START, BadDocuments, Position, Shard, find_shards, read_documents
 from codeparrot_ds.errors import UserError
 
 
@@ -272,6 +273,21 @@ def _find_empty_lane(shards: Sequence[Shard], num_lanes: int) -> int | None:
             phase = min(set(range(share.stride)) - phases)
             return first + phase * len(shards)
     return None
+
+
+def open_stream(config: RunConfig, encoder: Encoder) -> StreamConfig:
+    """The training stream of a run config, after checking that both splits exist and that every lane has a document."""
+    shards = find_shards(config.data, "train")
+    check_lanes(shards, config.num_lanes)
+    find_shards(config.data, "validation")  # said now, not at the first evaluation
+    return StreamConfig(
+        shards=shards,
+        encoder=encoder,
+        seq_length=config.seq_length,
+        num_lanes=config.num_lanes,
+        shuffle_buffer=config.shuffle_buffer,
+        seed=config.seed,
+    )
 
 
 def stream_fingerprint(config: StreamConfig) -> dict[str, Any]:

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config import LaunchOptions, RunConfig
-from codeparrot_ds.data.encoder import Encoder, load_encoder
-from codeparrot_ds.data.sources import Shard, find_shards
+from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.stream import (
     StreamConfig,
-    check_lanes,
     check_world_size,
     fingerprint_differences,
+    open_stream,
     stream_fingerprint,
 )
 from codeparrot_ds.errors import UserError
@@ -97,9 +96,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
         raise UserError("; ".join(str(finding) for finding in errors))
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
-    shards = find_shards(config.data, "train")
-    find_shards(config.data, "validation")
-    check_lanes(shards, config.num_lanes)
+    stream = open_stream(config, encoder)
     if world_size is not None:
         check_world_size(config.num_lanes, world_size)
     run = Path(config.output_dir) / str(config.run_name)
@@ -112,13 +109,13 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
         source=source,
     )
     check_continuation(config, run)
-    _check_data(config, run, encoder, shards)
+    _check_data(config, run, stream)
     open_repository(config.hub, config.output_dir)
     _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
     return resolved
 
 
-def _check_data(config: RunConfig, run: Path, encoder: Encoder, shards: list[Shard]) -> None:
+def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:
     """Refuses to resume on other data than the newest checkpoint's."""
     newest = next(iter(checkpoint_folders(run / "checkpoints")), None)
     if config.resume != "auto" or newest is None:
@@ -127,14 +124,6 @@ def _check_data(config: RunConfig, run: Path, encoder: Encoder, shards: list[Sha
         saved = json.loads((newest / "data.json").read_text(encoding="utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
-    stream = StreamConfig(
-        shards=shards,
-        encoder=encoder,
-        seq_length=config.seq_length,
-        num_lanes=config.num_lanes,
-        shuffle_buffer=config.shuffle_buffer,
-        seed=config.seed,
-    )
     differences = fingerprint_differences(saved, stream_fingerprint(stream))
     if differences:
         raise UserError(f"{run} was trained on other data: {' '.join(differences)} Choose another --run-name")

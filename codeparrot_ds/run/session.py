@@ -23,9 +23,9 @@ from codeparrot_ds.data.sources import find_shards
 from codeparrot_ds.data.stream import (
     LaneState,
     StreamConfig,
-    check_lanes,
     check_world_size,
     fingerprint_differences,
+    open_stream,
     stream_fingerprint,
 )
 from codeparrot_ds.data.validation import ValidationLoader
@@ -101,7 +101,7 @@ class Session:
         startup.lap("run folder and branch")
         ranks.together(lambda: build_operators(ds_config, ranks.device.type))
         startup.lap("operators")
-        stream = ranks.together(lambda: _stream_config(config, encoder))
+        stream = ranks.together(lambda: open_stream(config, encoder))
         startup.lap("data")
         torch.manual_seed(config.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
         model = build_model(
@@ -366,20 +366,6 @@ def _open_folder(config: RunConfig, ds_config: dict[str, Any], ranks: Ranks) -> 
     if not ranks.is_main:
         mine.reload()
     return mine
-
-
-def _stream_config(config: RunConfig, encoder: Encoder) -> StreamConfig:
-    shards = find_shards(config.data, "train")
-    check_lanes(shards, config.num_lanes)
-    find_shards(config.data, "validation")  # said now, not at the first evaluation
-    return StreamConfig(
-        shards=shards,
-        encoder=encoder,
-        seq_length=config.seq_length,
-        num_lanes=config.num_lanes,
-        shuffle_buffer=config.shuffle_buffer,
-        seed=config.seed,
-    )
 
 
 def _restore(
