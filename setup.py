@@ -53,6 +53,7 @@ setup(
         "tqdm>=4.66",
         "orjson>=3.10",
         "zstandard>=0.22",
+        "rensa>=0.5",
         "pyarrow>=18",
         "numpy>=1.26",
         "psutil>=5.9",
