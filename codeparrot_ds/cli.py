@@ -164,15 +164,20 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 def _add_corpus(commands: Any) -> None:
     parser = _command(
-        commands, "corpus", _run_corpus, "cleaned, deduplicated shards from source trees or files of rows"
+        commands, "corpus", _run_corpus, "cleaned, deduplicated shards from source trees, files of rows or data sets"
     )
-    parser.add_argument("sources", nargs="+", metavar="SRC", help="source trees, and .jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SRC",
+        help="folders, git checkouts, row files (.jsonl or .json, plain, .gz or .zst; .parquet), and data sets of the "
+        "datasets library (org/name or org/name:split)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
     group = parser.add_argument_group("reading")
     group.add_argument("--suffixes", nargs="+", default=[".py"], metavar="S", help=_default("files to read", ".py"))
     group.add_argument(
         "--content-column", default="content", metavar="NAME", help=_default("column of text", "content")
     )
+    group.add_argument("--num-workers", type=_count, metavar="N", help="processes (default: one a core)")
     group = parser.add_argument_group("cleaning")
     group.add_argument(
         "--filters", nargs="*", metavar="NAME", help="published filters to apply; none after it: none (default: all)"
@@ -180,6 +185,19 @@ def _add_corpus(commands: Any) -> None:
     group.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="also drop files under 1.5 characters a token (default: off)"
     )
+    group.add_argument(
+        "--near-duplicates", action=argparse.BooleanOptionalAction, default=True,
+        help="drop files that are nearly equal to one that stays (default: on)",
+    )  # fmt: skip
+    group.add_argument(
+        "--near-duplicate-threshold", type=float, default=0.85, metavar="X",
+        help=_default("Jaccard similarity of two files' sets of tokens that is nearly equal", 0.85),
+    )  # fmt: skip
+    group.add_argument(
+        "--redact", action="store_true",
+        help="put placeholders for e-mail addresses, public IP addresses and secret keys in well-known formats; "
+        "finds no other personal data (default: off)",
+    )  # fmt: skip
     group = parser.add_argument_group("writing")
     group.add_argument(
         "--validation-fraction", type=float, default=0.05, metavar="X", help=_default("share of bytes held out", 0.05)
@@ -193,28 +211,38 @@ def _add_corpus(commands: Any) -> None:
 
 
 def _run_corpus(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.data.corpus import build_corpus
+    from codeparrot_ds.data.corpus import build_corpus, describe
     from codeparrot_ds.data.filters import FILTER_NAMES
+    from codeparrot_ds.data.staging import working_folder
 
-    with _progress() as progress:
-        card = build_corpus(
-            arguments.sources,
-            arguments.out,
-            validation_fraction=arguments.validation_fraction,
-            compress=arguments.compress,
-            shard_bytes=arguments.shard_bytes,
-            seed=arguments.seed,
-            filters=FILTER_NAMES if arguments.filters is None else arguments.filters,
-            tokenizer=arguments.tokenizer,
-            suffixes=arguments.suffixes,
-            content_column=arguments.content_column,
-            overwrite=arguments.overwrite,
-            progress=progress,
-        )
-    for step in card["steps"]:
-        dropped = step["documents_before"] - step["documents_after"]
-        print(f"{step['step']:<20} drops {dropped:>8,}  leaves {step['documents_after']:>8,} documents")
-    print(f"{card['documents']:,} documents, {card['bytes'] / 1e6:,.1f} MB in {arguments.out}")
+    try:
+        with _progress() as progress:
+            card = build_corpus(
+                arguments.sources,
+                arguments.out,
+                validation_fraction=arguments.validation_fraction,
+                compress=arguments.compress,
+                shard_bytes=arguments.shard_bytes,
+                seed=arguments.seed,
+                filters=FILTER_NAMES if arguments.filters is None else arguments.filters,
+                tokenizer=arguments.tokenizer,
+                near_duplicates=arguments.near_duplicates,
+                near_duplicate_threshold=arguments.near_duplicate_threshold,
+                redact=arguments.redact,
+                suffixes=arguments.suffixes,
+                content_column=arguments.content_column,
+                num_workers=arguments.num_workers,
+                overwrite=arguments.overwrite,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if (folder := working_folder(arguments.out)).is_dir():
+            print(f"\nfinished work is kept in {folder}, and the same command goes on from there", file=sys.stderr)
+        raise
+    lines, warnings = describe(card)
+    for warning in warnings:
+        print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
+    print("\n".join([*lines, f"{card['documents']:,} documents, {card['bytes'] / 1e6:,.1f} MB in {arguments.out}"]))
     return 0
 
 

@@ -1,29 +1,37 @@
-"""Raw documents: the text files of source trees and the rows of row files, with their repository and licence."""
+"""Raw documents: the text files of source trees and the rows of row files, with their repository and licence.
 
+The readers take a piece of a source (files of a tree, a byte range, some row groups, a shard) and a ``ReadAccount``
+that they fill on the way. What cannot be used costs its document, never the source, and is counted and named.
+"""
+
+from __future__ import annotations
+
+import codecs
 import configparser
 import gzip
-import os
+import io
+import json
 import re
 import sysconfig
+import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
 
-from codeparrot_ds.errors import UserError
-
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-UNKNOWN_LICENSE = "unknown"
-
 Progress = Callable[[str, int, "int | None"], None]
-"""Called as ``progress(phase, documents done, documents in all or None)``, for each: the caller thins it out."""
+"""Called as ``progress(phase, documents done, documents in all or None)``, now and then: the caller thins it out."""
 
-# Installed packages and caches inside a tree are other people's code or no code. A folder that is itself given as a
-# source is always read: only what lies below it is skipped.
-_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
+UNKNOWN_LICENSE = "unknown"
+MAX_NAMED = 100
+"""So many problems of a unit are named; all are counted."""
+SPDX_HEAD_CHARACTERS = 2000
+ROW_COLUMNS = ("repo_name", "path", "license", "copies")
+PARQUET_BATCH_ROWS = 256
 
 # The phrase that comes first in a licence decides: the GPLs name each other in their last paragraphs.
 _LICENSE_PHRASES = {
@@ -38,32 +46,72 @@ _LICENSE_PHRASES = {
     "permission is hereby granted, free of charge": "mit",
     "redistribution and use in source and binary forms": "bsd",
 }
+_SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9.+\-() \t]*[A-Za-z0-9.+)])")
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeFile:
+    """A file of a source tree as planning found it; size and time tell a later build whether it changed."""
+
+    file: str
+    path: str
+    """Relative to the repository's root."""
+    repo_name: str
+    license: str
+    size_bytes: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawDocument:
-    """One file or row as it was found. ``copies`` is above 1 where a row file says so."""
+    """One file or row as it was found. ``copies`` is above 1 where a row file says so.
+
+    ``path`` is empty where a row names none; ``row`` (from 1, inside the piece that was read) then stands for it.
+    """
 
     repo_name: str
     path: str
     license: str
     content: str
+    encoding: str = "utf-8"
+    row: int = 0
     copies: int = 1
 
 
 @dataclass(kw_only=True)
 class ReadAccount:
-    """What was read from one source, and what was left out and why."""
+    """What was read from one piece of a source, and what was left out and why."""
 
-    source: str
     documents: int = 0
     bytes: int = 0
+    rows: int = 0
+    """Rows that the piece holds, good or bad: later pieces of the same file number theirs from here."""
     left_out: Counter[str] = field(default_factory=Counter)
-    first_bad_row: str = ""
+    named: list[tuple[str, int, str]] = field(default_factory=list)
+    """File, row (0 for a whole file) and reason of the first ``MAX_NAMED`` problems; empty files are none."""
+    damaged: list[tuple[str, int, str]] = field(default_factory=list)
+    """File, last good row and reason, of files that end or break in the middle; what came before is kept."""
 
-    def as_dict(self) -> dict:
-        card = {"source": self.source, "documents": self.documents, "bytes": self.bytes}
-        return {**card, "left_out": dict(sorted(self.left_out.items())), "first_bad_row": self.first_bad_row}
+    def leave_out(self, category: str, file: str, row: int = 0, reason: str = "") -> None:
+        self.left_out[category] += 1
+        if category != "empty" and len(self.named) < MAX_NAMED:  # packages are full of empty files, and rightly so
+            self.named.append((file, row, reason or category.replace("_", " ")))
+
+
+class _LeftOut(Exception):
+    """A document that must not enter a corpus, with the category that it is counted under."""
+
+    def __init__(self, category: str, reason: str = "") -> None:
+        super().__init__(reason)
+        self.category = category
 
 
 def standard_library_sources() -> list[str]:
@@ -71,158 +119,77 @@ def standard_library_sources() -> list[str]:
     return [sysconfig.get_paths()["stdlib"]]
 
 
-def read_source(
-    source: str, account: ReadAccount, *, content_column: str, suffixes: Sequence[str] = (".py",)
-) -> Iterator[RawDocument]:
-    """Yield the ``RawDocument``s of one source in a fixed order; ``account`` is filled on the way.
+# --------------------------------------------------------------------------------------------------------------------
+# text
+
+
+def decode(data: bytes) -> tuple[str, str]:
+    """The text of a file without its byte order mark, and the name of its encoding; line ends stay as they are.
+
+    In this order: a byte order mark, UTF-8, the coding cookie of PEP 263. Text that is none of these is left out: a
+    guess by letter frequencies is wrong often enough on code, which is nearly all ASCII, to put broken words into
+    comments and strings, and such files are rare. UTF-8 comes before the cookie because bytes beyond ASCII that
+    happen to be valid UTF-8 are UTF-8, whatever a forgotten "latin-1" in the first line says.
 
     Raises:
-        UserError: the source is missing, of no known kind, unreadable, damaged, or without a single document.
+        UnicodeError: none of these encodings.
     """
-    path = Path(source)
-    if path.is_dir():
-        candidates = _read_tree(path, account, suffixes)
-        expected = "/".join(f"*{suffix}" for suffix in suffixes)
-    elif path.is_file() and source.endswith(ROW_SUFFIXES):
-        candidates = _read_rows(path, account, content_column)
-        expected = f"rows with the text column {content_column!r}"
-    elif path.exists():
-        raise UserError(f"{source} is neither a folder nor a row file ({', '.join(ROW_SUFFIXES)})")
-    else:
-        raise UserError(f"source {source} does not exist")
-    for document in candidates:
-        account.documents += 1
-        account.bytes += len(document.content.encode("utf-8"))
-        yield document
-    if not account.documents:
-        left_out = ", ".join(
-            f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(account.left_out.items())
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding), encoding
+    except UnicodeError:
+        if encoding != "utf-8":
+            raise
+    try:
+        cookie, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(cookie), cookie
+    except (SyntaxError, LookupError) as error:  # no cookie or one that names nothing
+        raise UnicodeError(str(error)) from error
+
+
+def _checked(content: str) -> str:
+    """The text, if it may enter a corpus."""
+    if "\0" in content:
+        raise _LeftOut("nul_bytes")
+    if not content.strip():
+        raise _LeftOut("empty")
+    return content
+
+
+def spdx_license(text: str) -> str:
+    """The licence that an ``SPDX-License-Identifier`` line in the file's head names, as GitHub writes it, or ""."""
+    found = _SPDX.search(text, 0, SPDX_HEAD_CHARACTERS)
+    if not found:
+        return ""
+    return " ".join(found[1].lower().replace("-only", "").strip("()").split())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# source trees
+
+
+def read_files(files: Iterable[TreeFile], account: ReadAccount) -> Iterator[RawDocument]:
+    """The documents of these files, in their order."""
+    for each in files:
+        try:
+            try:
+                content, encoding = decode(Path(each.file).read_bytes())
+                each.path.encode("utf-8")
+            except OSError as error:
+                raise _LeftOut("unreadable", error.strerror or str(error)) from error
+            except UnicodeError as error:
+                raise _LeftOut("not_text") from error
+            _checked(content)
+        except _LeftOut as error:
+            account.leave_out(error.category, each.file.encode("utf-8", "replace").decode(), reason=str(error))
+            continue
+        yield RawDocument(
+            repo_name=each.repo_name,
+            path=each.path,
+            license=spdx_license(content) or each.license,
+            content=content,
+            encoding=encoding,
         )
-        detail = f" ({left_out}{'; first: ' * bool(account.first_bad_row)}{account.first_bad_row})" if left_out else ""
-        raise UserError(f"{source} holds no usable {expected}{detail}")
-
-
-def _read_tree(root: Path, account: ReadAccount, suffixes: Sequence[str]) -> Iterator[RawDocument]:
-    """Walk in name order. A git checkout below the root is a repository of its own, with its own name and licence."""
-    root = root.resolve()
-    if str(root) == os.path.realpath(sysconfig.get_paths()["stdlib"]):
-        # Debian ships the library without its licence, and a folder name such as "python3.11" tells a reader nothing.
-        yield from _walk(root, root, "python/cpython", "psf-2.0", account, tuple(suffixes))
-    else:
-        yield from _walk(root, root, repository_name(root), detect_license(root), account, tuple(suffixes))
-
-
-def _walk(
-    folder: Path, root: Path, repo_name: str, license: str, account: ReadAccount, suffixes: tuple[str, ...]
-) -> Iterator[RawDocument]:
-    if folder != root and (folder / ".git").exists():
-        root, repo_name, license = folder, repository_name(folder), detect_license(folder)
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        account.left_out["unreadable"] += 1
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith("."):
-                yield from _walk(Path(entry.path), root, repo_name, license, account, suffixes)
-        elif entry.name.endswith(suffixes) and entry.is_file():
-            path = os.path.relpath(entry.path, root)
-            try:
-                content = _text(Path(entry.path).read_bytes())
-                path.encode("utf-8")
-            except OSError:
-                account.left_out["unreadable"] += 1
-            except UnicodeError:
-                account.left_out["not_text"] += 1
-            else:
-                if content.strip():
-                    yield RawDocument(repo_name=repo_name, path=path, license=license, content=content)
-                else:
-                    account.left_out["empty"] += 1
-
-
-def _text(data: bytes) -> str:
-    """UTF-8 text without its byte order mark; line ends stay as they are.
-
-    Raises:
-        UnicodeError: other encodings, and binary data that happens to decode.
-    """
-    if b"\0" in data:
-        raise UnicodeError("NUL byte")
-    return data.decode("utf-8-sig")
-
-
-def _read_rows(path: Path, account: ReadAccount, content_column: str) -> Iterator[RawDocument]:
-    number = 0
-    try:
-        for number, line in enumerate(_lines(path), start=1):
-            try:
-                content = _row_text(row := orjson.loads(line), content_column)
-            except ValueError as error:
-                account.left_out["bad_rows"] += 1
-                account.first_bad_row = account.first_bad_row or f"{path}:{number}: {error}"
-                continue
-            if "\0" in content:
-                account.left_out["not_text"] += 1
-            elif not content.strip():
-                account.left_out["empty"] += 1
-            else:
-                yield _document_of_row(row, content, path, number)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path} after row {number}: {error}") from error
-
-
-def _row_text(row: object, column: str) -> str:
-    if not isinstance(row, dict):
-        raise ValueError("the row is not an object")
-    if column not in row:
-        raise ValueError(f"no column {column!r} (columns: {', '.join(row)})")
-    if not isinstance(row[column], str):
-        raise ValueError(f"column {column!r} is not text")
-    return row[column]
-
-
-def _document_of_row(row: dict, content: str, path: Path, number: int) -> RawDocument:
-    """CodeParrot's rows hold counts as text ("copies": "3"); rows of other origin may lack all but the text."""
-    copies = str(row.get("copies", 1))
-    return RawDocument(
-        repo_name=str(row.get("repo_name") or path.name),
-        path=str(row.get("path") or f"row-{number}"),
-        license=str(row.get("license") or UNKNOWN_LICENSE),
-        content=content,
-        copies=max(1, int(copies)) if copies.isdecimal() else 1,
-    )
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    if path.suffix == ".zst":
-        yield from _zstandard_lines(path)
-    else:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            yield from file
-
-
-def _zstandard_lines(path: Path) -> Iterator[bytes]:
-    """Lines of all frames. ``zstandard.open`` would end quietly where a file was cut off; this raises ``EOFError``."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor()
-    rest, frame, frame_data = b"", None, b""
-    with path.open("rb") as file:
-        while frame_data or (frame_data := file.read(1 << 20)):
-            frame = frame or decompressor.decompressobj()
-            try:
-                *lines, rest = (rest + frame.decompress(frame_data)).split(b"\n")
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-            yield from lines
-            frame_data = frame.unused_data
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the file ends in the middle of a zstd frame")
-    if rest:
-        yield rest
 
 
 def repository_name(root: Path) -> str:
@@ -255,3 +222,218 @@ def _with_version(name: str, text: str) -> str:
         version = re.search(r"version (\d(?:\.\d)?)", text[:100])
         return f"{name}-{float(version[1])}" if version else name
     return name
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def read_json_rows(
+    path: Path, account: ReadAccount, content_column: str, *, start: int = 0, stop: int | None = None
+) -> Iterator[RawDocument]:
+    """The rows of a file of JSON lines; of a plain file only the lines that begin in bytes [start, stop)."""
+    number = 0
+    try:
+        for number, line in enumerate(_lines(path, start, stop), start=1):
+            account.rows = number
+            if line.strip():
+                yield from _row_document(line, content_column, path, number, account, parse=_parse)
+    except (OSError, EOFError, zlib.error) as error:
+        account.damaged.append((str(path), number, getattr(error, "strerror", None) or str(error)))
+
+
+def _parse(line: bytes) -> object:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        if b"\\ud" in line.lower() and _has_lone_surrogate(line):
+            raise _LeftOut("lone_surrogates") from error
+        raise _LeftOut("bad_rows", str(error)) from error
+
+
+def _has_lone_surrogate(line: bytes) -> bool:
+    """Whether a row is good JSON but for halves of surrogate pairs, which are characters in no encoding."""
+    try:
+        json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    except ValueError:
+        pass
+    return False
+
+
+def _row_document(
+    raw: Any,
+    column: str,
+    path: Path,
+    number: int,
+    account: ReadAccount,
+    parse: Callable[[Any], object] = lambda row: row,
+) -> Iterator[RawDocument]:
+    """The document of one row, or none, with the reason in the account."""
+    try:
+        row, content = _row_text(parse(raw), column)
+        _checked(content)
+    except _LeftOut as error:
+        account.leave_out(error.category, str(path), number, str(error))
+        return
+    # CodeParrot's rows hold counts as text ("copies": "3"); rows of other origin may lack all but the text.
+    copies = str(row.get("copies") or 1)
+    license = str(row.get("license") or UNKNOWN_LICENSE)
+    yield RawDocument(
+        repo_name=str(row.get("repo_name") or path.name),
+        path=str(row.get("path") or ""),
+        license=spdx_license(content) or license if license == UNKNOWN_LICENSE else license,
+        content=content,
+        row=number,
+        copies=max(1, int(copies)) if copies.isdecimal() and len(copies) < 10 else 1,
+    )
+
+
+def _row_text(row: object, column: str) -> tuple[dict, str]:
+    if not isinstance(row, dict):
+        raise _LeftOut("bad_rows", "the row is not an object")
+    if column not in row:
+        raise _LeftOut("bad_rows", f"no column {column!r} (columns: {', '.join(map(str, row))})")
+    content = row[column]
+    if isinstance(content, bytes):
+        try:
+            return row, content.decode("utf-8")
+        except UnicodeError as error:
+            raise _LeftOut("not_text") from error
+    if not isinstance(content, str):
+        raise _LeftOut("bad_rows", f"column {column!r} is not text")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _LeftOut("lone_surrogates") from error
+    return row, content
+
+
+def _lines(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+    if path.suffix == ".zst":
+        lines = _zstandard_lines(path)
+    elif path.suffix == ".gz":
+        lines = _gzip_lines(path)
+    else:
+        lines = _plain_lines(path, start, stop)
+    for number, line in enumerate(lines):
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 and start == 0 else line
+
+
+def _plain_lines(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        position = start
+        if start:
+            file.seek(start - 1)  # a line that begins exactly at start is ours
+            position += len(file.readline()) - 1
+        while stop is None or position < stop:
+            line = file.readline()
+            if not line:
+                return
+            position += len(line)
+            yield line
+
+
+def _gzip_lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as file:
+        yield from file
+
+
+def _zstandard_lines(path: Path) -> Iterator[bytes]:
+    """Lines of all frames. ``zstandard.open`` would end quietly where a file was cut off; this raises ``EOFError``."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    rest, frame, frame_data = b"", None, b""
+    with path.open("rb") as file:
+        while frame_data or (frame_data := file.read(1 << 18)):
+            frame = frame or decompressor.decompressobj()
+            try:
+                *lines, rest = (rest + frame.decompress(frame_data)).split(b"\n")
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            yield from lines
+            frame_data = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the file ends in the middle of a zstd frame")
+    if rest:
+        yield rest
+
+
+def read_parquet_rows(
+    path: Path, account: ReadAccount, content_column: str, *, start: int, stop: int
+) -> Iterator[RawDocument]:
+    """The rows of row groups [start, stop); a group that cannot be read is damage, the next ones are still read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        wanted = [name for name in (content_column, *ROW_COLUMNS) if name in names]
+        for group in range(start, stop):
+            first = account.rows
+            account.rows += file.metadata.row_group(group).num_rows
+            number = first
+            try:
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=wanted or names[:1]):
+                    for row in _batch_rows(batch, content_column):
+                        number += 1
+                        if content_column not in names:
+                            row = dict.fromkeys(names)
+                        yield from _row_document(row, content_column, path, number, account)
+            except (OSError, pyarrow.ArrowException) as error:
+                account.damaged.append((str(path), number, f"row group {group}: {str(error).splitlines()[0]}"))
+
+
+def _batch_rows(batch: Any, content_column: str) -> Iterator[dict]:
+    """Rows of an Arrow batch, the text as bytes: Arrow does not check that strings are UTF-8."""
+    import pyarrow
+
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            binary = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
+            values = column.cast(binary).to_pylist()
+            if name != content_column:
+                values = [value and value.decode("utf-8", "replace") for value in values]
+        else:
+            values = column.to_pylist()
+        columns[name] = values
+    for number in range(batch.num_rows):
+        yield {name: values[number] for name, values in columns.items()}
+
+
+def open_dataset(name: str) -> tuple[Any, list[str]]:
+    """The streamed split that a source ``org/name`` or ``org/name:split`` names (``train`` by default), and its state.
+
+    The state names the files with their revision, checksum or time, as far as the library knows them.
+
+    Raises:
+        Exception: whatever the ``datasets`` library raises where it finds or reads no such data set.
+    """
+    from datasets import load_dataset_builder
+
+    head, _, split = name.partition(":")
+    builder = load_dataset_builder(head)
+    files = (builder.config.data_files or {}).items()
+    state = [f"{split}: {list(each)} {getattr(each, 'origin_metadata', '')}" for split, each in files]
+    return builder.as_streaming_dataset(split=split or "train"), [str(builder.hash), *state]
+
+
+def read_dataset_rows(
+    name: str, account: ReadAccount, content_column: str, *, shard: int, num_shards: int
+) -> Iterator[RawDocument]:
+    """The rows of one shard of a streamed data set."""
+    path = Path(name)
+    try:
+        dataset, _ = open_dataset(name)
+        if num_shards > 1:
+            dataset = dataset.shard(num_shards=num_shards, index=shard)
+        for account.rows, row in enumerate(dataset, start=1):
+            yield from _row_document(row, content_column, path, account.rows, account)
+    except Exception as error:  # the library raises many kinds; each is named and costs the rest of a shard
+        account.damaged.append(
+            (name, account.rows, f"shard {shard}: {str(error).splitlines()[0] if str(error) else error!r}")
+        )

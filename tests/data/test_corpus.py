@@ -142,7 +142,7 @@ def test_filters_are_counted_and_switchable(tmp_path, tree):
     sizes = [(step["bytes_before"], step["bytes_after"]) for step in card["steps"]]
     assert all(after == before for (_, after), (before, _) in zip(sizes, sizes[1:], strict=False))
 
-    card = build_corpus([str(tree)], tmp_path / "some", filters=["line_max"])
+    card = build_corpus([str(tree)], tmp_path / "some", filters=["line_max"], near_duplicates=False)
     assert [step["step"] for step in card["steps"]] == ["exact_duplicates", "line_max"]
     assert {row["path"] for row in all_rows(tmp_path / "some")} >= {"generated.py"}
 
@@ -156,7 +156,7 @@ def test_chars_per_token_filter_needs_a_tokenizer(tmp_path, tree):
     noise = "def f():\n" + f"    x = '{rare}'\n" * 20
     write_tree(tree, {"noise.py": noise})
     card = build_corpus([str(tree)], tmp_path / "second", tokenizer=tmp_path / "tokenizer")
-    step = card["steps"][-1]
+    step = card["steps"][-2]
     assert step["step"] == "chars_per_token" and step["documents_before"] - step["documents_after"] == 1
     assert "noise.py" not in {row["path"] for row in all_rows(tmp_path / "second")}
 
@@ -212,7 +212,8 @@ def test_compressed_shards_hold_the_same_rows(tmp_path, tree, compress):
     build_corpus([str(tree)], tmp_path / "plain")
     for name in ("one", "two"):
         build_corpus([str(tree)], tmp_path / name, compress=compress)
-    assert all_rows(tmp_path / "one") == all_rows(tmp_path / "plain")
+    by_hash = [sorted(all_rows(tmp_path / name), key=lambda row: row["hash"]) for name in ("one", "plain")]
+    assert by_hash[0] == by_hash[1]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert (tmp_path / "one" / "train" / f"part-00000.jsonl.{compress}").is_file()
 
@@ -254,8 +255,10 @@ def test_bad_rows_are_counted_and_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join([good[0], *bad, *good[1:]]) + "\n")
     card = build_corpus([str(tmp_path / "rows.jsonl")], tmp_path / "out", content_column="text")
     (account,) = card["sources"]
-    assert account["left_out"] == {"bad_rows": 5, "not_text": 1}
-    assert f"{tmp_path}/rows.jsonl:2: " in account["first_bad_row"]
+    assert account["left_out"] == {"bad_rows": 4, "lone_surrogates": 1, "nul_bytes": 1}
+    assert [name.partition(": ")[0] for name in account["left_out_first"]] == [
+        f"{tmp_path}/rows.jsonl:{number}" for number in range(2, 8)
+    ]
     assert {(row["repo_name"], row["path"]) for row in all_rows(tmp_path / "out")} == {
         ("rows.jsonl", f"row-{number}") for number in (1, 8, 9, 10)
     }
@@ -268,15 +271,20 @@ def test_wrong_content_column_is_named_with_the_columns_there_are(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_truncated_row_file_is_named(tmp_path, suffix):
+def test_truncated_row_file_keeps_what_was_readable(tmp_path, suffix):
     noise = random.Random(1)
-    lines = b"".join(json.dumps({"content": noise.randbytes(3000).hex()}).encode() + b"\n" for _ in range(500))
-    data = gzip.compress(lines) if suffix == ".gz" else zstandard.compress(lines)
+    lines = [json.dumps({"content": noise.randbytes(30_000).hex()}).encode() + b"\n" for _ in range(100)]
+    data = b"".join(lines)
+    data = gzip.compress(data) if suffix == ".gz" else zstandard.compress(data)
     path = tmp_path / f"rows.jsonl{suffix}"
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"cannot read .*rows\.jsonl\.\w+ after row \d+"):
-        build_corpus([str(path)], tmp_path / "out", filters=[])
-    assert os.listdir(tmp_path) == [path.name]
+    card = build_corpus([str(path)], tmp_path / "out", filters=[])
+    rows = all_rows(tmp_path / "out")
+    assert 40 <= len(rows) <= 50 and {row["content"] for row in rows} <= {json.loads(line)["content"] for line in lines}
+    assert card["sources"][0]["damaged"][0].startswith(f"{path} is damaged: read up to row {len(rows)} (")
+    path.write_bytes(data[:50])
+    with pytest.raises(UserError, match=r"rows\.jsonl\.\w+ holds no usable rows .*damaged: read up to row 0"):
+        build_corpus([str(path)], tmp_path / "other", filters=[])
 
 
 def test_files_that_are_no_text_are_counted_and_left_out(tmp_path, tree):
@@ -301,7 +309,9 @@ def test_files_that_are_no_text_are_counted_and_left_out(tmp_path, tree):
     (tree / "loop").symlink_to(tree)
     (tree / "broken.py").symlink_to(tree / "nowhere")
     card = build_corpus([str(tree)], tmp_path / "out")
-    assert card["sources"][0]["left_out"] == {"empty": 1, "not_text": 2}
+    assert card["sources"][0]["left_out"] == {"empty": 1, "not_text": 1, "nul_bytes": 1}
+    assert card["sources"][0]["left_out_first"] == [f"{tree}/latin.py: not text", f"{tree}/nul.py: nul bytes"]
+    assert card["encodings"] == {"utf-8": 60, "utf-8-sig": 1}
     rows = {row["path"]: row["content"] for row in all_rows(tmp_path / "out")}
     assert len(rows) == 61 and rows["bom.py"] == program(99)
 
@@ -317,7 +327,11 @@ def test_suffixes_choose_the_files(tmp_path):
     [
         ("missing", {}, "source .*missing does not exist"),
         ("empty", {"README": "text"}, r"empty holds no usable \*\.py"),
-        ("binary", {"a.py": b"\0", "b.py": b"\xff"}, r"binary holds no usable \*\.py \(2 not text\)"),
+        (
+            "binary",
+            {"a.py": b"\0", "b.py": b"\xff"},
+            r"binary holds no usable \*\.py \(1 not text, 1 nul bytes; first: .*a\.py",
+        ),
         ("rows.csv", None, "rows.csv is neither a folder nor a row file"),
         ("rows.jsonl", None, "rows.jsonl holds no usable rows with the text column 'content'"),
     ],
@@ -371,7 +385,7 @@ def test_overwrite_never_replaces_a_folder_of_another_kind(tmp_path, tree):
     assert os.listdir(home) == ["thesis.tex"]
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path):
     """A real limit of the operating system on file sizes, in a process of its own."""
     source = write_tree(tmp_path / "project", {f"{i}.py": program(i, lines=200) for i in range(50)})
     script = (
@@ -385,14 +399,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(corpus.__file__).parents[2])
     assert result.stdout.startswith(f"cannot write {tmp_path / 'out'}: File too large")
-    assert os.listdir(tmp_path) == ["project"]
+    assert f"kept in {tmp_path / '.out.building'}, and the same command goes on" in result.stdout
+    build_corpus([str(source)], tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out", "project"]
 
 
 def test_progress_names_phase_and_counts(tmp_path, tree):
     calls = []
     build_corpus([str(tree)], tmp_path / "out", progress=lambda *call: calls.append(call))
-    assert calls[0] == ("reading", 1, None) and ("reading", 60, None) in calls
-    assert ("cleaning", 60, 60) in calls and calls[-1] == ("writing", 60, 60)
+    assert calls[0] == ("reading", 0, None) and ("reading", 60, None) in calls
+    assert ("sketching", 60, 60) in calls and calls[-1] == ("writing", 60, 60)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +449,7 @@ def test_repository_name_of_a_real_checkout(tmp_path, url, name):
 def test_standard_library_makes_a_corpus(tmp_path):
     card = build_corpus(standard_library_sources(), tmp_path / "out")
     rows = all_rows(tmp_path / "out")
-    assert card["bytes"] > 5_000_000 and card["licenses"] == {"psf-2.0": len(rows)}
+    assert card["bytes"] > 5_000_000 and card["licenses"]["psf-2.0"] > 0.99 * len(rows)
     assert {row["repo_name"] for row in rows} == {"python/cpython"}
     assert not [row["path"] for row in rows if "site-packages" in row["path"] or "dist-packages" in row["path"]]
     assert len(card["splits"]["train"]["shards"]) == 8
