@@ -46,7 +46,7 @@ from codeparrot_ds.data.corpus_units import (
     read_unit,
 )
 from codeparrot_ds.data.filters import FILTER_NAMES, select_filters, unit_interval
-from codeparrot_ds.data.raw import Progress, ReadAccount
+from codeparrot_ds.data.raw import Progress, ReadAccount, printable
 from codeparrot_ds.data.staging import RESULT, refuse_existing, resumable_folder
 from codeparrot_ds.errors import UserError
 
@@ -395,7 +395,7 @@ def _source_card(name: str, parts: Sequence[tuple[ReadAccount, int]]) -> dict:
             f"{file} is damaged: read up to row {row + base} ({reason})" for file, row, reason in account.damaged
         ]
     return {
-        "source": name,
+        "source": printable(name),
         "documents": sum(account.documents for account, _ in parts),
         "bytes": sum(account.bytes for account, _ in parts),
         "left_out": dict(sorted(left_out.items())),
@@ -416,12 +416,12 @@ def describe(card: dict) -> tuple[list[str], list[str]]:
     warnings = []
     for source in card["sources"]:
         warnings += source["damaged"]
-        if left_out := sum(source["left_out"].values()):
-            counts = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in source["left_out"].items())
+        # An empty file is nothing that anybody must look at: packages are full of them.
+        left_out = {name.replace("_", " "): count for name, count in source["left_out"].items() if name != "empty"}
+        if left_out:
+            reasons = ", ".join(f"{count:,} {name}" for name, count in left_out.items())
             first = source["left_out_first"][0]
-            warnings.append(
-                f"{source['source']}: left out {left_out:,} ({counts}; first: {first}; more in {CARD_NAME})"
-            )
+            warnings.append(f"{source['source']}: left out {reasons} (first: {first}; more in {CARD_NAME})")
     return lines, warnings
 
 

@@ -170,7 +170,7 @@ def _parquet_units(source: int, path: Path, state: tuple[Any, ...], account: Rea
         metadata = pyarrow.parquet.read_metadata(path)
     except (OSError, pyarrow.ArrowException) as error:
         # The directory of a Parquet file is its last part: of one that was cut off nothing can be read.
-        account.damaged.append((str(path), 0, str(error).splitlines()[0]))
+        account.damage(str(path), 0, str(error))
         return
     start = size = 0
     for group in range(metadata.num_row_groups):

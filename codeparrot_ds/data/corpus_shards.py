@@ -1,7 +1,7 @@
 """Writes shards: rows of JSON lines, plain or compressed in pieces that can be read without what comes before.
 
-A compressed shard is a sequence of gzip members or zstd frames, each complete, of about ``PIECE_BYTES`` of rows and
-ending at a line's end. Every reader of the format takes the file as one; a reader that knows where a piece starts can
+A compressed shard is a sequence of gzip members or zstd frames, each complete, of at most ``PIECE_BYTES`` of whole rows
+(or one longer row). Every reader of the format takes the file as one; a reader that knows where a piece starts can
 begin there. Equal rows give equal bytes.
 
 Memory: a shard's rows, because texts are read in the order they lie on disk and written in the order of the corpus.
@@ -112,11 +112,11 @@ def _compressed(rows: Iterable[bytes], compress: str) -> Iterator[bytes]:
     piece: list[bytes] = []
     size = 0
     for row in rows:
-        piece.append(row)
-        size += len(row)
-        if size >= PIECE_BYTES:
+        if piece and size + len(row) > PIECE_BYTES:
             yield encode(b"".join(piece))
             piece, size = [], 0
+        piece.append(row)
+        size += len(row)
     if piece:
         yield encode(b"".join(piece))
 

@@ -103,7 +103,15 @@ class ReadAccount:
     def leave_out(self, category: str, file: str, row: int = 0, reason: str = "") -> None:
         self.left_out[category] += 1
         if category != "empty" and len(self.named) < MAX_NAMED:  # packages are full of empty files, and rightly so
-            self.named.append((file, row, reason or category.replace("_", " ")))
+            self.named.append((printable(file), row, reason or category.replace("_", " ")))
+
+    def damage(self, file: str, row: int, reason: str) -> None:
+        self.damaged.append((printable(file), row, reason.splitlines()[0] if reason else "unknown"))
+
+
+def printable(name: str) -> str:
+    """A file name of any bytes as text that can be printed and stored."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 class _LeftOut(Exception):
@@ -181,7 +189,7 @@ def read_files(files: Iterable[TreeFile], account: ReadAccount) -> Iterator[RawD
                 raise _LeftOut("not_text") from error
             _checked(content)
         except _LeftOut as error:
-            account.leave_out(error.category, each.file.encode("utf-8", "replace").decode(), reason=str(error))
+            account.leave_out(error.category, each.file, reason=str(error))
             continue
         yield RawDocument(
             repo_name=each.repo_name,
@@ -239,7 +247,7 @@ def read_json_rows(
             if line.strip():
                 yield from _row_document(line, content_column, path, number, account, parse=_parse)
     except (OSError, EOFError, zlib.error) as error:
-        account.damaged.append((str(path), number, getattr(error, "strerror", None) or str(error)))
+        account.damage(str(path), number, getattr(error, "strerror", None) or str(error))
 
 
 def _parse(line: bytes) -> object:
@@ -384,7 +392,7 @@ def read_parquet_rows(
                             row = dict.fromkeys(names)
                         yield from _row_document(row, content_column, path, number, account)
             except (OSError, pyarrow.ArrowException) as error:
-                account.damaged.append((str(path), number, f"row group {group}: {str(error).splitlines()[0]}"))
+                account.damage(str(path), number, f"row group {group}: {error}")
 
 
 def _batch_rows(batch: Any, content_column: str) -> Iterator[dict]:
@@ -434,6 +442,4 @@ def read_dataset_rows(
         for account.rows, row in enumerate(dataset, start=1):
             yield from _row_document(row, content_column, path, account.rows, account)
     except Exception as error:  # the library raises many kinds; each is named and costs the rest of a shard
-        account.damaged.append(
-            (name, account.rows, f"shard {shard}: {str(error).splitlines()[0] if str(error) else error!r}")
-        )
+        account.damage(name, account.rows, f"shard {shard}: {error or repr(error)}")

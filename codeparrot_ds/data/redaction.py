@@ -23,8 +23,12 @@ _EMAIL = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)", re.ASCII)
-_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-f]{1,4}:){2,7}(?::?[0-9a-f]{1,4}|:)(?::[0-9a-f]{1,4}){0,5}(?![\w:.])", re.I)
-_VERSION_BEFORE = re.compile(r"(?:version\w*|\bver|release|\bv|[=<>~!]=|[<>])\s*[\"'=:(\[]*\s*[\"']?$", re.IGNORECASE)
+_IPV6 = re.compile(
+    r"(?<![\w:.])(?:[0-9a-f]{1,4}:){2,7}(?::?[0-9a-f]{1,4}|:)(?::[0-9a-f]{1,4}){0,5}(?![\w:]|\.\w)", re.IGNORECASE
+)
+_VERSION_BEFORE = re.compile(
+    r"(?:version\w*|\bver|release|\bv|[=<>~!]=|(?<![A-Z0-9_])[<>])\s*[\"'=:(\[]*\s*[\"']?$", re.IGNORECASE
+)
 _VERSION_CONTEXT = 24
 _VERSION_PART = 20
 

@@ -1,16 +1,21 @@
+import contextlib
+import fcntl
 import gzip
 import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from codeparrot_ds.data import corpus
+from codeparrot_ds.data import corpus, corpus_plan
 from codeparrot_ds.data.corpus import build_corpus
 from codeparrot_ds.data.raw import detect_license, repository_name, standard_library_sources
 from codeparrot_ds.errors import UserError
@@ -84,8 +89,8 @@ def test_rows_hold_the_recipe_columns_and_the_exact_text(tmp_path):
 
 def test_same_sources_give_the_same_bytes_in_any_order_of_sources(tmp_path, tree):
     other = write_tree(tmp_path / "other", {f"x{i}.py": program(100 + i) for i in range(9)} | {"copy.py": program(3)})
-    build_corpus([str(tree), str(other)], tmp_path / "one")
-    build_corpus([str(other), str(tree), str(tree)], tmp_path / "two")
+    build_corpus([str(tree), str(other)], tmp_path / "one", num_workers=1)
+    build_corpus([str(other), str(tree), str(tree)], tmp_path / "two", num_workers=1)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert {name for name in one if name != "corpus.json"} == {
         *(f"train/part-{i:05d}.jsonl" for i in range(8)),
@@ -355,6 +360,7 @@ def test_unusable_sources_are_named(tmp_path, name, files, message):
         ({"suffixes": []}, "suffixes is empty"),
         ({"filters": ["nothing"]}, "unknown filter 'nothing'"),
         ({"tokenizer": Path("nowhere")}, "tokenizer folder nowhere does not exist"),
+        ({"near_duplicate_threshold": 0.1}, "near_duplicate_threshold is 0.1; it must lie between 0.3 and 1"),
     ],
 )
 def test_bad_arguments(tmp_path, tree, arguments, message):
@@ -453,3 +459,300 @@ def test_standard_library_makes_a_corpus(tmp_path):
     assert {row["repo_name"] for row in rows} == {"python/cpython"}
     assert not [row["path"] for row in rows if "site-packages" in row["path"] or "dist-packages" in row["path"]]
     assert len(card["splits"]["train"]["shards"]) == 8
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# many processes, kills and interrupts
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """So small that a tree of some files makes many."""
+    monkeypatch.setattr(corpus_plan, "UNIT_BYTES", 3000)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name != "corpus.json"}
+
+
+@pytest.fixture(scope="module")
+def large_tree(tmp_path_factory) -> Path:
+    """Enough files that a build takes seconds, with exact and near duplicates among them."""
+    rng = random.Random(5)
+    files = {f"pkg{i % 50}/file{i}.py": program(i, lines=300) for i in range(900)}
+    for i in range(100):
+        lines = program(i, lines=300).splitlines()
+        lines[rng.randrange(1, 300)] = "    changed = 1"
+        files[f"pkg{i % 50}/near{i}.py"] = "\n".join(lines)
+        files[f"pkg{i % 50}/exact{i}.py"] = program(i, lines=300).replace("    ", "\t")
+    return write_tree(tmp_path_factory.mktemp("large") / "project", files)
+
+
+@pytest.fixture(scope="module")
+def reference(large_tree, tmp_path_factory) -> Path:
+    """The corpus of the large tree, built by one process without a break."""
+    out = tmp_path_factory.mktemp("reference") / "out"
+    card = build_corpus([str(large_tree)], out, num_workers=1)
+    dropped = {step["step"]: step["documents_before"] - step["documents_after"] for step in card["steps"]}
+    assert dropped["exact_duplicates"] == dropped["near_duplicates"] == 100
+    return out
+
+
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path, tree, small_units):
+    rows = [json.dumps({"content": program(100 + i)}) for i in range(40)]
+    rows.insert(25, "{bad")
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    sources = [str(tree), str(tmp_path / "rows.jsonl")]
+    for workers in (1, 2):
+        card = build_corpus(sources, tmp_path / f"out{workers}", num_workers=workers, compress="zst")
+        assert f"{tmp_path}/rows.jsonl:26: " in card["sources"][1]["left_out_first"][0]
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    paths = {row["path"] for row in all_rows(tmp_path / "out1") if row["repo_name"] == "rows.jsonl"}
+    assert paths == {f"row-{number}" for number in range(1, 42) if number != 26}
+
+
+def start_build(source: Path, out: Path) -> subprocess.Popen:
+    """The real command with small units, in a process group of its own as a shell would start it."""
+    script = (
+        "import sys; from codeparrot_ds.data import corpus_plan; corpus_plan.UNIT_BYTES = 100_000\n"
+        "if __name__ == '__main__':\n"
+        "    from codeparrot_ds.cli import main; sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "corpus", str(source), "--out", str(out), "--num-workers", "2"]
+    root = Path(corpus.__file__).parents[2]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=root
+    )
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.parametrize("phase", ["units", "sketches", "shards"])
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path, large_tree, reference, phase):
+    out, place = tmp_path / "out", tmp_path / ".out.building" / phase
+    process = start_build(large_tree, out)
+    wait_for(lambda: place.is_dir() and len([p for p in place.iterdir() if not p.name.startswith("tmp-")]) >= 2)
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    assert not out.exists() and len(workers) >= 2
+    wait_for(lambda: not any(map(alive, workers)), seconds=5)
+    finished = {path: path.stat().st_ino for path in (tmp_path / ".out.building" / "units").iterdir()}
+    assert [path for path in finished if not path.name.startswith("tmp-")]
+
+    process = start_build(large_tree, out)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert shards(out) == shards(reference)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_finished_units_are_not_read_again(tmp_path, tree, small_units):
+    """What an earlier build finished is taken as it is: here a mark in a finished unit reaches the corpus."""
+    out, place = tmp_path / "out", tmp_path / ".out.building" / "units"
+
+    def stop(phase, done, total):
+        if phase == "sketching":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_corpus([str(tree)], out, num_workers=1, progress=stop)
+    unit = sorted(place.iterdir())[0]
+    texts = (unit / "texts.bin").read_bytes()
+    (unit / "texts.bin").write_bytes(texts.replace(b"def function_", b"def finished_"))
+    calls = []
+    build_corpus([str(tree)], out, num_workers=1, progress=lambda *call: calls.append(call))
+    assert calls[0] == ("reading", 60, None)
+    marked = [row for row in all_rows(out) if "def finished_" in row["content"]]
+    assert 0 < len(marked) == texts.count(b"def function_") < 60
+
+
+@pytest.mark.parametrize("change", ["source", "settings", "filters", "unit cut short"])
+def test_stale_work_is_not_reused(tmp_path, tree, small_units, change):
+    out = tmp_path / "out"
+    settings = {"filters": ["line_max"]}
+
+    def stop(phase, done, total):
+        if phase == "writing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_corpus([str(tree)], out, num_workers=1, progress=stop, **settings)
+    assert list((tmp_path / ".out.building" / "shards").iterdir())
+    if change == "source":
+        (tree / "pkg1" / "file1.py").write_text(program(1001))
+        (tree / "pkg2" / "file2.py").unlink()
+    elif change == "settings":
+        settings |= {"redact": True, "seed": 2, "compress": "gz"}
+        (tree / "pkg1" / "mail.py").write_text(program(1002) + "# jane@example.org\n")
+    elif change == "filters":
+        settings = {"near_duplicate_threshold": 0.3}
+    else:
+        unit = sorted((tmp_path / ".out.building" / "units").iterdir())[0]
+        (unit / "texts.bin").write_bytes(b"")
+    build_corpus([str(tree)], out, num_workers=1, **settings)
+    build_corpus([str(tree)], tmp_path / "fresh", num_workers=1, **settings)
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, large_tree, whole_group):
+    place = tmp_path / ".out.building" / "units"
+    process = start_build(large_tree, tmp_path / "out")
+    wait_for(lambda: place.is_dir() and list(place.iterdir()))
+    workers = children(process.pid)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert f"finished work is kept in {place.parent}, and the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    wait_for(lambda: not any(map(alive, workers)), seconds=5)
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path, large_tree):
+    place = tmp_path / ".out.building" / "units"
+    process = start_build(large_tree, tmp_path / "out")
+    wait_for(lambda: place.is_dir() and list(place.iterdir()))
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert "a worker process was killed, most often because memory ran out; use fewer --num-workers" in errors
+    assert "the same command goes on" in errors and place.is_dir()
+
+
+def test_two_builds_at_once_are_refused(tmp_path, tree):
+    (tmp_path / ".out.building").mkdir()
+    with (tmp_path / ".out.building" / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another build is writing .*out; wait for it or choose another --out"):
+            build_corpus([str(tree)], tmp_path / "out")
+    build_corpus([str(tree)], tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what else the card and the shards say
+
+
+@pytest.mark.parametrize("compress", ["gz", "zst"])
+def test_compressed_pieces_can_be_read_alone(tmp_path, compress):
+    files = {f"pkg{i}/file.py": program(i, lines=1500) for i in range(120)} | {"a.py": program(999, lines=80_000)}
+    source = write_tree(tmp_path / "project", files)
+    build_corpus([str(source)], tmp_path / "out", compress=compress, filters=[], validation_fraction=0.5)
+    assert len(list((tmp_path / "out" / "train").iterdir())) == min(64, len(read_rows(tmp_path / "out", "train")))
+    numbers = []
+    for path in sorted((tmp_path / "out").rglob("part-*")):
+        data, pieces = path.read_bytes(), []
+        while data:
+            if compress == "gz":
+                assert data[4:8] == bytes(4), "no time stamp"
+            decompressor = zlib.decompressobj(31) if compress == "gz" else zstandard.ZstdDecompressor().decompressobj()
+            pieces.append(decompressor.decompress(data))
+            data = decompressor.unused_data
+        assert all(piece.endswith(b"\n") and json.loads(piece.splitlines()[0]) for piece in pieces)
+        assert all(len(piece) <= 1 << 20 or piece.count(b"\n") == 1 for piece in pieces)
+        assert all(len(one) + len(two) > 1 << 20 for one, two in zip(pieces, pieces[1:], strict=False))
+        numbers.append(len(pieces))
+    assert max(numbers) > 1
+
+
+def test_near_duplicates_leave_the_one_with_more_copies(tmp_path):
+    text = program(1, lines=200)
+    near = text.replace("return 1", "return 2")
+    files = {"a.py": text, "b.py": near, "c.py": near.replace("    ", "\t"), "other.py": program(2, lines=200)}
+    source = write_tree(tmp_path / "project", files | {f"x{i}.py": program(i + 9) for i in range(9)})
+    card = build_corpus([str(source)], tmp_path / "out")
+    rows = {row["path"]: row["copies"] for row in all_rows(tmp_path / "out")}
+    assert (rows["b.py"], rows["other.py"]) == (2, 1) and not {"a.py", "c.py"} & set(rows)
+    step = card["steps"][-1]
+    assert (step["step"], step["threshold"], step["permutations"]) == ("near_duplicates", 0.85, 256)
+    assert step["documents_before"] - step["documents_after"] == 1
+    build_corpus([str(source)], tmp_path / "all", near_duplicates=False)
+    assert {"a.py", "b.py"} <= {row["path"] for row in all_rows(tmp_path / "all")}
+
+
+def test_redaction_is_counted_and_said_to_be_partial(tmp_path, capsys):
+    from codeparrot_ds.cli import main
+
+    mail = "# by jane.doe@example.org\n"
+    files = {f"{i}.py": program(i) for i in range(20)} | {
+        "20.py": mail + program(20),
+        "21.py": mail + mail + program(20),
+    }
+    source = write_tree(tmp_path / "project", files)
+    assert main(["corpus", str(source), "--out", str(tmp_path / "out"), "--redact"]) == 0
+    # Of the two near duplicates one is gone: what counts is the corpus.
+    (row,) = [row for row in all_rows(tmp_path / "out") if row["path"] in ("20.py", "21.py")]
+    count = row["content"].count("<EMAIL>")
+    assert row["content"] == "# by <EMAIL>\n" * count + program(20) and row["size"] == len(row["content"])
+    assert f"redacted {count} EMAIL in 1 documents (partial: only e-mail addresses" in capsys.readouterr().out
+    card = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    assert card["redactions"]["counts"] == {"EMAIL": count}
+
+
+def test_licence_of_a_file_and_encodings_are_counted(tmp_path):
+    files = {
+        "LICENSE": "Apache License\nVersion 2.0",
+        "a.py": program(1),
+        "b.py": "# SPDX-License-Identifier: MIT\n" + program(2),
+        "c.py": ("# é\n" + program(3)).encode("utf-16"),
+        "d.py": ("# coding: latin-1\n# é\n" + program(4)).encode("latin-1"),
+    }
+    card = build_corpus([str(write_tree(tmp_path / "project", files))], tmp_path / "out")
+    assert card["licenses"] == {"apache-2.0": 3, "mit": 1}
+    assert card["encodings"] == {"utf-8": 2, "iso-8859-1": 1, "utf-16": 1}
+    rows = {row["path"]: row["content"] for row in all_rows(tmp_path / "out")}
+    assert rows["c.py"] == "# é\n" + program(3) and "# é\n" in rows["d.py"]
+
+
+def test_a_damaged_source_is_a_warning_while_others_give(tmp_path, tree, capsys):
+    from codeparrot_ds.cli import main
+
+    path = tmp_path / "file-000000000000.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"content": program(99)}).encode())[:20])
+    assert main(["corpus", str(tree), str(path), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert f"warning: {path} is damaged: read up to row 0 (" in printed.err and "60 documents" in printed.out
+    assert main(["corpus", str(path), "--out", str(tmp_path / "other")]) == 2
+    assert "holds no usable rows" in capsys.readouterr().err
+
+
+def test_what_was_left_out_is_a_warning(tmp_path, tree, capsys):
+    from codeparrot_ds.cli import main
+
+    write_tree(tree, {"__init__.py": "", "nul.py": b"\0"})
+    assert main(["corpus", str(tree), "--out", str(tmp_path / "out")]) == 0
+    assert f"{tree}: left out 1 nul bytes (first: {tree}/nul.py: nul bytes; more" in capsys.readouterr().err
+
+
+def test_parquet_and_a_data_set_give_the_rows_of_json(tmp_path, tree):
+    import pyarrow
+    import pyarrow.parquet
+
+    build_corpus([str(tree)], tmp_path / "first")
+    rows = sorted(all_rows(tmp_path / "first"), key=lambda row: row["hash"])
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / "rows.parquet", row_group_size=9)
+    for name, source in (("parquet", tmp_path / "data" / "rows.parquet"), ("dataset", f"{tmp_path}/data:train")):
+        build_corpus([str(source)], tmp_path / name)
+        assert sorted(all_rows(tmp_path / name), key=lambda row: row["hash"]) == rows
+        assert shards(tmp_path / name) == shards(tmp_path / "first")
+
+
+def test_the_card_names_the_versions_that_decided(tmp_path, tree):
+    versions = build_corpus([str(tree)], tmp_path / "out")["versions"]
+    assert set(versions) == {"codeparrot_ds", "python", "zlib", "orjson", "zstandard", "numpy", "rensa"}
