@@ -242,6 +242,10 @@ class HubReader:
     ) -> None:
         """``sleep`` waits between tries; one that raises gives up. ``time.sleep`` lets through what a signal's handler
         raises, but sleeps on after a handler that only takes note."""
+        # What a read imports is imported here: a child that is forked while another thread imports waits for ever.
+        from huggingface_hub import constants, hf_hub_url, is_offline_mode  # noqa: F401
+        from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_headers  # noqa: F401
+
         self.file = file
         self._patience_seconds = patience_seconds
         self._sleep = sleep
@@ -353,8 +357,9 @@ def _fetch(file: HubFile, offset: int, size: int) -> bytes:
 def _client(process: int) -> Any:
     """The HTTP client of this process, with connections of its own.
 
-    Not huggingface_hub's ``get_session()``: other code of the process closes that one at will, and a forked child
-    closes what it inherits of it under a lock that another thread of the parent may have held.
+    Not huggingface_hub's ``get_session()``, which ``HfFileSystem`` uses too: other code of the process closes that one
+    at will, and a forked child closes what it inherits under the connection pool's lock. Where a thread of the parent
+    read at that moment, the child waits for that lock for ever (within 100 forks beside 4 reading threads).
     """
     from huggingface_hub.utils import httpx
 

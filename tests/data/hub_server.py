@@ -30,6 +30,8 @@ class Answered(NamedTuple):
     authorization: str | None
     status: int
     bytes: int
+    port: int
+    """The client's: what tells its connections apart."""
 
 
 @dataclass
@@ -37,8 +39,8 @@ class Fault:
     """What happens to requests instead of an answer, for a number of requests or until a time.
 
     Kinds: ``drop`` closes the connection, ``hang`` does after two seconds of silence; ``status`` answers with it;
-    ``truncate`` sends half of the body, ``short`` answers properly with half of the range, ``shift`` with another
-    range; ``whole`` ignores ranges.
+    ``truncate`` sends half of the body that it announces, ``scant`` half of the range that it announces, ``short`` half
+    of the range and says so, ``shift`` another range; ``whole`` ignores ranges.
     """
 
     kind: str
@@ -199,6 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = 0, end - start
         headers |= {"Content-Range": f"bytes {start}-{end}/{len(data)}"}
         body = data[start : end + 1]
+        if kind == "scant":
+            body = body[: len(body) // 2]
         if "gzip" in self.headers.get("Accept-Encoding", ""):  # as a store may, and then a range means something else
             headers |= {"Content-Encoding": "gzip"}
             body = gzip.compress(body)
@@ -223,8 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _note(self, status: int, size: int) -> None:
-        headers = self.headers
-        answered = Answered(self.command, self.path, headers.get("Range"), headers.get("Authorization"), status, size)
+        asked, login = self.headers.get("Range"), self.headers.get("Authorization")
+        answered = Answered(self.command, self.path, asked, login, status, size, self.client_address[1])
         with self.server.lock:
             self.server.log.append(answered)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import random
 import signal
 import threading
@@ -150,6 +151,13 @@ def test_without_a_card_the_default_patterns_do(hub, client, files):
     assert paths(client(resolve_hub_dataset, "team/plain", "test")) == sorted(name for name in shards if "test" in name)
 
 
+def test_a_folder_of_the_same_name_is_not_taken_for_the_dataset(hub, client, mixed, tmp_path):
+    (tmp_path / "team" / "mixed").mkdir(parents=True)
+    (tmp_path / "team" / "mixed" / "train.jsonl").write_text("{}")
+    client(os.chdir, tmp_path)
+    assert client(resolve_hub_dataset, "team/mixed", "train") == mixed
+
+
 def test_a_config_can_be_chosen(hub, client):
     card = "---\nconfigs:\n" + "".join(
         f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in ("python", "rust")
@@ -261,7 +269,7 @@ def test_an_outage_is_survived_with_one_warning(hub, client, files, mixed):
     assert "can be read again after" in end
 
 
-@pytest.mark.parametrize("kind", ["truncate", "short", "shift", "hang"])
+@pytest.mark.parametrize("kind", ["truncate", "scant", "short", "shift", "hang"])
 @pytest.mark.parametrize("path", ["part-a.jsonl", "part-c.parquet"])
 def test_a_wrong_answer_is_asked_for_again(hub, client, files, mixed, kind, path):
     store = "/store/" if path.endswith(".parquet") else "/resolve/"
@@ -373,47 +381,55 @@ def interrupted_seconds(file: HubFile) -> float:
     raise AssertionError("the read came to an end")
 
 
-def test_forked_children_read_beside_their_parent(hub, client, files, mixed):
+def test_a_forked_child_opens_a_connection_of_its_own(hub, client, files, mixed):
+    file = named(mixed, "part-a.jsonl")
+    assert client(read_on_both_sides_of_a_fork, file) == [files[file.path][:10], 0, files[file.path][:10]]
+    parent, child, parent_again = (request.port for request in hub.log)
+    assert child != parent == parent_again
+
+
+def read_on_both_sides_of_a_fork(file: HubFile) -> list[bytes | int | None]:
+    """What this process reads before a fork, how its child fares, and what this process reads after it."""
+    reader = HubReader(file)
+    before = reader.read_at(0, 10)
+    child = multiprocessing.get_context("fork").Process(target=reader.read_at, args=(20, 10))
+    child.start()
+    child.join(timeout=20)
+    return [before, child.exitcode, reader.read_at(0, 10)]
+
+
+def test_children_are_forked_while_threads_read(hub, client, files, mixed):
     file = named(mixed, "part-c.parquet")
-    assert client(read_across_forks, file, files[file.path]) == [0] * 8
+    assert client(fork_beside_threads, file, files[file.path]) == [0] * 30
 
 
-def read_across_forks(file: HubFile, expected: bytes) -> list[int]:
+def fork_beside_threads(file: HubFile, expected: bytes) -> list[int | None]:
     """Exit codes of children that are forked while threads of this process read with the same reader."""
     reader = HubReader(file)
-    assert reader.read_at(0, file.bytes) == expected
     done = threading.Event()
-    wrong: list[int] = []
 
-    def check(seed: int) -> None:
-        rng = random.Random(seed)
-        for _ in range(10):
-            offset = rng.randrange(file.bytes)
-            if reader.read_at(offset, 500) != expected[offset : offset + 500]:
-                raise AssertionError(offset)
-
-    def keep_reading(seed: int) -> None:
+    def keep_reading() -> None:
         while not done.is_set():
-            try:
-                check(seed)
-            except AssertionError:
-                wrong.append(seed)
+            assert reader.read_at(7, 500) == expected[7:507]
 
-    threads = [threading.Thread(target=keep_reading, args=(seed,)) for seed in range(2)]
+    def read_once(number: int) -> None:
+        assert reader.read_at(number, 500) == expected[number : number + 500]
+
+    threads = [threading.Thread(target=keep_reading) for _ in range(4)]
     for thread in threads:
         thread.start()
-    children = [multiprocessing.get_context("fork").Process(target=check, args=(seed,)) for seed in range(8)]
-    for child in children:
+    codes = []
+    for number in range(30):
+        child = multiprocessing.get_context("fork").Process(target=read_once, args=(number,))
         child.start()
-    for child in children:
         child.join(timeout=20)
+        codes.append(child.exitcode)
+        if child.exitcode is None:  # it waits for what nobody will release
+            child.kill()
+            break
     done.set()
     for thread in threads:
         thread.join()
-    assert not wrong
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
     return codes
 
 
