@@ -226,8 +226,8 @@ class HubReader:
     read in blocks of about a megabyte or more: the Hub limits the number of requests.
 
     ``HfFileSystem`` is not used: it retries for half a minute only, warns at each try, takes a whole file for a range
-    where a server ignores the range, and leaves compression on. Its parts are: the URL, the login and the HTTP library
-    are huggingface_hub's.
+    where a server ignores the range, and leaves compression on. The URL, the login and the HTTP library are
+    huggingface_hub's.
 
     A reader holds no connection and no lock: it may be pickled, used by several threads, and used on both sides of a
     fork. Connections belong to the process.
