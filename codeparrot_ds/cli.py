@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 
 from codeparrot_ds import __version__
 from codeparrot_ds.config import (
+    FIELDS,
     PRESETS,
     ArgumentParser,
     add_config_arguments,
@@ -79,6 +82,7 @@ def build_parser() -> ArgumentParser:
         _add_demo,
         _add_corpus,
         _add_tokenizer,
+        _add_data,
         _add_train,
         _add_evaluate,
         _add_complete,
@@ -102,7 +106,7 @@ def _command(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
+def _progress(unit: str = "documents") -> Iterator[Callable[[str, int, int | None], None]]:
     """A callback ``(phase, done, total)``: a bar on a terminal, a line every ten seconds elsewhere."""
     bar: Any = None
     last = time.monotonic()
@@ -115,11 +119,11 @@ def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
 
                 if bar is not None:
                     bar.close()
-                bar = tqdm(desc=phase, total=total, unit=" documents", unit_scale=True)
+                bar = tqdm(desc=phase, total=total, unit=f" {unit}", unit_scale=True)
             bar.update(done - bar.n)
         elif time.monotonic() - last > 10:
             last = time.monotonic()
-            print(f"{phase}: {done:,}" + (f" of {total:,}" if total else "") + " documents", file=sys.stderr)
+            print(f"{phase}: {done:,}" + (f" of {total:,}" if total else "") + f" {unit}", file=sys.stderr)
 
     try:
         yield report
@@ -275,6 +279,60 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
         f"{result['vocab_size']:,} tokens from {result['documents']:,} documents, "
         f"{result['chars_per_token']:.2f} characters a token, in {arguments.out}"
     )
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def _add_data(commands: Any) -> None:
+    parser = _command(commands, "data", None, "shows the data as a model sees it")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    action = _command(
+        actions, "inspect", _run_data_inspect, "packed rows as text, in the order of training, with documents' borders"
+    )
+    action.add_argument("source", metavar="SRC", help="folder of a run, or its data: corpus, shards, mixture, Hub name")
+    action.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: the run's)")
+    action.add_argument("--split", choices=("train", "validation"), default="train", help=_default("part", "train"))
+    action.add_argument("--rows", type=_count, default=3, metavar="N", help=_default("rows to show", 3))
+    action.add_argument(
+        "--start-row", type=_index, default=0, metavar="K",
+        help=_default("first row to show; its lanes are read up to it", 0),
+    )  # fmt: skip
+    action.add_argument("--ids", action="store_true", help="show the token ids as well")
+    group = action.add_argument_group("stream")
+    for name, text in (
+        ("seq_length", "tokens a row"),
+        ("num_lanes", "lanes that fix the rows"),
+        ("shuffle_buffer", "documents a shuffle window holds"),
+        ("seed", "seed of the order"),
+    ):
+        default = f"{text} (default: the run's, or {FIELDS[name].default})"
+        group.add_argument("--" + name.replace("_", "-"), dest=name, type=_index, metavar="N", help=default)
+
+
+def _run_data_inspect(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.data.inspect import RowPrinter, RowReader, inspection_config, uses_colour
+    from codeparrot_ds.run.folder import recorded_pins
+
+    stream = {name: getattr(arguments, name) for name in ("seq_length", "num_lanes", "shuffle_buffer", "seed")}
+    config = inspection_config(arguments.source, tokenizer=arguments.tokenizer, **stream)
+    reader = RowReader(config, arguments.split, recorded_pins(Path(arguments.source)))
+    with _progress("rows") as progress:
+        rows = reader.rows(arguments.start_row, arguments.rows, progress)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a corpus has letters that some encodings lack
+    is_terminal = sys.stdout.isatty()
+    printer = RowPrinter(
+        reader,
+        width=min(shutil.get_terminal_size().columns, 120) if is_terminal else 80,
+        colour=uses_colour(is_terminal, os.environ),
+        ids=arguments.ids,
+    )
+    for row in rows:
+        print(printer.row(row), flush=True)
+    print(printer.summary())
     return 0
 
 
@@ -540,6 +598,12 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
 def _default(text: str, value: Any) -> str:
     return f"{text} (default: {value})"
+
+
+def _index(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -11,7 +11,7 @@ from codeparrot_ds import cli
 from codeparrot_ds.cli import main
 from codeparrot_ds.zero.ds_config import ds_configs_folder
 
-COMMANDS = ["demo", "corpus", "tokenizer", "train", "evaluate", "complete", "check", "checkpoint", "hub", "report"]
+COMMANDS = "demo corpus tokenizer data train evaluate complete check checkpoint hub report".split()
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib", "wandb", "pandas")
 
 
@@ -88,6 +88,8 @@ def test_version(capsys):
         (["corpus", "/nonexistent", "--out", "out"], "source /nonexistent does not exist"),
         (["corpus", "src", "--out", "out", "--overwrit"], "unknown option --overwrit; did you mean '--overwrite'?"),
         (["tokenizer", "--data", "none", "--out", "out"], "no split 'train'"),
+        (["data", "inspct", "corpus"], "did you mean 'inspect'?"),
+        (["data", "inspect", "none"], "--tokenizer DIR"),
         (["check"], "nothing to check"),
         (["checkpoint", "list", "none"], "none is not a run"),
         (["checkpoint", "lst", "none"], "did you mean 'list'?"),
