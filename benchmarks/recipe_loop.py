@@ -84,12 +84,12 @@ def corpus_rows(options: argparse.Namespace, num_rows: int) -> np.ndarray:
     from codeparrot_ds.config import RunConfig
     from codeparrot_ds.data.encoder import load_encoder
     from codeparrot_ds.data.sources import find_shards
-    from codeparrot_ds.data.stream import StreamConfig, TrainingStream
+    from codeparrot_ds.data.stream import Dataset, StreamConfig, TrainingStream
 
     encoder, defaults = load_encoder(options.tokenizer), RunConfig()
     options.vocab_size = encoder.vocab_size
     config = StreamConfig(
-        shards=find_shards(options.data, "train"),
+        datasets=[Dataset(name=str(options.data), shards=find_shards(options.data, "train"))],
         encoder=encoder,
         seq_length=options.seq_length,
         num_lanes=defaults.num_lanes,

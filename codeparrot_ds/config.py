@@ -49,15 +49,28 @@ class RunConfig:
     Every problem of the values is collected and raised as one `UserError`.
     """
 
-    data: str = _setting("", "data", "corpus folder made by `corpus`, or a folder of shards, or a Hub dataset's name")
+    data: str = _setting(
+        "", "data", "corpus folder, folder of shards, or Hub data set (org/name); several as NAME=WEIGHT,NAME=WEIGHT"
+    )
+    validation_data: str = _setting("", "data", "the same, to evaluate on (default: the validation split of data)")
     tokenizer: str = _setting("", "data", "tokenizer folder made by `tokenizer` (holds tokenizer.json)")
     seq_length: int = _setting(1024, "data", "tokens a row", minimum=2)
     shuffle_buffer: int = _setting(1000, "data", "documents a shuffle window holds", minimum=1)
     num_lanes: int = _setting(64, "data", "logical streams that fix the order of rows at any world size", minimum=1)
     num_workers: int = _setting(1, "data", "loader processes a rank (0: load in the rank's own process)", minimum=0)
+    max_bad_documents: int = _setting(100, "data", "unreadable documents that a run skips before it stops", minimum=0)
+    on_data_change: str = _setting(
+        "refuse",
+        "data",
+        "a resumed run whose data, tokenizer, lanes or seed changed: refuse, or restart with a new epoch",
+        choices=("refuse", "restart"),
+    )
 
     model: str = _setting("gpt2", "model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, or a GPT-2 config.json")
     dropout: float = _setting(0.0, "model", "probability of residual, embedding and attention dropout", minimum=0.0)
+    intra_document_masking: bool = _setting(
+        False, "model", "attend inside a document only, with positions that restart; costs a dense mask"
+    )
     compile: bool = _setting(False, "model", "compile the model with torch.compile")
     deepspeed: str = _setting("zero2", "model", "DeepSpeed JSON: the name of a shipped file or a path")
 
@@ -418,7 +431,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_field(group: Any, field: _Field) -> None:
-    text = f"{field.help} (default: {_shown(field.default)})".replace("%", "%%")
+    says_default = field.help.endswith(")") and "(default: " in field.help
+    text = (field.help if says_default else f"{field.help} (default: {_shown(field.default)})").replace("%", "%%")
     if field.kind == "bool":
         group.add_argument(
             *_spellings(field.name), dest=field.name, action=argparse.BooleanOptionalAction,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from codeparrot_ds.config import (
@@ -39,7 +39,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     from codeparrot_ds.run.session import Session
 
     session = Session.start(config)
-    ranks, engine, progress = session.ranks, session.engine, session.progress
+    engine, progress = session.engine, session.progress
     step = first_step = session.step
     batches = iter(session.loader)
     gc.freeze()
@@ -59,13 +59,13 @@ def train(config: RunConfig) -> dict[str, Any]:
         if last or stopping:
             break
 
-        loss_sum = accumulate_gradients(engine, batches, session.accumulation_steps, ranks.device)
+        loss_sum = accumulate_gradients(engine, batches, session.accumulation_steps, session.model_inputs)
         step += 1
         if step == first_step + 1:
             session.first_step_done()
         if step % config.log_steps == 0 or step == config.max_train_steps:
             # The only place where the host waits for the device.
-            loss = ranks.sum(loss_sum).item() / (session.accumulation_steps * ranks.world_size)
+            loss = session.mean_loss(loss_sum)
             row = session.meter.row(step, loss, engine)
             session.tracker.train(row)
             progress.show(row, session.meter.seconds_left(step))
@@ -73,7 +73,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     return session.finish(step, "finished" if last else "stopped")
 
 
-def accumulate_gradients(engine: Any, batches: Iterator[Any], accumulation_steps: int, device: Any) -> Any:
+def accumulate_gradients(
+    engine: Any, batches: Iterator[Any], accumulation_steps: int, model_inputs: Callable[[Any], dict[str, Any]]
+) -> Any:
     """One optimizer step: forward and backward over ``accumulation_steps`` micro-batches; the last one updates.
 
     Returns:
@@ -81,8 +83,7 @@ def accumulate_gradients(engine: Any, batches: Iterator[Any], accumulation_steps
     """
     loss_sum = None
     for _ in range(accumulation_steps):
-        ids = next(batches).to(device, non_blocking=True)
-        loss = engine(input_ids=ids, labels=ids).loss
+        loss = engine(**model_inputs(next(batches))).loss
         engine.backward(loss)
         engine.step()  # counts the micro-batches itself: clips, updates and schedules after the last one
         loss_sum = loss.detach().float() if loss_sum is None else loss_sum + loss.detach()

@@ -50,9 +50,7 @@ class ConstantLengthDataset(IterableDataset):
         documents = self._documents()
         while buffer := self._fill_buffer(documents):
             packer = Packer(self.seq_length, self.tokenizer.eos_token_id, "int64")
-            for ids in self.tokenizer(buffer, truncation=False)["input_ids"]:
-                for row, _ in packer.add(ids):
-                    yield torch.from_numpy(row)
+            yield from torch.from_numpy(packer.add(self.tokenizer(buffer, truncation=False)["input_ids"]).rows)
 
     def _documents(self) -> Iterator[str]:
         while True:

@@ -1,40 +1,43 @@
-"""Micro-batches of the training stream for one rank, prepared ahead of the step by worker processes."""
+"""Micro-batches of the training stream for one rank, prepared by worker processes while the rank trains."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import math
-import multiprocessing
-import os
-import signal
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from codeparrot_ds.data.sources import BadDocument, BadDocuments
-from codeparrot_ds.data.stream import LaneState, Row, StreamConfig, TrainingStream, check_world_size, resume_states
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.data.sources import BadDocuments
+from codeparrot_ds.data.stream import (
+    STATE_FIELDS,
+    LaneState,
+    LaneStates,
+    StreamConfig,
+    lanes_in_turn,
+    resume_states,
+)
+from codeparrot_ds.data.workers import Block, BlockMaker, Worker, block_shapes
 
 logger = logging.getLogger(__name__)
 
-PREFETCH_CHUNKS = 4
-"""Chunks that a worker prepares ahead; a round of chunks is at least one micro-batch."""
+BLOCK_ROWS = 128
+"""Rows that a worker prepares at once: enough that handing them over costs nothing, few enough to be there soon."""
+BLOCKS_AHEAD = 6
+"""Blocks that a worker may be ahead; they hold at least two micro-batches."""
 
 
 class TrainingLoader:
     """Iterates over the micro-batches of one rank for ever, in the order of the run.
 
-    Each is a torch.long tensor of shape (micro_batch_size, seq_length) on the CPU, pinned when there is a GPU. Row t
-    of the rank comes from worker t modulo the number of workers, which is the largest one up to ``num_workers`` that
-    divides the rank's lanes, so that no lane is read twice; 0 reads in this process. Raises a UserError for whatever
-    is wrong with the data, also when a worker meets it.
+    Each is a tensor of token ids of shape (micro_batch_size, seq_length) on the CPU, pinned when there is a GPU, in the
+    integers that ``token_ids`` widens on the device: a quarter of the bytes of torch.long. The rank's lanes are shared
+    by ``num_workers`` processes (at most one a lane; 0 reads in this process). Raises a UserError for whatever is wrong
+    with the data, also when a worker meets it.
 
     Attributes:
         wait_seconds: time spent waiting for micro-batches so far.
@@ -50,166 +53,140 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
         start_row: int = 0,
-        lane_states: Mapping[int, LaneState] | None = None,
+        lane_states: Mapping[int, LaneStates] | None = None,
     ) -> None:
-        check_world_size(config.num_lanes, world_size)
-        lanes = range(rank, config.num_lanes, world_size)
-        self._states = resume_states(config, lanes, start_row, lane_states or {})
-        self._micro_batch_size = micro_batch_size
-        self.num_workers = max((n for n in range(1, num_workers + 1) if len(lanes) % n == 0), default=0)
+        self._lanes = lanes_in_turn(config, rank=rank, world_size=world_size, start_row=start_row)
+        states = resume_states(config, self._lanes, start_row, lane_states or {})
+        self._config, self._micro_batch_size = config, micro_batch_size
         self.bad_documents = BadDocuments(config.max_bad_documents)
         self.wait_seconds = 0.0
-        dataset = _ChunkDataset(
-            config=config,
-            num_rows=math.ceil(micro_batch_size / max(1, self.num_workers)),
-            rank=rank,
-            world_size=world_size,
-            start_row=start_row,
-            lane_states=self._states.copy(),
+        # Of each lane in turn, after the rows before the current blocks; shape (lanes, data sets, fields).
+        self._states = np.stack([np.stack([state.to_array() for state in states[lane]]) for lane in self._lanes])
+        self._block = Block(
+            np.empty((0, len(self._lanes), config.seq_length), config.encoder.dtype), self._states[None]
         )
-        stopping = multiprocessing.RawValue("b", 0)
-        self._chunks = [_start_workers(dataset, self.num_workers, stopping) if self.num_workers else iter(dataset)]
-        self._stop = weakref.finalize(self, _stop_workers, self._chunks, stopping)
-        # Registered after the exit handlers of DataLoader and multiprocessing, it runs before they wait for workers.
+        self._flat = self._block.rows.reshape(-1, config.seq_length)
+        self._taken = 0  # rows of the block that were handed out
+        self._makers = self._start(min(num_workers, len(self._lanes)), states)
+        self._stop = weakref.finalize(self, _close, self._makers)
+        # Registered after other exit handlers, it runs before them: none waits for a worker.
         atexit.register(self._stop)
-        self._rows = self._ordered_rows()
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes."""
+        return sum(isinstance(maker, Worker) for maker in self._makers)
+
+    def _start(self, num_workers: int, states: Mapping[int, LaneStates]) -> list[Worker | BlockMaker]:
+        shares = _shares(self._lanes, max(1, num_workers))
+        self._rounds = math.ceil(BLOCK_ROWS / len(shares[0]))
+        if not num_workers:
+            lanes = self._lanes
+            return [BlockMaker(self._config, lanes, [states[lane] for lane in lanes], self.bad_documents)]
+        block_rows = self._rounds * len(shares[0]) * num_workers
+        num_blocks = min(255, max(BLOCKS_AHEAD, 1 + math.ceil(2 * self._micro_batch_size / block_rows)))
+        workers: list[Worker] = []
+        for share in shares:
+            own = [states[lane] for lane in share]
+            workers.append(Worker(self._config, share, own, rounds=self._rounds, num_blocks=num_blocks, others=workers))
+        return [*workers]
 
     def __iter__(self) -> TrainingLoader:
         return self
 
     def __next__(self) -> torch.Tensor:
         start = time.perf_counter()
-        rows = [next(self._rows) for _ in range(self._micro_batch_size)]
-        self._states.update((row.lane, row.state) for row in rows)
-        batch = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
-        if torch.cuda.is_available():
-            batch = batch.pin_memory()
+        config = self._config
+        shape = (self._micro_batch_size, config.seq_length)
+        signed = np.dtype(f"i{config.encoder.dtype.itemsize}")
+        batch = torch.empty(shape, dtype=getattr(torch, signed.name), pin_memory=torch.cuda.is_available())
+        # torch knows unsigned integers in a few places only: the bits are kept, `token_ids` reads them again.
+        rows = batch.numpy().view(config.encoder.dtype)
+        filled = 0
+        while filled < len(rows):
+            if self._taken == len(self._flat):
+                self._next_block()
+            count = min(len(rows) - filled, len(self._flat) - self._taken)
+            rows[filled : filled + count] = self._flat[self._taken : self._taken + count]
+            filled, self._taken = filled + count, self._taken + count
         self.wait_seconds += time.perf_counter() - start
         return batch
 
-    def _ordered_rows(self) -> Iterator[Row]:
-        """The rank's rows: one chunk of every worker, read across."""
-        while True:
-            chunks = [self._next_chunk() for _ in range(max(1, self.num_workers))]
-            for rows in zip(*(chunk.rows() for chunk in chunks), strict=True):
-                yield from rows
+    def _next_block(self) -> None:
+        """Reads the next block of every worker across: all the rank's rows, in their order."""
+        parts = [self._part(maker) for maker in self._makers]
+        self._states = self._block.states[-1]
+        if len(parts) == 1:
+            # Copied: the memory is the worker's again with its next block.
+            self._block = Block(parts[0].rows, parts[0].states.copy())
+        else:
+            self._block = Block(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
+        self._flat = self._block.rows.reshape(-1, self._config.seq_length)
+        self._taken = 0
 
-    def _next_chunk(self) -> _Chunk:
-        chunk = next(self._chunks[0])
-        if isinstance(chunk, UserError):
-            raise chunk
-        for document in chunk.bad:
-            self.bad_documents.add(document)
+    def _part(self, maker: Worker | BlockMaker) -> Block:
+        if isinstance(maker, Worker):
+            block, bad = maker.next_block()
+            for document in bad:
+                self.bad_documents.add(document)
+        else:
+            row_shape, state_shape = block_shapes(self._config, self._rounds, len(self._lanes))
+            block = Block(np.empty(row_shape, self._config.encoder.dtype), np.empty(state_shape, np.int64))
+            maker.fill(block)
         for document in self.bad_documents.take_new():
             logger.warning("Skipped a document: %s", document)
-        return chunk
+        return block
 
-    def state(self) -> dict[int, LaneState]:
+    def _current(self) -> np.ndarray:
+        """The lanes' states after the last micro-batch handed out, shape (lanes, data sets, fields)."""
+        rounds, rest = divmod(self._taken, len(self._lanes))
+        states = (self._block.states[rounds - 1] if rounds else self._states).copy()
+        if rest:
+            states[:rest] = self._block.states[rounds, :rest]
+        return states
+
+    def state(self) -> dict[int, LaneStates]:
         """The states of this rank's lanes after the last micro-batch handed out; what is prefetched does not count."""
-        return self._states.copy()
+        current = self._current()
+        return {
+            lane: tuple(map(LaneState.from_array, values)) for lane, values in zip(self._lanes, current, strict=True)
+        }
 
     def counters(self) -> dict[str, int]:
-        """Of this rank's lanes: the epoch (of the slowest) and documents, tokens and bytes since the run began."""
-        states = self._states.values()
+        """Of this rank's lanes: the epoch (of the slowest) and what they have handed out since the run began."""
+        current = self._current()
+        counts = {name: current[..., STATE_FIELDS.index(name)] for name in STATE_FIELDS}
         return {
-            "epoch": min(state.epoch for state in states),
-            "documents": sum(state.documents for state in states),
-            "tokens": sum(state.tokens for state in states),
-            "bytes": sum(state.bytes for state in states),
+            "epoch": int(counts["epoch"].min()),
+            **{name: int(counts[name].sum()) for name in ("documents", "characters", "bytes", "tokens")},
             "bad_documents": len(self.bad_documents),
         }
 
+    def rows_per_lane(self) -> dict[int, int]:
+        """Rows that each of this rank's lanes has handed out since the run began."""
+        tokens = self._current()[..., STATE_FIELDS.index("tokens")].sum(axis=1)
+        return dict(zip(self._lanes, (tokens // self._config.seq_length).tolist(), strict=True))
+
     def close(self) -> None:
         """Ends the workers and closes the shards."""
-        self._rows = iter(())
         self._stop()
 
 
-class _Chunk(NamedTuple):
-    """Consecutive rows of one worker, and the documents that it had to skip for them."""
-
-    ids: np.ndarray
-    lanes: list[int]
-    states: list[LaneState]
-    bad: list[BadDocument]
-
-    def rows(self) -> Iterator[Row]:
-        return map(Row, self.ids, self.lanes, self.states)
+def token_ids(batch: torch.Tensor) -> torch.Tensor:
+    """Token ids as torch.long, on the batch's device, from the integers that a micro-batch travels in."""
+    ids = batch.long()
+    return ids & 0xFFFF if batch.dtype == torch.int16 else ids
 
 
-class _ChunkDataset(IterableDataset):
-    """Chunks of ``num_rows`` rows of this worker (or of the whole rank outside a worker)."""
-
-    def __init__(
-        self,
-        *,
-        config: StreamConfig,
-        num_rows: int,
-        rank: int,
-        world_size: int,
-        start_row: int,
-        lane_states: Mapping[int, LaneState],
-    ) -> None:
-        self._config = config
-        self._num_rows = num_rows
-        self._place: dict[str, Any] = {
-            "rank": rank,
-            "world_size": world_size,
-            "start_row": start_row,
-            "lane_states": lane_states,
-        }
-
-    def __iter__(self) -> Iterator[_Chunk | UserError]:
-        worker = get_worker_info()
-        bad = BadDocuments(self._config.max_bad_documents)
-        share = (worker.id, worker.num_workers) if worker else (0, 1)
-        try:
-            rows = iter(TrainingStream(self._config, **self._place, worker=share, bad=bad))
-            while True:
-                chunk = [next(rows) for _ in range(self._num_rows)]
-                ids, lanes, states = zip(*chunk, strict=True)
-                yield _Chunk(np.stack(ids), list(lanes), list(states), bad.take_new())
-        except UserError as error:
-            # As a value: a DataLoader would wrap an exception in the text of a traceback.
-            yield error
+def _shares(lanes: Sequence[int], count: int) -> list[Sequence[int]]:
+    """Consecutive lanes for each worker, as equal as can be, the largest share first."""
+    size, rest = divmod(len(lanes), count)
+    ends = [size * (number + 1) + min(number + 1, rest) for number in range(count)]
+    return [lanes[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _start_workers(dataset: _ChunkDataset, num_workers: int, stopping: Any) -> Iterator[_Chunk | UserError]:
-    # Each worker is one core's worth of tokenizing, and the library warns at a fork unless this is set before.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        prefetch_factor=PREFETCH_CHUNKS,
-        collate_fn=_unchanged,
-        worker_init_fn=partial(_handle_signals, stopping),
-        multiprocessing_context="fork",
-        # Its own generator: otherwise starting workers draws from the random state that a resumed run restores.
-        generator=torch.Generator(),
-    )
-    return iter(loader)
-
-
-def _stop_workers(chunks: list[Any], stopping: Any) -> None:
-    stopping.value = 1
-    chunks.clear()  # the DataLoader's iterator ends its workers when the last reference to it goes
-
-
-def _unchanged(chunk: Any) -> Any:
-    return chunk
-
-
-def _handle_signals(stopping: Any, worker: int) -> None:
-    """Keeps a worker at work when Ctrl-C or a SIGTERM reaches all of a job: the rank needs its rows until it has saved.
-
-    Once the loader is stopping, a SIGTERM ends the worker: at exit multiprocessing sends one and waits without limit.
-    """
-
-    def terminate(number: int, frame: Any) -> None:
-        if stopping.value:
-            os._exit(0)
-
-    signal.signal(signal.SIGTERM, terminate)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _close(makers: list[Worker | BlockMaker]) -> None:
+    while makers:
+        maker = makers.pop()
+        if isinstance(maker, Worker):
+            maker.close()

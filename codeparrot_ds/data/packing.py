@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 
+class PackedRows(NamedTuple):
+    """The rows that some documents filled, and where in those documents each row ends."""
+
+    rows: np.ndarray
+    """Shape (rows, seq_length)."""
+    finished: np.ndarray
+    """Shape (rows,): how many of the documents end, with their end-of-sequence token, within or before the row."""
+    taken: np.ndarray
+    """Shape (rows,): tokens that the row and those before hold of the document after those."""
+
+
 class Packer:
-    """Packs documents' token ids into rows; what does not fill a row stays for the next document."""
+    """Packs documents' token ids into rows; what does not fill a row stays for the next documents."""
 
     def __init__(self, seq_length: int, eos_token_id: int, dtype: np.typing.DTypeLike) -> None:
-        self._eos_token_id = eos_token_id
-        self._row = np.empty(seq_length, dtype)
-        self._filled = 0
-
-    @property
-    def remainder(self) -> np.ndarray:
+        self._seq_length, self._eos_token_id, self._dtype = seq_length, eos_token_id, np.dtype(dtype)
+        self.remainder = np.empty(0, self._dtype)
         """The tokens of the row that is not full yet, shape (fewer than seq_length,)."""
-        return self._row[: self._filled].copy()
 
-    def add(self, ids: Sequence[int] | np.ndarray, start: int = 0) -> Iterator[tuple[np.ndarray, int]]:
-        """Appends one document, from token ``start`` on, and the end-of-sequence token after it.
-
-        Yields every row that it fills, shape (seq_length,), with the number of the document's tokens (counting its
-        end-of-sequence token) up to the row's end. The iterator must be exhausted before the next document.
-        """
-        ids = np.asarray(ids, dtype=self._row.dtype)
-        taken, total = start, len(ids) + 1
-        while taken < total:
-            count = min(total - taken, len(self._row) - self._filled)
-            piece = ids[taken : taken + count]
-            self._row[self._filled : self._filled + len(piece)] = piece
-            taken, self._filled = taken + count, self._filled + count
-            if taken == total:
-                self._row[self._filled - 1] = self._eos_token_id
-            if self._filled == len(self._row):
-                row, self._row, self._filled = self._row, np.empty_like(self._row), 0
-                yield row, taken
+    def add(self, documents: Sequence[Sequence[int] | np.ndarray]) -> PackedRows:
+        """Appends documents, each followed by the end-of-sequence token, and returns the rows that they fill."""
+        begin = len(self.remainder)
+        ends = begin + np.cumsum([len(ids) + 1 for ids in documents], dtype=np.int64)
+        tokens = np.empty(int(ends[-1]) if len(ends) else begin, self._dtype)
+        tokens[:begin] = self.remainder
+        start = begin
+        for ids in documents:
+            end = start + len(ids)
+            tokens[start:end] = ids
+            tokens[end] = self._eos_token_id
+            start = end + 1
+        num_rows = len(tokens) // self._seq_length
+        self.remainder = tokens[num_rows * self._seq_length :].copy()
+        row_ends = self._seq_length * np.arange(1, num_rows + 1)
+        finished = np.searchsorted(ends, row_ends, side="right")
+        next_starts = np.concatenate([[begin], ends])[finished]
+        rows = tokens[: num_rows * self._seq_length].reshape(num_rows, self._seq_length)
+        return PackedRows(rows, finished, row_ends - next_starts)

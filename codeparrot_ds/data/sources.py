@@ -1,47 +1,87 @@
-"""Shards of documents on disk, read one document at a time from any position.
+"""Shards of documents, read one document at a time from any position of any piece of them.
 
-A row of a shard is a JSON object (or a parquet row) whose ``content`` is the text of one document. The position after
-a document travels with it, so that a reader can stop anywhere and go on later without reading the past again.
+A row of a shard is a JSON object (or a parquet row) whose ``content`` is the text of one document. Lanes read pieces of
+shards: a range of bytes where a reader can start anywhere (JSON lines, parquet), every n-th line where it cannot
+(compressed files). The position after a document travels with it, so that a reader can stop anywhere and go on later
+without reading the past again.
+
+All reading goes through ``read_at``, so a shard may lie on a disk or on the Hugging Face Hub.
 """
 
 from __future__ import annotations
 
-import gzip
+import contextlib
+import hashlib
 import io
+import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
 from codeparrot_ds.errors import UserError
 
-FORMATS = {".jsonl": "jsonl", ".jsonl.gz": "gz", ".jsonl.zst": "zst", ".parquet": "parquet"}
+_LINES = ("json", "jsonl")  # the published dumps of code call JSON lines .json
+FORMATS = {
+    **{f".{name}.gz": "gz" for name in _LINES},
+    **{f".{name}.zst": "zst" for name in _LINES},
+    **{f".{name}": "jsonl" for name in _LINES},
+    ".parquet": "parquet",
+}
 READ_BYTES = 1 << 18
+"""Bytes that a reader asks the disk for at once; one open piece a lane holds about so much."""
+REMOTE_READ_BYTES = 1 << 21
+"""The same on the Hub, where each request costs a round trip."""
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One file of documents."""
 
-    path: Path
+    path: Path | str
+    """Where it is, for people: a path, or hf://datasets/… on the Hub."""
     name: str
-    """File name: what identifies the shard in a fingerprint, wherever the corpus lies."""
+    """What identifies the shard in a fingerprint, wherever the corpus lies: its file name, or its path on the Hub."""
     format: str
     """One of the values of FORMATS."""
     bytes: int
-    """Size on disk."""
+    """Size of the file."""
+    remote: Any = None
+    """A ``hub_dataset.HubFile`` where the shard is on the Hub."""
+
+    @property
+    def read_bytes(self) -> int:
+        return REMOTE_READ_BYTES if self.remote else READ_BYTES
+
+
+class Piece(NamedTuple):
+    """A part of a shard: the documents that begin in its bytes [begin, end).
+
+    Of a compressed shard, which is always read from 0 to its end, those whose line (from 0) is ``phase`` modulo
+    ``stride``.
+    """
+
+    shard: Shard
+    begin: int
+    end: int
+    phase: int = 0
+    stride: int = 1
 
 
 class Position(NamedTuple):
-    """A place between two documents of a shard."""
+    """A place between two documents of a piece."""
 
     offset: int
-    """Bytes of (decompressed) text before it; 0 in parquet, which is addressed by rows."""
+    """JSON lines: the byte of the file. Parquet: the row. Compressed: the byte of the text since ``frame`` began."""
     line: int
-    """Lines (parquet: rows) before it, bad ones included."""
+    """Lines before it, counted from the start of the piece, bad ones included; 0 in parquet."""
+    frame: int = 0
+    """Compressed: the byte of the file at which the gzip member or zstd frame begins; 0 elsewhere."""
 
 
 START = Position(0, 0)
@@ -77,7 +117,7 @@ class BadDocuments:
         return iter(self._found.values())
 
     def add(self, document: BadDocument) -> None:
-        self._found[document.path, document.line] = document
+        self._found.setdefault(document[:2], document)
         if self.limit is not None and len(self) > self.limit:
             raise UserError(
                 f"{len(self)} documents cannot be read, which is more than max_bad_documents={self.limit}; "
@@ -91,18 +131,27 @@ class BadDocuments:
         return new
 
 
-def find_shards(folder: str | Path, split: str) -> list[Shard]:
-    """The shards of ``folder/split``, sorted by name. Raises a UserError when there is nothing to read."""
-    root = Path(folder) / split
+# --------------------------------------------------------------------------------------------------------------------
+# Finding shards
+
+
+def find_shards(data: str | Path, split: str) -> list[Shard]:
+    """The shards of a split, sorted by name. Raises a UserError when there is nothing to read.
+
+    ``data`` is a folder with a folder a split, a folder of shards (which then are its split, whatever it is called), or
+    the name of a Hub dataset (``org/name`` or ``org/name@revision``).
+    """
+    folder = Path(data)
+    if not folder.is_dir() and _HUB_NAME.fullmatch(str(data)):
+        return _hub_shards(str(data), split)
+    root = folder / split
+    if not root.is_dir() and folder.is_dir() and _shards_in(folder):
+        root = folder
     if not root.is_dir():
-        neighbours = sorted(path.name for path in Path(folder).glob("*/")) if Path(folder).is_dir() else []
+        neighbours = sorted(path.name for path in folder.glob("*/")) if folder.is_dir() else []
         hint = f"it has {', '.join(neighbours)}" if neighbours else "make one with `codeparrot-ds corpus SRC --out DIR`"
         raise UserError(f"The corpus folder {folder} has no split {split!r}; {hint}.")
-    shards = []
-    for path in sorted(root.iterdir()):
-        for suffix, name in FORMATS.items():
-            if path.name.endswith(suffix) and path.is_file():
-                shards.append(Shard(path=path, name=path.name, format=name, bytes=path.stat().st_size))
+    shards = _shards_in(root)
     if not shards:
         raise UserError(f"{root} has no shards; a shard's name ends in one of {', '.join(FORMATS)}.")
     if not any(shard.bytes for shard in shards):
@@ -110,29 +159,137 @@ def find_shards(folder: str | Path, split: str) -> list[Shard]:
     return shards
 
 
-def read_documents(
-    shard: Shard, position: Position = START, *, phase: int = 0, stride: int = 1, bad: BadDocuments
-) -> Iterator[tuple[str, Position]]:
-    """The documents of ``shard`` from ``position`` on whose line number (from 0) is ``phase`` modulo ``stride``.
+def _shards_in(folder: Path) -> list[Shard]:
+    shards = []
+    for path in sorted(folder.iterdir()):
+        format_ = file_format(path.name)
+        # A corpus folder holds its card, corpus.json, beside the splits.
+        if format_ and path.name != "corpus.json" and path.is_file():
+            shards.append(Shard(path=path, name=path.name, format=format_, bytes=path.stat().st_size))
+    return shards
 
-    Each comes with the position after it. A bad document is skipped and counted in ``bad``; a damaged file costs what
-    follows the damage. Raises a UserError when the shard cannot be opened or ``bad`` is over its limit.
+
+def _hub_shards(name: str, split: str) -> list[Shard]:
+    from codeparrot_ds.data.hub_dataset import resolve_hub_dataset
+
+    return [
+        Shard(
+            path=f"hf://datasets/{file.repo}@{file.commit[:12]}/{file.path}",
+            name=file.path,
+            format=str(file_format(file.path)),
+            bytes=file.bytes,
+            remote=file,
+        )
+        for file in resolve_hub_dataset(name, split)
+    ]
+
+
+def file_format(name: str) -> str | None:
+    """The format that a file's name stands for, or None."""
+    return next((format_ for suffix, format_ in FORMATS.items() if name.endswith(suffix)), None)
+
+
+def is_splittable(shard: Shard) -> bool:
+    """Whether a reader can start anywhere in the shard."""
+    return shard.format in ("jsonl", "parquet")
+
+
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+def content_id(shard: Shard) -> str:
+    """Identifies a shard's bytes without reading them all: a hash of 16 blocks of 4 KiB spread evenly over the file.
+
+    An edit that moves text changes it; one of equal length between two blocks does not. On the Hub, the file's own id.
     """
-    if shard.bytes == 0:
-        bad.add(BadDocument(str(shard.path), 0, "the shard is empty"))
+    if shard.remote is not None:
+        return str(shard.remote.content_id)
+    digest = hashlib.blake2b(digest_size=16)
+    with open_shard(shard) as file:
+        last = max(0, shard.bytes - _SAMPLE_BYTES)
+        for offset in sorted({last * sample // (_SAMPLES - 1) for sample in range(_SAMPLES)}):
+            digest.update(file.read_at(offset, _SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+class RandomAccess(Protocol):
+    """What a reader needs of a file: ``read_at`` is short at the end of the file only."""
+
+    def read_at(self, offset: int, size: int) -> bytes: ...
+
+
+class LocalFile:
+    """A file on a disk."""
+
+    def __init__(self, path: Path | str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        data = os.pread(self._descriptor, size, offset)
+        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+            data += more
+        return data
+
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def open_shard(shard: Shard) -> contextlib.AbstractContextManager[RandomAccess]:
+    """Opens a shard for reading. Raises a UserError where the system refuses, and FileNotFoundError."""
+    if shard.remote is not None:
+        from codeparrot_ds.data.hub_dataset import HubReader
+
+        return contextlib.nullcontext(HubReader(shard.remote))
     try:
-        for raw, after in _raw_rows(shard, position, phase, stride):
-            try:
-                text = _content(raw) if isinstance(raw, bytes) else _parquet_content(raw)
-            except ValueError as error:
-                bad.add(BadDocument(str(shard.path), after.line, str(error)))
-            else:
-                yield text, after
-    except _Damage as damage:
-        reason = f"the shard is truncated or damaged from here on ({damage.cause})"
-        bad.add(BadDocument(str(shard.path), damage.line, reason))
+        return LocalFile(shard.path)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise UserError(f"The shard {shard.path} cannot be read: {error.strerror or error}.") from error
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def read_documents(piece: Piece, position: Position = START, *, bad: BadDocuments) -> Iterator[tuple[str, Position]]:
+    """The documents of ``piece`` from ``position`` on, each with the position after it.
+
+    A bad document is skipped and counted in ``bad``; a damaged or missing file costs what cannot be read of it. Raises
+    a UserError when the system refuses to read or ``bad`` is over its limit.
+    """
+    shard = piece.shard
+    if shard.bytes == 0:
+        bad.add(BadDocument(str(shard.path), 0, "the shard is empty"))
+        return
+    try:
+        opened = open_shard(shard)
+    except FileNotFoundError:
+        bad.add(BadDocument(str(shard.path), 0, "the shard is gone"))
+        return
+    reader = {"jsonl": _read_lines, "parquet": _read_parquet}.get(shard.format, _read_compressed)
+    with opened as file:
+        try:
+            yield from reader(file, piece, position, bad)
+        except _Damage as damage:
+            reason = f"the shard is truncated or damaged from here on ({damage.cause})"
+            bad.add(BadDocument(str(shard.path), damage.line, reason))
+        except OSError as error:
+            raise UserError(f"The shard {shard.path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_texts(shards: Iterable[Shard], bad: BadDocuments) -> Iterator[str]:
+    """The documents of some shards, one after the other."""
+    for shard in shards:
+        for text, _ in read_documents(Piece(shard, 0, shard.bytes), bad=bad):
+            yield text
 
 
 class _Damage(Exception):
@@ -143,125 +300,252 @@ class _Damage(Exception):
         self.line, self.cause = line, cause
 
 
-def _raw_rows(shard: Shard, position: Position, phase: int, stride: int) -> Iterator[tuple[Any, Position]]:
-    """Undecoded rows with the position after each: bytes of a JSON line, or an Arrow scalar."""
-    if shard.format == "parquet":
-        yield from _parquet_rows(shard, position, phase, stride)
-    elif shard.format == "gz":
-        with gzip.open(shard.path, "rb") as file:
-            # BadGzipFile is an OSError: name it before OSError is taken for an unreadable path.
-            yield from _lines(file, position, phase, stride, (EOFError, zlib.error, gzip.BadGzipFile))
-    elif shard.format == "zst":
-        import zstandard
-
-        with io.BufferedReader(_ZstdFile(shard.path), READ_BYTES) as file:
-            yield from _lines(file, position, phase, stride, (EOFError, zstandard.ZstdError))
-    else:
-        with open(shard.path, "rb", buffering=READ_BYTES) as file:
-            file.seek(position.offset)
-            yield from _lines(file, position, phase, stride, ())
-
-
-def _lines(
-    file: BinaryIO | io.BufferedIOBase, position: Position, phase: int, stride: int, damage: tuple[type[Exception], ...]
-) -> Iterator[tuple[bytes, Position]]:
-    """Non-blank lines from ``position`` on. A file that cannot seek is decompressed up to it, nothing more."""
-    offset, line = position
-    try:
-        if damage:
-            skipped = 0
-            while skipped < offset and (chunk := file.read(min(READ_BYTES, offset - skipped))):
-                skipped += len(chunk)
-        for text in file:
-            offset += len(text)
-            line += 1
-            if (line - 1) % stride == phase and not text.isspace():
-                yield text, Position(offset, line)
-    except damage as error:
-        raise _Damage(line + 1, error) from error
-
-
-def _content(line: bytes) -> str:
-    """The document of one JSON line. Raises a ValueError with the reason when there is none."""
+def _document(line: bytes | memoryview) -> str | None:
+    """The text of one JSON line, None for a blank one. Raises a ValueError with the reason when there is none."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        if bytes(line).isspace() or not len(line):
+            return None
         # orjson refuses lone surrogates and invalid UTF-8 here as well.
         raise ValueError(f"broken JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     if "content" not in row:
         raise ValueError("no `content` column")
-    if not isinstance(row["content"], str):
-        raise ValueError(f"`content` is {type(row['content']).__name__}, not a string")
-    return row["content"]
+    return _text(row["content"])
 
 
-class _ZstdFile(io.RawIOBase):
-    """Decompressed zstd frames. The package's own ``stream_reader`` ends a truncated frame without an error."""
+def _text(content: object) -> str:
+    if not isinstance(content, str):
+        raise ValueError(f"`content` is {type(content).__name__}, not a string")
+    if "\0" in content:
+        raise ValueError("`content` has a NUL character: not text")
+    return content
 
-    def __init__(self, path: Path) -> None:
-        import zstandard
 
-        self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+def _read_lines(
+    file: RandomAccess, piece: Piece, position: Position, bad: BadDocuments
+) -> Iterator[tuple[str, Position]]:
+    """JSON lines that begin in the piece, parsed in place in blocks of the file."""
+    shard, end = piece.shard, piece.end
+    line = position.line
+    offset = position.offset if position.offset > piece.begin else _line_start(file, piece)
+    longer = 0  # bytes to read at least, when a line is longer than what was read
+    while offset < end:
+        # A short piece asks for little more than itself.
+        size = max(longer, min(shard.read_bytes, max(end - offset, 1 << 16)))
+        block = file.read_at(offset, size)
+        if not block:
+            raise _Damage(_line_number(file, piece, line + 1), EOFError(f"it had {shard.bytes} bytes before"))
+        at_end = len(block) < size or offset + size >= shard.bytes
+        view = memoryview(block)
+        start = 0
+        while start < len(block) and offset + start < end:
+            newline = block.find(b"\n", start)
+            if newline < 0 and not at_end:
+                break
+            stop = newline if newline >= 0 else len(block)
+            line += 1
+            try:
+                text = _document(view[start:stop])
+            except ValueError as error:
+                bad.add(BadDocument(str(shard.path), _line_number(file, piece, line), str(error)))
+                text = None
+            start = stop + 1
+            if text is not None:
+                yield text, Position(min(offset + start, shard.bytes), line)
+        longer = 0 if start else 2 * len(block)
+        offset += start
+
+
+def _line_start(file: RandomAccess, piece: Piece) -> int:
+    """Where the first line begins that begins in the piece; its end when none does."""
+    if piece.begin == 0:
+        return 0
+    offset = piece.begin - 1  # a line begins at ``begin`` when the byte before it ends one
+    while offset < piece.end:
+        block = file.read_at(offset, min(piece.shard.read_bytes, piece.end - offset))
+        if not block:
+            break
+        newline = block.find(b"\n")
+        if newline >= 0:
+            return offset + newline + 1
+        offset += len(block)
+    return piece.end
+
+
+def _line_number(file: RandomAccess, piece: Piece, line: int) -> int:
+    """The 1-based line in the shard of the ``line``-th line of the piece; counts those before, for an error only."""
+    before, offset, start = 0, 0, _line_start(file, piece)
+    while offset < start:
+        block = file.read_at(offset, min(READ_BYTES, start - offset))
+        before += block.count(b"\n")
+        offset += len(block) or start
+    return before + line
+
+
+def _read_compressed(
+    file: RandomAccess, piece: Piece, position: Position, bad: BadDocuments
+) -> Iterator[tuple[str, Position]]:
+    """Lines of gzip members or zstd frames; a position names its member, so that none before it is decompressed."""
+    shard = piece.shard
+    frames = _Frames(file, position.frame, shard)
+    line, offset = position.line, position.offset  # bytes of text since ``position.frame``
+    try:
+        with io.BufferedReader(frames, READ_BYTES) as text_file:
+            _skip(text_file, offset)
+            for raw in text_file:
+                offset += len(raw)
+                line += 1
+                if (line - 1) % piece.stride != piece.phase:
+                    continue
+                try:
+                    text = _document(raw)
+                except ValueError as error:
+                    bad.add(BadDocument(str(shard.path), line, str(error)))
+                    continue
+                if text is not None:
+                    begin, frame = frames.frame_at(offset)
+                    yield text, Position(offset - begin, line, frame)
+    except frames.damage as error:
+        raise _Damage(line + 1, error) from error
+
+
+def _skip(file: Any, size: int) -> None:
+    while size and (chunk := file.read(min(READ_BYTES, size))):
+        size -= len(chunk)
+
+
+class _Frames(io.RawIOBase):
+    """The text of a compressed file from one gzip member or zstd frame on, which knows where each one began.
+
+    The zstandard package's own ``stream_reader`` ends a truncated frame without an error, as nothing here may.
+    """
+
+    def __init__(self, file: RandomAccess, frame: int, shard: Shard) -> None:
+        self._file, self._shard = file, shard
+        self._next_read = frame  # byte of the file
+        self._text_bytes = 0
+        self._starts = [(0, frame)]  # (byte of the text, byte of the file) of the frames that are still needed
         self._frame: Any = None
-        self._input = b""
-        self._output = memoryview(b"")
+        self._input = self._output = memoryview(b"")
+        self.damage: tuple[type[Exception], ...] = (EOFError, zlib.error)
+        if shard.format == "zst":
+            import zstandard
+
+            decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+            self._new_frame: Any = decompressor.decompressobj
+            self.damage = (EOFError, zstandard.ZstdError)
+        else:
+            self._new_frame = lambda: zlib.decompressobj(wbits=31)
 
     def readable(self) -> bool:
         return True
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def frame_at(self, text_byte: int) -> tuple[int, int]:
+        """Where the frame that holds a byte of the text begins: in the text and in the file. Must not go backwards."""
+        if text_byte == self._text_bytes and not self._output:
+            # At the end of a frame: the next one is named whatever was read ahead, so that a position is one position.
+            with contextlib.suppress(*self.damage):  # raised again by the next read
+                self._decompress()
+        while len(self._starts) > 1 and self._starts[1][0] <= text_byte:
+            del self._starts[0]
+        return self._starts[0]
 
     def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            self._input = self._input or self._file.read(READ_BYTES >> 2)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the file ended inside a zstd frame")
-                return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
-            self._input = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
+        if not self._output and not self._decompress():
+            return 0
         size = min(len(buffer), len(self._output))
         buffer[:size], self._output = self._output[:size], self._output[size:]
         return size
 
+    def _decompress(self) -> bool:
+        """Fills the empty output; False at the end of the file."""
+        while not self._output:
+            if not self._input and not self._read_more():
+                if self._frame is not None:
+                    raise EOFError(f"the file ended inside a {self._shard.format} frame")
+                return False
+            if self._frame is None:
+                self._frame = self._new_frame()
+                self._starts.append((self._text_bytes, self._next_read - len(self._input)))
+            self._output = memoryview(self._frame.decompress(self._input))
+            self._text_bytes += len(self._output)
+            # Zeros after a gzip member are padding.
+            rest = self._frame.unused_data.lstrip(b"\0") if self._frame.eof else b""
+            self._input = memoryview(rest)
+            self._frame = None if self._frame.eof else self._frame
+        return True
 
-def _parquet_rows(shard: Shard, position: Position, phase: int, stride: int) -> Iterator[tuple[Any, Position]]:
-    """Arrow scalars of the ``content`` column; row groups before the position are not read."""
+    def _read_more(self) -> bool:
+        data = self._file.read_at(self._next_read, self._shard.read_bytes >> 2)
+        self._next_read += len(data)
+        self._input = memoryview(data)
+        return bool(data)
+
+
+def _read_parquet(
+    file: RandomAccess, piece: Piece, position: Position, bad: BadDocuments
+) -> Iterator[tuple[str, Position]]:
+    """Rows of the ``content`` column; row groups before the position are not read."""
     import pyarrow
     import pyarrow.parquet
 
-    row = 0
+    shard, row = piece.shard, 0
     try:
-        with pyarrow.parquet.ParquetFile(shard.path) as file:
-            names = file.schema_arrow.names
+        source = pyarrow.PythonFile(_SeekableFile(file, shard.bytes), mode="r")
+        # Small buffers and no Arrow threads: many lanes have a shard open at once, and a forked loader worker must not
+        # depend on its parent's thread pool.
+        with pyarrow.parquet.ParquetFile(source, buffer_size=shard.read_bytes, pre_buffer=False) as table:
+            names = table.schema_arrow.names
             if "content" not in names:
                 raise UserError(f"{shard.path} has no column `content`; it has {', '.join(names)}.")
-            for group in range(file.num_row_groups):
-                num_rows = file.metadata.row_group(group).num_rows
-                if row + num_rows <= position.line:
-                    row += num_rows
+            num_rows = table.metadata.num_rows
+            first, end = (num_rows * byte // shard.bytes for byte in (piece.begin, piece.end))
+            first = max(first, position.offset)
+            for group in range(table.num_row_groups):
+                group_rows = table.metadata.row_group(group).num_rows
+                if row + group_rows <= first or row >= end:
+                    row += group_rows
                     continue
-                # No Arrow threads: a forked loader worker must not depend on its parent's thread pool.
-                batches = file.iter_batches(64, row_groups=[group], columns=["content"], use_threads=False)
-                for value in (value for batch in batches for value in batch.column(0)):
-                    row += 1
-                    if row > position.line and (row - 1) % stride == phase:
-                        yield value, Position(0, row)
-    except (FileNotFoundError, PermissionError):
-        raise
+                for batch in table.iter_batches(64, row_groups=[group], columns=["content"], use_threads=False):
+                    for value in batch.column(0):
+                        row += 1
+                        if not first < row <= end:
+                            continue
+                        try:
+                            text = _text(value.as_py())  # a UnicodeDecodeError is a ValueError
+                        except ValueError as error:
+                            bad.add(BadDocument(str(shard.path), row, str(error)))
+                            continue
+                        yield text, Position(row, 0)
+                    if row >= end:
+                        return
     except (pyarrow.ArrowException, OSError) as error:
         raise _Damage(row + 1, error) from error
 
 
-def _parquet_content(value: Any) -> str:
-    text = value.as_py()  # a UnicodeDecodeError is a ValueError
-    if not isinstance(text, str):
-        raise ValueError(f"`content` is {type(text).__name__}, not a string")
-    return text
+class _SeekableFile(io.RawIOBase):
+    """``read_at`` as the file object that pyarrow reads from."""
+
+    def __init__(self, file: RandomAccess, size: int) -> None:
+        self._file, self._size, self._offset = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._offset = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._size}[whence]
+        return self._offset
+
+    def tell(self) -> int:
+        return self._offset
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read_at(self._offset, max(0, self._size - self._offset) if size < 0 else size)
+        self._offset += len(data)
+        return data

@@ -2,31 +2,57 @@
 
 The stream is ``num_lanes`` independent lanes. A lane shuffles, tokenizes and packs its own share of the documents for
 ever; row k of the run is the next row of lane ``k % num_lanes``. Whoever serves a lane (any rank, any worker, before or
-after a restart) gets the same rows, and the few integers of a LaneState are all that it takes to go on.
+after a restart) gets the same rows, and the few integers of its LaneStates are all that it takes to go on.
+
+Several data sets are mixed row by row: each lane has a place in each of them, and takes its next row from the one that
+is furthest behind its weight.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from codeparrot_ds.config import RunConfig
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.packing import Packer
-from codeparrot_ds.data.sources import START, BadDocuments, Position, Shard, find_shards, read_documents
+from codeparrot_ds.data.sources import (
+    START,
+    BadDocuments,
+    Piece,
+    Position,
+    Shard,
+    content_id,
+    is_splittable,
+    read_documents,
+)
 from codeparrot_ds.errors import UserError
+
+MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 16, 1 << 24
+PIECES_A_LANE = 16
+"""Each epoch takes a lane's pieces in another order, which mixes further than a window does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The shards of one data set and its share of the rows."""
+
+    name: str
+    shards: Sequence[Shard]
+    weight: float = 1.0
+    """Relative to the other data sets' weights; rows have one length, so this is the share of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
     """What determines the rows and their order."""
 
-    shards: Sequence[Shard]
+    datasets: Sequence[Dataset]
     encoder: Encoder
     seq_length: int
     num_lanes: int
@@ -44,14 +70,15 @@ class StreamConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaneState:
-    """Where a lane stands after a row: the shuffle window that it is in, and the place inside."""
+    """Where a lane stands in a data set after a row: the shuffle window that it is in, and the place inside."""
 
     epoch: int = 0
-    shard: int = 0
-    """Place in this epoch's order of the lane's shards at which the window starts."""
+    piece: int = 0
+    """Place, in this epoch's order of the lane's pieces, of the one in which the window starts."""
     offset: int = 0
-    """Position in that shard at which the window starts: see sources.Position."""
+    """Position in that piece at which the window starts: see sources.Position."""
     line: int = 0
+    frame: int = 0
     window: int = 0
     """Windows before this one in the epoch."""
     document: int = 0
@@ -60,20 +87,231 @@ class LaneState:
     """Tokens of the next document that earlier rows hold (its end-of-sequence token counts as one)."""
     documents: int = 0
     """Documents finished since the start of the run."""
-    tokens: int = 0
-    """Tokens in rows since the start of the run."""
+    characters: int = 0
+    """Characters of the finished documents."""
     bytes: int = 0
     """UTF-8 bytes of the finished documents."""
+    tokens: int = 0
+    """Tokens in rows since the start of the run."""
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, int]) -> LaneState:
-        names = {field.name for field in fields(cls)}
-        if set(saved) != names or not all(type(value) is int and value >= 0 for value in saved.values()):
-            raise UserError(f"A saved lane state must hold the counts {', '.join(sorted(names))}, but is {saved}.")
+        if set(saved) != set(STATE_FIELDS) or not all(type(value) is int and value >= 0 for value in saved.values()):
+            raise UserError(f"A saved lane state must hold the counts {', '.join(STATE_FIELDS)}, but is {saved}.")
         return cls(**saved)
+
+    def to_array(self) -> np.ndarray:
+        """Shape (fields,), int64, in the order of STATE_FIELDS."""
+        return np.array([getattr(self, name) for name in STATE_FIELDS], dtype=np.int64)
+
+    @classmethod
+    def from_array(cls, values: np.ndarray) -> LaneState:
+        return cls(**dict(zip(STATE_FIELDS, values.tolist(), strict=True)))
+
+
+STATE_FIELDS = tuple(field.name for field in fields(LaneState))
+_FIELD = {name: place for place, name in enumerate(STATE_FIELDS)}
+LaneStates = tuple[LaneState, ...]
+"""A lane's state in every data set, in the order of StreamConfig.datasets."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Who reads what
+
+
+def lane_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piece]:
+    """The lane's share of a data set; every document is in exactly one piece of one lane.
+
+    Shards in which a reader can start anywhere are laid end to end and cut into pieces of one size, dealt to the lanes
+    in turn: the lanes' shares differ by a document a piece at most. Compressed shards go whole to the lane that has
+    least so far or, when there are fewer than lanes, line by line to several lanes, each of which decompresses it all.
+    """
+    pieces = _dealt_pieces(list(filter(is_splittable, shards)), num_lanes, lane)
+    return pieces + _whole_pieces([shard for shard in shards if not is_splittable(shard)], num_lanes, lane)
+
+
+def _dealt_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piece]:
+    total = sum(shard.bytes for shard in shards)
+    piece_bytes = min(max(total // num_lanes // PIECES_A_LANE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
+    rounds = max(1, round(total / num_lanes / piece_bytes))
+    count = rounds * num_lanes
+    pieces = []
+    shard_ends = np.cumsum([0, *(shard.bytes for shard in shards)]).tolist()
+    for number in range(lane, count, num_lanes):
+        begin, end = total * number // count, total * (number + 1) // count
+        first = int(np.searchsorted(shard_ends, begin, side="right")) - 1
+        for shard, start in zip(shards[first:], shard_ends[first:-1], strict=True):
+            if start >= end:
+                break
+            inside = max(0, begin - start), min(shard.bytes, end - start)
+            if inside[0] < inside[1]:
+                pieces.append(Piece(shard, *inside))
+    return pieces
+
+
+def _whole_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piece]:
+    shards = [shard for shard in shards if shard.bytes]
+    if not shards:
+        return []
+    if len(shards) < num_lanes:
+        shard = shards[lane % len(shards)]
+        sharers = len(range(lane % len(shards), num_lanes, len(shards)))
+        return [Piece(shard, 0, shard.bytes, lane // len(shards), sharers)]
+    shares: list[tuple[int, int]] = [(0, number) for number in range(num_lanes)]  # (bytes, lane), a heap
+    mine = []
+    for shard in sorted(shards, key=lambda shard: -shard.bytes):
+        size, owner = heapq.heappop(shares)
+        heapq.heappush(shares, (size + shard.bytes, owner))
+        if owner == lane:
+            mine.append(Piece(shard, 0, shard.bytes))
+    return mine
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One lane
+
+
+class Lane:
+    """The rows of one lane after some states, for ever.
+
+    Reads from the start of the states' windows on, nothing before.
+    """
+
+    def __init__(self, config: StreamConfig, lane: int, states: LaneStates, bad: BadDocuments) -> None:
+        self.states = np.stack([state.to_array() for state in states])
+        """After the last row taken, shape (data sets, fields)."""
+        self._sources = [_Source(config, number, lane, state, bad) for number, state in enumerate(states)]
+        weights = np.array([dataset.weight for dataset in config.datasets])
+        self._seq_length, self._weights = config.seq_length, weights
+        # Lanes differ in where they begin, or all would take their rare rows in the same step.
+        draws = np.random.PCG64(np.random.SeedSequence((config.seed, lane))).random_raw(len(weights))
+        self._starts = draws / 2.0**64
+
+    def take(self, rows: np.ndarray, states: np.ndarray) -> None:
+        """Fills ``rows``, shape (count, seq_length), and the states after each, shape (count, data sets, fields)."""
+        if len(self._sources) == 1:
+            self._sources[0].take(rows, states[:, 0])
+            self.states[:] = states[-1]
+            return
+        for number in range(len(rows)):
+            taken = self.states[:, _FIELD["tokens"]] // self._seq_length
+            chosen = int(np.argmin((taken + self._starts) / self._weights))
+            self._sources[chosen].take(rows[number : number + 1], self.states[chosen : chosen + 1])
+            states[number] = self.states
+
+
+class _Source:
+    """One data set in one lane: hands out the rows of its groups."""
+
+    def __init__(self, config: StreamConfig, number: int, lane: int, state: LaneState, bad: BadDocuments) -> None:
+        self._groups = _row_groups(config, number, lane, state, bad)
+        self._rows = self._states = np.empty((0, 0))
+        self._next = 0
+
+    def take(self, rows: np.ndarray, states: np.ndarray) -> None:
+        filled = 0
+        while filled < len(rows):
+            if self._next == len(self._rows):
+                self._rows, self._states = next(self._groups)
+                self._next = 0
+            count = min(len(rows) - filled, len(self._rows) - self._next)
+            rows[filled : filled + count] = self._rows[self._next : self._next + count]
+            states[filled : filled + count] = self._states[self._next : self._next + count]
+            filled, self._next = filled + count, self._next + count
+
+
+_RowGroup = tuple[np.ndarray, np.ndarray]
+"""Rows, shape (rows, seq_length), and the state after each, shape (rows, fields)."""
+
+
+def _row_groups(
+    config: StreamConfig, number: int, lane: int, state: LaneState, bad: BadDocuments
+) -> Iterator[_RowGroup]:
+    """The rows of one data set in one lane after ``state``, for ever, in groups of at least one row."""
+    pieces = lane_pieces(config.datasets[number].shards, config.num_lanes, lane)
+    packer = Packer(config.seq_length, config.encoder.eos_token_id, config.encoder.dtype)
+    key = (config.seed, number, lane)
+    while True:
+        documents = _epoch_documents(pieces, key, state, bad)
+        while window := list(islice(documents, config.window_documents)):
+            order = _permutation(len(window), *key, state.epoch, 1 + state.window)
+            texts = [window[place][0] for place in order[state.document :]]
+            for group in _groups_of(texts, config.encoder.batch_characters):
+                state, rows, states = _pack_group(config, packer, state, group)
+                if len(rows):
+                    yield rows, states
+            _, piece, position = window[-1]
+            state = replace(state, piece=piece, **position._asdict(), window=state.window + 1, document=0)
+        if state.window == 0:
+            raise _empty_lane(config.datasets[number], config.num_lanes, lane)
+        state = replace(state, epoch=state.epoch + 1, piece=0, **START._asdict(), window=0)
+
+
+def _epoch_documents(
+    pieces: Sequence[Piece], key: tuple[int, ...], state: LaneState, bad: BadDocuments
+) -> Iterator[tuple[str, int, Position]]:
+    """The lane's documents from its window to the end of the epoch, with the place of each one's end."""
+    order = _permutation(len(pieces), *key, state.epoch, 0)
+    position = Position(state.offset, state.line, state.frame)
+    for place in range(state.piece, len(order)):
+        for text, after in read_documents(pieces[order[place]], position, bad=bad):
+            yield text, place, after
+        position = START
+
+
+def _groups_of(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
+    """Consecutive texts of at least so many characters together; the last group may have fewer."""
+    group, size = [], 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _pack_group(
+    config: StreamConfig, packer: Packer, state: LaneState, texts: list[str]
+) -> tuple[LaneState, np.ndarray, np.ndarray]:
+    """Encodes and packs the next documents of a window; returns the state after them, the rows, and theirs."""
+    ids = config.encoder.encode_batch(texts)
+    # Documents that are wholly or partly in rows before a restart: the end-of-sequence token is the one after the last.
+    ids[0] = ids[0][state.token :]
+    packed = packer.add(ids)
+    characters = np.cumsum([0, *map(len, texts)])
+    num_bytes = np.cumsum([0, *(len(text) if text.isascii() else len(text.encode()) for text in texts)])
+    num_rows, finished = len(packed.rows), packed.finished
+    states = np.tile(state.to_array(), (num_rows, 1))
+    states[:, _FIELD["document"]] += finished
+    states[:, _FIELD["documents"]] += finished
+    states[:, _FIELD["characters"]] += characters[finished]
+    states[:, _FIELD["bytes"]] += num_bytes[finished]
+    states[:, _FIELD["tokens"]] += config.seq_length * np.arange(1, num_rows + 1)
+    states[:, _FIELD["token"]] = packed.taken + np.where(finished == 0, state.token, 0)
+    after = replace(
+        state,
+        document=state.document + len(texts),
+        token=0,
+        documents=state.documents + len(texts),
+        characters=state.characters + int(characters[-1]),
+        bytes=state.bytes + int(num_bytes[-1]),
+        tokens=state.tokens + num_rows * config.seq_length,
+    )
+    return after, packed.rows, states
+
+
+def _permutation(length: int, *key: int) -> np.ndarray:
+    """A permutation that depends on nothing but ``key``: NumPy promises stable raw bits, not a stable shuffle."""
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(length), kind="stable")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The lanes of a rank
 
 
 class Row(NamedTuple):
@@ -82,100 +320,14 @@ class Row(NamedTuple):
     ids: np.ndarray
     """Shape (seq_length,), the encoder's dtype."""
     lane: int
-    state: LaneState
+    states: LaneStates
     """The lane right after the row's last token."""
 
 
-class LaneShare(NamedTuple):
-    """The documents of one lane: those of ``shards`` whose line number (from 0) is ``phase`` modulo ``stride``."""
-
-    shards: Sequence[Shard]
-    phase: int
-    stride: int
-
-
-def lane_share(shards: Sequence[Shard], num_lanes: int, lane: int) -> LaneShare:
-    """Gives every document to exactly one lane: whole shards, or strides of a shard when there are fewer than lanes."""
-    if len(shards) >= num_lanes:
-        return LaneShare(shards[lane::num_lanes], 0, 1)
-    first = lane % len(shards)
-    num_sharers = len(range(first, num_lanes, len(shards)))
-    return LaneShare([shards[first]], lane // len(shards), num_sharers)
-
-
-def lane_rows(config: StreamConfig, lane: int, state: LaneState, bad: BadDocuments) -> Iterator[Row]:
-    """The rows of one lane after ``state``, for ever. Reads from the start of the state's window on, nothing before."""
-    share = lane_share(config.shards, config.num_lanes, lane)
-    packer = Packer(config.seq_length, config.encoder.eos_token_id, config.encoder.dtype)
-    while True:
-        documents = _epoch_documents(config, share, lane, state, bad)
-        while window := list(islice(documents, config.window_documents)):
-            state = yield from _window_rows(config, lane, state, packer, [text for text, _, _ in window])
-            _, shard, position = window[-1]
-            state = replace(
-                state,
-                shard=shard,
-                offset=position.offset,
-                line=position.line,
-                window=state.window + 1,
-                document=0,
-            )
-        if state.window == 0:
-            raise _empty_lane(config.shards, config.num_lanes, lane)
-        state = replace(state, epoch=state.epoch + 1, shard=0, offset=0, line=0, window=0)
-
-
-def _epoch_documents(
-    config: StreamConfig, share: LaneShare, lane: int, state: LaneState, bad: BadDocuments
-) -> Iterator[tuple[str, int, Position]]:
-    """The lane's documents from its window to the end of the epoch, with the place of each one's end."""
-    order = _permutation(len(share.shards), config.seed, lane, state.epoch, 0)
-    position = Position(state.offset, state.line)
-    for place in range(state.shard, len(order)):
-        shard = share.shards[order[place]]
-        for text, after in read_documents(shard, position, phase=share.phase, stride=share.stride, bad=bad):
-            yield text, place, after
-        position = START
-
-
-def _window_rows(
-    config: StreamConfig, lane: int, state: LaneState, packer: Packer, window: list[str]
-) -> Generator[Row, None, LaneState]:
-    """The rows that end in a window of documents; returns the state at its end.
-
-    Documents are encoded one by one: a batch is no faster on one core, and the first row would wait for all of it.
-    """
-    order = _permutation(len(window), config.seed, lane, state.epoch, 1 + state.window)
-    for place in order[state.document :]:
-        text = window[place]
-        [ids] = config.encoder.encode_batch([text])
-        finished = replace(
-            state,
-            document=state.document + 1,
-            token=0,
-            documents=state.documents + 1,
-            bytes=state.bytes + (len(text) if text.isascii() else len(text.encode())),
-        )
-        for row, taken in packer.add(ids, start=state.token):
-            tokens = finished.tokens + config.seq_length
-            finished = replace(finished, tokens=tokens)
-            state = finished if taken > len(ids) else replace(state, token=taken, tokens=tokens)
-            yield Row(row, lane, state)
-        state = finished
-    return state
-
-
-def _permutation(length: int, *key: int) -> np.ndarray:
-    """A permutation that depends on nothing but ``key``: NumPy promises stable raw bits, not a stable shuffle."""
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(length), kind="stable")
-
-
 class TrainingStream:
-    """The rows of one rank (or of one loader worker of it) in the order of the run, for ever.
+    """The rows of one rank in the order of the run, for ever, one by one; ``loader.TrainingLoader`` is the fast way.
 
     Args:
-        worker: (index, count) of the loader worker; it serves every count-th row of the rank. ``world_size * count``
-            must divide ``num_lanes``, which keeps the lanes of all workers of all ranks apart.
         start_row: global index of the first row, a multiple of the world size.
         lane_states: the states after the rows before ``start_row``, of this rank's lanes at least.
     """
@@ -186,44 +338,55 @@ class TrainingStream:
         *,
         rank: int = 0,
         world_size: int = 1,
-        worker: tuple[int, int] = (0, 1),
         start_row: int = 0,
-        lane_states: Mapping[int, LaneState] | None = None,
+        lane_states: Mapping[int, LaneStates] | None = None,
         bad: BadDocuments | None = None,
     ) -> None:
-        check_world_size(config.num_lanes, world_size)
-        if start_row % world_size or config.num_lanes % (world_size * worker[1]):
-            raise ValueError(f"{start_row=}, {world_size=}, {worker=} do not fit {config.num_lanes} lanes")
         self._config = config
         self._bad = BadDocuments(config.max_bad_documents) if bad is None else bad
-        self._first_row = start_row + rank + world_size * worker[0]
-        self._row_step = world_size * worker[1]
-        lanes = range(self._first_row % self._row_step, config.num_lanes, self._row_step)
-        self._states = resume_states(config, lanes, start_row, lane_states or {})
+        self._lanes = lanes_in_turn(config, rank=rank, world_size=world_size, start_row=start_row)
+        self._states = resume_states(config, self._lanes, start_row, lane_states or {})
 
     def __iter__(self) -> Iterator[Row]:
         config = self._config
-        lanes = {lane: lane_rows(config, lane, state, self._bad) for lane, state in self._states.items()}
-        row = self._first_row
+        lanes = [(lane, Lane(config, lane, self._states[lane], self._bad)) for lane in self._lanes]
         while True:
-            yield next(lanes[row % config.num_lanes])
-            row += self._row_step
+            for number, lane in lanes:
+                ids = np.empty((1, config.seq_length), config.encoder.dtype)
+                states = np.empty((1, *lane.states.shape), np.int64)
+                lane.take(ids, states)
+                yield Row(ids[0], number, tuple(map(LaneState.from_array, states[0])))
+
+
+def lanes_in_turn(config: StreamConfig, *, rank: int, world_size: int, start_row: int) -> list[int]:
+    """The lanes of a rank's rows from ``start_row`` on, in turn: its t-th row comes from the (t modulo count)-th."""
+    check_world_size(config.num_lanes, world_size)
+    if start_row % world_size:
+        raise ValueError(f"{start_row=} is no multiple of {world_size=}")
+    count = config.num_lanes // world_size
+    return [(start_row + rank + world_size * turn) % config.num_lanes for turn in range(count)]
 
 
 def resume_states(
-    config: StreamConfig, lanes: Iterable[int], start_row: int, saved: Mapping[int, LaneState]
-) -> dict[int, LaneState]:
+    config: StreamConfig, lanes: Iterable[int], start_row: int, saved: Mapping[int, LaneStates]
+) -> dict[int, LaneStates]:
     """The states of ``lanes`` at ``start_row``. Raises a UserError when the saved ones belong to another row."""
     states = {}
+    fresh = (LaneState(),) * len(config.datasets)
     for lane in lanes:
-        state = states[lane] = saved.get(lane, LaneState())
+        states[lane] = saved.get(lane, fresh)
+        tokens = sum(state.tokens for state in states[lane])
         num_rows = len(range(lane, start_row, config.num_lanes))
-        if state.tokens != num_rows * config.seq_length:
+        if tokens != num_rows * config.seq_length or len(states[lane]) != len(fresh):
             raise UserError(
                 f"The saved data state does not belong to row {start_row} of the run: lane {lane} stands after "
-                f"{state.tokens} tokens, not {num_rows * config.seq_length}; resume from another checkpoint."
+                f"{tokens} tokens, not {num_rows * config.seq_length}; resume from another checkpoint."
             )
     return states
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
 def check_world_size(num_lanes: int, world_size: int) -> None:
@@ -240,60 +403,48 @@ def check_world_size(num_lanes: int, world_size: int) -> None:
     )
 
 
-def check_lanes(shards: Sequence[Shard], num_lanes: int) -> None:
-    """Raises a UserError when a lane has no document. Reads a few documents of each shard only."""
-    lane = _find_empty_lane(shards, num_lanes)
+def check_lanes(dataset: Dataset, num_lanes: int) -> None:
+    """Raises a UserError when a lane has no document. Reads the first document of each lane only."""
+    lane = _find_empty_lane(dataset.shards, num_lanes)
     if lane is not None:
-        raise _empty_lane(shards, num_lanes, lane)
+        raise _empty_lane(dataset, num_lanes, lane)
 
 
-def _empty_lane(shards: Sequence[Shard], num_lanes: int, lane: int) -> UserError:
-    largest = next((n for n in range(num_lanes - 1, 0, -1) if _find_empty_lane(shards, n) is None), None)
-    if largest is None:
-        return UserError(f"No document can be read from the {len(shards)} shards in {shards[0].path.parent}.")
+def _empty_lane(dataset: Dataset, num_lanes: int, lane: int) -> UserError:
+    halved = (num_lanes >> shift for shift in range(1, num_lanes.bit_length()))
+    fitting = next((count for count in halved if _find_empty_lane(dataset.shards, count) is None), None)
+    if fitting is None:
+        return UserError(f"No document can be read from the {len(dataset.shards)} shards of {dataset.name}.")
     return UserError(
-        f"Lane {lane} of num_lanes={num_lanes} has no document: the corpus in {shards[0].path.parent} is too small; "
-        f"the largest num_lanes that works is {largest}."
+        f"Lane {lane} of num_lanes={num_lanes} has no document: the corpus {dataset.name} is too small; "
+        f"num_lanes={fitting} works."
     )
 
 
 def _find_empty_lane(shards: Sequence[Shard], num_lanes: int) -> int | None:
     bad = BadDocuments(limit=None)
-    for first in range(min(len(shards), num_lanes)):
-        share = lane_share(shards, num_lanes, first)
-        phases: set[int] = set()  # the sharers of the shard that have a document
-        for shard in share.shards:
-            for _, after in read_documents(shard, bad=bad):
-                phases.add((after.line - 1) % share.stride)
-                if len(phases) == share.stride:
-                    break
-            if len(phases) == share.stride:
-                break
-        else:
-            phase = min(set(range(share.stride)) - phases)
-            return first + phase * len(shards)
+    for lane in range(num_lanes):
+        pieces = lane_pieces(shards, num_lanes, lane)
+        if not any(True for piece in pieces for _ in islice(read_documents(piece, bad=bad), 1)):
+            return lane
     return None
 
 
-def open_stream(config: RunConfig, encoder: Encoder) -> StreamConfig:
-    """The training stream of a run config, after checking that both splits exist and that every lane has a document."""
-    shards = find_shards(config.data, "train")
-    check_lanes(shards, config.num_lanes)
-    find_shards(config.data, "validation")  # said now, not at the first evaluation
-    return StreamConfig(
-        shards=shards,
-        encoder=encoder,
-        seq_length=config.seq_length,
-        num_lanes=config.num_lanes,
-        shuffle_buffer=config.shuffle_buffer,
-        seed=config.seed,
-    )
+# --------------------------------------------------------------------------------------------------------------------
+# The fingerprint
 
 
 def stream_fingerprint(config: StreamConfig) -> dict[str, Any]:
     """What must be equal for saved lane states to mean the same documents, as JSON."""
     return {
-        "shards": {shard.name: shard.bytes for shard in config.shards},
+        "datasets": [
+            {
+                "name": dataset.name,
+                "weight": dataset.weight,
+                "shards": {shard.name: [shard.bytes, content_id(shard)] for shard in dataset.shards},
+            }
+            for dataset in config.datasets
+        ],
         "tokenizer": config.encoder.fingerprint,
         "seq_length": config.seq_length,
         "num_lanes": config.num_lanes,
@@ -303,19 +454,35 @@ def stream_fingerprint(config: StreamConfig) -> dict[str, Any]:
 
 
 def fingerprint_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What has changed since ``saved``, a sentence each; empty when the stream can be resumed."""
+    """What has changed since ``saved``, a sentence each; empty when the stream can be resumed.
+
+    Where a corpus lies is its user's business: names of data sets may change, their shards may not.
+    """
     differences = []
     for key in ("seq_length", "num_lanes", "shuffle_buffer", "seed"):
         if saved.get(key) != current[key]:
             differences.append(f"{key} is {current[key]}, but the run was started with {saved.get(key)}.")
     if saved.get("tokenizer") != current["tokenizer"]:
         differences.append("The tokenizer is not the one that the run was started with (tokenizer.json differs).")
-    before, now = saved.get("shards", {}), current["shards"]
+    before, now = saved.get("datasets", []), current["datasets"]
+    if len(before) != len(now):
+        return [*differences, f"The stream mixes {len(now)} data sets, but the run was started with {len(before)}."]
+    for old, new in zip(before, now, strict=True):
+        if old["weight"] != new["weight"]:
+            differences.append(f"The weight of {new['name']} is {new['weight']}, but was {old['weight']}.")
+        differences += _shard_differences(old["shards"], new["shards"])
+    return differences
+
+
+def _shard_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    differences = []
     for name in sorted(before.keys() | now.keys()):
         if name not in now:
             differences.append(f"The shard {name} is gone.")
         elif name not in before:
             differences.append(f"The shard {name} is new.")
+        elif before[name][0] != now[name][0]:
+            differences.append(f"The shard {name} has {now[name][0]} bytes, but had {before[name][0]}.")
         elif before[name] != now[name]:
-            differences.append(f"The shard {name} has {now[name]} bytes, but had {before[name]}.")
+            differences.append(f"The shard {name} has its {now[name][0]} bytes, but their content has changed.")
     return differences

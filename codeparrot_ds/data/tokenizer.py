@@ -6,15 +6,16 @@ written here.
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from codeparrot_ds.data.encoder import Encoder, load_encoder
+from codeparrot_ds.data.opening import split_shards
 from codeparrot_ds.data.raw import Progress
-from codeparrot_ds.data.sources import BadDocuments, Shard, find_shards, read_documents
+from codeparrot_ds.data.sources import BadDocuments, read_texts
 from codeparrot_ds.data.staging import staged_folder
 from codeparrot_ds.errors import UserError
 
@@ -61,7 +62,7 @@ def train_tokenizer(
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size is {vocab_size}; {MIN_VOCAB_SIZE} is the least (256 bytes and {END_OF_TEXT})")
-    shards = find_shards(data, "train")
+    shards = split_shards(str(data), "train")
     random.Random(seed).shuffle(shards)
     account = {"documents": 0, "bytes": 0}
     tokenizer = _empty_tokenizer()
@@ -76,7 +77,11 @@ def train_tokenizer(
             show_progress=False,
         )
         texts = _limited(
-            _texts(shards), account, max_documents, max_bytes, progress or (lambda phase, done, total: None)
+            read_texts(shards, BadDocuments()),
+            account,
+            max_documents,
+            max_bytes,
+            progress or (lambda phase, done, total: None),
         )
         tokenizer.train_from_iterator(texts, trainer)
         supported = tokenizer.get_vocab_size()
@@ -88,7 +93,7 @@ def train_tokenizer(
         tokenizer.save(str(folder / TOKENIZER_NAME))
         (folder / "tokenizer_config.json").write_text(json.dumps(_transformers_config(), indent=2) + "\n")
         encoder = load_encoder(folder)
-        ratio = _chars_per_token(encoder, islice(_texts(shards), NUM_ESTIMATE_DOCUMENTS))
+        ratio = _chars_per_token(encoder, islice(read_texts(shards, BadDocuments()), NUM_ESTIMATE_DOCUMENTS))
     return {"vocab_size": vocab_size, "chars_per_token": ratio, **account, "sha256": encoder.fingerprint}
 
 
@@ -122,13 +127,6 @@ def _transformers_config() -> dict:
         "clean_up_tokenization_spaces": False,
         "model_max_length": _NO_MAX_LENGTH,
     }
-
-
-def _texts(shards: Sequence[Shard]) -> Iterator[str]:
-    bad = BadDocuments()
-    for shard in shards:
-        for text, _ in read_documents(shard, bad=bad):
-            yield text
 
 
 def _limited(

@@ -15,7 +15,7 @@ import numpy as np
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.packing import Packer
 from codeparrot_ds.data.sources import BadDocuments, Shard, read_documents
-from codeparrot_ds.data.stream import lane_share
+from codeparrot_ds.data.stream import lane_pieces
 
 if TYPE_CHECKING:
     import torch
@@ -96,15 +96,13 @@ class ValidationLoader:
         packer = Packer(self._seq_length, self._encoder.eos_token_id, self._encoder.dtype)
         documents = self._lane_documents(lane)
         while texts := list(islice(documents, ENCODE_BATCH)):
-            for ids in self._encoder.encode_batch(texts):
-                for row, _ in packer.add(ids):
-                    yield ValidationRow(row, self._seq_length)
+            for row in packer.add(self._encoder.encode_batch(texts)).rows:
+                yield ValidationRow(row, self._seq_length)
         if len(remainder := packer.remainder):
             padding = (0, self._seq_length - len(remainder))
             yield ValidationRow(np.pad(remainder, padding, constant_values=self._encoder.eos_token_id), len(remainder))
 
     def _lane_documents(self, lane: int) -> Iterator[str]:
-        share = lane_share(self._shards, self._num_lanes, lane)
-        for shard in share.shards:
-            for text, _ in read_documents(shard, phase=share.phase, stride=share.stride, bad=self.bad_documents):
+        for piece in lane_pieces(self._shards, self._num_lanes, lane):
+            for text, _ in read_documents(piece, bad=self.bad_documents):
                 yield text

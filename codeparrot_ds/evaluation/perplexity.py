@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.source import context_length, find_model, find_run, load_model
+from codeparrot_ds.model.gpt2 import document_inputs
 
 IGNORED_LABEL = -100
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
@@ -166,21 +167,25 @@ def evaluate_model(
         ``perplexity``, ``bits_per_byte``, ``eval_tokens``, ``seconds``.
     """
     from codeparrot_ds.config import RunConfig, load_config
-    from codeparrot_ds.data.sources import find_shards
+    from codeparrot_ds.data.opening import split_shards
+    from codeparrot_ds.data.sources import BadDocuments, read_texts
     from codeparrot_ds.data.validation import ValidationLoader
 
     run = find_run(source)
-    data = data or (load_config(run / "config.yaml").data if run is not None else "")
+    if not data and run is not None:
+        config = load_config(run / "config.yaml")
+        data = (config.validation_data if split == "validation" else "") or config.data
     as_trained = _evaluated_with(source)
     batch_size = as_trained.get("batch_size", 8) if batch_size is None else batch_size
     max_eval_steps = as_trained.get("max_eval_steps", -1) if max_eval_steps is None else max_eval_steps
+    intra_document = as_trained.get("intra_document_masking", False)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     if max_eval_steps < 1 and max_eval_steps != -1:
         raise UserError(f"max_eval_steps is {max_eval_steps}; it must be at least 1, or -1 for all")
     if not data:
         raise UserError(f"{source} does not say which corpus it belongs to; name one with --data")
-    shards = find_shards(data, split)  # before the model: a wrong folder is said at once
+    shards = split_shards(str(data), split)  # before the model: a wrong folder is said at once
     model, tokenizer = load_model(source, dtype=dtype, device=device)
     context = context_length(model)
     if seq_length is None:
@@ -188,6 +193,7 @@ def evaluate_model(
     if seq_length < 2 or context is not None and seq_length > context:
         raise UserError(f"seq_length is {seq_length}; the model reads rows of 2 to {context} tokens")
     encoder = _encoder_of(tokenizer)
+    encoder.prove_fast_encoding(read_texts(shards, BadDocuments(limit=None)))
     loader = ValidationLoader(
         shards,
         encoder,
@@ -198,7 +204,8 @@ def evaluate_model(
     )
 
     def loss_fn(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return token_losses(model(input_ids=input_ids, use_cache=False).logits, labels)
+        inputs = document_inputs(input_ids, encoder.eos_token_id) if intra_document else {}
+        return token_losses(model(input_ids=input_ids, use_cache=False, **inputs).logits, labels)
 
     started = time.perf_counter()
     result = evaluate_batches(loss_fn, loader, token_bytes=encoder.token_bytes(), device=model.device)

@@ -104,11 +104,40 @@ def causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention over whole rows: (batch, heads, tokens, head size) in, (batch, tokens, heads, head size) out."""
+    """Causal attention over whole rows: (batch, heads, tokens, head size) in, (batch, tokens, heads, head size) out.
+
+    ``attention_mask`` is None or that of ``document_inputs``, which is causal itself.
+    """
     output = F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout if module.training else 0.0, is_causal=True, scale=scaling
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout if module.training else 0.0,
+        is_causal=attention_mask is None,
+        scale=scaling,
     )
     return output.transpose(1, 2), None
+
+
+def document_inputs(input_ids: torch.Tensor, eos_token_id: int) -> dict[str, torch.Tensor]:
+    """What keeps attention inside the documents of packed rows: positions that restart, and a mask.
+
+    Args:
+        input_ids: (batch, tokens); a document ends with its end-of-sequence token.
+
+    Returns:
+        ``position_ids`` (batch, tokens), counted from each document's first token in the row, and ``attention_mask``
+        (batch, 1, tokens, tokens), boolean: tokens squared bytes a row, 1 MiB for 1024, where no mask is needed without
+        it; the fused kernels that take a mask are slower than those that know causality.
+    """
+    tokens = input_ids.shape[1]
+    places = torch.arange(tokens, device=input_ids.device)
+    begins = F.pad(input_ids[:, :-1] == eos_token_id, (1, 0), value=True)
+    documents = begins.long().cumsum(1)
+    first_places = torch.where(begins, places, 0).cummax(1).values
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return {"position_ids": places - first_places, "attention_mask": same & (places[:, None] >= places)}
 
 
 def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:

@@ -35,6 +35,8 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "hug
 
 # What a run is: a config that differs here is another run, and continuing it would mix two.
 IDENTITY = ("model", "seq_length", "global_batch_size", "num_lanes", "shuffle_buffer", "seed")
+OF_THE_STREAM = ("seq_length", "num_lanes", "shuffle_buffer", "seed")
+"""May change where the stream is restarted on other data (``on_data_change``)."""
 
 
 def new_run_name(output_dir: Path) -> str:
@@ -91,6 +93,15 @@ class RunFolder:
         write_json(self.path / "run.json", self.record)
 
 
+def recorded_pins(path: Path) -> dict[str, str]:
+    """The commits of Hub data sets that a run began with, from its ``run.json``; empty for a run that starts."""
+    try:
+        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    return dict(record.get("data_pins", {}))
+
+
 def check_continuation(config: RunConfig, path: Path) -> None:
     """Refuses to continue a run with a config that is another run, or to start anew on top of one; changes nothing.
 
@@ -109,9 +120,10 @@ def check_continuation(config: RunConfig, path: Path) -> None:
     if config.resume == "never" and checkpoint_folders(path / "checkpoints"):
         raise UserError(f"{path} holds a run with checkpoints and resume is 'never': choose another --run-name")
     saved = load_config(saved_config)
+    fixed = [field for field in IDENTITY if field not in OF_THE_STREAM or config.on_data_change != "restart"]
     differences = [
         f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"
-        for field in IDENTITY
+        for field in fixed
         if getattr(saved, field) != getattr(config, field)
     ]
     if differences:

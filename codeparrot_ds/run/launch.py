@@ -22,18 +22,13 @@ from typing import Any
 
 from codeparrot_ds.config import LaunchOptions, RunConfig
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.stream import (
-    StreamConfig,
-    check_world_size,
-    fingerprint_differences,
-    open_stream,
-    stream_fingerprint,
-)
+from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
+from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
-from codeparrot_ds.run.folder import check_continuation, check_run_name, new_run_name
+from codeparrot_ds.run.folder import check_continuation, check_run_name, new_run_name, recorded_pins
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
 from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
@@ -96,10 +91,11 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
         raise UserError("; ".join(str(finding) for finding in errors))
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
-    stream = open_stream(config, encoder)
+    run = Path(config.output_dir) / str(config.run_name)
+    datasets = open_datasets(config, recorded_pins(run))
+    check_datasets(config, datasets)
     if world_size is not None:
         check_world_size(config.num_lanes, world_size)
-    run = Path(config.output_dir) / str(config.run_name)
     resolved = resolve_ds_config(
         raw,
         config,
@@ -109,7 +105,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
         source=source,
     )
     check_continuation(config, run)
-    _check_data(config, run, stream)
+    _check_data(config, run, stream_of(config, datasets, encoder))
     open_repository(config.hub, config.output_dir)
     _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
     return resolved
@@ -121,12 +117,14 @@ def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:
     if config.resume != "auto" or newest is None:
         return
     try:
-        saved = json.loads((newest / "data.json").read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = json.loads((newest / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
-    differences = fingerprint_differences(saved, stream_fingerprint(stream))
-    if differences:
-        raise UserError(f"{run} was trained on other data: {' '.join(differences)} Choose another --run-name")
+    if isinstance(saved, dict) and "fingerprint" in saved:
+        try:
+            resume_stream(saved, stream_fingerprint(stream), step=0, on_data_change=config.on_data_change)
+        except UserError as error:
+            raise UserError(f"{run}: {error}") from None
 
 
 def local_device() -> str:

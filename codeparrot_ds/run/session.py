@@ -18,23 +18,27 @@ import torch
 
 from codeparrot_ds.config import RunConfig
 from codeparrot_ds.data.encoder import Encoder, load_encoder
-from codeparrot_ds.data.loader import TrainingLoader
-from codeparrot_ds.data.sources import find_shards
-from codeparrot_ds.data.stream import (
-    LaneState,
-    StreamConfig,
-    check_world_size,
-    fingerprint_differences,
-    open_stream,
-    stream_fingerprint,
+from codeparrot_ds.data.loader import TrainingLoader, token_ids
+from codeparrot_ds.data.opening import (
+    StreamStart,
+    data_account,
+    open_datasets,
+    pinned_names,
+    proof_texts,
+    resume_stream,
+    saved_stream,
+    stream_of,
+    validation_shards,
 )
+from codeparrot_ds.data.sources import Shard
+from codeparrot_ds.data.stream import Dataset, StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, token_losses
 from codeparrot_ds.hub.card import model_card
 from codeparrot_ds.hub.queue import PushQueue, hub_push, start_drain
 from codeparrot_ds.hub.repository import open_repository
-from codeparrot_ds.model.gpt2 import build_model
+from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.checkpoint import RestoredRun, load_checkpoint, save_checkpoint
@@ -44,7 +48,7 @@ from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
 from codeparrot_ds.run.hardware import peak_flops
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
-from codeparrot_ds.run.ranks import Ranks, join_ranks
+from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
 from codeparrot_ds.run.startup import Startup
 from codeparrot_ds.run.stopping import StopSignal
 from codeparrot_ds.run.tracking import Progress, Tracker, set_up_logging, warm_up
@@ -77,7 +81,10 @@ class Session:
     meter: Meter
     startup: Startup
     step: int
-    stream: StreamConfig
+    fingerprint: dict[str, Any]
+    """Of the training data, on rank 0."""
+    stream_first_step: int
+    validation: list[Shard]
     evaluations: list[dict[str, Any]]
 
     @classmethod
@@ -101,7 +108,11 @@ class Session:
         startup.lap("run folder and branch")
         ranks.together(lambda: build_operators(ds_config, ranks.device.type))
         startup.lap("operators")
-        stream = ranks.together(lambda: open_stream(config, encoder))
+        # On rank 0 alone: on the Hub each look costs requests.
+        datasets, validation = ranks.on_main(lambda: _open_data(config, folder))
+        stream = stream_of(config, datasets, encoder)
+        fingerprint = ranks.on_main(lambda: stream_fingerprint(stream))
+        _choose_encoding(stream, ranks)
         startup.lap("data")
         torch.manual_seed(config.seed * 1_000_003 + ranks.rank)  # dropout differs between ranks
         model = build_model(
@@ -115,14 +126,17 @@ class Session:
         startup.lap("model")
         engine = create_engine(model, ds_config, config)
         startup.lap("DeepSpeed engine")
-        restored = _restore(config, folder, engine, ranks, stream)
+        restored = _restore(config, folder, engine, ranks)
+        stream_start, data_changes = _stream_start(config, ranks, restored, fingerprint)
         startup.lap("checkpoint")
         if config.compile:
             engine.compile()
         step = restored.step if restored else 0
-        loader = _training_loader(config, stream, ranks, restored)
+        loader = _training_loader(config, stream, ranks, stream_start)
         progress = Progress(active=ranks.is_main, start=step, total=config.max_train_steps)
         _introduce(progress, config, ds_config, shape, ranks, folder, restored)
+        if data_changes:
+            progress.say("the data begins a new epoch: %s", " ".join(data_changes))
         tracker = _open_tracker(config, ds_config, shape, ranks, folder, step)
         startup.lap("loader and trackers")
         meter = _start_meter(config, ds_config, shape, ranks, loader, restored)
@@ -141,7 +155,9 @@ class Session:
             meter=meter,
             startup=startup,
             step=step,
-            stream=stream,
+            fingerprint=fingerprint,
+            stream_first_step=stream_start.first_step,
+            validation=validation,
             evaluations=list(restored.extra["evaluations"]) if restored else [],
         )
 
@@ -154,6 +170,31 @@ class Session:
     def accumulation_steps(self) -> int:
         """Micro-batches a rank an optimizer step."""
         return self.config.gradient_accumulation_steps(self.ranks.world_size)
+
+    def model_inputs(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model takes for a micro-batch of the loader, on this rank's device."""
+        ids = token_ids(batch.to(self.ranks.device, non_blocking=True))
+        return {"labels": ids, **self._forward_inputs(ids)}
+
+    def _forward_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.config.intra_document_masking:
+            return {"input_ids": ids}
+        return {"input_ids": ids, **document_inputs(ids, self.encoder.eos_token_id)}
+
+    def mean_loss(self, loss_sum: torch.Tensor) -> float:
+        """The mean loss of the step's global batch, nats a token; collective, waits for the device.
+
+        Raises a UserError on every rank when they skipped more than ``max_bad_documents`` documents together.
+        """
+        bad = torch.full_like(loss_sum, len(self.loader.bad_documents))
+        loss, num_bad = self.ranks.sum(torch.stack([loss_sum, bad])).tolist()
+        if num_bad > self.config.max_bad_documents:
+            raise SharedError(
+                f"{num_bad:.0f} documents could not be read, which is more than "
+                f"max_bad_documents={self.config.max_bad_documents}; the ranks' logs in {self.folder.path / 'log'} "
+                "name each"
+            )
+        return loss / (self.accumulation_steps * self.ranks.world_size)
 
     def first_step_done(self) -> None:
         """Records where the time between the command and the first step went."""
@@ -169,7 +210,7 @@ class Session:
         started = time.perf_counter()
         config = self.config
         batches = ValidationLoader(
-            find_shards(config.data, "validation"),
+            self.validation,
             self.encoder,
             seq_length=config.seq_length,
             num_lanes=config.num_lanes,
@@ -177,10 +218,11 @@ class Session:
             max_rows=None if config.max_eval_steps < 0 else config.max_eval_steps * config.micro_batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            max_bad_documents=config.max_bad_documents,
         )
         self.engine.eval()
         result = evaluate_batches(
-            lambda ids, labels: token_losses(self.engine(input_ids=ids).logits, labels),
+            lambda ids, labels: token_losses(self.engine(**self._forward_inputs(ids)).logits, labels),
             batches,
             token_bytes=self.encoder.token_bytes(),
             reduce=self.ranks.sum,
@@ -214,11 +256,9 @@ class Session:
         started = time.perf_counter()
         weights = working_weights(self.engine, keep=self.ranks.is_main)
         lanes = {lane: state for table in self.ranks.gather(self.loader.state()) for lane, state in table.items()}
-        data = {
-            "fingerprint": stream_fingerprint(self.stream),
-            "rows": step * self.config.global_batch_size,
-            "lanes": {str(lane): state.to_json() for lane, state in sorted(lanes.items())},
-        }
+        rows = (step - self.stream_first_step) * self.config.global_batch_size
+        start = StreamStart(row=rows, lane_states=lanes, first_step=self.stream_first_step)
+        data = saved_stream(self.fingerprint, start)
         tokens = self.meter.tokens_at(step)
         path = save_checkpoint(
             self.engine,
@@ -299,18 +339,33 @@ class Session:
                 "num_lanes": config.num_lanes,
                 "batch_size": config.micro_batch_size,
                 "max_eval_steps": config.max_eval_steps,
+                "intra_document_masking": config.intra_document_masking,
             },
         }
 
+    def _data_account(self) -> dict[str, Any]:
+        """What all ranks read since the stream began; collective."""
+        counters = self.ranks.gather(self.loader.counters())
+        bad = self.ranks.gather([str(document) for document in self.loader.bad_documents])
+        rows = self.ranks.gather(self.loader.rows_per_lane())
+        return data_account(
+            counters,
+            bad_documents=[text for texts in bad for text in texts],
+            rows_per_lane={lane: count for table in rows for lane, count in table.items()},
+            encoder=self.encoder.name,
+        )
+
     def finish(self, step: int, status: str) -> dict[str, Any]:
         """Ends loader, trackers and the branch's queue; says where everything is. Returns the outcome."""
+        data = self._data_account()
         self.loader.close()
         self.progress.close()
         outcome = {"status": status, "step": step, "run": str(self.folder.path)}
 
         def conclude() -> None:
             self.tracker.close()
-            self.folder.update(outcome=outcome, data=self.loader.counters())
+            self.folder.update(outcome=outcome, data=data)
+            self.progress.say("data: %s", data["summary"])
             if self.folder.record.get("hub") is not None:
                 hub_push(self.folder.path)
                 self.progress.say("branch %s of %s has every checkpoint", self.folder.name, self.folder.record["hub"])
@@ -368,9 +423,26 @@ def _open_folder(config: RunConfig, ds_config: dict[str, Any], ranks: Ranks) -> 
     return mine
 
 
-def _restore(
-    config: RunConfig, folder: RunFolder, engine: Any, ranks: Ranks, stream: StreamConfig
-) -> RestoredRun | None:
+def _open_data(config: RunConfig, folder: RunFolder) -> tuple[list[Dataset], list[Shard]]:
+    datasets = open_datasets(config, folder.record.get("data_pins"))
+    pins = pinned_names(config, datasets)
+    if pins:
+        folder.update(data_pins=folder.record.get("data_pins", {}) | pins)
+    return datasets, validation_shards(config)
+
+
+def _choose_encoding(stream: StreamConfig, ranks: Ranks) -> None:
+    """Every rank encodes with gigatoken where rank 0 has proved it on the corpus; otherwise none does."""
+    reason = ranks.on_main(lambda: stream.encoder.prove_fast_encoding(proof_texts(stream)))
+    if reason is None and not ranks.is_main:
+        reason = stream.encoder.prove_fast_encoding(())
+    if ranks.gather(reason) != [None] * ranks.world_size:
+        stream.encoder.forget_fast_encoding()
+        if ranks.is_main:
+            logger.warning("%s; the tokenizers library encodes instead, at a hundredth of the speed", reason)
+
+
+def _restore(config: RunConfig, folder: RunFolder, engine: Any, ranks: Ranks) -> RestoredRun | None:
     """Fills the engine from the newest valid checkpoint, or the one asked for; None for a run that starts."""
 
     def choose() -> Path | None:
@@ -391,30 +463,31 @@ def _restore(
                     raise UserError(f"no checkpoint of {folder.path} is whole: {problems[0]}")
                 return None
             chosen = found
-        saved = json.loads((chosen / "data.json").read_text(encoding="utf-8"))["fingerprint"]
-        differences = fingerprint_differences(saved, stream_fingerprint(stream))
-        if differences:
-            raise UserError(f"{chosen} was trained on other data: {'; '.join(differences)}")
         return chosen
 
     checkpoint = ranks.on_main(choose)
     return None if checkpoint is None else load_checkpoint(engine, ranks, checkpoint)
 
 
-def _training_loader(
-    config: RunConfig, stream: StreamConfig, ranks: Ranks, restored: RestoredRun | None
-) -> TrainingLoader:
-    states = None
-    if restored is not None:
-        states = {int(lane): LaneState.from_json(state) for lane, state in restored.data["lanes"].items()}
+def _stream_start(
+    config: RunConfig, ranks: Ranks, restored: RestoredRun | None, fingerprint: dict[str, Any]
+) -> tuple[StreamStart, list[str]]:
+    """Where the stream begins, and what has changed in the data where that is a new epoch; collective."""
+    if restored is None:
+        return StreamStart(), []
+    saved, step = restored.data, restored.step
+    return ranks.on_main(lambda: resume_stream(saved, fingerprint, step=step, on_data_change=config.on_data_change))
+
+
+def _training_loader(config: RunConfig, stream: StreamConfig, ranks: Ranks, start: StreamStart) -> TrainingLoader:
     return TrainingLoader(
         stream,
         micro_batch_size=config.micro_batch_size,
         num_workers=config.num_workers,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        start_row=restored.data["rows"] if restored else 0,
-        lane_states=states,
+        start_row=start.row,
+        lane_states=start.lane_states,
     )
 
 

@@ -29,9 +29,9 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
 
 
 def compressed(data: bytes, suffix: str) -> bytes:
-    if suffix == ".jsonl.gz":
+    if suffix.endswith(".gz"):
         return gzip.compress(data)
-    return zstandard.compress(data) if suffix == ".jsonl.zst" else data
+    return zstandard.compress(data) if suffix.endswith(".zst") else data
 
 
 def write_shard(path: Path, texts: Sequence[str]) -> None:

@@ -9,46 +9,51 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from codeparrot_ds.data.encoder import Encoder
-from codeparrot_ds.data.loader import TrainingLoader
+from codeparrot_ds.data.loader import TrainingLoader, token_ids
 from codeparrot_ds.data.sources import find_shards
-from codeparrot_ds.data.stream import LaneState, StreamConfig, TrainingStream
+from codeparrot_ds.data.stream import Dataset, LaneStates, StreamConfig, TrainingStream
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents
 
-ROWS = 24 * 24
-
-# The machine of a test may have fewer cores than three workers want.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+ROWS = 24 * 48
 
 
 @pytest.fixture
 def config(make_corpus: Callable[..., Path], encoder: Encoder) -> StreamConfig:
-    folder = make_corpus(make_documents(80), num_shards=3)
-    return StreamConfig(
-        shards=find_shards(folder, "train"), encoder=encoder, seq_length=32, num_lanes=24, shuffle_buffer=48, seed=1
-    )
+    folder = make_corpus(make_documents(160), num_shards=3)
+    dataset = Dataset(name=str(folder), shards=find_shards(folder, "train"))
+    return StreamConfig(datasets=[dataset], encoder=encoder, seq_length=32, num_lanes=24, shuffle_buffer=48, seed=1)
+
+
+def spoil(config: StreamConfig) -> StreamConfig:
+    """The same with two unreadable documents at the end of the first shard."""
+    [dataset] = config.datasets
+    with open(dataset.shards[0].path, "a") as file:
+        file.write('{"content": null}\n{"content": 1}\n')
+    return replace(config, datasets=[replace(dataset, shards=find_shards(dataset.name, "train"))])
 
 
 @pytest.fixture
 def rows(config: StreamConfig) -> torch.Tensor:
     """The first rows of the run, over two epoch borders at least, shape (ROWS, seq_length)."""
     stream = list(islice(TrainingStream(config), ROWS))
-    assert min(row.state.epoch for row in stream[-24:]) >= 2
+    assert min(row.states[0].epoch for row in stream[-24:]) >= 2
     return torch.tensor([row.ids.tolist() for row in stream])
 
 
-def read(config: StreamConfig, num_rows: int, **place: Any) -> tuple[torch.Tensor, dict[int, LaneState]]:
+def read(config: StreamConfig, num_rows: int, **place: Any) -> tuple[torch.Tensor, dict[int, LaneStates]]:
     """All the rows of a rank, and its state after them."""
     loader = TrainingLoader(config, **place)
     size = place["micro_batch_size"]
     batches = [next(loader) for _ in range(num_rows // size)]
-    assert all(batch.shape == (size, 32) and batch.dtype == torch.long for batch in batches)
+    assert all(batch.shape == (size, 32) and batch.dtype == torch.int16 for batch in batches)
     loader.close()
-    return torch.cat(batches), loader.state()
+    return token_ids(torch.cat(batches)), loader.state()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
@@ -68,12 +73,12 @@ def test_micro_batches_are_the_runs_rows(
 def test_resumes_after_the_last_batch_handed_out(
     config: StreamConfig, rows: torch.Tensor, num_workers: int, next_world_size: int, next_workers: int
 ) -> None:
-    states: dict[int, LaneState] = {}
+    states: dict[int, LaneStates] = {}
     for rank in range(2):
         place = {"rank": rank, "world_size": 2, "num_workers": num_workers}
         states |= read(config, 44, micro_batch_size=4, **place)[1]
     assert sorted(states) == list(range(24))
-    assert sum(state.tokens for state in states.values()) == 88 * 32
+    assert sum(state.tokens for [state] in states.values()) == 88 * 32
     for rank in range(next_world_size):
         read_rows, _ = read(
             config,
@@ -88,25 +93,35 @@ def test_resumes_after_the_last_batch_handed_out(
         assert torch.equal(read_rows, rows[88 + rank :: next_world_size])
 
 
-def test_the_number_of_workers_divides_the_lanes(config: StreamConfig) -> None:
-    for num_workers, world_size, expected in [(0, 1, 0), (5, 1, 4), (5, 8, 3), (2, 8, 1)]:
+def test_any_number_of_workers_up_to_one_a_lane(config: StreamConfig) -> None:
+    for num_workers, world_size, expected in [(0, 1, 0), (5, 1, 5), (5, 8, 3), (2, 8, 2)]:
         loader = TrainingLoader(config, micro_batch_size=1, num_workers=num_workers, world_size=world_size)
         assert loader.num_workers == expected
         loader.close()
 
 
+def test_token_ids_of_large_vocabularies() -> None:
+    ids = np.array([0, 1, 32767, 32768, 65535], dtype=np.uint16)
+    assert token_ids(torch.from_numpy(ids.view(np.int16))).tolist() == [0, 1, 32767, 32768, 65535]
+    assert token_ids(torch.tensor([70_000], dtype=torch.int32)).tolist() == [70_000]
+
+
 def test_counters_and_wait(config: StreamConfig) -> None:
     loader = TrainingLoader(config, micro_batch_size=6)
-    assert loader.counters() == {"epoch": 0, "documents": 0, "tokens": 0, "bytes": 0, "bad_documents": 0}
+    assert loader.counters() == {
+        "epoch": 0, "documents": 0, "characters": 0, "bytes": 0, "tokens": 0, "bad_documents": 0
+    }  # fmt: skip
+    assert loader.rows_per_lane() == dict.fromkeys(range(24), 0)
     start = time.perf_counter()
-    for _ in range(40):
+    for _ in range(80):
         next(loader)
     assert 0 < loader.wait_seconds <= time.perf_counter() - start
     counters, saved = loader.counters(), loader.state()
-    states = list(saved.values())
+    states = [state for [state] in saved.values()]
     next(loader)
-    assert states == list(saved.values()), "a state that was asked for stays as it is"
-    assert counters["tokens"] == 40 * 6 * 32
+    assert states == [state for [state] in saved.values()], "a state that was asked for stays as it is"
+    assert counters["tokens"] == 80 * 6 * 32
+    assert loader.rows_per_lane()[0] in (20, 21)
     assert counters["epoch"] == min(state.epoch for state in states) > 0
     assert counters["documents"] == sum(state.documents for state in states) > 80
     assert counters["bytes"] == sum(state.bytes for state in states) > 0
@@ -114,9 +129,7 @@ def test_counters_and_wait(config: StreamConfig) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_a_users_error_reaches_the_rank(config: StreamConfig, num_workers: int) -> None:
-    with open(config.shards[0].path, "a") as file:
-        file.write('{"content": null}\n{"content": 1}\n')
-    loader = TrainingLoader(replace(config, max_bad_documents=1), micro_batch_size=4, num_workers=num_workers)
+    loader = TrainingLoader(replace(spoil(config), max_bad_documents=1), micro_batch_size=4, num_workers=num_workers)
     with pytest.raises(UserError, match="2 documents cannot be read") as raised:
         for _ in range(100):
             next(loader)
@@ -128,9 +141,7 @@ def test_a_users_error_reaches_the_rank(config: StreamConfig, num_workers: int) 
 def test_bad_documents_are_reported_once(
     config: StreamConfig, num_workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with open(config.shards[0].path, "a") as file:
-        file.write('{"content": null}\n{"content": 1}\n')
-    loader = TrainingLoader(config, micro_batch_size=24, num_workers=num_workers)
+    loader = TrainingLoader(spoil(config), micro_batch_size=24, num_workers=num_workers)
     while loader.counters()["epoch"] < 3:
         next(loader)
     loader.close()
@@ -160,8 +171,8 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(
     for worker in workers:
         os.kill(worker, signal.SIGTERM)
         os.kill(worker, signal.SIGINT)
-    batches = [first, *(next(loader) for _ in range(23))]  # far past what was prefetched
-    assert torch.equal(torch.cat(batches), rows)
+    batches = [first, *(next(loader) for _ in range(47))]  # far past what was prefetched
+    assert torch.equal(token_ids(torch.cat(batches)), rows)
     loader.close()
     assert not workers & set(children())
 
@@ -173,9 +184,10 @@ weakref.finalize(weakref.WeakSet(), int)  # weakref's own exit handler comes bef
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.sources import find_shards
-from codeparrot_ds.data.stream import StreamConfig
+from codeparrot_ds.data.stream import Dataset, StreamConfig
 corpus, tokenizer = sys.argv[1:]
-config = StreamConfig(shards=find_shards(corpus, "train"), encoder=load_encoder(tokenizer),
+dataset = Dataset(name=corpus, shards=find_shards(corpus, "train"))
+config = StreamConfig(datasets=[dataset], encoder=load_encoder(tokenizer),
                       seq_length=32, num_lanes=24, shuffle_buffer=48, seed=1)
 loader = TrainingLoader(config, micro_batch_size=4, num_workers=2)
 next(loader)
@@ -196,7 +208,40 @@ loader ="""
 def test_a_process_ends_without_closing_its_loader(
     config: StreamConfig, tokenizer_dir: Path, script: str, exit_code: int, message: str
 ) -> None:
-    arguments = [str(config.shards[0].path.parent.parent), str(tokenizer_dir)]
+    arguments = [config.datasets[0].name, str(tokenizer_dir)]
     done = subprocess.run([sys.executable, "-c", script, *arguments], timeout=60, capture_output=True, text=True)
     assert done.returncode == exit_code
     assert done.stderr.endswith(message) and bool(done.stderr) == bool(message)
+
+
+def test_a_killed_worker_is_named(config: StreamConfig) -> None:
+    before = children()
+    loader = TrainingLoader(config, micro_batch_size=24, num_workers=1)
+    next(loader)
+    [worker] = set(children()) - set(before)
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(UserError, match="loader worker was killed .SIGKILL.; the machine may be out of memory"):
+        for _ in range(100):
+            next(loader)
+    loader.close()
+
+
+def test_workers_end_with_a_killed_rank(config: StreamConfig, tokenizer_dir: Path) -> None:
+    script = SCRIPT.replace("raise SystemExit(7)", "print('ready', flush=True)\nimport time\ntime.sleep(60)")
+    arguments = [config.datasets[0].name, str(tokenizer_dir)]
+    with subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None and rank.stdout.readline() == "ready\n"
+        workers = [int(pid) for pid in Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split()]
+        assert len(workers) == 2
+        rank.kill()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}").exists() and "Z" not in state_of(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def state_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"

@@ -16,14 +16,16 @@ from codeparrot_ds.data import sources
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.sources import BadDocuments, find_shards, read_documents
 from codeparrot_ds.data.stream import (
+    Dataset,
     LaneState,
+    LaneStates,
     Row,
     StreamConfig,
     TrainingStream,
     check_lanes,
     check_world_size,
     fingerprint_differences,
-    lane_share,
+    lane_pieces,
     stream_fingerprint,
 )
 from codeparrot_ds.errors import UserError
@@ -38,7 +40,8 @@ def make_config(make_corpus: Callable[..., Path], encoder: Encoder) -> ConfigMak
     def make(texts: list[str], *, num_shards: int = 3, suffix: str = ".jsonl", **fields: Any) -> StreamConfig:
         folder = make_corpus(texts, num_shards=num_shards, suffix=suffix)
         settings = {"seq_length": 32, "num_lanes": 8, "shuffle_buffer": 30, "seed": 1, **fields}
-        return StreamConfig(shards=find_shards(folder, "train"), encoder=encoder, **settings)
+        dataset = Dataset(name=str(folder), shards=find_shards(folder, "train"))
+        return StreamConfig(datasets=[dataset], encoder=encoder, **settings)
 
     return make
 
@@ -50,13 +53,22 @@ def take(stream: Iterable[Row], count: int) -> list[Row]:
 def assert_same_rows(rows: list[Row], expected: list[Row]) -> None:
     assert [row.lane for row in rows] == [row.lane for row in expected]
     assert np.array_equal(np.stack([row.ids for row in rows]), np.stack([row.ids for row in expected]))
-    assert [row.state for row in rows] == [row.state for row in expected]
+    assert [row.states for row in rows] == [row.states for row in expected]
 
 
-def saved_states(rows: list[Row]) -> dict[int, LaneState]:
-    """The last state of each lane, by way of JSON, as a checkpoint keeps them."""
-    states = {row.lane: row.state.to_json() for row in rows}
-    return {int(lane): LaneState.from_json(state) for lane, state in json.loads(json.dumps(states)).items()}
+def saved_states(rows: list[Row]) -> dict[int, LaneStates]:
+    """The last states of each lane, by way of JSON, as a checkpoint keeps them."""
+    states = {row.lane: [state.to_json() for state in row.states] for row in rows}
+    return {
+        int(lane): tuple(LaneState.from_json(state) for state in lane_states)
+        for lane, lane_states in json.loads(json.dumps(states)).items()
+    }
+
+
+def texts_of_lane(config: StreamConfig, lane: int) -> list[str]:
+    """All the documents of a lane."""
+    pieces = lane_pieces(config.datasets[0].shards, config.num_lanes, lane)
+    return [text for piece in pieces for text, _ in read_documents(piece, bad=BadDocuments())]
 
 
 def documents_of_lane(rows: list[Row], lane: int, eos_token_id: int) -> list[tuple[int, ...]]:
@@ -74,18 +86,15 @@ def test_row_k_comes_from_lane_k_modulo_num_lanes(make_config: ConfigMaker) -> N
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_the_order_is_the_same_at_every_world_size(make_config: ConfigMaker, world_size: int, num_workers: int) -> None:
-    config = make_config(make_documents(80), num_lanes=24)
-    num_rows = 24 * 20
+def test_the_order_is_the_same_at_every_world_size(make_config: ConfigMaker, world_size: int) -> None:
+    config = make_config(make_documents(80), num_lanes=8)
+    num_rows = 8 * 60
     expected = take(TrainingStream(config), num_rows)
-    assert min(row.state.epoch for row in expected[-24:]) >= 2  # epoch borders are crossed
+    assert min(row.states[0].epoch for row in expected[-8:]) >= 2  # epoch borders are crossed
     rows: list[Any] = [None] * num_rows
     for rank in range(world_size):
-        for worker in range(num_workers):
-            stream = TrainingStream(config, rank=rank, world_size=world_size, worker=(worker, num_workers))
-            step = world_size * num_workers
-            rows[rank + world_size * worker :: step] = take(stream, num_rows // step)
+        stream = TrainingStream(config, rank=rank, world_size=world_size)
+        rows[rank::world_size] = take(stream, num_rows // world_size)
     assert_same_rows(rows, expected)
 
 
@@ -94,7 +103,7 @@ def test_resumes_anywhere_at_any_world_size(make_config: ConfigMaker, suffix: st
     config = make_config(make_documents(120), suffix=suffix, num_lanes=8)
     num_rows = 8 * 80
     expected = take(TrainingStream(config), num_rows)
-    assert min(row.state.epoch for row in expected[-8:]) >= 3
+    assert min(row.states[0].epoch for row in expected[-8:]) >= 3
     rng = random.Random(0)
     for _ in range(15):
         world_size = rng.choice([1, 2, 4, 8])
@@ -123,19 +132,14 @@ def test_every_document_once_an_epoch_over_resumes(make_config: ConfigMaker, num
     for _ in range(4):  # stopped and resumed four times
         rows += take(TrainingStream(config, start_row=len(rows), lane_states=saved_states(rows)), 5 * 30)
     for lane in range(5):
-        share = lane_share(config.shards, 5, lane)
-        texts = [
-            text
-            for shard in share.shards
-            for text, _ in read_documents(shard, phase=share.phase, stride=share.stride, bad=BadDocuments())
-        ]
+        texts = texts_of_lane(config, lane)
         owned = Counter(tuple(ids.tolist()) for ids in config.encoder.encode_batch(texts))
         seen = documents_of_lane(rows, lane, config.encoder.eos_token_id)
         epochs = [seen[start : start + len(texts)] for start in range(0, len(seen), len(texts))]
         assert len(epochs) > 3
         assert all(Counter(epoch) == owned for epoch in epochs[:-1])
         assert len({tuple(epoch) for epoch in epochs[:-1]}) == len(epochs) - 1, "each epoch has another order"
-        last = rows[-5 + lane].state
+        last = rows[-5 + lane].states[0]
         assert (last.documents, last.epoch) == (len(seen), (len(seen) - (last.token == 0)) // len(texts))
         corpus += owned
     all_ids = config.encoder.encode_batch(make_documents(61))
@@ -146,7 +150,7 @@ def test_counters_are_of_finished_documents(make_config: ConfigMaker) -> None:
     texts = make_documents(50)
     config = make_config(texts, num_shards=1, num_lanes=1, seq_length=8)
     rows = take(TrainingStream(config), 2000)
-    assert rows[-1].state.epoch > 2
+    assert rows[-1].states[0].epoch > 2
     all_ids = config.encoder.encode_batch(texts)
     sizes = {tuple(ids.tolist()): len(text.encode()) for text, ids in zip(texts, all_ids, strict=True)}
     seen = documents_of_lane(rows, 0, config.encoder.eos_token_id)
@@ -154,7 +158,7 @@ def test_counters_are_of_finished_documents(make_config: ConfigMaker) -> None:
     num_bytes = np.cumsum([0, *(sizes[ids] for ids in seen)])
     for place, row in enumerate(rows):
         expected = (num_finished[place], 8 * (place + 1), num_bytes[num_finished[place]])
-        assert (row.state.documents, row.state.tokens, row.state.bytes) == expected
+        assert (row.states[0].documents, row.states[0].tokens, row.states[0].bytes) == expected
 
 
 def test_each_epoch_has_its_own_order_of_shards(make_config: ConfigMaker) -> None:
@@ -180,7 +184,7 @@ def test_the_order_is_pinned(make_config: ConfigMaker) -> None:
     pieces = np.split(ids, np.flatnonzero(ids == config.encoder.eos_token_id) + 1)
     digits = {tuple(e.tolist()): n for n, e in enumerate(config.encoder.encode_batch([f"{n}" for n in range(12)]))}
     order = [digits[tuple(piece[:-1].tolist())] for piece in pieces[:24]]
-    windows = [[0, 4, 1, 2, 3], [6, 5, 8, 9, 7], [10, 11], [2, 3, 4, 1, 0], [9, 6, 5, 7, 8], [11, 10]]
+    windows = [[3, 2, 0, 1, 4], [6, 5, 7, 8, 9], [10, 11], [1, 2, 3, 4, 0], [7, 8, 5, 6, 9], [10, 11]]
     assert order == [number for window in windows for number in window]
 
 
@@ -195,7 +199,7 @@ def test_resume_reads_a_window_a_lane_wherever_it_stands(
     monkeypatch.setattr(sources, "READ_BYTES", 4096)
     texts = [f"# {number}\n" + "x = 1\n" * 200 for number in range(800)]  # 1.2 kB each, 1 MB in all
     config = make_config(texts, num_shards=2, num_lanes=4, shuffle_buffer=16, seq_length=256)
-    rows = [row for row in take(TrainingStream(config), 6000) if row.state.epoch == 0]
+    rows = [row for row in take(TrainingStream(config), 6000) if row.states[0].epoch == 0]
     window_bytes = 4 * 2 * 1300  # 4 documents of a lane, and those of the other lane in between
     for share in (0.01, 0.5, 0.99):
         start_row = int(len(rows) * share) // 4 * 4
@@ -207,52 +211,71 @@ def test_resume_reads_a_window_a_lane_wherever_it_stands(
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 8, 20])
-def test_lanes_share_the_documents(make_config: ConfigMaker, num_shards: int) -> None:
-    texts = make_documents(97)
-    config = make_config(texts, num_shards=num_shards)
-    found = []
-    for lane in range(8):
-        share = lane_share(config.shards, 8, lane)
-        for shard in share.shards:
-            documents = read_documents(shard, phase=share.phase, stride=share.stride, bad=BadDocuments())
-            found += [text for text, _ in documents]
-    assert sorted(found) == sorted(texts)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_lanes_share_the_documents(make_config: ConfigMaker, num_shards: int, suffix: str) -> None:
+    texts = make_documents(197)
+    config = make_config(texts, num_shards=num_shards, suffix=suffix)
+    assert sorted(text for lane in range(8) for text in texts_of_lane(config, lane)) == sorted(texts)
 
 
-@pytest.mark.parametrize(("num_documents", "num_shards", "largest"), [(5, 1, 5), (11, 3, 11), (2, 1, 2)])
-def test_an_empty_lane_names_the_largest_number(
-    make_config: ConfigMaker, num_documents: int, num_shards: int, largest: int
+def test_lanes_share_shards_of_all_kinds(make_config: ConfigMaker, make_corpus: Callable[..., Path]) -> None:
+    texts = make_documents(400)
+    config = make_config(texts[:100])
+    for number, suffix in enumerate(SUFFIXES[1:]):
+        write_shard(Path(config.datasets[0].name) / "train" / f"more{suffix}", texts[100 * (number + 1) :][:100])
+    shards = find_shards(config.datasets[0].name, "train")
+    config = replace(config, datasets=[Dataset(name="all", shards=shards)], num_lanes=7)
+    assert sorted(text for lane in range(7) for text in texts_of_lane(config, lane)) == sorted(texts)
+
+
+def test_shares_are_equal_where_shards_can_be_cut(make_config: ConfigMaker) -> None:
+    config = make_config([f"{number:05d}" + "x" * 995 for number in range(4000)], num_shards=3)
+    shares = [sum(map(len, texts_of_lane(config, lane))) for lane in range(8)]
+    assert max(shares) - min(shares) <= 8 * 1000  # a document a piece
+
+
+def test_a_huge_document_leaves_no_lane_empty(make_config: ConfigMaker) -> None:
+    config = make_config([*make_documents(3000), "x = 1\n" * 2_000_000, *make_documents(3000)], num_shards=1)
+    check_lanes(config.datasets[0], 16)
+
+
+@pytest.mark.parametrize(("num_documents", "num_shards", "fitting"), [(5, 1, 3), (11, 3, 6), (2, 1, 1)])
+def test_an_empty_lane_names_a_number_that_works(
+    make_config: ConfigMaker, num_documents: int, num_shards: int, fitting: int
 ) -> None:
-    config = make_config(make_documents(num_documents), num_shards=num_shards, num_lanes=24)
-    message = f"of num_lanes=24 has no document: .*; the largest num_lanes that works is {largest}\\."
+    config = make_config([f"{number}" for number in range(num_documents)], num_shards=num_shards, num_lanes=24)
+    message = f"of num_lanes=24 has no document: .*; num_lanes={fitting} works\\."
     with pytest.raises(UserError, match=message):
-        check_lanes(config.shards, 24)
+        check_lanes(config.datasets[0], 24)
     with pytest.raises(UserError, match=message):
         take(TrainingStream(config), 24)
-    check_lanes(config.shards, largest)
-    take(TrainingStream(replace(config, num_lanes=largest)), 3 * largest)
+    check_lanes(config.datasets[0], fitting)
+    take(TrainingStream(replace(config, num_lanes=fitting)), 3 * fitting)
 
 
-def test_empty_shards_count(tmp_path: Path, encoder: Encoder) -> None:
-    write_shard(tmp_path / "train" / "part-0.jsonl", make_documents(9))
+def test_empty_shards_count(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train" / "part-0.jsonl.gz", make_documents(1))
     (tmp_path / "train" / "part-1.jsonl").touch()
-    shards = find_shards(tmp_path, "train")
-    check_lanes(shards, 1)
-    with pytest.raises(UserError, match="Lane 1 of num_lanes=2 .* that works is 1"):
-        check_lanes(shards, 2)
+    dataset = Dataset(name="mine", shards=find_shards(tmp_path, "train"))
+    check_lanes(dataset, 1)
+    with pytest.raises(UserError, match="Lane 1 of num_lanes=2 .* num_lanes=1 works"):
+        check_lanes(dataset, 2)
+    (tmp_path / "train" / "part-0.jsonl.gz").unlink()
     (tmp_path / "train" / "part-0.jsonl").write_text("{\n")
-    with pytest.raises(UserError, match="No document can be read from the 2 shards"):
-        check_lanes(find_shards(tmp_path, "train"), 2)
+    with pytest.raises(UserError, match="No document can be read from the 2 shards of mine"):
+        check_lanes(Dataset(name="mine", shards=find_shards(tmp_path, "train")), 2)
 
 
 def test_bad_documents_are_counted_once_however_many_epochs(make_config: ConfigMaker) -> None:
     config = make_config(make_documents(10), num_shards=1, num_lanes=2, max_bad_documents=2)
-    with open(config.shards[0].path, "a") as file:
+    with open(config.datasets[0].shards[0].path, "a") as file:
         file.write('{"content": null}\n{"text": "x"}\n')
+    shards = find_shards(config.datasets[0].name, "train")
+    config = replace(config, datasets=[replace(config.datasets[0], shards=shards)])
     bad = BadDocuments(2)
     rows = take(TrainingStream(config, bad=bad), 200)
-    assert rows[-1].state.epoch > 3
-    assert [found.line for found in bad] == [11, 12]
+    assert rows[-1].states[0].epoch > 3
+    assert sorted(found.line for found in bad) == [11, 12]
     with pytest.raises(UserError, match="max_bad_documents=1"):
         take(TrainingStream(replace(config, max_bad_documents=1)), 200)
 
@@ -283,16 +306,69 @@ def test_fingerprint_differences_are_spelled_out(make_config: ConfigMaker) -> No
     config = make_config(make_documents(50), num_shards=3)
     saved = json.loads(json.dumps(stream_fingerprint(config)))
     assert fingerprint_differences(saved, stream_fingerprint(config)) == []
-    shards = [config.shards[0], replace(config.shards[1], bytes=7), replace(config.shards[2], name="part-9.jsonl")]
-    other = stream_fingerprint(replace(config, shards=shards, seq_length=16, seed=2))
-    assert fingerprint_differences({**saved, "tokenizer": "0"}, other) == [
+    whole = config.datasets[0]
+    shards = [whole.shards[0], replace(whole.shards[1], bytes=7), replace(whole.shards[2], name="part-9.jsonl")]
+    changed = replace(config, datasets=[replace(whole, shards=shards, weight=2.0)], seq_length=16, seed=2)
+    assert fingerprint_differences({**saved, "tokenizer": "0"}, stream_fingerprint(changed)) == [
         "seq_length is 16, but the run was started with 32.",
         "seed is 2, but the run was started with 1.",
         "The tokenizer is not the one that the run was started with (tokenizer.json differs).",
-        f"The shard part-00001.jsonl has 7 bytes, but had {config.shards[1].bytes}.",
+        f"The weight of {whole.name} is 2.0, but was 1.0.",
+        f"The shard part-00001.jsonl has 7 bytes, but had {whole.shards[1].bytes}.",
         "The shard part-00002.jsonl is gone.",
         "The shard part-9.jsonl is new.",
     ]
+    data = whole.shards[0].path.read_bytes()
+    whole.shards[0].path.write_bytes(data.replace(b"document", b"DOCUMENT"))
+    assert fingerprint_differences(saved, stream_fingerprint(config)) == [
+        f"The shard part-00000.jsonl has its {len(data)} bytes, but their content has changed."
+    ]
+    assert fingerprint_differences(saved, stream_fingerprint(replace(config, datasets=[whole, whole]))) == [
+        "The stream mixes 2 data sets, but the run was started with 1."
+    ]
+
+
+@pytest.fixture
+def mixture(make_config: ConfigMaker, tmp_path: Path) -> StreamConfig:
+    """Three data sets in the ratio 5 : 2 : 1, whose documents say which they belong to."""
+    config = make_config(["x"])
+    datasets = []
+    for name, weight, count in (("a", 5.0, 90), ("b", 2.0, 120), ("c", 1.0, 60)):
+        for number in range(2):
+            texts = [f"{name} {n}\n" * (3 + n % 5) for n in range(number, count, 2)]
+            write_shard(tmp_path / name / "train" / f"part-{number}.jsonl", texts)
+        datasets.append(Dataset(name=name, shards=find_shards(tmp_path / name, "train"), weight=weight))
+    return replace(config, datasets=datasets)
+
+
+def test_a_mixture_keeps_its_weights_from_the_first_rows_on(mixture: StreamConfig) -> None:
+    rows = take(TrainingStream(mixture), 8 * 200)
+    for count in (8 * 8, 8 * 50, 8 * 200):
+        last = {row.lane: row.states for row in rows[:count]}
+        tokens = [sum(states[number].tokens for states in last.values()) for number in range(3)]
+        assert sum(tokens) == 32 * count
+        for weight, share in zip((5, 2, 1), tokens, strict=True):
+            assert share / 32 == pytest.approx(count * weight / 8, abs=8)
+    # The rare rows are spread over the steps, not all in one.
+    changes = np.array([[row.states[2].tokens for row in rows[lane::8]] for lane in range(8)])
+    steps_with_c = (np.diff(changes, axis=1) > 0).sum(axis=0)
+    assert steps_with_c.max() <= 4
+
+
+def test_a_mixture_is_elastic_and_resumes_exactly(mixture: StreamConfig) -> None:
+    num_rows = 8 * 150
+    expected = take(TrainingStream(mixture), num_rows)
+    assert min(states.epoch for row in expected[-8:] for states in row.states) >= 1
+    rng = random.Random(0)
+    for _ in range(8):
+        world_size = rng.choice([1, 2, 4, 8])
+        start_row = 8 * rng.randrange(1, num_rows // 8 - 2)
+        states = saved_states(expected[:start_row])
+        rows: list[Any] = [None] * (num_rows - start_row)
+        for rank in range(world_size):
+            place = {"rank": rank, "world_size": world_size, "start_row": start_row, "lane_states": states}
+            rows[rank::world_size] = take(TrainingStream(mixture, **place), len(rows[rank::world_size]))
+        assert_same_rows(rows, expected[start_row:])
 
 
 def test_the_stream_needs_no_torch() -> None:
