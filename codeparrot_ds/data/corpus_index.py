@@ -6,7 +6,7 @@ each document that has an exact duplicate while the one that stays is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -39,8 +39,9 @@ class Documents:
         """Those of a mask or of numbers."""
         return Documents(**{item.name: getattr(self, item.name)[chosen] for item in fields(self)})
 
-    def hashes(self) -> list[str]:
-        return [f"{high:016x}{low:016x}" for high, low in zip(self.high.tolist(), self.low.tolist(), strict=True)]
+    def hashes(self) -> Iterator[str]:
+        """The content hash of each, one at a time: a list of texts would be larger than all arrays."""
+        return (f"{int(high):016x}{int(low):016x}" for high, low in zip(self.high, self.low, strict=True))
 
     @property
     def num_bytes(self) -> int:
@@ -61,8 +62,8 @@ class CorpusIndex:
     def places(self, documents: Documents) -> list[tuple[str, bytes]]:
         """Repository and path of each."""
         found: list[tuple[str, bytes]] = [("", b"")] * len(documents)
-        for unit, chosen in _by_unit(documents):
-            index = load_unit(self.folders[unit]).index[documents.record[chosen]]
+        for unit, chosen in group_by(documents.unit):
+            index = load_unit(self.folders[unit], mapped=True).index[documents.record[chosen]]
             paths = read_paths(self.folders[unit], index, self.row_bases[unit])
             for place, path in zip(chosen.tolist(), paths, strict=True):
                 found[place] = (self.repositories[documents.repository[place]], path)
@@ -71,15 +72,15 @@ class CorpusIndex:
     def text(self, documents: Documents, number: int) -> bytes:
         folder = self.folders[documents.unit[number]]
         record = documents.record[number]
-        return next(read_texts(folder, load_unit(folder).index[record : record + 1]))
+        return next(read_texts(folder, load_unit(folder, mapped=True).index[record : record + 1]))
 
 
-def _by_unit(documents: Documents) -> list[tuple[int, np.ndarray]]:
-    """The numbers of the documents of each unit."""
-    order = np.argsort(documents.unit, kind="stable")
-    units = documents.unit[order]
-    starts = np.flatnonzero(np.diff(units, prepend=-1))
-    return [(int(units[start]), part) for start, part in zip(starts, np.split(order, starts[1:]), strict=True)]
+def group_by(values: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Each distinct value, rising, with the positions that hold it, rising: one sort however many values there are."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(order) else order
+    return [(int(ordered[start]), part) for start, part in zip(starts, np.split(order, starts[1:]), strict=False)]
 
 
 def index_units(units: Sequence[LoadedUnit], row_bases: Sequence[int]) -> CorpusIndex:

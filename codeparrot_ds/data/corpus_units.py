@@ -216,12 +216,14 @@ class LoadedUnit:
     redactions: dict[int, dict[str, int]]
 
 
-def load_unit(folder: Path) -> LoadedUnit:
+def load_unit(folder: Path, *, mapped: bool = False) -> LoadedUnit:
+    """``mapped`` reads only the records that are touched, and holds a file descriptor for it."""
     card = orjson.loads((folder / "account.json").read_bytes())
     card["account"]["left_out"] = Counter(card["account"]["left_out"])
+    path = folder / "index.bin"
     return LoadedUnit(
         folder=folder,
-        index=np.fromfile(folder / "index.bin", dtype=INDEX),
+        index=np.memmap(path, INDEX, "r") if mapped and path.stat().st_size else np.fromfile(path, INDEX),
         account=ReadAccount(**card["account"]),
         repositories=card["repositories"],
         licenses=card["licenses"],
@@ -232,18 +234,17 @@ def load_unit(folder: Path) -> LoadedUnit:
 
 def read_paths(folder: Path, index: np.ndarray, row_base: int) -> list[bytes]:
     """The path of each record; a row without one is called by its number in its file."""
-    data = (folder / "paths.bin").read_bytes()
-    return [
-        data[offset : offset + size] if size else b"row-%d" % (row_base + row)
-        for offset, size, row in zip(
-            index["path_offset"].tolist(), index["path_size"].tolist(), index["row"].tolist(), strict=True
-        )
-    ]
+    paths = _slices(folder / "paths.bin", index["path_offset"], index["path_size"])
+    return [path or b"row-%d" % (row_base + row) for path, row in zip(paths, index["row"].tolist(), strict=True)]
 
 
 def read_texts(folder: Path, index: np.ndarray) -> Iterator[bytes]:
     """The texts of these records, in their order."""
-    with (folder / "texts.bin").open("rb") as file:
-        for offset, size in zip(index["text_offset"].tolist(), index["size"].tolist(), strict=True):
+    return _slices(folder / "texts.bin", index["text_offset"], index["size"])
+
+
+def _slices(path: Path, offsets: np.ndarray, sizes: np.ndarray) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
             file.seek(offset)
             yield file.read(size)

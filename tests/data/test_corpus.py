@@ -138,6 +138,17 @@ def test_first_by_place_wins_even_when_read_last(tmp_path):
     assert rows["alpha", "z.py"]["content"] == program(1).replace(" = ", "=")
 
 
+def test_at_one_place_the_smaller_text_wins_in_any_order_of_sources(tmp_path):
+    for number, text in enumerate((program(1), program(1).replace("    ", "\t"))):
+        write_tree(tmp_path / f"folder{number}" / "same", {"a.py": text, "b.py": program(2 + number)})
+    sources = [str(tmp_path / f"folder{number}" / "same") for number in range(2)]
+    for name, order in (("one", sources), ("two", sources[::-1])):
+        build_corpus(order, tmp_path / name)
+        rows = [row for row in all_rows(tmp_path / name) if row["path"] == "a.py"]
+        assert [(row["content"], row["copies"]) for row in rows] == [(program(1).replace("    ", "\t"), 2)]
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+
+
 def test_filters_are_counted_and_switchable(tmp_path, tree):
     write_tree(tree, {"generated.py": "# auto-generated\n" + program(71), "long.py": program(72) + "#" * 1001})
     card = build_corpus([str(tree)], tmp_path / "all")
