@@ -95,12 +95,19 @@ def plan_sources(sources: Sequence[str], *, suffixes: Sequence[str], content_col
             units, expected = _row_file_units(number, Path(source), account), rows
         elif os.path.exists(place):
             raise UserError(f"{source} is neither a folder nor a row file ({', '.join(ROW_SUFFIXES)})")
-        elif _DATASET_NAME.fullmatch(source) and not source.startswith((".", "~")) and "://" not in source:
+        elif _names_dataset(source):
             units, expected = _dataset_units(number, source), rows
         else:
             raise UserError(f"source {source} does not exist")
         planned.append(Source(name=source, expected=expected, units=list(units), account=account))
     return planned
+
+
+def _names_dataset(source: str) -> bool:
+    """A name without a split whose first part is a folder here is a path with a mistake, not worth asking the Hub."""
+    if source.startswith((".", "~")) or "://" in source or not _DATASET_NAME.fullmatch(source):
+        return False
+    return ":" in source or not os.path.isdir(os.path.dirname(source))
 
 
 def _tree_units(source: int, root: Path, account: ReadAccount, suffixes: tuple[str, ...]) -> Iterator[Unit]:

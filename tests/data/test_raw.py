@@ -177,6 +177,13 @@ def test_a_data_set_that_is_none_is_one_sentence(tmp_path):
         plan_sources([f"{tmp_path}/empty:train"], suffixes=[".py"], content_column="content")
 
 
+def test_a_path_with_a_mistake_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="source data/nowhere does not exist"):
+        plan_sources(["data/nowhere"], suffixes=[".py"], content_column="content")
+
+
 def test_units_of_a_tree_depend_on_its_files_alone(tmp_path):
     for number in range(5):
         (tmp_path / f"{number}.py").write_text("x")
