@@ -207,9 +207,9 @@ def repository_name(root: Path) -> str:
         config.read(root / ".git" / "config", encoding="utf-8")
         url = config.get('remote "origin"', "url")
     except (configparser.Error, UnicodeError):
-        return root.name
+        return printable(root.name)
     parts = url.strip().removesuffix("/").removesuffix(".git").replace(":", "/").split("/")
-    return "/".join(part for part in parts[-2:] if part) or root.name
+    return "/".join(part for part in parts[-2:] if part) or printable(root.name)
 
 
 def detect_license(root: Path) -> str:

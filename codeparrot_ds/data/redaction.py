@@ -35,7 +35,7 @@ _VERSION_PART = 20
 # Formats as the services document them and secret scanners look for them.
 _SECRETS = {
     "AWS_KEY": r"(?<![A-Z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])",
-    "AWS_SECRET": r"(?<=aws_secret_access_key)(\s*[=:]\s*[\"']?)[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
+    "AWS_SECRET": r"(?<=(?i:aws_secret_access_key))(\s*[=:]\s*[\"']?)[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
     "GITHUB_TOKEN": r"(?<!\w)(?:gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,255})(?!\w)",
     "GOOGLE_KEY": r"(?<![\w-])(?:AIza[\w-]{35}|GOCSPX-[\w-]{28})(?![\w-])",
     "SLACK_TOKEN": r"(?<!\w)xox[abeoprs]-[A-Za-z0-9-]{10,}|https://hooks\.slack\.com/services/T\w+/B\w+/\w+",
@@ -49,7 +49,7 @@ _SECRETS = {
 # Looking for a plain substring first is what makes redaction cheap: nearly all files hold none.
 _HINTS = {
     "AWS_KEY": ("AKIA", "ASIA"),
-    "AWS_SECRET": ("aws_secret_access_key",),
+    "AWS_SECRET": ("aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"),
     "GITHUB_TOKEN": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
     "GOOGLE_KEY": ("AIza", "GOCSPX-"),
     "SLACK_TOKEN": ("xox", "hooks.slack.com"),

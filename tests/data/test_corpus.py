@@ -332,6 +332,15 @@ def test_files_that_are_no_text_are_counted_and_left_out(tmp_path, tree):
     assert len(rows) == 61 and rows["bom.py"] == program(99)
 
 
+def test_names_that_are_no_unicode_cost_their_file_alone(tmp_path):
+    root = tmp_path / "pro\udcffject"
+    write_tree(root, {f"{i}.py": program(i) for i in range(5)})
+    (root / "\udcfe.py").write_text(program(9))
+    card = build_corpus([str(root)], tmp_path / "out")
+    assert {row["repo_name"] for row in all_rows(tmp_path / "out")} == {"pro?ject"}
+    assert card["documents"] == 5 and card["sources"][0]["left_out"] == {"not_text": 1}
+
+
 def test_suffixes_choose_the_files(tmp_path):
     source = write_tree(tmp_path / "project", {f"{i}.pyx": program(i) for i in range(3)} | {"a.py": program(9)})
     build_corpus([str(source)], tmp_path / "out", suffixes=[".pyx"])

@@ -30,8 +30,9 @@ def test_each_form_is_replaced_and_counted(kind, around):
 
 
 def test_aws_secret_by_its_name():
-    text = 'aws_secret_access_key = "' + A[:40] + '"\n'
-    assert redact(text) == ('aws_secret_access_key = "<AWS_SECRET>"\n', {"AWS_SECRET": 1})
+    for name in ("aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"):
+        text = name + ' = "' + A[:40] + '"\n'
+        assert redact(text) == (name + ' = "<AWS_SECRET>"\n', {"AWS_SECRET": 1})
 
 
 @pytest.mark.parametrize(
