@@ -22,9 +22,12 @@ _EMAIL = re.compile(
     rf"(?:{_TOP_LEVEL})(?![\w-]|\.\w)",
     re.IGNORECASE | re.ASCII,
 )
-_IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\w)", re.ASCII)
+_EMAIL_HINT = re.compile(r"@(?<=\w@)\w")
+# The first character comes before the look behind it, because the engine leaps to a character, but not to a condition.
+_IPV4 = re.compile(r"[0-9](?<![\w.-].)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?![\w-]|\.\w)", re.ASCII)
 _IPV6 = re.compile(
-    r"(?<![\w:.])(?:[0-9a-f]{1,4}:){2,7}(?::?[0-9a-f]{1,4}|:)(?::[0-9a-f]{1,4}){0,5}(?![\w:]|\.\w)", re.IGNORECASE
+    r"[23](?<![\w:.].)[0-9a-f]{0,3}:(?:[0-9a-f]{1,4}:){0,6}(?::?[0-9a-f]{1,4}|:)(?::[0-9a-f]{1,4}){0,5}(?![\w:]|\.\w)",
+    re.IGNORECASE,
 )
 _VERSION_BEFORE = re.compile(
     r"(?:version\w*|\bver|release|\bv|[=<>~!]=|(?<![A-Z0-9_])[<>])\s*[\"'=:(\[]*\s*[\"']?$", re.IGNORECASE
@@ -69,7 +72,7 @@ def redact(text: str) -> tuple[str, Counter[str]]:
     for kind, pattern in _PATTERNS.items():
         if any(hint in text for hint in _HINTS[kind]):
             text = _replace(pattern, kind, text, counts, lambda found: True)
-    if "@" in text:
+    if _EMAIL_HINT.search(text):
         text = _replace(_EMAIL, "EMAIL", text, counts, lambda found: True)
     text = _replace(_IPV4, "IPV4", text, counts, _is_public_ipv4)
     if ":" in text:
