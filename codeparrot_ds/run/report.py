@@ -193,7 +193,13 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "branch": run.record.get("name") if run.record.get("hub") else None,
         "hub": run.record.get("hub"),
         "unreadable_rows": run.unreadable_rows,
+        "data": _data_account(run.record.get("data")),
     }
+
+
+def _data_account(data: Any) -> dict[str, Any] | None:
+    """What the run says of the data it read (``opening.data_account``); None for runs before it was kept."""
+    return data if isinstance(data, dict) and "summary" in data else None
 
 
 def _column(rows: Iterable[dict[str, Any]], key: str) -> list[float]:

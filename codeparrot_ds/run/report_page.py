@@ -42,6 +42,7 @@ tbody th { width: 1%; font-weight: 400; color: var(--faint); position: sticky; l
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; }
 details { margin-top: .6rem; padding: .7rem 1rem; }
 summary { cursor: pointer; }
+details ul { margin: .5rem 0 0; padding-left: 1.2rem; font-size: .88rem; overflow-wrap: anywhere; }
 pre { overflow-x: auto; font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; margin: .6rem 0 0; }
 @media print { body { background: none; font-size: 11pt; } main { max-width: none; padding: 0; }
   .charts { grid-template-columns: 1fr 1fr; } h2 { break-after: avoid; } details:not([open]) { display: none; } }
@@ -94,6 +95,19 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("branch", lambda run: f"{run['branch']} of {run['hub']}" if run["branch"] else NOTHING),
     ("unreadable rows of metrics", lambda run: _whole(run["unreadable_rows"])),
 )
+# The same for the data that a run read; see opening.data_account.
+_DATA_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("epoch", lambda data: _whole(data.get("epoch"))),
+    ("documents", lambda data: _whole(data.get("documents"))),
+    ("text", lambda data: _text_size(data.get("characters"), data.get("bytes"))),
+    ("tokens", lambda data: _whole(data.get("tokens"))),
+    ("tokens a document", lambda data: _number(data.get("tokens_per_document"))),
+    ("characters a token", lambda data: _number(data.get("chars_per_token"))),
+    ("rows a lane", lambda data: _span(data.get("rows_per_lane"))),
+    ("encoder", lambda data: str(data.get("encoder") or NOTHING)),
+    ("unreadable documents", lambda data: _whole(len(data.get("bad_documents") or ()) if data else None)),
+)
+_UNREADABLE_SHOWN = 20
 _LONG_ROWS = {"checkpoints at steps", "branch"}
 # Worth a line only where something happened.
 _QUIET_AT_ZERO = {"non-finite losses", "skipped steps", "unreadable rows of metrics"}
@@ -111,6 +125,8 @@ def html_page(
         parts.append(_tiles(summaries[0]))
     parts.append('<div class="charts">' + "".join(_figure(chart, images) for chart, images in pictures) + "</div>")
     parts.append("<h2>Figures</h2>" + _html_table(_summary_table(summaries)))
+    if data := _data_table(summaries):
+        parts.append("<h2>Data</h2>" + _html_table(data) + "".join(map(_html_unreadable, summaries)))
     differences = _differences(summaries, settings)
     if differences:
         parts.append("<h2>Settings that differ</h2>" + _html_table(differences))
@@ -123,6 +139,8 @@ def markdown_page(
 ) -> str:
     """The same in Markdown; pictures are files beside it."""
     parts = [f"# {_md(_title(summaries))}", _md(_subtitle(summaries)), _md_table(_summary_table(summaries))]
+    if data := _data_table(summaries):
+        parts += ["## Data", _md_table(data), *filter(None, map(_md_unreadable, summaries))]
     differences = _differences(summaries, settings)
     if differences:
         parts += ["## Settings that differ", _md_table(differences)]
@@ -204,6 +222,33 @@ def _summary_table(summaries: Sequence[dict[str, Any]]) -> Table:
         if not set(values) <= empty:
             table.append((label, values))
     return table
+
+
+def _data_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """What the runs read; empty where none says."""
+    accounts = [summary["data"] or {} for summary in summaries]
+    rows = [(label, [write(account) for account in accounts]) for label, write in _DATA_ROWS]
+    return [("run", [summary["name"] for summary in summaries]), *rows] if any(accounts) else []
+
+
+def _unreadable(summary: dict[str, Any]) -> tuple[str, list[str]]:
+    """A heading, and the first unreadable documents of a run; nothing where all could be read."""
+    documents = [str(each) for each in (summary["data"] or {}).get("bad_documents") or ()]
+    shown = documents[:_UNREADABLE_SHOWN]
+    if left := len(documents) - len(shown):
+        shown.append(f"and {left:,} more, named in the run's logs")
+    return f"{summary['name']}: unreadable documents, which were skipped", shown
+
+
+def _html_unreadable(summary: dict[str, Any]) -> str:
+    heading, documents = _unreadable(summary)
+    items = "".join(f"<li>{html.escape(each)}</li>" for each in documents)
+    return f"<details open><summary>{html.escape(heading)}</summary><ul>{items}</ul></details>" if items else ""
+
+
+def _md_unreadable(summary: dict[str, Any]) -> str:
+    heading, documents = _unreadable(summary)
+    return "\n".join([f"{_md(heading)}:", "", *(f"- {_md(each)}" for each in documents)]) if documents else ""
 
 
 def _differences(summaries: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]]) -> Table:
@@ -289,6 +334,20 @@ def _percent(fraction: Any) -> str:
 
 def _gibibytes(size: Any) -> str:
     return f"{size / 2**30:.2f} GiB" if isinstance(size, (int, float)) else NOTHING
+
+
+def _text_size(characters: Any, size: Any) -> str:
+    if not isinstance(characters, int) or not isinstance(size, (int, float)):
+        return NOTHING
+    return f"{characters:,} characters, {size / 1e6:,.1f} MB"
+
+
+def _span(values: Any) -> str:
+    """The least and the greatest of some whole numbers."""
+    if not isinstance(values, list) or not values:
+        return NOTHING
+    least, most = min(values), max(values)
+    return _whole(least) if least == most else f"{_whole(least)}–{_whole(most)}"
 
 
 def _hours(hours: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from codeparrot_ds.config import RunConfig, save_config
+from codeparrot_ds.data.opening import data_account
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.plots import LINE_STYLES, MARKERS, number
 from codeparrot_ds.run.report import charts, read_run, summarize, write_report
@@ -242,6 +243,63 @@ def test_a_run_with_nothing_logged(tmp_path):
     assert "empty" in page.text
 
 
+def with_data(path: Path, num_bad: int = 0, **changes) -> Path:
+    """A run that says what it read."""
+    lost = [f"/data/part-{number}.jsonl, line {number}: broken JSON" for number in range(num_bad)]
+    totals = {"documents": 1234, "characters": 7_654_321, "bytes": 8_100_000, "tokens": 2_222_222, "epoch": 1}
+    account = data_account([totals], bad_documents=lost, rows_per_lane={0: 1085, 1: 1087, 2: 1086}, encoder="gigatoken")
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(record | {"data": account | changes}))
+    return path
+
+
+def between(text: str, start: str, end: str) -> str:
+    return text[text.index(start) : text.index(end, text.index(start))]
+
+
+def test_what_a_run_read(tmp_path):
+    path = with_data(write_run(tmp_path / "run"), num_bad=23)
+    page, markdown = Page(write_report([path])), (path / "report" / "report.md").read_text()
+    for text in (between(page.text, " Data ", " Settings "), between(markdown, "## Data", "![")):
+        for value in (
+            *("1,234", "7,654,321 characters, 8.1 MB", "2,222,222", "1,801", "3.444", "1,085–1,087", "gigatoken"),
+            *("part-0.jsonl, line 0: broken JSON", "part-19.jsonl", "and 3 more"),
+        ):
+            assert value in text, value
+        assert "part-20.jsonl" not in text
+    assert [tag for tag, _ in page.tags].count("li") == 21
+    (figures,) = json.loads((path / "report" / "report.json").read_text())["runs"]
+    assert figures["data"]["documents"] == 1234 and len(figures["data"]["bad_documents"]) == 23
+
+
+def test_nothing_is_said_of_unreadable_documents_where_there_are_none(tmp_path):
+    path = with_data(write_run(tmp_path / "run"), rows_per_lane=[7, 7])
+    page, markdown = Page(write_report([path])), (path / "report" / "report.md").read_text()
+    assert "li" not in {tag for tag, _ in page.tags} and "which were skipped" not in page.text + markdown
+    assert "| rows a lane | 7 |" in markdown and "| unreadable documents | 0 |" in markdown
+
+
+@pytest.mark.parametrize("data", [None, {"documents": 5, "epoch": 0}, "text"])
+def test_runs_that_do_not_say_what_they_read(tmp_path, data):
+    path, other = write_run(tmp_path / "old"), with_data(write_run(tmp_path / "new"), num_bad=1)
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(record | {"data": data}))
+    page = Page(write_report([path]))
+    assert " Data " not in page.text and "## Data" not in (path / "report" / "report.md").read_text()
+    write_report([path, other], tmp_path / "both")
+    markdown = (tmp_path / "both" / "report.md").read_text()
+    assert "| documents | – | 1,234 |" in markdown and "| unreadable documents | – | 1 |" in markdown
+    assert "new: unreadable documents" in markdown and "old: unreadable documents" not in markdown
+
+
+def test_the_account_of_a_run_without_a_finished_document(tmp_path):
+    path = write_run(tmp_path / "run")
+    zeros = dict.fromkeys(("documents", "characters", "bytes", "tokens"), 0)
+    with_data(path, tokens_per_document=None, chars_per_token=None, rows_per_lane=[], **zeros)
+    write_report([path])
+    assert "| tokens a document | – |" in (path / "report" / "report.md").read_text()
+
+
 def test_metrics_alone_make_a_report(tmp_path):
     path = tmp_path / "bare"
     path.mkdir()
@@ -280,8 +338,9 @@ def test_text_of_a_run_is_escaped(tmp_path):
     record["name"] = "<script>alert(1)</script> $a_b$ | *x* \"'"
     (path / "run.json").write_text(json.dumps(record))
     (path / "config.yaml").write_text("model: '</pre><img src=x>'\n")
+    with_data(path, bad_documents=["</li><img src=x>"], encoder="<iframe>")
     page = Page(write_report([path]))
-    assert "script" not in {tag for tag, _ in page.tags} and "<script>" in page.text
+    assert not {"script", "iframe"} & {tag for tag, _ in page.tags} and "<script>" in page.text
     assert all(attributes["src"].startswith("data:") for tag, attributes in page.tags if tag == "img")
     markdown = (path / "report" / "report.md").read_text()
     title = markdown.splitlines()[0]
