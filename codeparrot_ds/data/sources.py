@@ -36,7 +36,7 @@ READ_BYTES = 1 << 18
 """Bytes that a reader asks the disk for at once; one open piece a lane holds about so much."""
 REMOTE_READ_BYTES = 1 << 21
 """The same on the Hub, where each request costs a round trip."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ def find_shards(data: str | Path, split: str) -> list[Shard]:
     """The shards of a split, sorted by name. Raises a UserError when there is nothing to read.
 
     ``data`` is a folder with a folder a split, a folder of shards (which then are its split, whatever it is called), or
-    the name of a Hub dataset (``org/name`` or ``org/name@revision``).
+    the name of a Hub dataset (``org/name``, with ``:config`` and ``@revision`` where wanted).
     """
     folder = Path(data)
     if not folder.is_dir() and _HUB_NAME.fullmatch(str(data)):

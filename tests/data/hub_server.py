@@ -5,15 +5,20 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import multiprocessing
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 LFS_SUFFIXES = (".gz", ".zst", ".parquet")
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
@@ -263,3 +268,17 @@ def running_hub() -> Iterator[HubServer]:
         yield server
         server.shutdown()
         thread.join()
+
+
+@contextmanager
+def client_process(folder: Path, **environment: str) -> Iterator[Callable[..., Any]]:
+    """Calls functions in a process of its own: the clients read their environment when they are imported."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HF_HOME", str(folder))
+        patch.setenv("HF_HUB_DISABLE_XET", "1")
+        patch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=60)

@@ -10,11 +10,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,7 +19,7 @@ import pytest
 from codeparrot_ds.data.hub_dataset import HubFile, HubReader, resolve_hub_dataset
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents, write_shard
-from tests.data.hub_server import Fault, HubServer, content_id, running_hub
+from tests.data.hub_server import Fault, HubServer, client_process, content_id, running_hub
 
 TOKEN = "hf_secret"
 CARD = """---
@@ -49,20 +46,6 @@ def healthy(request: pytest.FixtureRequest) -> None:
         server = request.getfixturevalue("hub")
         server.fault = None
         server.log.clear()
-
-
-@contextmanager
-def client_process(folder: Path, **environment: str) -> Iterator[Callable[..., Any]]:
-    """Calls functions in a process of its own: the clients read their environment when they are imported."""
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
-            patch.delenv(name, raising=False)
-        patch.setenv("HF_HOME", str(folder))
-        patch.setenv("HF_HUB_DISABLE_XET", "1")
-        patch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=60)
 
 
 @pytest.fixture(scope="module")
