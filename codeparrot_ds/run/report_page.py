@@ -98,11 +98,12 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
 # The same for the data that a run read; see opening.data_account.
 _DATA_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("epoch", lambda data: _whole(data.get("epoch"))),
-    ("documents", lambda data: _whole(data.get("documents"))),
-    ("text", lambda data: _text_size(data.get("characters"), data.get("bytes"))),
+    ("documents finished", lambda data: _whole(data.get("documents"))),
+    ("text of those", lambda data: _text_size(data.get("characters"), data.get("bytes"))),
     ("tokens", lambda data: _whole(data.get("tokens"))),
-    ("tokens a document", lambda data: _number(data.get("tokens_per_document"))),
-    ("characters a token", lambda data: _number(data.get("chars_per_token"))),
+    # Neither is known before a document is finished: then one is missing and the other 0.
+    ("tokens a document", lambda data: _number(data.get("tokens_per_document") or None)),
+    ("characters a token", lambda data: _number(data.get("chars_per_token") or None)),
     ("rows a lane", lambda data: _span(data.get("rows_per_lane"))),
     ("encoder", lambda data: str(data.get("encoder") or NOTHING)),
     ("unreadable documents", lambda data: _whole(len(data.get("bad_documents") or ()) if data else None)),

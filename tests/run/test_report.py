@@ -288,16 +288,17 @@ def test_runs_that_do_not_say_what_they_read(tmp_path, data):
     assert " Data " not in page.text and "## Data" not in (path / "report" / "report.md").read_text()
     write_report([path, other], tmp_path / "both")
     markdown = (tmp_path / "both" / "report.md").read_text()
-    assert "| documents | – | 1,234 |" in markdown and "| unreadable documents | – | 1 |" in markdown
+    assert "| documents finished | – | 1,234 |" in markdown and "| unreadable documents | – | 1 |" in markdown
     assert "new: unreadable documents" in markdown and "old: unreadable documents" not in markdown
 
 
 def test_the_account_of_a_run_without_a_finished_document(tmp_path):
     path = write_run(tmp_path / "run")
     zeros = dict.fromkeys(("documents", "characters", "bytes", "tokens"), 0)
-    with_data(path, tokens_per_document=None, chars_per_token=None, rows_per_lane=[], **zeros)
+    with_data(path, **zeros | {"tokens": 640}, tokens_per_document=None, chars_per_token=0.0, rows_per_lane=[])
     write_report([path])
-    assert "| tokens a document | – |" in (path / "report" / "report.md").read_text()
+    markdown = (path / "report" / "report.md").read_text()
+    assert "| tokens a document | – |" in markdown and "| characters a token | – |" in markdown
 
 
 def test_metrics_alone_make_a_report(tmp_path):
