@@ -43,6 +43,8 @@ setup(
         "transformers>=5.17",
         "datasets>=4",
         "tokenizers>=0.22",
+        # Encodes a hundred times as fast where it proves equal; without it (no wheel) the tokenizers library encodes.
+        "gigatoken>=0.10; platform_machine in 'x86_64 aarch64'",
         "wandb>=0.20",
         "ninja>=1.11",
         "safetensors>=0.5",
