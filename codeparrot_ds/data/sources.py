@@ -334,7 +334,7 @@ def _read_lines(
     longer = 0  # bytes to read at least, when a line is longer than what was read
     while offset < end:
         # A short piece asks for little more than itself.
-        size = max(longer, min(shard.read_bytes, max(end - offset, 1 << 16)))
+        size = max(longer, min(shard.read_bytes, max(end - offset, 1 << 15)))
         block = file.read_at(offset, size)
         if not block:
             raise _Damage(_line_number(file, piece, line + 1), EOFError(f"it had {shard.bytes} bytes before"))

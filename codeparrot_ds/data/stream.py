@@ -33,7 +33,9 @@ from codeparrot_ds.data.sources import (
 )
 from codeparrot_ds.errors import UserError
 
-MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 16, 1 << 24
+ORDER_VERSION = 1
+"""Changes with whatever makes the same data give other rows: pieces, windows, permutations, packing."""
+MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 15, 1 << 24
 PIECES_A_LANE = 16
 """Each epoch takes a lane's pieces in another order, which mixes further than a window does."""
 
@@ -437,6 +439,7 @@ def _find_empty_lane(shards: Sequence[Shard], num_lanes: int) -> int | None:
 def stream_fingerprint(config: StreamConfig) -> dict[str, Any]:
     """What must be equal for saved lane states to mean the same documents, as JSON."""
     return {
+        "order_version": ORDER_VERSION,
         "datasets": [
             {
                 "name": dataset.name,
@@ -459,7 +462,7 @@ def fingerprint_differences(saved: Mapping[str, Any], current: Mapping[str, Any]
     Where a corpus lies is its user's business: names of data sets may change, their shards may not.
     """
     differences = []
-    for key in ("seq_length", "num_lanes", "shuffle_buffer", "seed"):
+    for key in ("order_version", "seq_length", "num_lanes", "shuffle_buffer", "seed"):
         if saved.get(key) != current[key]:
             differences.append(f"{key} is {current[key]}, but the run was started with {saved.get(key)}.")
     if saved.get("tokenizer") != current["tokenizer"]:

@@ -318,6 +318,10 @@ def test_fingerprint_differences_are_spelled_out(make_config: ConfigMaker) -> No
         "The shard part-00002.jsonl is gone.",
         "The shard part-9.jsonl is new.",
     ]
+    older = {**saved, "order_version": 0}
+    assert fingerprint_differences(older, stream_fingerprint(config)) == [
+        "order_version is 1, but the run was started with 0."
+    ]
     data = whole.shards[0].path.read_bytes()
     whole.shards[0].path.write_bytes(data.replace(b"document", b"DOCUMENT"))
     assert fingerprint_differences(saved, stream_fingerprint(config)) == [

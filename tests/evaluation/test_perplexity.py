@@ -1,9 +1,11 @@
 """Loss, perplexity and bits a byte, against transformers' own loss and against counting by hand."""
 
+import json
 import math
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -135,6 +137,53 @@ def test_ranks_with_unequal_numbers_of_batches_stay_in_step(tmp_path):
     total, count = sum(int(some.sum()) for some in targets), sum(some.numel() for some in targets)
     bits_per_byte = total / math.log(2) / total  # each target id stands for as many bytes as its loss
     assert answers == [f"4 {total / count!r} {bits_per_byte!r} {count}"] * 3
+
+
+def evaluate_in_threads(model, encoder, shards, world_size):
+    """``evaluate_batches`` on so many ranks of this process; each rank's result."""
+    barrier, parts, results = threading.Barrier(world_size), [None] * world_size, [None] * world_size
+
+    def run(rank):
+        def reduce(tensor):
+            parts[rank] = tensor.clone()
+            barrier.wait()
+            total = sum(parts)
+            barrier.wait()
+            tensor.copy_(total)
+
+        loader = ValidationLoader(
+            shards, encoder, seq_length=32, num_lanes=12, batch_size=2, rank=rank, world_size=world_size
+        )
+        results[rank] = evaluate_batches(
+            lambda ids, labels: token_losses(model(input_ids=ids).logits, labels),
+            loader,
+            token_bytes=encoder.token_bytes(),
+            reduce=reduce,
+        )
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return results
+
+
+def test_the_loss_is_the_token_weighted_mean_at_any_world_size(tmp_path, model_folder):
+    """Documents of very different lengths, so that a mean over ranks or rows would be another number."""
+    texts = [f"def f_{n}(x):\n" + f"    x += {n}\n" * (n * n % 97) for n in range(60)]
+    (tmp_path / "validation").mkdir()
+    for part in range(3):
+        rows = "".join(json.dumps({"content": text}) + "\n" for text in texts[part::3])
+        (tmp_path / "validation" / f"part-{part}.jsonl").write_text(rows)
+    shards, encoder = find_shards(tmp_path, "validation"), load_encoder(model_folder)
+    model, _ = load_model(model_folder)
+    loader = ValidationLoader(shards, encoder, seq_length=32, num_lanes=12, batch_size=4)
+    expected, tokens = transformers_loss(model, list(loader))
+    for world_size in (1, 2, 3, 4):
+        for result in evaluate_in_threads(model, encoder, shards, world_size):
+            assert result.eval_tokens == tokens
+            assert result.loss == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_run_is_evaluated_on_its_own_rows(run_folder, model_folder, corpus_folder):

@@ -9,7 +9,7 @@ import shutil
 import sys
 
 import pytest
-from stories import run_command
+from stories import losses, run_command
 
 from codeparrot_ds.data.tokenizer import train_tokenizer
 from codeparrot_ds.run.checkpoint_files import list_checkpoints, verify_checkpoint
@@ -155,6 +155,41 @@ def test_resuming_on_changed_data(workshop, finished, tmp_path):
     shard.write_text(shard.read_text() + json.dumps({"content": "x = 1\n"}) + "\n")
     arguments = ("--run-name", "mine", "--max-train-steps", "4", "--data", str(tmp_path / "corpus"))
     refused(workshop.train(*arguments), shard.name, "other data")
+
+
+def test_changed_data_can_begin_a_new_epoch(workshop, finished, tmp_path):
+    run = tmp_path / "mine"
+    shutil.copytree(finished, run)
+    shutil.copytree(workshop.corpus, tmp_path / "corpus")
+    shard = next((tmp_path / "corpus" / "train").iterdir())
+    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[1:]))
+    process = workshop.train(
+        *("--run-name", "mine", "--max-train-steps", "5", "--data", str(tmp_path / "corpus")),
+        *("--num-lanes", "4", "--on-data-change", "restart", "--save-checkpoint-steps", "1"),
+        output_dir=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert (
+        "the data begins a new epoch: num_lanes is 4" in process.stderr and f"shard {shard.name} has" in process.stderr
+    )
+    assert sorted(losses(run)) == [1, 2, 3, 4, 5]
+    data = json.loads((run / "checkpoints" / "step-00000005" / "data.json").read_text())
+    assert (data["first_step"], data["rows"], len(data["lanes"])) == (3, 16, 4)
+
+
+def test_unreadable_documents_of_all_ranks_stop_a_run_past_its_limit(workshop, tmp_path):
+    shutil.copytree(workshop.corpus, tmp_path / "corpus")
+    for shard in (tmp_path / "corpus" / "train").iterdir():
+        first, *rest = shard.read_text().splitlines()
+        shard.write_text("\n".join([first, "{broken", *rest, '{"content": null}']) + "\n")
+    num_bad = 2 * len(list((tmp_path / "corpus" / "train").iterdir()))
+    arguments = ("--data", str(tmp_path / "corpus"), "--run-name", "bad", "--max-train-steps", "400")
+    process = workshop.train(*arguments, "--max-bad-documents", str(num_bad - 2), output_dir=tmp_path)
+    line = next(line for line in process.stderr.splitlines() if "error:" in line)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert f"more than max_bad_documents={num_bad - 2}" in line and str(tmp_path / "bad" / "log") in line
+    logs = "".join(path.read_text() for path in (tmp_path / "bad" / "log").iterdir())
+    assert f"{shard}, line 2: broken JSON" in logs and "`content` is NoneType, not a string" in logs
 
 
 def test_sources_and_vocabulary(tmp_path):
