@@ -153,12 +153,16 @@ class TrainingLoader:
         }
 
     def counters(self) -> dict[str, int]:
-        """Of this rank's lanes: the epoch (of the slowest) and what they have handed out since the run began."""
+        """Of this rank's lanes: the epoch (of the slowest) and what they have handed out since the run began.
+
+        Documents, characters, bytes and ``tokens_of_documents`` count finished documents, ``tokens`` all.
+        """
         current = self._current()
         counts = {name: current[..., STATE_FIELDS.index(name)] for name in STATE_FIELDS}
         return {
             "epoch": int(counts["epoch"].min()),
             **{name: int(counts[name].sum()) for name in ("documents", "characters", "bytes", "tokens")},
+            "tokens_of_documents": int((counts["tokens"] - counts["token"]).sum()),
             "bad_documents": len(self.bad_documents),
         }
 

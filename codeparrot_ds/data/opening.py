@@ -175,13 +175,15 @@ def data_account(
         rows_per_lane: of every lane.
         encoder: the library that encoded.
     """
-    totals = {name: sum(each[name] for each in counters) for name in ("documents", "characters", "bytes", "tokens")}
+    names = ("documents", "characters", "bytes", "tokens", "tokens_of_documents")
+    totals = {name: sum(each[name] for each in counters) for name in names}
     epoch = min(each["epoch"] for each in counters)
-    tokens_per_document = totals["tokens"] / totals["documents"] if totals["documents"] else None
-    chars_per_token = totals["characters"] / totals["tokens"] if totals["tokens"] else None
     summary = f"epoch {epoch}, {totals['documents']:,} documents, {totals['bytes'] / 1e6:,.1f} MB, "
     summary += f"{totals['tokens']:,} tokens"
-    if tokens_per_document and chars_per_token:
+    tokens_per_document = chars_per_token = None
+    if totals["documents"]:
+        tokens_per_document = totals["tokens_of_documents"] / totals["documents"]
+        chars_per_token = totals["characters"] / totals["tokens_of_documents"]
         summary += f" ({tokens_per_document:,.0f} a document, {chars_per_token:.2f} characters a token)"
     if bad_documents:
         summary += f"; {len(bad_documents)} unreadable documents skipped, the first: {bad_documents[0]}"

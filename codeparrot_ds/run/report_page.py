@@ -102,8 +102,8 @@ _DATA_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("text of those", lambda data: _text_size(data.get("characters"), data.get("bytes"))),
     ("tokens", lambda data: _whole(data.get("tokens"))),
     # Neither is known before a document is finished: then one is missing and the other 0.
-    ("tokens a document", lambda data: _number(data.get("tokens_per_document") or None)),
-    ("characters a token", lambda data: _number(data.get("chars_per_token") or None)),
+    ("tokens a document", lambda data: _number(data.get("tokens_per_document"))),
+    ("characters a token", lambda data: _number(data.get("chars_per_token"))),
     ("rows a lane", lambda data: _span(data.get("rows_per_lane"))),
     ("encoder", lambda data: str(data.get("encoder") or NOTHING)),
     ("unreadable documents", lambda data: _whole(len(data.get("bad_documents") or ()) if data else None)),

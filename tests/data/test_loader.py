@@ -109,7 +109,8 @@ def test_token_ids_of_large_vocabularies() -> None:
 def test_counters_and_wait(config: StreamConfig) -> None:
     loader = TrainingLoader(config, micro_batch_size=6)
     assert loader.counters() == {
-        "epoch": 0, "documents": 0, "characters": 0, "bytes": 0, "tokens": 0, "bad_documents": 0
+        "epoch": 0, "documents": 0, "characters": 0, "bytes": 0, "tokens": 0, "tokens_of_documents": 0,
+        "bad_documents": 0
     }  # fmt: skip
     assert loader.rows_per_lane() == dict.fromkeys(range(24), 0)
     start = time.perf_counter()
@@ -124,6 +125,7 @@ def test_counters_and_wait(config: StreamConfig) -> None:
     assert loader.rows_per_lane()[0] in (20, 21)
     assert counters["epoch"] == min(state.epoch for state in states) > 0
     assert counters["documents"] == sum(state.documents for state in states) > 80
+    assert counters["tokens_of_documents"] == counters["tokens"] - sum(state.token for state in states)
     assert counters["bytes"] == sum(state.bytes for state in states) > 0
 
 

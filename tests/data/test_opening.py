@@ -117,13 +117,13 @@ def test_a_stream_goes_on_or_begins_anew(
 
 def test_the_account_adds_up_over_ranks() -> None:
     counters = [
-        {"epoch": 1, "documents": 10, "characters": 300, "bytes": 310, "tokens": 100, "bad_documents": 0},
-        {"epoch": 0, "documents": 20, "characters": 600, "bytes": 610, "tokens": 100, "bad_documents": 1},
+        {"epoch": 1, "documents": 10, "characters": 300, "bytes": 310, "tokens": 100, "tokens_of_documents": 90},
+        {"epoch": 0, "documents": 20, "characters": 600, "bytes": 610, "tokens": 100, "tokens_of_documents": 90},
     ]
     account = data_account(counters, bad_documents=["x.jsonl, line 3: broken"], rows_per_lane={1: 5, 0: 4}, encoder="e")
     assert account["epoch"] == 0 and account["bytes"] == 920 and account["rows_per_lane"] == [4, 5]
     assert account["summary"] == (
-        "epoch 0, 30 documents, 0.0 MB, 200 tokens (7 a document, 4.50 characters a token); "
+        "epoch 0, 30 documents, 0.0 MB, 200 tokens (6 a document, 5.00 characters a token); "
         "1 unreadable documents skipped, the first: x.jsonl, line 3: broken"
     )
     nothing = data_account([dict.fromkeys(counters[0], 0)], bad_documents=[], rows_per_lane={0: 0}, encoder="e")

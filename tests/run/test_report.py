@@ -247,6 +247,7 @@ def with_data(path: Path, num_bad: int = 0, **changes) -> Path:
     """A run that says what it read."""
     lost = [f"/data/part-{number}.jsonl, line {number}: broken JSON" for number in range(num_bad)]
     totals = {"documents": 1234, "characters": 7_654_321, "bytes": 8_100_000, "tokens": 2_222_222, "epoch": 1}
+    totals["tokens_of_documents"] = 2_222_000
     account = data_account([totals], bad_documents=lost, rows_per_lane={0: 1085, 1: 1087, 2: 1086}, encoder="gigatoken")
     record = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps(record | {"data": account | changes}))
@@ -262,7 +263,7 @@ def test_what_a_run_read(tmp_path):
     page, markdown = Page(write_report([path])), (path / "report" / "report.md").read_text()
     for text in (between(page.text, " Data ", " Settings "), between(markdown, "## Data", "![")):
         for value in (
-            *("1,234", "7,654,321 characters, 8.1 MB", "2,222,222", "1,801", "3.444", "1,085–1,087", "gigatoken"),
+            *("1,234", "7,654,321 characters, 8.1 MB", "2,222,222", "1,801", "3.445", "1,085–1,087", "gigatoken"),
             *("part-0.jsonl, line 0: broken JSON", "part-19.jsonl", "and 3 more"),
         ):
             assert value in text, value
@@ -295,7 +296,7 @@ def test_runs_that_do_not_say_what_they_read(tmp_path, data):
 def test_the_account_of_a_run_without_a_finished_document(tmp_path):
     path = write_run(tmp_path / "run")
     zeros = dict.fromkeys(("documents", "characters", "bytes", "tokens"), 0)
-    with_data(path, **zeros | {"tokens": 640}, tokens_per_document=None, chars_per_token=0.0, rows_per_lane=[])
+    with_data(path, **zeros | {"tokens": 640}, tokens_per_document=None, chars_per_token=None, rows_per_lane=[])
     write_report([path])
     markdown = (path / "report" / "report.md").read_text()
     assert "| tokens a document | – |" in markdown and "| characters a token | – |" in markdown
