@@ -25,8 +25,9 @@ from codeparrot_ds.data.workers import Block, BlockMaker, Worker, block_shapes
 
 logger = logging.getLogger(__name__)
 
-BLOCK_ROWS = 128
-"""Rows that a worker prepares at once: enough that handing them over costs nothing, few enough to be there soon."""
+BLOCK_ROWS, FAST_BLOCK_ROWS = 128, 512
+"""Rows that a worker prepares at once, without and with the fast encoder: enough that handing them over costs nothing,
+few enough that the first are there soon."""
 BLOCKS_AHEAD = 6
 """Blocks that a worker may be ahead; they hold at least two micro-batches."""
 
@@ -79,12 +80,13 @@ class TrainingLoader:
 
     def _start(self, num_workers: int, states: Mapping[int, LaneStates]) -> list[Worker | BlockMaker]:
         shares = _shares(self._lanes, max(1, num_workers))
-        self._rounds = math.ceil(BLOCK_ROWS / len(shares[0]))
+        block_rows = BLOCK_ROWS if self._config.encoder.name == "tokenizers" else FAST_BLOCK_ROWS
+        self._rounds = math.ceil(block_rows / len(shares[0]))
         if not num_workers:
             lanes = self._lanes
             return [BlockMaker(self._config, lanes, [states[lane] for lane in lanes], self.bad_documents)]
-        block_rows = self._rounds * len(shares[0]) * num_workers
-        num_blocks = min(255, max(BLOCKS_AHEAD, 1 + math.ceil(2 * self._micro_batch_size / block_rows)))
+        rank_rows = self._rounds * len(self._lanes)
+        num_blocks = min(255, max(BLOCKS_AHEAD, 1 + math.ceil(2 * self._micro_batch_size / rank_rows)))
         workers: list[Worker] = []
         for share in shares:
             own = [states[lane] for lane in share]
