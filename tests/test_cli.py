@@ -146,12 +146,12 @@ def test_check_reads_the_run_config(tmp_path, capsys):
 def test_corpus_and_tokenizer_on_a_source_tree(tmp_path, capsys):
     source = tmp_path / "src"
     source.mkdir()
-    for number in range(60):
-        body = "\n".join(f"    value_{line} = argument * {number + line}" for line in range(30))
+    for number in range(60):  # unlike each other, or they would be near duplicates
+        body = "\n".join(f"    value_{line} = part_{number}_{line} * {number + line}" for line in range(30))
         (source / f"module_{number}.py").write_text(f"def function_{number}(argument):\n{body}\n    return value_0\n")
     corpus, tokenizer = str(tmp_path / "corpus"), str(tmp_path / "tokenizer")
     assert main(["corpus", str(source), "--out", corpus, "--validation-fraction", "0.1"]) == 0
-    assert "60 documents" in capsys.readouterr().out
+    assert "\n60 documents" in capsys.readouterr().out
     assert main(["tokenizer", "--data", corpus, "--out", tokenizer, "--vocab-size", "300"]) == 0
     assert "300 tokens from" in capsys.readouterr().out
     assert main(["corpus", str(source), "--out", corpus]) == 2

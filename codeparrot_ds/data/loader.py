@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from codeparrot_ds.data.sources import BadDocuments
+from codeparrot_ds.data.sources import BadDocuments, open_shard
 from codeparrot_ds.data.stream import (
     STATE_FIELDS,
     LaneState,
@@ -63,11 +63,8 @@ class TrainingLoader:
         self.wait_seconds = 0.0
         # Of each lane in turn, after the rows before the current blocks; shape (lanes, data sets, fields).
         self._states = np.stack([np.stack([state.to_array() for state in states[lane]]) for lane in self._lanes])
-        self._block = Block(
-            np.empty((0, len(self._lanes), config.seq_length), config.encoder.dtype), self._states[None]
-        )
-        self._flat = self._block.rows.reshape(-1, config.seq_length)
-        self._taken = 0  # rows of the block that were handed out
+        self._blocks: list[Block] = []  # one of every maker, read across
+        self._taken = self._available = 0  # rows of the blocks that were handed out, and that they have
         self._makers = self._start(min(num_workers, len(self._lanes)), states)
         self._stop = weakref.finalize(self, _close, self._makers)
         # Registered after other exit handlers, it runs before them: none waits for a worker.
@@ -87,6 +84,8 @@ class TrainingLoader:
             return [BlockMaker(self._config, lanes, [states[lane] for lane in lanes], self.bad_documents)]
         rank_rows = self._rounds * len(self._lanes)
         num_blocks = min(255, max(BLOCKS_AHEAD, 1 + math.ceil(2 * self._micro_batch_size / rank_rows)))
+        for shard in {dataset.shards[0] for dataset in self._config.datasets if dataset.shards[0].remote}:
+            open_shard(shard)  # imports what reading from the Hub needs: not for a child forked beside threads to do
         workers: list[Worker] = []
         for share in shares:
             own = [states[lane] for lane in share]
@@ -106,27 +105,33 @@ class TrainingLoader:
         rows = batch.numpy().view(config.encoder.dtype)
         filled = 0
         while filled < len(rows):
-            if self._taken == len(self._flat):
-                self._next_block()
-            count = min(len(rows) - filled, len(self._flat) - self._taken)
-            rows[filled : filled + count] = self._flat[self._taken : self._taken + count]
-            filled, self._taken = filled + count, self._taken + count
+            if self._taken == self._available:
+                self._next_blocks()
+            filled += self._copy_next(rows[filled:])
         self.wait_seconds += time.perf_counter() - start
         return batch
 
-    def _next_block(self) -> None:
-        """Reads the next block of every worker across: all the rank's rows, in their order."""
-        parts = [self._part(maker) for maker in self._makers]
-        self._states = self._block.states[-1]
-        if len(parts) == 1:
-            # Copied: the memory is the worker's again with its next block.
-            self._block = Block(parts[0].rows, parts[0].states.copy())
-        else:
-            self._block = Block(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))
-        self._flat = self._block.rows.reshape(-1, self._config.seq_length)
-        self._taken = 0
+    def _copy_next(self, rows: np.ndarray) -> int:
+        """Copies consecutive rows of one block; returns how many."""
+        turn, place = divmod(self._taken, len(self._lanes))
+        for block in self._blocks:
+            lanes = block.rows.shape[1]
+            if place < lanes:
+                count = min(len(rows), lanes - place)
+                rows[:count] = block.rows[turn, place : place + count]
+                self._taken += count
+                return count
+            place -= lanes
+        raise AssertionError("the blocks have every lane of the rank")
 
-    def _part(self, maker: Worker | BlockMaker) -> Block:
+    def _next_blocks(self) -> None:
+        """Gives the blocks back, whose memory is their makers' again, and takes the next one of every maker."""
+        self._states = self._current()
+        self._blocks, self._taken, self._available = [], 0, 0  # also the truth when a maker raises
+        self._blocks = [self._next_block(maker) for maker in self._makers]
+        self._available = self._rounds * len(self._lanes)
+
+    def _next_block(self, maker: Worker | BlockMaker) -> Block:
         if isinstance(maker, Worker):
             block, bad = maker.next_block()
             for document in bad:
@@ -141,11 +146,16 @@ class TrainingLoader:
 
     def _current(self) -> np.ndarray:
         """The lanes' states after the last micro-batch handed out, shape (lanes, data sets, fields)."""
+        if not self._taken:
+            return self._states.copy()
         rounds, rest = divmod(self._taken, len(self._lanes))
-        states = (self._block.states[rounds - 1] if rounds else self._states).copy()
+        states = self._states_of(rounds - 1) if rounds else self._states.copy()
         if rest:
-            states[:rest] = self._block.states[rounds, :rest]
+            states[:rest] = self._states_of(rounds)[:rest]
         return states
+
+    def _states_of(self, turn: int) -> np.ndarray:
+        return np.concatenate([block.states[turn] for block in self._blocks])
 
     def state(self) -> dict[int, LaneStates]:
         """The states of this rank's lanes after the last micro-batch handed out; what is prefetched does not count."""
