@@ -281,7 +281,7 @@ def test_a_small_file_may_come_whole_but_no_large_one(hub, client, files, mixed)
     "headers",
     [
         {"Retry-After": "20"},
-        {"Retry-After": format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)},
+        {"Retry-After": format_datetime(datetime.now(timezone.utc) + timedelta(days=1), usegmt=True)},
         {"RateLimit": '"resolvers";r=0;t=20'},
     ],
     ids=["seconds", "date", "ratelimit"],
