@@ -25,7 +25,7 @@ from codeparrot_ds.data.workers import Block, BlockMaker, Worker, block_shapes
 
 logger = logging.getLogger(__name__)
 
-BLOCK_ROWS, FAST_BLOCK_ROWS = 128, 512
+BLOCK_ROWS, FAST_BLOCK_ROWS = 64, 512
 """Rows that a worker prepares at once, without and with the fast encoder: enough that handing them over costs nothing,
 few enough that the first are there soon."""
 BLOCKS_AHEAD = 6

@@ -158,6 +158,8 @@ def _serve(
         # A signal to all of a job is the rank's to answer: it needs rows until it has saved; then it ends this process.
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)
+        # One core's worth of work; and the tokenizers library warns of a fork unless it is told so.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         maker = make()
         while True:
             number = emptied.recv_bytes()[0]
