@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,17 @@ def write_record(name: str, *, title: str, text: str, raw: Any, out: Path | None
         "command": f"python {shlex.join([os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]])}",
         "commit": commit(),
         "hardware": hardware(),
-        "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        "versions": ", ".join(map(_versioned, PACKAGES)),
         "python": platform.python_version(),
     }
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", text.strip(), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
     (folder / "raw.json").write_text(json.dumps(facts | {"raw": raw}, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def _versioned(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:  # a peer, installed with the test extras
+        return f"no {package}"
