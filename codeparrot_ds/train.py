@@ -122,4 +122,6 @@ def run_rank(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from codeparrot_ds.run.ranks import end_process
+
+    end_process(main())

@@ -1,5 +1,8 @@
 """How ranks agree: two real processes on gloo."""
 
+import subprocess
+import sys
+
 import pytest
 
 SCRIPT = """
@@ -87,3 +90,26 @@ def test_a_failure_reaches_every_rank(answers, case, on_rank_0, on_rank_1):
 
 def test_nobody_is_out_of_step_after_a_failure(answers):
     assert [answer["still in step"] for answer in answers] == [[0, 1], [0, 1]]
+
+
+BUSY_THREAD = """
+import atexit, sys, threading, torch
+
+def work():
+    a = torch.randn(100)
+    while True:
+        a + a
+
+threading.Thread(target=work, daemon=True).start()
+threading.Thread(target=lambda: (threading.Event().wait(0.2), print("joined")), daemon=False).start()
+atexit.register(lambda: print("exit handler"))
+from codeparrot_ds.run.ranks import end_process
+print("last words", end="")
+end_process(3)
+"""
+
+
+def test_a_thread_in_torch_does_not_abort_the_end():
+    # Python's own end aborts here.
+    end = subprocess.run([sys.executable, "-c", BUSY_THREAD], capture_output=True, text=True)
+    assert (end.returncode, end.stdout, end.stderr) == (3, "last wordsjoined\nexit handler\n", "")
