@@ -1,13 +1,16 @@
-"""Micro-batches of the training stream for one rank, prepared by worker processes while the rank trains."""
+"""Micro-batches of the training stream for one rank, prepared beside it while it trains."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import math
+import queue
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +33,9 @@ BLOCK_ROWS, FAST_BLOCK_ROWS = 64, 512
 few enough that the first are there soon."""
 BLOCKS_AHEAD = 6
 """Blocks that a worker may be ahead; they hold at least two micro-batches."""
+BATCHES_AHEAD = 8
+"""Micro-batches put together in advance: some milliseconds of the fastest steps, in which a busy machine may let this
+process wait for a core."""
 
 
 class TrainingLoader:
@@ -37,12 +43,14 @@ class TrainingLoader:
 
     Each is a tensor of token ids of shape (micro_batch_size, seq_length) on the CPU, pinned when there is a GPU, in the
     integers that ``token_ids`` widens on the device: a quarter of the bytes of torch.long. The rank's lanes are shared
-    by ``num_workers`` processes (at most one a lane; 0 reads in this process). Raises a UserError for whatever is wrong
-    with the data, also when a worker meets it.
+    by ``num_workers`` processes (at most one a lane; 0 reads when a micro-batch is asked for), and a thread puts their
+    rows together ahead of the rank. Raises a UserError for whatever is wrong with the data, also when a worker meets
+    it.
 
     Attributes:
         wait_seconds: time spent waiting for micro-batches so far.
         bad_documents: the documents that this rank could not read.
+        num_workers: worker processes.
     """
 
     def __init__(
@@ -58,30 +66,98 @@ class TrainingLoader:
     ) -> None:
         self._lanes = lanes_in_turn(config, rank=rank, world_size=world_size, start_row=start_row)
         states = resume_states(config, self._lanes, start_row, lane_states or {})
-        self._config, self._micro_batch_size = config, micro_batch_size
-        self.bad_documents = BadDocuments(config.max_bad_documents)
-        self.wait_seconds = 0.0
-        # Of each lane in turn, after the rows before the current blocks; shape (lanes, data sets, fields).
+        self._seq_length = config.seq_length
+        # Of each lane in turn, after the last micro-batch handed out; shape (lanes, data sets, fields).
         self._states = np.stack([np.stack([state.to_array() for state in states[lane]]) for lane in self._lanes])
-        self._blocks: list[Block] = []  # one of every maker, read across
-        self._taken = self._available = 0  # rows of the blocks that were handed out, and that they have
-        self._makers = self._start(min(num_workers, len(self._lanes)), states)
-        self._stop = weakref.finalize(self, _close, self._makers)
+        self.bad_documents = BadDocuments(config.max_bad_documents)
+        self.num_workers = min(num_workers, len(self._lanes))
+        self.wait_seconds = 0.0
+        self._failure: Exception | None = None
+        rows = _RankRows(config, self._lanes, states, self.bad_documents, self.num_workers, micro_batch_size)
+        self._batches = _BatchesAhead(rows) if self.num_workers else rows
+        self._stop = weakref.finalize(self, self._batches.close)
         # Registered after other exit handlers, it runs before them: none waits for a worker.
         atexit.register(self._stop)
 
-    @property
-    def num_workers(self) -> int:
-        """Worker processes."""
-        return sum(isinstance(maker, Worker) for maker in self._makers)
+    def __iter__(self) -> TrainingLoader:
+        return self
 
-    def _start(self, num_workers: int, states: Mapping[int, LaneStates]) -> list[Worker | BlockMaker]:
-        shares = _shares(self._lanes, max(1, num_workers))
-        block_rows = BLOCK_ROWS if self._config.encoder.name == "tokenizers" else FAST_BLOCK_ROWS
+    def __next__(self) -> torch.Tensor:
+        if self._failure is not None:
+            raise self._failure
+        start = time.perf_counter()
+        try:
+            batch, self._states = self._batches.next_batch()
+        except Exception as error:
+            self._failure = error  # and whoever asks again gets it again, not the end of an iterator
+            raise
+        self.wait_seconds += time.perf_counter() - start
+        return batch
+
+    def state(self) -> dict[int, LaneStates]:
+        """The states of this rank's lanes after the last micro-batch handed out; what is prefetched does not count."""
+        return {
+            lane: tuple(map(LaneState.from_array, values))
+            for lane, values in zip(self._lanes, self._states, strict=True)
+        }
+
+    def counters(self) -> dict[str, int]:
+        """Of this rank's lanes: the epoch (of the slowest) and what they have handed out since the run began.
+
+        Documents, characters, bytes and ``tokens_of_documents`` count finished documents, ``tokens`` all.
+        """
+        counts = {name: self._states[..., STATE_FIELDS.index(name)] for name in STATE_FIELDS}
+        return {
+            "epoch": int(counts["epoch"].min()),
+            **{name: int(counts[name].sum()) for name in ("documents", "characters", "bytes", "tokens")},
+            "tokens_of_documents": int((counts["tokens"] - counts["token"]).sum()),
+            "bad_documents": len(self.bad_documents),
+        }
+
+    def rows_per_lane(self) -> dict[int, int]:
+        """Rows that each of this rank's lanes has handed out since the run began."""
+        tokens = self._states[..., STATE_FIELDS.index("tokens")].sum(axis=1)
+        return dict(zip(self._lanes, (tokens // self._seq_length).tolist(), strict=True))
+
+    def close(self) -> None:
+        """Ends the workers and closes the shards."""
+        self._stop()
+        self._failure = self._failure or RuntimeError("the loader is closed")
+
+
+class _Batch(NamedTuple):
+    rows: torch.Tensor
+    states: np.ndarray
+    """The rank's lanes in turn after these rows, shape (lanes, data sets, fields)."""
+
+
+class _RankRows:
+    """Puts the rows of all lanes of a rank together, from the blocks that workers fill, or fills them itself."""
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        lanes: Sequence[int],
+        states: Mapping[int, LaneStates],
+        bad: BadDocuments,
+        num_workers: int,
+        micro_batch_size: int,
+    ) -> None:
+        self._config, self._lanes, self._bad, self._micro_batch_size = config, lanes, bad, micro_batch_size
+        # After the rows before the current blocks.
+        self._states = np.stack([np.stack([state.to_array() for state in states[lane]]) for lane in lanes])
+        self._blocks: list[Block] = []  # one of every maker, read across
+        self._taken = self._available = 0  # rows of the blocks that were handed out, and that they have
+        shares = _shares(lanes, max(1, num_workers))
+        block_rows = BLOCK_ROWS if config.encoder.name == "tokenizers" else FAST_BLOCK_ROWS
         self._rounds = math.ceil(block_rows / len(shares[0]))
-        if not num_workers:
-            lanes = self._lanes
-            return [BlockMaker(self._config, lanes, [states[lane] for lane in lanes], self.bad_documents)]
+        self._makers: list[Worker | BlockMaker] = []
+        if num_workers:
+            self._start_workers(shares, states)
+        else:
+            self._makers.append(BlockMaker(config, lanes, [states[lane] for lane in lanes], bad))
+
+    def _start_workers(self, shares: Sequence[Sequence[int]], states: Mapping[int, LaneStates]) -> None:
         rank_rows = self._rounds * len(self._lanes)
         num_blocks = min(255, max(BLOCKS_AHEAD, 1 + math.ceil(2 * self._micro_batch_size / rank_rows)))
         for shard in {dataset.shards[0] for dataset in self._config.datasets if dataset.shards[0].remote}:
@@ -90,13 +166,10 @@ class TrainingLoader:
         for share in shares:
             own = [states[lane] for lane in share]
             workers.append(Worker(self._config, share, own, rounds=self._rounds, num_blocks=num_blocks, others=workers))
-        return [*workers]
+        self._makers += workers
 
-    def __iter__(self) -> TrainingLoader:
-        return self
-
-    def __next__(self) -> torch.Tensor:
-        start = time.perf_counter()
+    def next_batch(self) -> _Batch:
+        """The next micro-batch, in memory of its own."""
         config = self._config
         shape = (self._micro_batch_size, config.seq_length)
         signed = np.dtype(f"i{config.encoder.dtype.itemsize}")
@@ -108,8 +181,7 @@ class TrainingLoader:
             if self._taken == self._available:
                 self._next_blocks()
             filled += self._copy_next(rows[filled:])
-        self.wait_seconds += time.perf_counter() - start
-        return batch
+        return _Batch(batch, self._current())
 
     def _copy_next(self, rows: np.ndarray) -> int:
         """Copies consecutive rows of one block; returns how many."""
@@ -135,17 +207,17 @@ class TrainingLoader:
         if isinstance(maker, Worker):
             block, bad = maker.next_block()
             for document in bad:
-                self.bad_documents.add(document)
+                self._bad.add(document)
         else:
             row_shape, state_shape = block_shapes(self._config, self._rounds, len(self._lanes))
             block = Block(np.empty(row_shape, self._config.encoder.dtype), np.empty(state_shape, np.int64))
             maker.fill(block)
-        for document in self.bad_documents.take_new():
+        for document in self._bad.take_new():
             logger.warning("Skipped a document: %s", document)
         return block
 
     def _current(self) -> np.ndarray:
-        """The lanes' states after the last micro-batch handed out, shape (lanes, data sets, fields)."""
+        """The lanes' states after the last rows taken, shape (lanes, data sets, fields)."""
         if not self._taken:
             return self._states.copy()
         rounds, rest = divmod(self._taken, len(self._lanes))
@@ -157,35 +229,56 @@ class TrainingLoader:
     def _states_of(self, turn: int) -> np.ndarray:
         return np.concatenate([block.states[turn] for block in self._blocks])
 
-    def state(self) -> dict[int, LaneStates]:
-        """The states of this rank's lanes after the last micro-batch handed out; what is prefetched does not count."""
-        current = self._current()
-        return {
-            lane: tuple(map(LaneState.from_array, values)) for lane, values in zip(self._lanes, current, strict=True)
-        }
-
-    def counters(self) -> dict[str, int]:
-        """Of this rank's lanes: the epoch (of the slowest) and what they have handed out since the run began.
-
-        Documents, characters, bytes and ``tokens_of_documents`` count finished documents, ``tokens`` all.
-        """
-        current = self._current()
-        counts = {name: current[..., STATE_FIELDS.index(name)] for name in STATE_FIELDS}
-        return {
-            "epoch": int(counts["epoch"].min()),
-            **{name: int(counts[name].sum()) for name in ("documents", "characters", "bytes", "tokens")},
-            "tokens_of_documents": int((counts["tokens"] - counts["token"]).sum()),
-            "bad_documents": len(self.bad_documents),
-        }
-
-    def rows_per_lane(self) -> dict[int, int]:
-        """Rows that each of this rank's lanes has handed out since the run began."""
-        tokens = self._current()[..., STATE_FIELDS.index("tokens")].sum(axis=1)
-        return dict(zip(self._lanes, (tokens // self._config.seq_length).tolist(), strict=True))
+    def kill_workers(self) -> None:
+        """Ends the worker processes, and with them a wait for their rows."""
+        for maker in self._makers:
+            if isinstance(maker, Worker):
+                maker.kill()
 
     def close(self) -> None:
         """Ends the workers and closes the shards."""
-        self._stop()
+        while self._makers:
+            maker = self._makers.pop()
+            if isinstance(maker, Worker):
+                maker.close()
+
+
+class _BatchesAhead:
+    """Up to ``BATCHES_AHEAD`` micro-batches that a thread has put together, each with the states after it."""
+
+    def __init__(self, rows: _RankRows) -> None:
+        self._rows = rows
+        self._ready: queue.SimpleQueue[_Batch | Exception] = queue.SimpleQueue()
+        self._free = threading.Semaphore(BATCHES_AHEAD)
+        self._closing = False
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = threading.Thread(target=self._work, name="batches-ahead", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # or pinned memory would open the first GPU for every rank
+        try:
+            while self._free.acquire() and not self._closing:
+                self._ready.put(self._rows.next_batch())
+        except Exception as error:  # the rank's to raise, whatever it is
+            self._ready.put(error)
+
+    def next_batch(self) -> _Batch:
+        """The next micro-batch. Raises what went wrong while it was made."""
+        ready = self._ready.get()
+        if isinstance(ready, Exception):
+            raise ready
+        self._free.release()
+        return ready
+
+    def close(self) -> None:
+        """Ends thread and workers."""
+        self._closing = True
+        self._free.release()
+        self._rows.kill_workers()
+        self._thread.join()
+        self._rows.close()
 
 
 def token_ids(batch: torch.Tensor) -> torch.Tensor:
@@ -199,10 +292,3 @@ def _shares(lanes: Sequence[int], count: int) -> list[Sequence[int]]:
     size, rest = divmod(len(lanes), count)
     ends = [size * (number + 1) + min(number + 1, rest) for number in range(count)]
     return [lanes[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _close(makers: list[Worker | BlockMaker]) -> None:
-    while makers:
-        maker = makers.pop()
-        if isinstance(maker, Worker):
-            maker.close()

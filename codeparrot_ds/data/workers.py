@@ -116,15 +116,21 @@ class Worker:
     def _end(self) -> str:
         if self._pid is None:
             return "it was closed"
-        _, status = os.waitpid(self._pid, 0)
-        self._pid = None
-        code = os.waitstatus_to_exitcode(status)
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        # The process stays to be waited for: `kill` in another thread must not hit a stranger with its number.
+        end = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        assert end is not None  # there is no WNOHANG
+        code = end.si_status
+        return f"exit code {code}" if end.si_code == os.CLD_EXITED else signal.Signals(code).name
 
-    def close(self) -> None:
-        """Ends the process; it holds nothing that needs an orderly end."""
+    def kill(self) -> None:
+        """Ends the process, and with it a wait for its next block; it holds nothing that needs an orderly end."""
         if self._pid is not None:
             os.kill(self._pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Ends the process and forgets it; nobody may be waiting for its next block."""
+        self.kill()
+        if self._pid is not None:
             os.waitpid(self._pid, 0)
             self._pid = None
         self._finished.close()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from codeparrot_ds.data.encoder import Encoder
-from codeparrot_ds.data.loader import TrainingLoader, token_ids
+from codeparrot_ds.data.loader import BATCHES_AHEAD, TrainingLoader, token_ids
 from codeparrot_ds.data.sources import find_shards
 from codeparrot_ds.data.stream import Dataset, LaneStates, StreamConfig, TrainingStream
 from codeparrot_ds.errors import UserError
@@ -247,3 +247,42 @@ def state_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return "Z"
+
+
+def test_batches_wait_ready(config: StreamConfig) -> None:
+    loader = TrainingLoader(config, micro_batch_size=4, num_workers=1)
+    next(loader)
+    time.sleep(1)  # pretended compute, in which the next ones are put together
+    waited = loader.wait_seconds
+    for _ in range(BATCHES_AHEAD):
+        next(loader)
+    assert loader.wait_seconds - waited < 0.01
+    loader.close()
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_a_close_waits_for_nothing(config: StreamConfig, stuck: bool) -> None:
+    before = children()
+    loader = TrainingLoader(config, micro_batch_size=24, num_workers=1)
+    [worker] = set(children()) - set(before)
+    if stuck:
+        os.kill(worker, signal.SIGSTOP)
+    else:
+        next(loader)
+        time.sleep(0.2)  # every batch is ready and the thread waits for room
+    start = time.perf_counter()
+    loader.close()
+    assert time.perf_counter() - start < 2
+    assert worker not in children()
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_is_raised_again(config: StreamConfig, num_workers: int) -> None:
+    loader = TrainingLoader(replace(spoil(config), max_bad_documents=0), micro_batch_size=24, num_workers=num_workers)
+    for _ in range(2):
+        with pytest.raises(UserError, match="cannot be read"):
+            for _ in range(100):
+                next(loader)
+    loader.close()
