@@ -1,0 +1,233 @@
+"""What GPT-2's forward and backward pass keep in memory, moment by moment, without building a model.
+
+The tensors that autograd saves follow from the operations of ``transformers``' GPT-2 as ``model/gpt2.py`` sets it up:
+fused causal attention, one activation function, the loss over fp32 logits. Sizes are for one row of a micro-batch, so
+that a plan over many micro-batches multiplies only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from codeparrot_ds.model.shapes import GPT2Shape
+
+FP32 = 4
+STATISTICS = 2  # LayerNorm saves mean and reciprocal standard deviation
+INDEX = 8  # bytes of a token id
+# Functions whose backward needs their output only: the next matrix product saves that already. The others save their
+# input too.
+OUTPUT_ONLY_ACTIVATIONS = ("relu", "tanh", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One weight of the model: its name, its number of elements, and whether it is in the group with weight decay."""
+
+    name: str
+    numel: int
+    decayed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """One point of a backward pass: what lies in memory beside the model's state and its finished gradients.
+
+    ``*_a_row`` is bytes for each row of the micro-batch. ``arriving`` are the parameters whose gradients are complete
+    at this moment; ``unfinished_gradient`` is the tied embedding's part from the head, which waits for the rest.
+    ``needed`` is how many parameters the backward pass uses from here on (stage 3 gathers those).
+    """
+
+    name: str
+    activations_a_row: int
+    logits_a_row: int = 0
+    temporary_a_row: int = 0
+    temporary: int = 0
+    arriving: tuple[Parameter, ...] = ()
+    unfinished_gradient: int = 0
+    needed: int = 0
+
+
+def parameters(shape: GPT2Shape) -> list[Parameter]:
+    """Every parameter in the order of ``GPT2LMHeadModel.parameters()``; the sum is ``num_parameters(shape)``."""
+    width, inner = shape.n_embd, shape.n_inner or 4 * shape.n_embd
+
+    def norm(name: str) -> Iterator[Parameter]:
+        yield Parameter(f"{name}.weight", width, False)
+        yield Parameter(f"{name}.bias", width, False)
+
+    def product(name: str, rows: int, columns: int) -> Iterator[Parameter]:
+        yield Parameter(f"{name}.weight", rows * columns, True)
+        yield Parameter(f"{name}.bias", columns, False)
+
+    found = [Parameter("wte", shape.vocab_size * width, True), Parameter("wpe", shape.n_positions * width, True)]
+    for layer in range(shape.n_layer):
+        found += norm(f"h.{layer}.ln_1")
+        found += product(f"h.{layer}.attn.c_attn", width, 3 * width)
+        found += product(f"h.{layer}.attn.c_proj", width, width)
+        found += norm(f"h.{layer}.ln_2")
+        found += product(f"h.{layer}.mlp.c_fc", width, inner)
+        found += product(f"h.{layer}.mlp.c_proj", inner, width)
+    found += norm("ln_f")
+    if not shape.tie_word_embeddings:
+        found.append(Parameter("lm_head", shape.vocab_size * width, True))
+    return found
+
+
+class BackwardPass:
+    """The moments of one backward pass of GPT-2, from the loss to the embeddings.
+
+    Args:
+        shape: the model.
+        seq_length: tokens a row.
+        width: bytes of a weight and of an activation (2 for bf16 and fp16, 4 for fp32).
+        attention: ``flash`` or ``math`` (whole scores).
+        dropout: whether dropout is on: one byte a masked element, as CUDA's ``native_dropout`` saves it.
+        checkpointing: whether each block keeps its input only and is computed again in the backward pass.
+    """
+
+    def __init__(
+        self, shape: GPT2Shape, *, seq_length: int, width: int, attention: str, dropout: bool, checkpointing: bool
+    ) -> None:
+        self.shape, self.seq_length, self.width = shape, seq_length, width
+        self.attention, self.dropout, self.checkpointing = attention, dropout, checkpointing
+        self.hidden = width * seq_length * shape.n_embd  # bytes of one row of the residual stream
+        self.inner = width * seq_length * (shape.n_inner or 4 * shape.n_embd)
+        self.norm = self.hidden + STATISTICS * FP32 * seq_length
+        self.mask = seq_length * shape.n_embd if dropout else 0
+        self.scores = seq_length * seq_length * shape.n_head
+        self.by_name = {parameter.name: parameter for parameter in parameters(shape)}
+
+    @property
+    def block(self) -> int:
+        """Bytes a row that one block saves: 16 times the residual stream with GELU, and the attention's own."""
+        residuals = 2 * self.hidden + 2 * self.mask  # what each of the two additions makes; the two dropout masks
+        return 2 * self.norm + self.saved_attention + self.saved_activations * self.inner + residuals
+
+    @property
+    def saved_activations(self) -> int:
+        """How many tensors of the MLP's inner width the activation function and the product behind it save."""
+        return 1 if self.shape.activation_function in OUTPUT_ONLY_ACTIVATIONS else 2
+
+    @property
+    def saved_attention(self) -> int:
+        """Bytes a row of queries, keys, values, the output, and what the kernel adds.
+
+        Flash keeps the log-sum-exp in fp32. Plain attention (``_scaled_dot_product_attention_math``) keeps its
+        probabilities and the scaled queries and keys.
+        """
+        plain = 4 * self.hidden
+        if self.attention == "flash":
+            return plain + FP32 * self.shape.n_head * self.seq_length
+        return plain + 2 * self.hidden + self.width * self.scores + (self.scores if self.dropout else 0)
+
+    @property
+    def logits(self) -> int:
+        """Bytes a row of the loss's backward pass: log-probabilities and two gradients of their size, all fp32."""
+        return 3 * FP32 * self.seq_length * self.shape.vocab_size
+
+    def kept(self, blocks: int) -> int:
+        """Bytes a row that the embeddings and the first ``blocks`` blocks keep for the backward pass."""
+        inputs = self.hidden + self.mask + 3 * INDEX * self.seq_length
+        return inputs + blocks * (self.hidden if self.checkpointing else self.block)
+
+    def moments(self) -> list[Moment]:
+        """The moments in order; autograd frees what a node saved when the node is done."""
+        found = list(self._head())
+        for layer in reversed(range(self.shape.n_layer)):
+            found += self._block_moments(layer)
+        found += self._embeddings()
+        return found
+
+    def _head(self) -> Iterator[Moment]:
+        shape = self.shape
+        needed = sum(parameter.numel for parameter in self.by_name.values())
+        head = self.width * shape.vocab_size * shape.n_embd
+        row_logits = self.width * self.seq_length * shape.vocab_size
+        kept = self.kept(shape.n_layer) + self.norm
+        yield Moment(name="loss", activations_a_row=kept, logits_a_row=self.logits, needed=needed)
+        yield Moment(
+            name="head",
+            activations_a_row=kept,
+            logits_a_row=row_logits,
+            temporary_a_row=self.hidden,
+            arriving=() if shape.tie_word_embeddings else (self.by_name["lm_head"],),
+            unfinished_gradient=self._unfinished(head),
+            needed=needed,
+        )
+        yield Moment(
+            name="ln_f",
+            activations_a_row=self.kept(shape.n_layer),
+            temporary_a_row=2 * self.hidden,
+            arriving=self._of("ln_f"),
+            unfinished_gradient=self._unfinished(head),
+            needed=needed,
+        )
+
+    def _block_moments(self, layer: int) -> Iterator[Moment]:
+        """One block backwards. A product's backward pass makes the gradient of its input, then that of its weight."""
+        hidden, inner, name = self.hidden, self.inner, f"h.{layer}"
+        below = self.kept(layer)
+        # Without checkpointing the block's own output is gone: the norm behind it has been through its backward pass.
+        saved = self.block if self.checkpointing else self.block - hidden
+        attention = self.saved_attention
+        unactivated = saved - self.saved_activations * inner
+        steps = [
+            ("mlp.c_proj", saved, hidden + inner),
+            ("mlp.activation", unactivated + inner, hidden + 2 * inner),
+            ("mlp.c_fc", unactivated, 2 * hidden + inner),
+            ("ln_2", unactivated - hidden, 3 * hidden),
+            ("attn.c_proj", self.norm + attention, 3 * hidden),
+            ("attn.scores", self.norm + attention, 8 * hidden + self._score_gradients()),
+            ("attn.c_attn", self.norm, 5 * hidden),
+            ("ln_1", self.norm, 3 * hidden),
+        ]
+        unfinished = self._unfinished(self.width * self.shape.vocab_size * self.shape.n_embd)
+        needed = self._needed(layer)
+        for part, own, temporary in steps:
+            arriving = self._of(f"{name}.{part}")
+            yield Moment(
+                name=f"{name}.{part}",
+                activations_a_row=below + own,
+                temporary_a_row=temporary,
+                arriving=arriving,
+                unfinished_gradient=unfinished,
+                needed=needed,
+            )
+
+    def _score_gradients(self) -> int:
+        return 0 if self.attention == "flash" else 2 * self.width * self.scores
+
+    def _embeddings(self) -> Iterator[Moment]:
+        tied = self.shape.tie_word_embeddings
+        table = self.width * self.shape.vocab_size * self.shape.n_embd
+        needed = self.by_name["wte"].numel + self.by_name["wpe"].numel
+        yield Moment(
+            name="wpe",
+            activations_a_row=self.kept(0),
+            temporary_a_row=2 * self.hidden,
+            arriving=self._of("wpe"),
+            unfinished_gradient=self._unfinished(table),
+            needed=needed,
+        )
+        # The embedding's own gradient beside the head's, and their sum.
+        yield Moment(
+            name="wte",
+            activations_a_row=self.kept(0),
+            temporary_a_row=self.hidden,
+            temporary=table if tied else 0,
+            arriving=self._of("wte"),
+            unfinished_gradient=self._unfinished(table),
+            needed=needed,
+        )
+
+    def _unfinished(self, table: int) -> int:
+        return table if self.shape.tie_word_embeddings else 0
+
+    def _of(self, module: str) -> tuple[Parameter, ...]:
+        names = (module, f"{module}.weight", f"{module}.bias")
+        return tuple(self.by_name[name] for name in names if name in self.by_name)
+
+    def _needed(self, layer: int) -> int:
+        block = sum(parameter.numel for name, parameter in self.by_name.items() if name.startswith("h.0."))
+        return self.by_name["wte"].numel + self.by_name["wpe"].numel + (layer + 1) * block
