@@ -169,28 +169,45 @@ class PartitionedGradients:
                 added to in place and go into the bucket from there.
             gradient_width: bytes of an element of those.
         """
-        found = []
         left = gradient_width * sum(p.numel for moment in moments for p in moment.arriving) if whole else 0
-        bucketed = whole  # stage 1 allocates its buckets in the first micro-batch and keeps them to the last
+        # Stage 1 allocates its buckets in the first micro-batch and keeps them to the last.
+        bucketed = whole
+        found = []
         for moment in moments:
-            temporary = 0
-            arriving = self.buckets.width * sum(parameter.numel for parameter in moment.arriving)
+            before, copies = self._held(carried), 0
             bucketed = bucketed or bool(moment.arriving)
             for parameter in moment.arriving:
-                temporary = max(temporary, self._add(parameter))
+                copies = max(copies, self._add(parameter))
                 left -= gradient_width * parameter.numel if whole else 0
-            held = left + carried + (self.owned_bytes if self.allocated else 0)
-            found.append(GradientMemory(held, self.buckets.bytes if bucketed else 0, max(arriving, temporary)))
-        temporary = self._reduce()
-        held = carried + (self.owned_bytes if self.allocated else 0)
-        return [*found, GradientMemory(held, self.buckets.bytes, temporary)]
+            arriving = self.buckets.width * sum(parameter.numel for parameter in moment.arriving)
+            # The copy is gone when the buffer of owned gradients is made.
+            temporary = max(arriving, copies - (self._held(carried) - before))
+            found.append(GradientMemory(left + self._held(carried), self.buckets.bytes * bucketed, temporary))
+        before, copies = self._held(carried), self._reduce()
+        held = self._held(carried)
+        return [*found, GradientMemory(held, self.buckets.bytes, max(0, copies - (held - before)))]
+
+    def reduce_at_end(self, members: Iterable[Parameter], *, gradient_width: int) -> GradientMemory:
+        """The peak of stage 1 without ``overlap_comm``: whole gradients, reduced one by one in the groups' order.
+
+        Owned gradients come first on rank 0, so their buffer stands beside nearly all whole ones.
+        """
+        ordered = sorted(members, key=lambda member: not member.decayed)
+        left, peak = gradient_width * sum(member.numel for member in ordered), 0
+        for member in ordered:
+            before, copies = self._held(0), self._add(member)
+            held = self._held(0)
+            peak = max(peak, left + max(before + copies, held))
+            left -= gradient_width * member.numel
+        return GradientMemory(gradients=peak, buckets=self.buckets.bytes)
+
+    def _held(self, carried: int) -> int:
+        return carried + (self.owned_bytes if self.allocated else 0)
 
     def _add(self, parameter: Parameter) -> int:
         """Takes one gradient; returns the bytes of the copy that a full bucket costs."""
         full = sum(waiting.numel for waiting in self.pending) + parameter.numel > self.buckets.elements
         temporary = self._reduce() if full else 0
-        if parameter.numel > self.buckets.elements:  # too large for a bucket: reduced where it lies
-            temporary += parameter.numel * self.buckets.width
         self.pending.append(parameter)
         return temporary
 

@@ -377,13 +377,15 @@ class QuickPlan:
         settings = self.settings
         width = settings.buckets.width
         if settings.stage == 1 and not settings.overlaps:
-            # Hooks do nothing; reduce_gradients goes through the parameters after the backward pass.
+            # Hooks only allocate the bucket; reduce_gradients goes through the parameters after the backward pass.
             held = whole_gradients(
                 self.moments, width=width, carried=later, world_size=settings.world_size, reduces_at_end=False
             )
-            reduced = self._gradients(shares).run(self.moments, carried=0, whole=False, gradient_width=width)
-            peak = max(memory.buckets + memory.temporary for memory in reduced)
-            return [*held[:-1], GradientMemory(gradients=held[-1].gradients, temporary=peak)]
+            bucketed = [
+                GradientMemory(memory.gradients, settings.buckets.bytes if later or index else 0, memory.temporary)
+                for index, memory in enumerate(held[:-1])
+            ]
+            return [*bucketed, self._gradients(shares).reduce_at_end(self.parameters, gradient_width=width)]
         # Stage 2 reduces each micro-batch and keeps the sum of what it owns beside the newest; stage 1 keeps whole
         # gradients until the last.
         carried = owned if later and settings.stage == 2 and not self._compact else 0
