@@ -84,13 +84,23 @@ class BackwardPass:
         attention: ``flash`` or ``math`` (whole scores).
         dropout: whether dropout is on: one byte a masked element, as CUDA's ``native_dropout`` saves it.
         checkpointing: whether each block keeps its input only and is computed again in the backward pass.
+        checkpoints_on_host: whether those inputs wait in host memory.
     """
 
     def __init__(
-        self, shape: GPT2Shape, *, seq_length: int, width: int, attention: str, dropout: bool, checkpointing: bool
+        self,
+        shape: GPT2Shape,
+        *,
+        seq_length: int,
+        width: int,
+        attention: str,
+        dropout: bool,
+        checkpointing: bool,
+        checkpoints_on_host: bool = False,
     ) -> None:
         self.shape, self.seq_length, self.width = shape, seq_length, width
         self.attention, self.dropout, self.checkpointing = attention, dropout, checkpointing
+        self.checkpoints_on_host = checkpoints_on_host
         self.hidden = width * seq_length * shape.n_embd  # bytes of one row of the residual stream
         self.inner = width * seq_length * (shape.n_inner or 4 * shape.n_embd)
         self.norm = self.hidden + STATISTICS * FP32 * seq_length
@@ -129,6 +139,8 @@ class BackwardPass:
     def kept(self, blocks: int) -> int:
         """Bytes a row that the embeddings and the first ``blocks`` blocks keep for the backward pass."""
         inputs = self.hidden + self.mask + 3 * INDEX * self.seq_length
+        if self.checkpoints_on_host:
+            return inputs + min(blocks, 2) * self.hidden  # the newest stays; the one before is on its way
         return inputs + blocks * (self.hidden if self.checkpointing else self.block)
 
     def moments(self) -> list[Moment]:

@@ -34,6 +34,7 @@ REDUCE_BUCKET_SIZE, PREFETCH_BUCKET_SIZE, PERSISTENCE_THRESHOLD = 500_000_000, 5
 MAX_LIVE_PARAMETERS, SUB_GROUP_SIZE = 1_000_000_000, 1_000_000_000
 # swap_tensor/partitioned_optimizer_swapper.py: gradient, master and two moments go to the file.
 SWAPPED_TENSORS = 4
+PARAMETER_BUFFER_ELEMENTS = 100_000_000  # zero/offload_config.py, offload_param.buffer_size
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,35 @@ class EngineSettings:
         return int(self._zero("sub_group_size", SUB_GROUP_SIZE))
 
     @property
-    def pins_memory(self) -> bool:
-        """Whether offloaded tensors are page-locked."""
-        return any(
-            value_at(self.ds_config, ("zero_optimization", block, "pin_memory")) is True
-            for block in ("offload_optimizer", "offload_param")
-        )
+    def checkpoints_on_host(self) -> bool:
+        """``activation_checkpointing.cpu_checkpointing``: the blocks' inputs wait in host memory."""
+        return value_at(self.ds_config, ("activation_checkpointing", "cpu_checkpointing")) is True
 
     @property
-    def nvme_buffers(self) -> int:
+    def secondary_ranks(self) -> int:
+        """``zero_hpz_partition_size``: ranks that hold a second copy of the weights between them; 0 without."""
+        ranks = int(self._zero("zero_hpz_partition_size", 1))
+        return ranks if ranks > 1 and self.world_size > 1 else 0
+
+    def pinned(self, size: int) -> int:
+        """What a host tensor of `size` bytes takes: torch's page-locked blocks are powers of two."""
+        blocks = ("offload_optimizer", "offload_param")
+        pins = any(value_at(self.ds_config, ("zero_optimization", block, "pin_memory")) is True for block in blocks)
+        return 1 << (size - 1).bit_length() if pins and size else size
+
+    def _buffer_count(self, block: str, default: int) -> int:
+        count = value_at(self.ds_config, ("zero_optimization", block, "buffer_count"))
+        return default if count is None else int(count)
+
+    @property
+    def optimizer_buffers(self) -> int:
         """``offload_optimizer.buffer_count``."""
-        count = value_at(self.ds_config, ("zero_optimization", "offload_optimizer", "buffer_count"))
-        return 4 if count is None else int(count)
+        return self._buffer_count("offload_optimizer", 4)
+
+    @property
+    def parameter_buffers(self) -> int:
+        """``offload_param.buffer_count``."""
+        return self._buffer_count("offload_param", 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +174,7 @@ class EngineMemory:
     """What an engine holds and adds, in bytes on the device of a rank; `Memory` without the activations.
 
     Attributes:
-        parameters, optimizer, buckets, gradients: resident between two steps.
+        parameters, optimizer, buckets, gradients, temporary: resident between two steps.
         gathered: whole weights at each moment (stage 3).
         backward: gradients and buckets at each moment of the first and of later micro-batches of a step.
         before_step: gradients that the backward pass leaves.
@@ -168,19 +186,19 @@ class EngineMemory:
     optimizer: int
     buckets: int = 0
     gradients: int = 0
+    temporary: int = 0
     gathered: Sequence[tuple[int, int]] = ()
     backward: Sequence[Sequence[GradientMemory]] = field(default_factory=list)
     before_step: int = 0
     step_temporary: int = 0
     initialization: int = 0
-    host: int = 0
+    host: Sequence[int] = (0, 0)
     nvme: int = 0
-    checkpoint: int = 0
 
     @property
     def resident(self) -> int:
         """Bytes between two steps."""
-        return self.parameters + self.optimizer + self.buckets + self.gradients
+        return self.parameters + self.optimizer + self.buckets + self.gradients + self.temporary
 
 
 class QuickPlan:
@@ -201,6 +219,7 @@ class QuickPlan:
             attention=workload.attention,
             dropout=workload.dropout > 0,
             checkpointing=activation_checkpointing(workload.ds_config),
+            checkpoints_on_host=self.settings.checkpoints_on_host,
         ).moments()
 
     @cached_property
@@ -216,6 +235,17 @@ class QuickPlan:
             return self._bf16_optimizer()
         return self._stages_1_and_2()
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint of the run takes: masters and moments once, and the export (``run/checkpoint.py``)."""
+        settings = self.settings
+        return num_parameters(self.workload.shape) * (settings.master_width + 2 * settings.state_width + settings.width)
+
+    @property
+    def _built(self) -> int:
+        """The peak while the model is built below stage 3: fp32 weights, and the largest as it is drawn."""
+        return FP32 * (sum(p.numel for p in self.parameters) + max(p.numel for p in self.parameters))
+
     def at(self, micro_batch_size: int, accumulation_steps: int) -> Memory:
         """The memory of a rank that runs ``accumulation_steps`` micro-batches of ``micro_batch_size`` rows a step."""
         engine = self.engine
@@ -228,7 +258,7 @@ class QuickPlan:
             "optimizer": engine.optimizer,
             "buckets": engine.buckets,
             "gradients": engine.gradients + engine.before_step,
-            "temporary": engine.step_temporary,
+            "temporary": engine.temporary + engine.step_temporary,
         }
         phases = {
             "initialization": engine.initialization,
@@ -240,9 +270,9 @@ class QuickPlan:
             device=step if phases["step"] > phases["forward_backward"] else device,
             resident_bytes=engine.resident,
             phases=phases,
-            host_bytes=engine.host,
+            host_bytes=engine.host[1 if later else 0] + self._host_activations(micro_batch_size),
             nvme_bytes=engine.nvme,
-            checkpoint_bytes=engine.checkpoint,
+            checkpoint_bytes=self.checkpoint_bytes,
         )
 
     def _candidates(self, rows: int, later: bool) -> list[tuple[str, dict[str, int]]]:
@@ -259,10 +289,22 @@ class QuickPlan:
                 "buckets": engine.buckets + held.buckets,
                 "activations": rows * moment.activations_a_row,
                 "logits": rows * moment.logits_a_row,
-                "temporary": rows * moment.temporary_a_row + moment.temporary + held.temporary + copies,
+                "temporary": engine.temporary
+                + rows * moment.temporary_a_row
+                + moment.temporary
+                + held.temporary
+                + copies,
             }
             found.append((moment.name, device))
         return found
+
+    def _host_activations(self, rows: int) -> int:
+        """The blocks' inputs that ``cpu_checkpointing`` keeps on the host: all but the newest."""
+        if not self.settings.checkpoints_on_host:
+            return 0
+        shape = self.workload.shape
+        size = rows * self.settings.width * self.workload.seq_length * shape.n_embd
+        return (shape.n_layer - 1) * (1 << (size - 1).bit_length())  # page-locked
 
     def _with_end(self) -> list[Moment]:
         return [*self.moments, Moment(name="reduce", activations_a_row=0)]
@@ -286,8 +328,7 @@ class QuickPlan:
                 optimizer=2 * FP32 * numel,
                 backward=backward,
                 before_step=whole,
-                initialization=whole,
-                checkpoint=3 * FP32 * numel,
+                initialization=self._built,
             )
         decayed = sum(parameter.numel for parameter in self.parameters if parameter.decayed)
         return EngineMemory(
@@ -299,7 +340,6 @@ class QuickPlan:
             step_temporary=2 * FP32 * decayed,
             # initialize_optimizer_states: Adam's states and a zero gradient before the first step.
             initialization=whole + 4 * FP32 * numel,
-            checkpoint=whole + 3 * FP32 * numel,
         )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -329,8 +369,7 @@ class QuickPlan:
             optimizer=3 * FP32 * mine,
             gradients=FP32 * flat,
             backward=[backward, backward],
-            initialization=settings.width * flat + FP32 * (flat + mine),
-            checkpoint=settings.width * flat + 3 * FP32 * mine * settings.world_size,
+            initialization=max(self._built, settings.width * flat + FP32 * (flat + mine)),
         )
 
     def _stages_1_and_2(self) -> EngineMemory:
@@ -342,21 +381,16 @@ class QuickPlan:
         largest = max(parameter.numel for parameter in self.parameters)
         accumulator = settings.width * largest if offloaded else 0  # temp_grad_buffer_for_gpu_offload
         owned = self._gradients(shares).owned_bytes if not offloaded or self._compact else 0
-        host = 0
-        if offloaded:
-            host = self._host_of_stages_1_and_2(shares)
         return EngineMemory(
             parameters=settings.width * flat,
             optimizer=0 if offloaded else states,
-            gradients=accumulator,
+            temporary=accumulator,
             backward=[self._backward_of_stages_1_and_2(shares, owned, later) for later in (False, True)],
             before_step=owned,
             step_temporary=0 if offloaded else self._step_of_stages_1_and_2(shares),
-            # Flattening a group copies it, then its share becomes the master.
-            initialization=2 * settings.width * flat + (0 if offloaded else settings.master_width * mine),
-            host=host,
-            checkpoint=settings.width * flat
-            + (settings.master_width + 2 * settings.state_width) * mine * settings.world_size,
+            # Flattening a group copies it.
+            initialization=max(self._built, 2 * settings.width * flat),
+            host=[self._host_of_stages_1_and_2(shares, later) if offloaded else 0 for later in (False, True)],
         )
 
     @property
@@ -408,17 +442,16 @@ class QuickPlan:
             updates.append(flattened + converted)
         return max(norm, *updates)
 
-    def _host_of_stages_1_and_2(self, shares: Sequence[Partition]) -> int:
+    def _host_of_stages_1_and_2(self, shares: Sequence[Partition], later: bool) -> int:
         """Master, gradient and two moments, the 16-bit copy that goes back, and buffers for accumulation."""
         settings = self.settings
-        tensors = []
+        pinned, plain = [settings.width * max(parameter.numel for parameter in self.parameters)], 0
         for share in shares:
-            tensors += [settings.master_width * share.numel] * 2 + [settings.width * share.numel]
-            tensors += [2 * settings.state_width * share.numel]
-        tensors.append(settings.width * max(parameter.numel for parameter in self.parameters))
-        if self.workload.accumulation_steps > 1 and not self._compact:
-            tensors += [settings.width * member.numel for share in shares for member in share.owned]
-        return sum(tensors)
+            pinned += [settings.master_width * share.numel] * 2 + [settings.width * share.numel]
+            plain += 2 * settings.state_width * share.numel
+        if later and not self._compact and settings.master_width == FP32:
+            pinned += [settings.width * member.numel for share in shares for member in share.owned]
+        return plain + sum(settings.pinned(size) for size in pinned)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Stage 3
@@ -432,6 +465,7 @@ class QuickPlan:
         # _create_fp32_partitions means to share fp32 weights with their masters, but compares a device with its name.
         master = settings.master_width
         states = (master + 2 * settings.state_width) * mine
+        buckets = settings.width * settings.bucket_elements
         gradients = settings.accumulation_width * mine  # grad_partitions_flat_buffer
         held = 0 if away else settings.width * mine
         whole = settings.width * persistent if settings.world_size > 1 or away else 0
@@ -439,14 +473,17 @@ class QuickPlan:
             parameters=held + whole,
             optimizer=0 if offloaded else states,
             gradients=0 if offloaded else gradients,
-            buckets=settings.width * settings.bucket_elements,
+            buckets=buckets,
             gathered=self._gathered(persistent, away),
             backward=[self._backward_of_stage3()] * 2,
-            step_temporary=0 if offloaded else self._step_of_stage3(),
-            initialization=2 * held + whole + (0 if offloaded else 2 * master * mine + gradients),
-            host=self._host_of_stage3(mine, gradients, offloaded, away),
-            nvme=SWAPPED_TENSORS * FP32 * mine * settings.world_size if settings.optimizer_device == "nvme" else 0,
-            checkpoint=(settings.master_width + 2 * settings.state_width) * mine * settings.world_size,
+            step_temporary=0 if offloaded else self._step_of_stage3() + self._second_copy,
+            # zero.Init draws one weight at a time in fp32; a master is converted, then cloned.
+            initialization=max(
+                held + (FP32 + settings.width) * max(parameter.numel for parameter in self.parameters),
+                buckets + 2 * held + whole + (0 if offloaded else 2 * master * mine + gradients),
+            ),
+            host=[self._host_of_stage3(mine, gradients)] * 2,
+            nvme=self._nvme(mine),
         )
 
     def _gathered(self, persistent: int, away: bool) -> list[tuple[int, int]]:
@@ -463,12 +500,24 @@ class QuickPlan:
         live = max(0, settings.max_live_parameters - persistent)
         total = num_parameters(self.workload.shape)
         prefetched = min(settings.prefetch_elements, total) * settings.width
+        second = self._second_copy  # made as weights are given back
         found = []
         for moment in self.moments:
             needed = min(max(0, moment.needed - persistent), live)
             waits = total > settings.max_live_parameters and moment.name not in ("loss", "head")
-            found.append((settings.width * needed, prefetched if waits and moment.needed > live else 0))
-        return [*found, (0, 0)]
+            found.append(
+                (
+                    settings.width * needed + second * (total - moment.needed) // total,
+                    prefetched if waits and moment.needed > live else 0,
+                )
+            )
+        return [*found, (second, 0)]
+
+    @property
+    def _second_copy(self) -> int:
+        """This rank's part of the second copy of the weights that hpZ keeps within a host until the next step."""
+        ranks = self.settings.secondary_ranks
+        return self.settings.width * num_parameters(self.workload.shape) // ranks if ranks else 0
 
     def _backward_of_stage3(self) -> list[GradientMemory]:
         settings = self.settings
@@ -511,15 +560,35 @@ class QuickPlan:
             found.append(max(flattened + converted, NORM_WIDTH * max(group)))
         return max(found)
 
-    def _host_of_stage3(self, mine: int, gradients: int, offloaded: bool, away: bool) -> int:
+    def _groups_of_partitions(self) -> list[int]:
+        """Elements that this rank holds of each parameter group."""
+        ranks = self.settings.world_size
+        return [
+            sum(partition_numel(parameter, ranks) for parameter in self.parameters if parameter.decayed is decayed)
+            for decayed in (True, False)
+        ]
+
+    def _host_of_stage3(self, mine: int, gradients: int) -> int:
+        """Weights by group, 16-bit gradients, and the optimizer's tensors or its buffers for the disk."""
         settings = self.settings
-        weights = settings.width * mine if away else 0
-        if settings.optimizer_device == "nvme":
-            largest = max(sum(group) for group in self._sub_groups())
-            return weights + gradients + settings.nvme_buffers * FP32 * largest
-        if not offloaded:
+        weights = 0
+        if settings.parameter_device != "none":
+            weights = sum(settings.pinned(settings.width * numel) for numel in self._groups_of_partitions())
+        if settings.parameter_device == "nvme":
+            weights += settings.pinned(settings.width * PARAMETER_BUFFER_ELEMENTS * settings.parameter_buffers)
+        if settings.optimizer_device == "none":
             return weights
-        return weights + gradients + (2 * settings.master_width + 2 * settings.state_width) * mine
+        sub_groups = [sum(group) for group in self._sub_groups()]
+        weights += settings.pinned(gradients)
+        if settings.optimizer_device == "nvme":
+            return weights + settings.optimizer_buffers * FP32 * max(sub_groups)
+        weights += sum(settings.pinned(settings.master_width * numel) for numel in sub_groups)  # gradients of the step
+        return weights + (settings.master_width + 2 * settings.state_width) * mine
+
+    def _nvme(self, mine: int) -> int:
+        settings = self.settings
+        optimizer = SWAPPED_TENSORS * FP32 * mine if settings.optimizer_device == "nvme" else 0
+        return optimizer + (settings.width * mine if settings.parameter_device == "nvme" else 0)
 
 
 def quick_memory(workload: Workload) -> Memory:
