@@ -20,6 +20,7 @@ from codeparrot_ds.config import (
     FIELDS,
     PRESETS,
     ArgumentParser,
+    RunConfig,
     add_config_arguments,
     add_launch_arguments,
     config_from_arguments,
@@ -31,6 +32,7 @@ from codeparrot_ds.errors import UserError
 PROGRAM = "codeparrot-ds"
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+KINDS = ("error", "warning")  # of what a check finds
 # What the user can mend when the operating system refuses; anything else is a fault of ours and keeps its traceback.
 REFUSALS = {
     errno.ENOSPC: "the disk is full",
@@ -376,31 +378,95 @@ def _add_check(commands: Any) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help=_default("what the ranks will have", "auto")
     )
+    parser.add_argument("--world-size", type=_count, metavar="N", help="ranks (default: what this machine offers)")
+    parser.add_argument(
+        "--explain", action="store_true",
+        help="also print the config that a run would hand to DeepSpeed, and where each value came from",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run_check(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config
-    from codeparrot_ds.zero.lint import lint
+    from codeparrot_ds.zero.lint import version_notice
 
-    config = None
-    if arguments.config or arguments.preset:
-        config = config_from_arguments(arguments)
-        print(_describe_model(config))
-    elif not arguments.ds_configs:
+    has_config = arguments.config or arguments.preset
+    if not has_config and not arguments.ds_configs:
         raise UserError("nothing to check: name a DeepSpeed JSON, --config FILE or --preset NAME")
-    device = _local_device() if arguments.device == "auto" else arguments.device
-    num_errors = 0
-    for name in arguments.ds_configs or [config.deepspeed]:  # type: ignore[union-attr]
+    config = config_from_arguments(arguments) if has_config else None
+    run = config or RunConfig()
+    shape, model = _model_of(run) if config or arguments.explain else (None, None)
+    names = arguments.ds_configs or [run.deepspeed]
+    files = [_check_file(name, arguments, config, shape) for name in names]
+    notice = version_notice()
+    num = {kind: sum(finding["severity"] == kind for file in files for finding in file["findings"]) for kind in KINDS}
+    if arguments.json:
+        report = {"errors": num["error"], "warnings": num["warning"], "notice": notice, "model": model, "files": files}
+        print(json.dumps(report, indent=2))
+    else:
+        lines = [line for line in (model, notice) if line]
+        for file in files:
+            lines += file.pop("text")
+        print("\n".join(lines))
+    return 1 if num["error"] else 0
+
+
+def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | None, shape: Any) -> dict[str, Any]:
+    """The findings of one DeepSpeed JSON, and what it resolves to when asked."""
+    from codeparrot_ds.model.shapes import num_parameters
+    from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config
+    from codeparrot_ds.zero.lint import Finding, libaio_installed, lint_file
+
+    # Only what is asked about this machine is judged by this machine.
+    is_here = arguments.device == "auto"
+    path = name
+    try:
+        path = str(find_ds_config(name))
+        file = read_ds_config(path)
+        findings = lint_file(
+            file,
+            config=config,
+            device=_local_device() if is_here else arguments.device,
+            world_size=arguments.world_size,
+            parameters=num_parameters(shape) if shape else None,
+            libaio=libaio_installed() if is_here else None,
+        )
+    except UserError as error:
+        findings = [Finding(path, "", "error", str(error))]
+        text = [f"error: {error}"]
+    else:
+        text = [str(finding) for finding in findings] or [f"{path}: nothing wrong"]
+    report: dict[str, Any] = {"file": path, "findings": [finding.as_json() for finding in findings]}
+    if arguments.explain and not any(finding.severity == "error" for finding in findings):
         try:
-            path = find_ds_config(name)
-            findings = lint(load_ds_config(path), path, config=config, device=device)
+            resolved = _resolve_file(file, arguments, config, shape)
         except UserError as error:
-            print(f"error: {error}")
-            num_errors += 1
-            continue
-        print("\n".join(map(str, findings)) or f"{path}: nothing wrong")
-        num_errors += sum(finding.severity == "error" for finding in findings)
-    return 1 if num_errors else 0
+            report["findings"].append(Finding(path, "", "error", str(error)).as_json())
+            text.append(f"error: {error}")
+        else:
+            text += resolved.pop("text")
+            report |= resolved
+    return report if arguments.json else report | {"text": text}
+
+
+def _resolve_file(file: Any, arguments: argparse.Namespace, config: RunConfig | None, shape: Any) -> dict[str, Any]:
+    from codeparrot_ds.run.launch import local_ranks
+    from codeparrot_ds.zero.ds_config import resolve
+    from codeparrot_ds.zero.resolution import explain, field_origins, sources_as_json
+
+    world_size = arguments.world_size or local_ranks(_local_device())
+    run = config or RunConfig()
+    nvme_path = Path(run.output_dir) / (run.run_name or "RUN") / "nvme"
+    resolved = resolve(
+        file,
+        run,
+        world_size=world_size,
+        model_hidden_size=shape.n_embd,
+        nvme_path=nvme_path,
+        origins=field_origins(arguments.preset, arguments.config, {}),
+    )
+    lines = [f"resolved for {world_size} rank(s):", *("  " + line for line in explain(resolved))]
+    values = {"world_size": world_size, "resolved": resolved.config, "sources": sources_as_json(resolved)}
+    return values | {"text": lines}
 
 
 def _local_device() -> str:
@@ -409,7 +475,8 @@ def _local_device() -> str:
     return local_device()
 
 
-def _describe_model(config: Any) -> str:
+def _model_of(config: RunConfig) -> tuple[Any, str]:
+    """The shape of a run's model, and a line about it."""
     from codeparrot_ds.model.shapes import find_shape, flops_per_token, num_parameters
 
     vocab_size, source = 32_768, "the recipe's vocabulary"
@@ -418,7 +485,7 @@ def _describe_model(config: Any) -> str:
 
         vocab_size, source = load_encoder(config.tokenizer).vocab_size, config.tokenizer
     shape = find_shape(config.model, vocab_size=vocab_size, seq_length=config.seq_length)
-    return (
+    return shape, (
         f"model {config.model}: {num_parameters(shape):,} parameters, "
         f"{flops_per_token(shape, config.seq_length) / 1e9:.3f} GFLOP a token (vocabulary {vocab_size:,}: {source})"
     )

@@ -19,6 +19,7 @@ from typing import Any
 from codeparrot_ds.config import RunConfig, load_config, save_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders, write_json
+from codeparrot_ds.zero.resolution import Change, changes, saved_ds_config
 
 ADJECTIVES = (
     "amber brave bright calm clever copper crimson daring dusty eager early fancy gentle golden green happy hidden "
@@ -130,7 +131,40 @@ def check_continuation(config: RunConfig, path: Path) -> None:
         raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name")
 
 
-def open_run(config: RunConfig, ds_config: dict[str, Any], world_size: int, hosts: list[str]) -> RunFolder:
+def check_ds_continuation(config: RunConfig, path: Path, ds_config: dict[str, Any]) -> list[Change]:
+    """What a resolved DeepSpeed config changes for a run that goes on from a checkpoint, all of it safe.
+
+    Args:
+        config: the run config; it says which checkpoint the run goes on from.
+        path: the run's folder.
+        ds_config: the resolved DeepSpeed config.
+
+    Raises:
+        UserError: with the changes that the checkpoint cannot be continued with.
+    """
+    if config.resume == "never":
+        return []
+    # A checkpoint's folder is <run>/checkpoints/step-…
+    run = path if config.resume == "auto" else Path(config.resume).absolute().parent.parent
+    saved = saved_ds_config(run / "ds_config.json")
+    if saved is None or (config.resume == "auto" and not checkpoint_folders(path / "checkpoints")):
+        return []
+    found = changes(saved, ds_config)
+    refused = [str(change) for change in found if change.refused]
+    if refused:
+        raise UserError(
+            f"{path}: the DeepSpeed config cannot continue the run: {'; '.join(refused)}: choose another --run-name"
+        )
+    return found
+
+
+def open_run(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    world_size: int,
+    hosts: list[str],
+    sources: dict[str, str] | None = None,
+) -> RunFolder:
     """Creates or continues the run's folder and takes its lock (rank 0).
 
     Args:
@@ -138,6 +172,7 @@ def open_run(config: RunConfig, ds_config: dict[str, Any], world_size: int, host
         ds_config: the resolved DeepSpeed config.
         world_size: number of ranks of this start.
         hosts: host name of every rank.
+        sources: where each value of the DeepSpeed config came from.
 
     Raises:
         UserError: the folder belongs to another config or another process, or cannot be written.
@@ -145,6 +180,7 @@ def open_run(config: RunConfig, ds_config: dict[str, Any], world_size: int, host
     assert config.run_name is not None
     path = Path(config.output_dir) / config.run_name
     check_continuation(config, path)
+    check_ds_continuation(config, path, ds_config)
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "checkpoints").mkdir(exist_ok=True)
@@ -156,6 +192,7 @@ def open_run(config: RunConfig, ds_config: dict[str, Any], world_size: int, host
         folder.reload()
     save_config(config, path / "config.yaml")
     write_json(path / "ds_config.json", ds_config)
+    write_json(path / "ds_config_sources.json", sources or {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     folder.record.setdefault("name", folder.name)
     folder.record.setdefault("id", f"{folder.name}-{os.urandom(3).hex()}")

@@ -28,11 +28,17 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
-from codeparrot_ds.run.folder import check_continuation, check_run_name, new_run_name, recorded_pins
+from codeparrot_ds.run.folder import (
+    check_continuation,
+    check_ds_continuation,
+    check_run_name,
+    new_run_name,
+    recorded_pins,
+)
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
 from codeparrot_ds.run.startup import LAUNCHED_AT
-from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
-from codeparrot_ds.zero.lint import lint
+from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
+from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
 
 BYTES_A_PARAMETER = 16  # a checkpoint: three fp32 numbers for the optimizer, the export, and room for the rest
 DEFAULT_CPU_RANKS = 2
@@ -70,6 +76,8 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
 def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
     """Checks config, DeepSpeed JSON, tokenizer, model, data, folder and disk without a rank; returns the resolved JSON.
 
+    Warnings about the JSON, and what it changes for a run that goes on, are printed to stderr once nothing is wrong.
+
     Args:
         config: a run config with a name.
         device: ``cpu`` or ``cuda``, for what DeepSpeed refuses there.
@@ -84,30 +92,39 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
             raise UserError(
                 f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
             )
-    source = find_ds_config(config.deepspeed)
-    raw = load_ds_config(source)
-    errors = [finding for finding in lint(raw, source, config=config, device=device) if finding.severity == "error"]
-    if errors:
-        raise UserError("; ".join(str(finding) for finding in errors))
+    file = read_ds_config(find_ds_config(config.deepspeed))
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    warnings = check_ds_config(
+        file,
+        config=config,
+        device=device,
+        world_size=world_size,
+        parameters=num_parameters(shape),
+        libaio=libaio_installed() or are_built(["async_io"]),
+    )
     run = Path(config.output_dir) / str(config.run_name)
     datasets = open_datasets(config, recorded_pins(run))
     check_datasets(config, datasets)
     if world_size is not None:
         check_world_size(config.num_lanes, world_size)
     resolved = resolve_ds_config(
-        raw,
+        file.config,
         config,
         world_size=world_size or 1,
         model_hidden_size=shape.n_embd,
         nvme_path=run / "nvme",
-        source=source,
+        source=file.path,
     )
     check_continuation(config, run)
+    changed = check_ds_continuation(config, run, resolved)
     _check_data(config, run, stream_of(config, datasets, encoder))
     open_repository(config.hub, config.output_dir)
     _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
+    for finding in warnings:
+        print(finding, file=sys.stderr)
+    if changed:
+        print(f"{run} goes on with another DeepSpeed config: {'; '.join(map(str, changed))}", file=sys.stderr)
     return resolved
 
 

@@ -53,12 +53,15 @@ from codeparrot_ds.run.startup import Startup
 from codeparrot_ds.run.stopping import StopSignal
 from codeparrot_ds.run.tracking import Progress, Tracker, set_up_logging, warm_up
 from codeparrot_ds.zero.ds_config import (
+    Resolved,
     find_ds_config,
-    load_ds_config,
     precision,
-    resolve_ds_config,
+    read_ds_config,
+    resolve,
     zero_stage,
 )
+from codeparrot_ds.zero.lint import check_ds_config
+from codeparrot_ds.zero.resolution import sources_as_json
 
 logger = logging.getLogger("codeparrot_ds.session")
 
@@ -99,9 +102,10 @@ class Session:
         startup.lap("DeepSpeed import and process group")
         stop = StopSignal(ranks)
         config = ranks.on_main(lambda: _named(config))
-        ds_config, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
+        resolved, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
+        ds_config = resolved.config
         startup.lap("config and tokenizer")
-        folder = _open_folder(config, ds_config, ranks)
+        folder = _open_folder(config, resolved, ranks)
         set_up_logging(folder.path, ranks.rank)
         if ranks.is_main and config.wandb != "off":
             warm_up()
@@ -388,30 +392,31 @@ def _named(config: RunConfig) -> RunConfig:
     return config if config.run_name else dataclasses.replace(config, run_name=new_run_name(Path(config.output_dir)))
 
 
-def _resolve(config: RunConfig, ranks: Ranks) -> tuple[dict[str, Any], Encoder, GPT2Shape]:
+def _resolve(config: RunConfig, ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Shape]:
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
-    source = find_ds_config(config.deepspeed)
-    ds_config = resolve_ds_config(
-        load_ds_config(source),
+    file = read_ds_config(find_ds_config(config.deepspeed))
+    # The front door has checked it too; a rank may have been started without.
+    check_ds_config(file, config=config, device=ranks.device.type, world_size=ranks.world_size)
+    resolved = resolve(
+        file,
         config,
         world_size=ranks.world_size,
         model_hidden_size=shape.n_embd,
         nvme_path=Path(config.output_dir) / str(config.run_name) / "nvme",
-        source=source,
     )
     check_world_size(config.num_lanes, ranks.world_size)
-    return ds_config, encoder, shape
+    return resolved, encoder, shape
 
 
-def _open_folder(config: RunConfig, ds_config: dict[str, Any], ranks: Ranks) -> RunFolder:
+def _open_folder(config: RunConfig, resolved: Resolved, ranks: Ranks) -> RunFolder:
     hosts = ranks.gather(socket.gethostname())
     mine = RunFolder(Path(config.output_dir) / str(config.run_name))
 
     def open_on_main() -> None:
         nonlocal mine
         repository = open_repository(config.hub, Path(config.output_dir))
-        mine = open_run(config, ds_config, ranks.world_size, hosts)
+        mine = open_run(config, resolved.config, ranks.world_size, hosts, sources_as_json(resolved))
         if repository is not None:
             repository.create()
             repository.create_branch(mine.name)

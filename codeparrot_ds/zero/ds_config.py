@@ -1,7 +1,7 @@
 """DeepSpeed JSON files: find, read, and fill in the keys that belong to the run.
 
-The JSON owns ZeRO, precision, optimizer kernel, activation checkpointing and communication. `resolve_ds_config` is the
-one place where the run config's values enter it.
+The JSON owns ZeRO, precision, optimizer kernel, activation checkpointing and communication. `resolve` is the one
+place where the run config's values enter it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from codeparrot_ds.config import RunConfig, did_you_mean
 from codeparrot_ds.errors import UserError
-
-KeyPath = tuple[str, ...]
+from codeparrot_ds.zero.known_keys import KEYS, RENAMED, KeyPath
+from codeparrot_ds.zero.positions import key_lines, line_of
 
 # DeepSpeed prints a progress line and synchronises for it every so many steps; the run has its own log.
 STEPS_PER_PRINT = 1_000_000_000
@@ -64,8 +66,27 @@ def find_ds_config(name_or_path: str | os.PathLike[str]) -> Path:
     raise UserError(f"DeepSpeed config {text!r} is neither a file nor a shipped config{hint}")
 
 
+@dataclass(frozen=True)
+class DsFile:
+    """A DeepSpeed JSON as read: what it says, and the line of each key."""
+
+    path: Path
+    config: dict[str, Any]
+    lines: dict[KeyPath, int]
+
+    def where(self, path: KeyPath) -> str:
+        """``file:line`` of a key, for a reader."""
+        line = line_of(self.lines, path)
+        return f"{self.path}:{line}" if line else str(self.path)
+
+
 def load_ds_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in `path`; `UserError` with line and column when it is not plain JSON."""
+    return read_ds_config(path).config
+
+
+def read_ds_config(path: str | os.PathLike[str]) -> DsFile:
+    """The JSON object in `path` with its keys' lines; `UserError` with line and column when it is not plain JSON."""
     path = Path(path)
     if path.suffix in (".yaml", ".yml"):
         raise UserError(f"{path} is YAML; a DeepSpeed config is a JSON file")
@@ -87,7 +108,7 @@ def load_ds_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed config is a JSON object {{...}}, not {type(config).__name__}")
-    return config
+    return DsFile(path, config, key_lines(text))
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -112,6 +133,8 @@ def _why_not_json(text: str, error: json.JSONDecodeError) -> str:
         return "not JSON: a comma before the closing bracket; remove it"
     if rest.startswith("'"):
         return "not JSON: text needs double quotes"
+    if error.pos == len(text) - len(text.lstrip()) and re.match(r"[\w.-]+\s*:(\s|$)", rest):
+        return "not JSON: this looks like YAML; a DeepSpeed config is a JSON file"
     return f"not JSON: {error.msg}"
 
 
@@ -159,7 +182,9 @@ def value_at(config: Mapping[str, Any], path: KeyPath) -> Any:
 
 def _set(config: dict[str, Any], path: KeyPath, value: Any) -> None:
     for key in path[:-1]:
-        config = config.setdefault(key, {})
+        if not isinstance(config.get(key), dict):
+            config[key] = {}
+        config = config[key]
     config[path[-1]] = value
 
 
@@ -176,6 +201,14 @@ def leaves(config: Mapping[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[Ke
 # Resolution
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """A config that ``deepspeed.initialize`` can take, and where each value in it came from, in words."""
+
+    config: dict[str, Any]
+    sources: dict[KeyPath, str]
+
+
 def run_values(config: RunConfig, world_size: int) -> dict[KeyPath, Any]:
     """The values of `RUN_OWNED_KEYS` for a run on `world_size` ranks."""
     return {
@@ -188,6 +221,32 @@ def run_values(config: RunConfig, world_size: int) -> dict[KeyPath, Any]:
     }
 
 
+def modern(ds_config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[KeyPath, KeyPath]]:
+    """A copy with every key under its present name, and present name → name in `ds_config` of what was renamed.
+
+    DeepSpeed takes these old names too, and stage 3's keys with and without ``stage3_``. Where both names are given the
+    old one stays as it is.
+    """
+    config = copy.deepcopy(dict(ds_config))
+    renamed: dict[KeyPath, KeyPath] = {}
+    names = dict(RENAMED)
+    if isinstance(config.get("zero_optimization"), dict):
+        for key in config["zero_optimization"]:
+            if f"stage3_{key}" in KEYS[("zero_optimization",)]:
+                names["zero_optimization", key] = ("zero_optimization", f"stage3_{key}")
+    for old, new in names.items():
+        block = value_at(config, old[:-1]) if old[:-1] else config
+        if not isinstance(block, dict) or old[-1] not in block or new[-1] in block:
+            continue
+        value = block.pop(old[-1])
+        if old[-1].startswith("cpu_offload"):
+            value = {"device": "cpu"} if value is True else None
+        if value is not None:
+            block[new[-1]] = value
+            renamed[new] = old
+    return config, renamed
+
+
 def resolve_ds_config(
     ds_config: Mapping[str, Any],
     config: RunConfig,
@@ -197,81 +256,139 @@ def resolve_ds_config(
     nvme_path: str | os.PathLike[str] | None = None,
     source: str | os.PathLike[str] = "DeepSpeed config",
 ) -> dict[str, Any]:
-    """A copy of `ds_config` that ``deepspeed.initialize`` can take: the run's keys filled in, nothing ``"auto"`` left.
+    """The config of `resolve`, for those who do not ask where its values came from."""
+    file = DsFile(Path(source), dict(ds_config), {})
+    return resolve(file, config, world_size=world_size, model_hidden_size=model_hidden_size, nvme_path=nvme_path).config
 
-    ``"auto"`` has the meaning that the Hugging Face Trainer gives it. `nvme_path` is the folder that an ``"auto"``
-    ``nvme_path`` becomes. `source` names the file in errors. `UserError` for a key of the run that the JSON sets to
-    another value, and for an ``"auto"`` that nothing can fill.
+
+def resolve(
+    file: DsFile,
+    config: RunConfig,
+    *,
+    world_size: int,
+    model_hidden_size: int,
+    nvme_path: str | os.PathLike[str] | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> Resolved:
+    """A copy of a file's config that ``deepspeed.initialize`` can take: the run's keys filled in, no ``"auto"`` left.
+
+    Args:
+        file: the DeepSpeed JSON.
+        config: the run config.
+        world_size: number of ranks.
+        model_hidden_size: the width that ``"auto"`` bucket sizes follow.
+        nvme_path: the folder that an ``"auto"`` ``nvme_path`` becomes.
+        origins: where fields of the run config came from (``option``, ``preset large`` …), for `Resolved.sources`.
+
+    ``"auto"`` has the meaning that the Hugging Face Trainer gives it; old names of keys become the present ones.
+
+    Raises:
+        UserError: a key of the run that the JSON sets to another value, or an ``"auto"`` that nothing can fill.
     """
-    resolved = copy.deepcopy(dict(ds_config))
-    resolved.setdefault("optimizer", copy.deepcopy(DEFAULT_OPTIMIZER))
+    resolved, renamed = modern(file.config)
+    filled = _Filled(resolved, file, {})
+    for path, _ in leaves(resolved):
+        old = next((old for new, old in renamed.items() if path[: len(new)] == new), None)
+        filled.sources[path] = file.where(old or path) + (f", as {'.'.join(old)}" if old else "")
+    if "optimizer" not in resolved:
+        for path, value in leaves(DEFAULT_OPTIMIZER):
+            filled.set(("optimizer", *path), copy.deepcopy(value), "the recipe's: the file names no optimizer")
     blocks = ("optimizer", "zero_optimization", "timers")
     problems = [f"{key} must be an object {{...}}" for key in blocks if not isinstance(resolved.get(key, {}), dict)]
-    problems = problems or _fill_run_values(resolved, config, world_size)
+    problems = problems or _fill_run_values(filled, config, world_size, origins or {})
     if problems:
-        raise UserError(f"{source}: " + "; ".join(problems))
+        raise UserError(f"{file.path}: " + "; ".join(problems))
 
-    resolved.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    mended = "set here: DeepSpeed's own default costs time"
+    filled.default(("zero_optimization", "stage"), 0, "DeepSpeed's default")
     # The throughput timer synchronises the device twice a micro-step; the wall clock breakdown more often still.
-    resolved.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
-    resolved.setdefault("wall_clock_breakdown", False)
-    resolved["steps_per_print"] = STEPS_PER_PRINT
+    filled.default(("timers", "throughput", "enabled"), False, mended)
+    filled.default(("wall_clock_breakdown",), False, "DeepSpeed's default")
+    filled.set(("steps_per_print",), STEPS_PER_PRINT, "set here: the run has its own log, and DeepSpeed's costs time")
 
-    _fill_auto(resolved, model_hidden_size=model_hidden_size, nvme_path=nvme_path)
+    for path, (value, why) in auto_meanings(resolved, model_hidden_size, nvme_path).items():
+        if value_at(resolved, path) == "auto":
+            filled.set(path, value, f'"auto" at {file.where(path)}: {why}')
+    # Here "auto" is DeepSpeed's own word and its default.
+    if value_at(resolved, ("data_types", "keep_in_fp32_modules")) == "auto":
+        del resolved["data_types"]["keep_in_fp32_modules"]
+        if not resolved["data_types"]:
+            del resolved["data_types"]
     for path, value in leaves(resolved):
-        if value == "auto":
+        if value == "auto" and not _is_own_auto(path):
             problems.append(f'{".".join(path)} is "auto" and the run has no value for it; write one or remove the key')
     if problems:
-        raise UserError(f"{source}: " + "; ".join(problems))
-    return resolved
+        raise UserError(f"{file.path}: " + "; ".join(problems))
+    return Resolved(resolved, {path: filled.sources[path] for path, _ in leaves(resolved)})
 
 
-def _fill_run_values(resolved: dict[str, Any], config: RunConfig, world_size: int) -> list[str]:
+@dataclass(frozen=True)
+class _Filled:
+    """A config while it is filled in, with the source of each value."""
+
+    config: dict[str, Any]
+    file: DsFile
+    sources: dict[KeyPath, str]
+
+    def set(self, path: KeyPath, value: Any, source: str) -> None:
+        _set(self.config, path, value)
+        self.sources[path] = source
+
+    def default(self, path: KeyPath, value: Any, source: str) -> None:
+        if value_at(self.config, path) is None:
+            self.set(path, value, source)
+
+
+def _fill_run_values(filled: _Filled, config: RunConfig, world_size: int, origins: Mapping[str, str]) -> list[str]:
     """Sets the run's keys; returns the conflicts with values that are already there."""
     problems = []
     for path, value in run_values(config, world_size).items():
-        present = value_at(resolved, path)
+        present, field = value_at(filled.config, path), RUN_OWNED_KEYS[path]
         if present not in (None, "auto", value) or isinstance(present, bool):
             problems.append(
-                f"{'.'.join(path)} is {present!r} but the run config's {RUN_OWNED_KEYS[path]} says {value!r}; "
+                f"{'.'.join(path)} is {present!r} but the run config's {field} says {value!r}; "
                 f"remove the key from the JSON"
             )
         else:
-            _set(resolved, path, value)
-    scheduler = resolved.get("scheduler")
+            source = f"run config: {field}" + (f" ({origins[field]})" if field in origins else "")
+            if path == ("gradient_accumulation_steps",):
+                source += f" = {config.global_batch_size} / ({config.micro_batch_size} x {world_size})"
+            filled.set(path, value, source)
+    scheduler = filled.config.get("scheduler")
     if scheduler is not None:
         if any(value != "auto" for path, value in leaves(scheduler) if path[0] == "params"):
             problems.append(
                 "scheduler belongs to the run config (lr_scheduler_type, num_warmup_steps); remove the block"
             )
-        del resolved["scheduler"]
+        del filled.config["scheduler"]
     return problems
 
 
-def _fill_auto(resolved: dict[str, Any], *, model_hidden_size: int, nvme_path: str | os.PathLike[str] | None) -> None:
-    """Replaces each ``"auto"`` that has a meaning: those of the Trainer's DeepSpeed integration, and NVMe paths."""
-    hidden = model_hidden_size
-    zero = "zero_optimization"
+def auto_meanings(
+    ds_config: Mapping[str, Any], hidden: int, nvme_path: str | os.PathLike[str] | None
+) -> dict[KeyPath, tuple[Any, str]]:
+    """What each ``"auto"`` means and why: those of the Trainer's DeepSpeed integration, and NVMe paths."""
+    zero, adam = "zero_optimization", "the recipe's"
     # Sizes as in transformers/integrations/deepspeed.py, HfTrainerDeepSpeedConfig.trainer_config_finalize.
-    meanings: dict[KeyPath, Any] = {
-        ("optimizer", "params", "betas"): [0.9, 0.999],
-        ("optimizer", "params", "eps"): 1e-8,
-        (zero, "reduce_bucket_size"): hidden * hidden,
-        (zero, "stage3_prefetch_bucket_size"): int(0.9 * hidden * hidden),
-        (zero, "stage3_param_persistence_threshold"): 10 * hidden,
-        (zero, "stage3_gather_16bit_weights_on_model_save"): False,
-        ("wall_clock_breakdown",): False,
-        ("timers", "throughput", "enabled"): False,
+    meanings: dict[KeyPath, tuple[Any, str]] = {
+        ("optimizer", "params", "betas"): ([0.9, 0.999], adam),
+        ("optimizer", "params", "eps"): (1e-8, adam),
+        (zero, "reduce_bucket_size"): (hidden * hidden, "the model's width squared"),
+        (zero, "stage3_prefetch_bucket_size"): (int(0.9 * hidden * hidden), "0.9 x the model's width squared"),
+        (zero, "stage3_param_persistence_threshold"): (10 * hidden, "10 x the model's width"),
+        (zero, "stage3_gather_16bit_weights_on_model_save"): (False, "the run writes its own export"),
+        ("wall_clock_breakdown",): (False, "DeepSpeed's default"),
+        ("timers", "throughput", "enabled"): (False, "the timer costs time"),
         # The Trainer's switch is a flag; here a file that leaves it open trains in bf16.
-        ("bf16", "enabled"): value_at(resolved, ("fp16", "enabled")) is not True,
-        ("fp16", "enabled"): "bf16" not in resolved,
+        ("bf16", "enabled"): (value_at(ds_config, ("fp16", "enabled")) is not True, "bf16 unless fp16 is on"),
+        ("fp16", "enabled"): ("bf16" not in ds_config, "on only where the file has no bf16"),
     }
     if nvme_path is not None:
         for block in ("offload_optimizer", "offload_param"):
-            meanings[(zero, block, "nvme_path")] = os.fspath(nvme_path)
-    for path, value in meanings.items():
-        if value_at(resolved, path) == "auto":
-            _set(resolved, path, value)
-    # Here "auto" is DeepSpeed's own word and its default.
-    if value_at(resolved, ("data_types", "keep_in_fp32_modules")) == "auto":
-        del resolved["data_types"]["keep_in_fp32_modules"]
+            meanings[(zero, block, "nvme_path")] = (os.fspath(nvme_path), "in the run's folder")
+    return meanings
+
+
+def _is_own_auto(path: KeyPath) -> bool:
+    kind = KEYS.get(path[:-1], {}).get(path[-1])
+    return kind is not None and kind.takes_auto

@@ -1,32 +1,28 @@
 """Checks a DeepSpeed JSON before anything runs: DeepSpeed itself ignores a mistyped key and trains on.
 
-No torch and no DeepSpeed is imported; what DeepSpeed knows stands in ``known_keys``.
+No torch and no DeepSpeed is imported: ``known_keys`` has every key that DeepSpeed reads with its type, ``reading``
+compares a file with it, ``conflicts`` and ``inert`` have the rules between keys, and this module what has a form of its
+own.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.config import RunConfig, did_you_mean
-from codeparrot_ds.zero.ds_config import (
-    RUN_OWNED_KEYS,
-    KeyPath,
-    leaves,
-    offload_device,
-    precision,
-    value_at,
-    zero_stage,
-)
-from codeparrot_ds.zero.known_keys import (
-    ADAM_PARAMS,
-    CPU_OPTIMIZERS,
-    KNOWN_KEYS,
-    REMOVED_KEYS,
-    REMOVED_ZERO_KEYS,
-)
+from codeparrot_ds.config import RunConfig
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.zero.conflicts import CONFLICTS
+from codeparrot_ds.zero.ds_config import RUN_OWNED_KEYS, DsFile, leaves, modern, value_at
+from codeparrot_ds.zero.inert import INERT
+from codeparrot_ds.zero.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath
+from codeparrot_ds.zero.positions import line_of
+from codeparrot_ds.zero.reading import Reading, Said, read_keys
+from codeparrot_ds.zero.subject import Rule, Subject, path_of
 
 
 @dataclass(frozen=True)
@@ -37,20 +33,15 @@ class Finding:
     key: str
     severity: str
     message: str
+    line: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.severity}: {self.key}: {self.message}"
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: {self.severity}: {self.key}: {self.message}"
 
-
-# A rule yields (key path, severity, message).
-Rule = Callable[["_Subject"], Iterator[tuple[KeyPath, str, str]]]
-
-
-@dataclass(frozen=True)
-class _Subject:
-    ds_config: Mapping[str, Any]
-    config: RunConfig | None
-    device: str
+    def as_json(self) -> dict[str, Any]:
+        """The finding for tools."""
+        return asdict(self)
 
 
 def lint(
@@ -59,125 +50,180 @@ def lint(
     *,
     config: RunConfig | None = None,
     device: str = "cuda",
+    world_size: int | None = None,
+    parameters: int | None = None,
+    libaio: bool | None = None,
+    lines: Mapping[KeyPath, int] | None = None,
 ) -> list[Finding]:
-    """Everything wrong with `ds_config`, all at once.
+    """Everything wrong with `ds_config`, all at once, errors and warnings in the order of the file.
 
-    With `config`, keys of the run are compared with its values. `device` is what the ranks will have, ``"cpu"`` or
-    ``"cuda"``.
+    Args:
+        ds_config: what a JSON says.
+        path: the file, for the findings.
+        config: the run config; with it, keys of the run are compared with its values, and what only other programs
+            need is judged.
+        device: what the ranks will have, ``cpu`` or ``cuda``.
+        world_size: number of ranks, where it is known.
+        parameters: of the model, where it is known.
+        libaio: whether this machine can build NVMe offloading (`libaio_installed`); None is not judged.
+        lines: the line of each key.
     """
-    subject = _Subject(ds_config, config, device)
-    # The other rules read blocks, so a block that is not one is all that can be said.
-    rules: tuple[Rule, ...] = (_blocks,) if any(_blocks(subject)) else RULES
-    return [
-        Finding(os.fspath(path), ".".join(key), severity, message)
-        for rule in rules
-        for key, severity, message in rule(subject)
+    reading = read_keys(ds_config)
+    now, renamed = modern(reading.config)
+    subject = Subject(
+        config=now, run=config, device=device, world_size=world_size, parameters=parameters, libaio=libaio
+    )
+    said = [*_two_names(reading.config, now), *_run_owned_keys(subject), *_missing_nvme_paths(subject)]
+    if _stage_is_known(reading):
+        for rule in (*CONFLICTS, *INERT):
+            said += _apply(rule, subject)
+    written = [(reading.as_written(_old_name(key, renamed)), severity, message) for key, severity, message in said]
+    findings = [
+        Finding(os.fspath(path), ".".join(key), severity, message, line_of(dict(lines or {}), key))
+        for key, severity, message in _once([*reading.said, *written])
     ]
+    return sorted(findings, key=lambda finding: finding.line or 0)
 
 
-def _blocks(subject: _Subject) -> Iterator[tuple[KeyPath, str, str]]:
-    for path in (*KNOWN_KEYS, ("optimizer", "params"), ("scheduler", "params")):
-        value = value_at(subject.ds_config, path)
-        if path and value is not None and not isinstance(value, Mapping):
-            example = ', such as {"stage": 2}' if path == ("zero_optimization",) else ""
-            yield path, "error", f"must be an object {{...}}{example}, not {value!r}"
-    stage = value_at(subject.ds_config, ("zero_optimization", "stage"))
-    if stage is not None and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
-        yield ("zero_optimization", "stage"), "error", f"must be 0, 1, 2 or 3, not {stage!r}"
+def lint_file(file: DsFile, **known: Any) -> list[Finding]:
+    """`lint` of a file as read, with the lines of its keys."""
+    return lint(file.config, file.path, lines=file.lines, **known)
 
 
-def _unknown_keys(subject: _Subject) -> Iterator[tuple[KeyPath, str, str]]:
-    known_blocks = dict(KNOWN_KEYS)
-    if str(value_at(subject.ds_config, ("optimizer", "type"))).lower() in ("adam", "adamw"):
-        known_blocks[("optimizer", "params")] = ADAM_PARAMS
-    for block, known in known_blocks.items():
-        removed = {(): REMOVED_KEYS, ("zero_optimization",): REMOVED_ZERO_KEYS}.get(block, frozenset())
-        for key in value_at(subject.ds_config, block) or {}:
-            if key in removed:
-                yield (*block, key), "error", "DeepSpeed has removed this feature; remove the key"
-            elif block == ("optimizer", "params") and key == "max_grad_norm":
-                yield (*block, key), "error", "clipping is set by the run config's max_grad_norm; remove the key"
-            elif key not in known:
-                elsewhere = sorted(".".join((*other, key)) for other, keys in known_blocks.items() if key in keys)
-                hint = f"; it belongs at {elsewhere[0]}" if len(elsewhere) == 1 else did_you_mean(key, known)
-                yield (*block, key), "error", f"unknown key, which DeepSpeed would ignore or refuse{hint}"
+def check_ds_config(file: DsFile, **known: Any) -> list[Finding]:
+    """`lint_file` for a program that is about to use the file: returns the warnings.
+
+    Raises:
+        UserError: with all errors.
+    """
+    findings = lint_file(file, **known)
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        raise UserError("; ".join(map(str, errors)))
+    return findings
 
 
-def _run_owned_keys(subject: _Subject) -> Iterator[tuple[KeyPath, str, str]]:
+def version_notice() -> str | None:
+    """What to say when another DeepSpeed is installed than the one whose keys are known here; None when it is that."""
+    try:
+        installed = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if installed.split("+")[0] == DEEPSPEED_VERSION:
+        return None
+    return f"checked against DeepSpeed {DEEPSPEED_VERSION}, but {installed} is installed: its keys may differ"
+
+
+def libaio_installed() -> bool:
+    """Whether libaio's header, which DeepSpeed builds its NVMe reader with, is on this machine."""
+    folders = [Path("/usr/include"), Path("/usr/local/include")]
+    folders += [
+        Path(part) for name in ("CPATH", "C_INCLUDE_PATH") for part in os.environ.get(name, "").split(":") if part
+    ]
+    if "CONDA_PREFIX" in os.environ:
+        folders.append(Path(os.environ["CONDA_PREFIX"], "include"))
+    return any((folder / "libaio.h").is_file() for folder in folders)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks with a form of their own
+
+
+def _two_names(ds_config: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Said]:
+    """Old and new name of one key, which DeepSpeed takes one at a time."""
+    zero = value_at(ds_config, ("zero_optimization",)) or {}
+    pairs = [(old[-1], new[-1]) for old, new in RENAMED.items() if len(old) == 2]
+    pairs += [(key, f"stage3_{key}") for key in zero]
+    for old, new in pairs:
+        if old in zero and new in zero:
+            yield ("zero_optimization", old), "error", f"is given a second time as {new}; keep that one"
+    if "bfloat16" in ds_config and "bf16" in ds_config:
+        yield ("bfloat16",), "warning", "does nothing beside bf16, which DeepSpeed takes"
+
+
+def _run_owned_keys(subject: Subject) -> Iterator[Said]:
     for path, field in RUN_OWNED_KEYS.items():
-        value = value_at(subject.ds_config, path)
+        value = value_at(subject.config, path)
         if value is None or value == "auto":
             continue
-        wanted = getattr(subject.config, field, None) if subject.config else None
-        if wanted is not None and (value != wanted or isinstance(value, bool)):
+        wanted = _wanted(subject, path, field)
+        if wanted is not None and value != wanted:
             yield path, "error", f"is {value!r} but the run config's {field} says {wanted!r}; remove the key"
         elif wanted is None:
             yield path, "warning", f"belongs to the run config ({field}); a run with another value refuses this file"
-    scheduler = value_at(subject.ds_config, ("scheduler", "params")) or {}
+    scheduler = value_at(subject.config, ("scheduler", "params")) or {}
     if any(value != "auto" for _, value in leaves(scheduler)):
-        yield ("scheduler",), "error", "belongs to the run config (lr_scheduler_type, num_warmup_steps); remove it"
+        message = "belongs to the run config (lr_scheduler_type, num_warmup_steps), and a run refuses it; remove it"
+        yield ("scheduler",), "error" if subject.run else "warning", message
     for monitor in ("tensorboard", "wandb", "csv_monitor", "comet"):
-        if value_at(subject.ds_config, (monitor, "enabled")) is True:
+        if value_at(subject.config, (monitor, "enabled")) is True:
             yield (monitor,), "warning", "the run writes its own logs; DeepSpeed's monitor counts samples, not steps"
 
 
-def _text_for_values(subject: _Subject) -> Iterator[tuple[KeyPath, str, str]]:
-    for path, value in leaves(subject.ds_config):
-        if not isinstance(value, str):
-            continue
-        if value.lower() in ("true", "false"):
-            yield path, "error", f"is the text {value!r}; write {value.lower()} without quotes"
-        elif _is_number(value):
-            yield path, "error", f"is the text {value!r}; write the number without quotes"
+def _wanted(subject: Subject, path: KeyPath, field: str) -> Any:
+    """What the run config says of one of its keys; None where that is not known."""
+    if subject.run is None:
+        return None
+    if path != ("gradient_accumulation_steps",):
+        return getattr(subject.run, field)
+    rows = subject.run.micro_batch_size * (subject.world_size or 0)
+    if rows == 0 or subject.run.global_batch_size % rows:
+        return None
+    return subject.run.global_batch_size // rows
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _missing_nvme_paths(subject: Subject) -> Iterator[Said]:
+    for what, block in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
+        path = ("zero_optimization", block, "nvme_path")
+        if subject.on_nvme(what) and not value_at(subject.config, path):
+            yield path, "error", 'is missing; write a folder, or "auto" for one in the run\'s folder'
 
 
-def _precision(subject: _Subject) -> Iterator[tuple[KeyPath, str, str]]:
-    fp16 = value_at(subject.ds_config, ("fp16", "enabled")) is True
-    if fp16 and precision(subject.ds_config) == "bf16":
-        yield ("fp16", "enabled"), "error", "fp16 and bf16 are both on; keep one"
-    elif fp16 and subject.device == "cpu":
-        stage = zero_stage(subject.ds_config)
-        choice = f"choose zero{stage}.json (bf16) or zero{stage}_fp32.json"
-        yield ("fp16", "enabled"), "error", f"fp16 needs a GPU: DeepSpeed refuses it on the CPU; {choice}"
-    accumulation = value_at(subject.ds_config, ("data_types", "grad_accum_dtype"))
-    names = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
-    accumulation = names.get(accumulation, accumulation)
-    if accumulation is not None and zero_stage(subject.ds_config) == 0 and accumulation != precision(subject.ds_config):
-        dtype = precision(subject.ds_config)
-        message = f"stage 0 adds gradients up in the training precision only; write {dtype!r} or use stages 1-3"
-        yield ("data_types", "grad_accum_dtype"), "error", message
+# --------------------------------------------------------------------------------------------------------------------
+# Rules
 
 
-def _offload(subject: _Subject) -> Iterator[tuple[KeyPath, str, str]]:
-    zero, stage = ("zero_optimization",), zero_stage(subject.ds_config)
-    optimizer = offload_device(subject.ds_config, "optimizer")
-    parameters = offload_device(subject.ds_config, "parameters")
-    for key in ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"):
-        if value_at(subject.ds_config, (*zero, key)) is not None:
-            yield (*zero, key), "error", 'is out of date; write "offload_optimizer": {"device": "cpu"}'
-    for block, device in (("offload_optimizer", optimizer), ("offload_param", parameters)):
-        path = (*zero, block)
-        if device not in ("none", "cpu", "nvme"):
-            yield (*path, "device"), "error", f"cannot be {device!r}; choose none, cpu or nvme"
-        needed = 3 if device == "nvme" or block == "offload_param" else 1
-        if device in ("cpu", "nvme") and stage < needed:
-            stages = "stage 3" if needed == 3 else "stages 1-3"
-            yield path, "error", f"offloading to {device} works at {stages}, and this is stage {stage}"
-        if device == "nvme" and not value_at(subject.ds_config, (*path, "nvme_path")):
-            yield (*path, "nvme_path"), "error", 'is missing; write a folder, or "auto" for one in the run\'s folder'
-    kernel = str(value_at(subject.ds_config, ("optimizer", "type")) or "AdamW")
-    if optimizer in ("cpu", "nvme") and kernel.lower() not in CPU_OPTIMIZERS:
-        yield ("optimizer", "type"), "error", f"{kernel} has no CPU kernel, which offloading needs; write AdamW"
-    if optimizer in ("cpu", "nvme") and value_at(subject.ds_config, ("optimizer", "params", "torch_adam")) is True:
-        yield ("optimizer", "params", "torch_adam"), "error", "offloading needs DeepSpeed's CPU Adam; remove the key"
+def _stage_is_known(reading: Reading) -> bool:
+    """Whether the stage can be told: without it most rules would judge a config that nobody wrote."""
+    stage = ("zero_optimization", "stage")
+    wrong = {path for path, severity, _ in reading.said if severity == "error"}
+    return value_at(reading.config, stage) is not None or not wrong & {stage, stage[:1]}
 
 
-RULES: tuple[Rule, ...] = (_unknown_keys, _run_owned_keys, _text_for_values, _precision, _offload)
+def _apply(rule: Rule, subject: Subject) -> Iterator[Said]:
+    value = subject.get(rule.key)
+    if value is None or not rule.applies(subject, value):
+        return
+    severity = rule.severity if rule.severity != "run" else "error" if subject.run else "warning"
+    message = rule.message
+    if "{" in message:
+        named = {"value": value, "stage": subject.stage, "precision": subject.precision}
+        message = message.format(**named, parameters=subject.parameters)
+    yield path_of(rule.key), severity, message
+
+
+# The key of a block that the sense of the others hangs on.
+_SWITCHES = ("enabled", "device")
+
+
+def _once(said: list[Said]) -> list[Said]:
+    """All errors, and of the warnings the first of each key that no error of it, in it or of its switch explains."""
+    wrong = {path for path, severity, _ in said if severity == "error"}
+    judged = {path[:length] for path in wrong for length in range(1, len(path) + 1)}
+    kept = []
+    for path, severity, message in said:
+        if severity == "warning":
+            if path in judged or any((*path[:-1], switch) in wrong for switch in _SWITCHES):
+                continue
+            judged.add(path)
+        kept.append((path, severity, message))
+    return kept
+
+
+def _old_name(path: KeyPath, renamed: Mapping[KeyPath, KeyPath]) -> KeyPath:
+    """The name in the file of a key that a rule knows by its present name."""
+    for new, old in renamed.items():
+        if path[: len(new)] == new:
+            # The old key was a mere switch: what the new block holds is not in the file.
+            return old if old[-1].startswith("cpu_offload") else (*old, *path[len(new) :])
+    return path

@@ -90,7 +90,8 @@ def test_every_shipped_file_resolves_completely(name):
     assert (resolved["train_batch_size"], resolved["train_micro_batch_size_per_gpu"]) == (32, 4)
     assert resolved["gradient_accumulation_steps"] == 4
     assert resolved["gradient_clipping"] == 1.0
-    assert resolved["optimizer"]["params"] == {"betas": [0.9, 0.999], "eps": 1e-8, "lr": 5e-4, "weight_decay": 0.1}
+    written = ds_config["optimizer"].get("params", {})
+    assert resolved["optimizer"]["params"] == written | {"lr": 5e-4, "weight_decay": 0.1}
     assert resolved["timers"]["throughput"]["enabled"] is False
     assert resolved["wall_clock_breakdown"] is False
     assert json.loads(json.dumps(resolved)) == resolved

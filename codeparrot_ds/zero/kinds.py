@@ -1,0 +1,170 @@
+"""What the value of a DeepSpeed key may be: its type, its range, and what to say of a value that is neither."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from codeparrot_ds.config import did_you_mean
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The type and the range of one key.
+
+    ``bool``, ``int``, ``number``, ``text``, ``choice`` (of `choices`, text without regard to case), ``texts`` and
+    ``numbers`` (lists), ``block`` (an object with keys of its own), or ``any``.
+    """
+
+    name: str
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+    optional: bool = False  # null stands for DeepSpeed's default
+    auto: bool = False  # "auto" is DeepSpeed's own word here
+
+    @property
+    def takes_auto(self) -> bool:
+        """Whether ``"auto"`` is a value of the key and not a gap that somebody else fills."""
+        return self.auto or "auto" in self.choices
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.name == "choice":
+            shown = [str(choice) for choice in self.choices]
+            return f"one of {', '.join(shown)}" if len(shown) <= 12 else "a known name"
+        text = {
+            "bool": "true or false",
+            "int": "a whole number",
+            "number": "a number",
+            "text": "text in quotes",
+            "texts": "a list of texts",
+            "numbers": "a list of numbers",
+            "block": "an object {...}",
+            "any": "anything",
+        }[self.name]
+        bounds = [
+            f"{word} {bound:g}"
+            for word, bound in (
+                ("at least", self.minimum),
+                ("above", self.above),
+                ("at most", self.maximum),
+                ("below", self.below),
+            )
+            if bound is not None
+        ]
+        return " ".join([text, " and ".join(bounds)]).strip()
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`, or None."""
+        if self.name == "any" or (value is None and self.optional) or (value == "auto" and self.auto):
+            return None
+        if value is None:
+            return f"is null; it must be {self.expected}, or remove the key"
+        if isinstance(value, str) and self.name in ("bool", "int", "number"):
+            return self._text_problem(value)
+        if not self._has_type(value):
+            return f"must be {self.expected}, not {_shown(value)}"
+        if self.name == "choice":
+            return self._choice_problem(value)
+        if self.name == "texts" and self.choices and not set(value) <= set(self.choices):
+            return f"must be a list of some of {', '.join(self.choices)}, not {_shown(value)}"
+        numbers = value if self.name == "numbers" else [value] if self.name in ("int", "number") else []
+        if any(not self._in_range(number) for number in numbers):
+            return f"must be {self.expected}, not {_shown(value)}"
+        return None
+
+    def _text_problem(self, text: str) -> str:
+        if self.name == "bool" and text.lower() in ("true", "false"):
+            return f"is the text {text!r}; write {text.lower()} without quotes"
+        if self.name != "bool" and is_number(text):
+            return f"is the text {text!r}; write the number without quotes"
+        return f"must be {self.expected}, not the text {text!r}"
+
+    def _choice_problem(self, value: Any) -> str | None:
+        known = {choice.lower() if isinstance(choice, str) else choice for choice in self.choices}
+        if (value.lower() if isinstance(value, str) else value) in known:
+            return None
+        if isinstance(value, str) and is_number(value) and not isinstance(self.choices[0], str):
+            return f"is the text {value!r}; write the number without quotes"
+        if not isinstance(value, str) or not all(isinstance(choice, str) for choice in self.choices):
+            return f"must be {self.expected}, not {_shown(value)}"
+        return f"cannot be {value!r}{did_you_mean(value, self.choices)}"
+
+    def _has_type(self, value: Any) -> bool:
+        if self.name == "bool":
+            return isinstance(value, bool)
+        if self.name == "int":
+            # DeepSpeed takes 5e8 for a whole number, as JSON writers do.
+            return is_finite(value) and float(value).is_integer()
+        if self.name == "number":
+            return is_finite(value)
+        if self.name == "text":
+            return isinstance(value, str)
+        if self.name == "choice":
+            return isinstance(value, str) or is_finite(value)
+        if self.name == "block":
+            return isinstance(value, dict)
+        of_items = (lambda item: isinstance(item, str)) if self.name == "texts" else is_finite
+        return isinstance(value, list) and all(of_items(item) for item in value)
+
+    def _in_range(self, number: float) -> bool:
+        return (
+            (self.minimum is None or number >= self.minimum)
+            and (self.above is None or number > self.above)
+            and (self.maximum is None or number <= self.maximum)
+            and (self.below is None or number < self.below)
+        )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a finite number, and neither a truth value nor text."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text reads as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "an object {...}"
+    return repr(value)
+
+
+BOOL = Kind("bool")
+ANY = Kind("any")
+BLOCK = Kind("block")
+TEXT = Kind("text")
+TEXTS = Kind("texts")
+NUMBER = Kind("number")
+SIZE = Kind("int", minimum=0)
+COUNT = Kind("int", minimum=1)
+INT = Kind("int")
+SHARE = Kind("number", minimum=0, maximum=1)
+
+
+def choice(*choices: Any) -> Kind:
+    """One of a few values."""
+    return Kind("choice", choices=choices)
+
+
+def optional(kind: Kind) -> Kind:
+    """`kind`, or null."""
+    return replace(kind, optional=True)
+
+
+def or_auto(kind: Kind) -> Kind:
+    """`kind`, or DeepSpeed's own ``"auto"``."""
+    return replace(kind, auto=True)

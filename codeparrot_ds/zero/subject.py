@@ -1,0 +1,82 @@
+"""What a rule of the config check looks at, and the form of a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from codeparrot_ds.config import RunConfig
+from codeparrot_ds.zero.ds_config import offload_device, precision, value_at, zero_stage
+from codeparrot_ds.zero.known_keys import KeyPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A DeepSpeed config under its keys' present names, without values of a wrong type, and what is known around it."""
+
+    config: Mapping[str, Any]
+    run: RunConfig | None = None
+    device: str = "cuda"
+    world_size: int | None = None
+    parameters: int | None = None  # of the model
+    libaio: bool | None = None  # whether this machine has what NVMe offloading is built with
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a dotted key; `default` where there is none, or an ``"auto"`` that the run will fill."""
+        value = value_at(self.config, path_of(key))
+        return default if value is None or value == "auto" else value
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return zero_stage(self.config)
+
+    @property
+    def precision(self) -> str:
+        """``bf16``, ``fp16`` or ``fp32``."""
+        return precision(self.config)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name in lower case; the recipe's where the file names none."""
+        return str(self.get("optimizer.type", "AdamW")).lower()
+
+    @property
+    def accumulation(self) -> str:
+        """The precision that micro-batches are added up in."""
+        return short_dtype(self.get("data_types.grad_accum_dtype", self.precision))
+
+    def offloads(self, what: str) -> bool:
+        """Whether the ``optimizer`` or the ``parameters`` live outside the device."""
+        return offload_device(self.config, what) in ("cpu", "nvme")
+
+    def on_nvme(self, what: str) -> bool:
+        """Whether the ``optimizer`` or the ``parameters`` live on NVMe."""
+        return offload_device(self.config, what) == "nvme"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that is wrong with a key that has a value, when `applies` says so of the subject and that value.
+
+    `severity` is ``error``, ``warning``, or ``run``: an error where a run config is known, a warning for a file alone,
+    which other programs may well use. ``{value}``, ``{stage}`` and ``{precision}`` in the message are filled in.
+    """
+
+    key: str
+    severity: str
+    applies: Callable[[Subject, Any], bool]
+    message: str
+
+
+def path_of(key: str) -> KeyPath:
+    """The path of a dotted key."""
+    return tuple(key.split("."))
+
+
+def short_dtype(name: str) -> str:
+    """``bf16``, ``fp16``, ``fp32`` (or ``int8``) for each of the names that DeepSpeed knows a dtype by."""
+    names = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+    name = str(name).removeprefix("torch.")
+    return names.get(name, name)
