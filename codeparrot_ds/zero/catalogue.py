@@ -279,9 +279,9 @@ def _compiled() -> dict[str, Entry]:
         f"zero{stage}_deepcompile": Entry(
             config=_with(_config(stage), compile={"deepcompile": True}),
             use=use,
-            cost="minutes of compilation at the start; young code: compare losses first",
+            cost="compilation at the start; young code, untried here: compare losses first",
             gpu_only=True,
-            needs="the run's `--compile`; neither activation checkpointing nor offload",
+            needs="the run's `--compile`",
         )
         for stage, use in (
             (2, "compiled runs on several GPUs: reductions start inside the one compiled backward pass, not after it"),

@@ -148,10 +148,30 @@ def test_a_second_moment_in_bf16_cannot_shrink_by_a_thousandth():
     moments = moments[(moments > 1e-30) & torch.isfinite(moments)]
     assert torch.equal((moments.float() * 0.999).bfloat16(), moments)
     assert ((moments.float() * 0.95).bfloat16() < moments).all()
+    # Gradients of size 1 for 1,000 steps, of size 0.1 for 5,000 more: what is left of a second moment of 1.
+    left = {(beta2, dtype): second_moment(beta2, dtype) for beta2 in (0.999, 0.95) for dtype in ("float32", "bfloat16")}
+    assert left[0.999, "float32"] == pytest.approx(0.0142, abs=0.0005)
+    assert left[0.999, "bfloat16"] > 0.6
+    assert left[0.95, "bfloat16"] == pytest.approx(left[0.95, "float32"], rel=0.05)
+
+
+def test_only_bf16_states_have_another_beta2():
     for name, entry in catalogue().items():
         in_bf16 = value_at(entry.config, ("bf16", "bf16_optimizer_states")) is True
         assert in_bf16 == ("bf16_states" in name)
         assert entry.config["optimizer"]["params"]["betas"][1] == (0.95 if in_bf16 else 0.999)
+
+
+def second_moment(beta2: float, dtype: str) -> float:
+    """The mean of Adam's second moments when gradients have fallen tenfold, in the given precision."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.zeros(4000, dtype=getattr(torch, dtype))
+    for step in range(6000):
+        gradient = torch.randn(4000, generator=generator) * (1.0 if step < 1000 else 0.1)
+        moments = (beta2 * moments.float() + (1 - beta2) * gradient * gradient).to(moments.dtype)
+    return moments.float().mean().item()
 
 
 def test_quantized_gradients_travel_as_what_the_kernel_reads():
