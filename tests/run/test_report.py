@@ -2,6 +2,7 @@ import base64
 import datetime
 import json
 import math
+import pickle
 import re
 import time
 from html.parser import HTMLParser
@@ -12,7 +13,8 @@ import pytest
 from codeparrot_ds.config import RunConfig, save_config
 from codeparrot_ds.data.opening import data_account
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.plots import LINE_STYLES, MARKERS, number
+from codeparrot_ds.run import report
+from codeparrot_ds.run.plots import LINE_STYLES, MARKERS, draw, number
 from codeparrot_ds.run.report import charts, read_run, summarize, write_report
 
 START = 1_700_000_000.0
@@ -81,6 +83,22 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data + " "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def draw_once():
+    """Draws equal charts once: most reports here show the same rows, and pictures are nearly all of their time."""
+    drawn = {}
+
+    def draw_or_remember(chart, theme):
+        key = pickle.dumps((chart, theme))
+        if key not in drawn:
+            drawn[key] = draw(chart, theme)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", draw_or_remember)
+        yield
 
 
 @pytest.fixture(scope="module")

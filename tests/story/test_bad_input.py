@@ -118,12 +118,10 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before(workshop, small_disk
     assert not [problem for row in rows for problem in verify_checkpoint(row["path"])]
 
 
-@pytest.fixture(scope="module")
-def finished(workshop):
-    """A run of three steps."""
-    process = workshop.train("--run-name", "mine", "--max-train-steps", "3", "--save-checkpoint-steps", "3")
-    assert process.returncode == 0, process.stderr[-3000:]
-    return workshop.runs / "mine"
+@pytest.fixture
+def finished(trained):
+    """A run of twenty steps."""
+    return trained("zero2")
 
 
 def test_a_run_folder_of_another_config(workshop, finished):
@@ -134,7 +132,9 @@ def test_a_run_folder_of_another_config(workshop, finished):
         (("--global-batch-size", "16"), ["global_batch_size", "16"]),
         (("--resume", "never"), ["resume"]),
     ):
-        refused(workshop.train("--run-name", "mine", "--max-train-steps", "4", *arguments), "--run-name", *words)
+        refused(
+            workshop.train("--run-name", finished.name, "--max-train-steps", "21", *arguments), "--run-name", *words
+        )
     assert contents(finished) == before
 
 
@@ -142,7 +142,7 @@ def test_resuming_with_another_tokenizer(workshop, finished, tmp_path):
     train_tokenizer(workshop.corpus, tmp_path / "other", vocab_size=1024, max_documents=20)
     before = contents(finished)
     refused(
-        workshop.train("--run-name", "mine", "--max-train-steps", "4", "--tokenizer", str(tmp_path / "other")),
+        workshop.train("--run-name", finished.name, "--max-train-steps", "21", "--tokenizer", str(tmp_path / "other")),
         "tokenizer",
         "other data",
     )
@@ -153,18 +153,18 @@ def test_resuming_on_changed_data(workshop, finished, tmp_path):
     shutil.copytree(workshop.corpus, tmp_path / "corpus")
     shard = next((tmp_path / "corpus" / "train").iterdir())
     shard.write_text(shard.read_text() + json.dumps({"content": "x = 1\n"}) + "\n")
-    arguments = ("--run-name", "mine", "--max-train-steps", "4", "--data", str(tmp_path / "corpus"))
+    arguments = ("--run-name", finished.name, "--max-train-steps", "21", "--data", str(tmp_path / "corpus"))
     refused(workshop.train(*arguments), shard.name, "other data")
 
 
 def test_changed_data_can_begin_a_new_epoch(workshop, finished, tmp_path):
-    run = tmp_path / "mine"
+    run = tmp_path / finished.name
     shutil.copytree(finished, run)
     shutil.copytree(workshop.corpus, tmp_path / "corpus")
     shard = next((tmp_path / "corpus" / "train").iterdir())
     shard.write_text("".join(shard.read_text().splitlines(keepends=True)[1:]))
     process = workshop.train(
-        *("--run-name", "mine", "--max-train-steps", "5", "--data", str(tmp_path / "corpus")),
+        *("--run-name", run.name, "--max-train-steps", "22", "--data", str(tmp_path / "corpus")),
         *("--num-lanes", "4", "--on-data-change", "restart", "--save-checkpoint-steps", "1"),
         output_dir=tmp_path,
     )
@@ -172,9 +172,9 @@ def test_changed_data_can_begin_a_new_epoch(workshop, finished, tmp_path):
     assert (
         "the data begins a new epoch: num_lanes is 4" in process.stderr and f"shard {shard.name} has" in process.stderr
     )
-    assert sorted(losses(run)) == [1, 2, 3, 4, 5]
-    data = json.loads((run / "checkpoints" / "step-00000005" / "data.json").read_text())
-    assert (data["first_step"], data["rows"], len(data["lanes"])) == (3, 16, 4)
+    assert sorted(losses(run)) == list(range(1, 23))
+    data = json.loads((run / "checkpoints" / "step-00000022" / "data.json").read_text())
+    assert (data["first_step"], data["rows"], len(data["lanes"])) == (20, 16, 4)
 
 
 def test_unreadable_documents_of_all_ranks_stop_a_run_past_its_limit(workshop, tmp_path):

@@ -1,7 +1,12 @@
-"""Every shipped DeepSpeed config trains through the real launcher, and equal data gives equal losses."""
+"""DeepSpeed configs through the real launcher: equal data gives equal losses, and a run goes on as if never stopped.
+
+``tests/zero/test_catalogue.py`` trains every shipped file; here are the stages and precisions, and one file for each
+other way in which DeepSpeed holds what is saved.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import math
 import shutil
@@ -11,31 +16,12 @@ from stories import clean_environment, evaluations, losses, metrics, run_command
 
 from codeparrot_ds.zero.catalogue import catalogue
 
-CONFIGS = [name for name in catalogue() if not name.endswith("_fp16")]
 COMPARED = [f"zero{stage}{suffix}" for suffix in ("", "_fp32") for stage in range(4)]
+# BF16_Optimizer, Adam's states in bf16, in the host's memory, and on the disk.
+OTHERS = ["zero1_fp32_accumulation", "zero2_bf16_states", "zero2_offload", "zero3_nvme"]
 
 
-@pytest.fixture(scope="module")
-def trained(workshop):
-    """Runs a config once a session: 20 steps for those that are compared, 5 for the others."""
-    done = {}
-
-    def run(name, ranks=2):
-        key = f"{name}-on-{ranks}"
-        if key not in done:
-            steps = "20" if name in COMPARED else "5"
-            process = workshop.train(
-                *("--deepspeed", name, "--num-gpus", str(ranks), "--run-name", key, "--max-train-steps", steps),
-                *("--save-checkpoint-steps", "10"),
-            )
-            assert process.returncode == 0, process.stderr[-3000:]
-            done[key] = workshop.runs / key
-        return done[key]
-
-    return run
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", COMPARED + OTHERS)
 def test_config_trains(trained, name):
     run = trained(name)
     steps = 20 if name in COMPARED else 5
@@ -53,6 +39,9 @@ def test_config_trains(trained, name):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", range(4))
 def test_fp32_losses_agree(trained, stage, ranks):
+    if ranks == 1 and stage % 2 == 0:  # two runs of one rank take little longer than one
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda each: trained(f"zero{each}_fp32", 1), (stage, stage + 1)))
     reference, other = losses(trained("zero0_fp32")), losses(trained(f"zero{stage}_fp32", ranks))
     assert reference.keys() == other.keys() and len(other) == 20
     assert max(abs(reference[step] - other[step]) for step in reference) <= 1e-5
@@ -69,9 +58,12 @@ def test_validation_loss_is_the_same_at_any_world_size(trained):
         assert evaluations(trained("zero1_fp32", 2))[step] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "zero0_fp32"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero3", "zero0_fp32"])
 def test_resume_is_exact(workshop, trained, tmp_path, name):
-    """A run that stopped after step 10 has the losses of steps 11 to 20 of the one that never stopped."""
+    """A run that stopped after step 10 has the losses of steps 11 to 20 of the one that never stopped.
+
+    ZeRO-2, with dropout on top, is in ``test_resume.py``.
+    """
     whole = trained(name)
     shutil.copytree(whole, tmp_path / whole.name)
     shutil.rmtree(tmp_path / whole.name / "checkpoints" / "step-00000020")
