@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from codeparrot_ds.config import RunConfig
-from codeparrot_ds.zero.known_keys import CPU_OPTIMIZERS, ZERO_OPTIMIZERS
+from codeparrot_ds.zero.known_keys import ZERO_OPTIMIZERS
 from codeparrot_ds.zero.subject import Rule, Subject, short_dtype
 
 _ZERO = "zero_optimization"
@@ -22,6 +22,12 @@ def _on(subject: Subject, value: Any) -> bool:
 
 def _is_adam(subject: Subject) -> bool:
     return subject.optimizer in ("adam", "adamw")
+
+
+def _has_cpu_adam(subject: Subject) -> bool:
+    return (
+        subject.offloads("optimizer") and _is_adam(subject) and subject.get("optimizer.params.torch_adam") is not True
+    )
 
 
 def _uses_bf16_optimizer(subject: Subject) -> bool:
@@ -105,9 +111,9 @@ PRECISION = (
             and s.stage > 0
             and not _uses_bf16_optimizer(s)
             and s.get("bf16.bf16_optimizer_states") is not True
-            and not (s.offloads("optimizer") and _is_adam(s))
+            and not _has_cpu_adam(s)
         ),
-        "needs bf16_optimizer_states: true as well, or Adam in CPU memory (offload_optimizer)",
+        "needs bf16_optimizer_states: true as well, or DeepSpeed's Adam in CPU memory (offload_optimizer)",
     ),
     Rule(
         "bf16.bf16_optimizer_states",
@@ -118,8 +124,8 @@ PRECISION = (
     Rule(
         "fp16.fp16_master_weights_and_grads",
         "error",
-        lambda s, value: value is True and not (s.stage > 0 and s.offloads("optimizer") and _is_adam(s)),
-        "needs ZeRO stages 1-3 and Adam in CPU memory (offload_optimizer)",
+        lambda s, value: value is True and not (s.stage > 0 and _has_cpu_adam(s)),
+        "needs ZeRO stages 1-3 and DeepSpeed's Adam in CPU memory (offload_optimizer)",
     ),
     Rule(
         "fp16.fp16_master_weights_and_grads",
@@ -134,13 +140,15 @@ OFFLOAD = (
         f"{_OFFLOAD_OPTIMIZER}.device",
         "error",
         lambda s, value: (value == "cpu" and s.stage == 0) or (value == "nvme" and s.stage < 3),
-        "the optimizer can go to the CPU at stages 1-3 and to NVMe at stage 3, and this is stage {stage}",
+        "the optimizer can go to the CPU at stages 1-3 and to NVMe at stage 3, and this is stage {stage}, where "
+        "DeepSpeed would do something else without a word",
     ),
     Rule(
         f"{_OFFLOAD_PARAM}.device",
         "error",
         lambda s, value: value in ("cpu", "nvme") and s.stage < 3,
-        "the weights can go to CPU or NVMe at stage 3, and this is stage {stage}",
+        "the weights can go to CPU or NVMe at stage 3, and this is stage {stage}, where DeepSpeed would leave them on "
+        "the device without a word",
     ),
     *(
         Rule(
@@ -154,18 +162,20 @@ OFFLOAD = (
     Rule(
         "optimizer.type",
         "error",
-        lambda s, value: (
-            s.offloads("optimizer")
-            and s.optimizer not in CPU_OPTIMIZERS
-            and s.get("zero_force_ds_cpu_optimizer", True) is True
-        ),
+        lambda s, value: s.offloads("optimizer") and s.optimizer == "lamb",
         "{value} has no CPU kernel, which offloading needs; write AdamW",
     ),
     Rule(
         "optimizer.params.torch_adam",
+        "warning",
+        lambda s, value: value is True and s.offloads("optimizer") and _is_adam(s),
+        "torch's Adam steps on the CPU far more slowly than DeepSpeed's; remove the key",
+    ),
+    Rule(
+        f"{_ZERO}.zenflow",
         "error",
-        lambda s, value: value is True and s.offloads("optimizer"),
-        "offloading needs DeepSpeed's CPU Adam; remove the key",
+        lambda s, value: not s.offloads("optimizer"),
+        "needs the optimizer in CPU memory (offload_optimizer)",
     ),
     Rule(
         f"{_OFFLOAD_OPTIMIZER}.ratio",
@@ -193,8 +203,8 @@ OPTIMIZER = (
         "error",
         lambda s, value: (
             s.stage > 0
-            and not s.offloads("optimizer")
             and s.optimizer not in ZERO_OPTIMIZERS
+            and not (s.offloads("optimizer") and s.optimizer == "lamb")
             and s.get("zero_allow_untested_optimizer") is not True
         ),
         'ZeRO was not tested with {value} and refuses it without "zero_allow_untested_optimizer": true',
@@ -293,17 +303,24 @@ COMMUNICATION = (
     ),
     *(
         Rule(
-            key,
+            f"{_ZERO}.{key}",
             "error",
-            lambda s, value: value is True and s.device == "cpu",
+            lambda s, value: value is True and s.stage == 3 and s.device == "cpu",
             "needs a GPU: the kernels are CUDA's",
         )
-        for key in (
-            f"{_ZERO}.zero_quantized_weights",
-            f"{_ZERO}.zero_quantized_gradients",
-            f"{_ZERO}.zero_quantized_nontrainable_weights",
-            "compile.deepcompile",
-        )
+        for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+    ),
+    Rule(
+        "compile.deepcompile",
+        "error",
+        lambda s, value: value is True and s.device == "cpu",
+        "needs a GPU: DeepCompile is for CUDA only",
+    ),
+    Rule(
+        "managed_gradient_accumulation",
+        "error",
+        lambda s, value: value is False and s.stage != 2 and s.get(f"{_ZERO}.overlap_comm", s.stage == 3) is True,
+        "goes with overlap_comm at stage 2 only, and this is stage {stage}",
     ),
 )
 

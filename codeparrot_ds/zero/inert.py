@@ -198,14 +198,11 @@ PRECISION = (
         ),
         "does nothing: stage 1 with fp32 accumulation (BF16_Optimizer) always keeps fp32 masters",
     ),
-    *(
-        Rule(
-            key,
-            "warning",
-            lambda s, value: value is True and s.precision != "bf16",
-            "does nothing: bf16 is off",
-        )
-        for key in ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")
+    Rule(
+        "bf16.bf16_master_weights_and_grads",
+        "warning",
+        lambda s, value: value is True and s.precision != "bf16",
+        "rounds the master weights of a {precision} run to bf16; switch bf16 on, or remove the key",
     ),
     Rule(
         "torch_autocast.enabled",

@@ -357,8 +357,6 @@ SCHEDULER_PARAMS: Mapping[str, Mapping[str, Kind]] = {
         **_of(_NOT_NEGATIVE, "warmup_min_ratio cos_min_ratio"),
     },
 }
-# Optimizers with a CPU kernel for offloading, in lower case as DeepSpeed compares them.
-CPU_OPTIMIZERS = frozenset({"adagrad", "adam", "adamw", "lion"})
 # Optimizers that ZeRO takes without "zero_allow_untested_optimizer".
 ZERO_OPTIMIZERS = frozenset({"adagrad", "adam", "adamw", "lion", "muon"})
 

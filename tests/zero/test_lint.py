@@ -165,13 +165,6 @@ def test_keys_of_the_run():
             },
             "optimizer.type",
         ),
-        (
-            {
-                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-                "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
-            },
-            "optimizer.params.torch_adam",
-        ),
     ],
 )
 def test_wrong_values_and_conflicts(ds_config, key):
