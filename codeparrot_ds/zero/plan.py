@@ -250,9 +250,9 @@ class QuickPlan:
         """The memory of a rank that runs ``accumulation_steps`` micro-batches of ``micro_batch_size`` rows a step."""
         engine = self.engine
         later = accumulation_steps > 1
-        moment, device = max(
-            self._candidates(micro_batch_size, later), key=lambda candidate: sum(candidate[1].values())
-        )
+        sizes = self._sizes[later]
+        index = max(range(len(sizes)), key=lambda i: sizes[i][0] + micro_batch_size * sizes[i][1])
+        device = self._device_at(index, micro_batch_size, later)
         step = dict.fromkeys(CATEGORIES, 0) | {
             "parameters": engine.parameters,
             "optimizer": engine.optimizer,
@@ -275,28 +275,31 @@ class QuickPlan:
             checkpoint_bytes=self.checkpoint_bytes,
         )
 
-    def _candidates(self, rows: int, later: bool) -> list[tuple[str, dict[str, int]]]:
-        """What lies on the device at each moment of the last micro-batch of a step, by category."""
-        engine = self.engine
+    @cached_property
+    def _sizes(self) -> list[list[tuple[int, int]]]:
+        """For a step's first micro-batch and for later ones: bytes at each moment without rows, and a row's."""
         found = []
-        gradients = engine.backward[1 if later else 0]
-        for index, (moment, held) in enumerate(zip(self._with_end(), gradients, strict=True)):
-            gathered, copies = engine.gathered[index] if engine.gathered else (0, 0)
-            device = {
-                "parameters": engine.parameters + gathered,
-                "gradients": engine.gradients + held.gradients + moment.unfinished_gradient,
-                "optimizer": engine.optimizer,
-                "buckets": engine.buckets + held.buckets,
-                "activations": rows * moment.activations_a_row,
-                "logits": rows * moment.logits_a_row,
-                "temporary": engine.temporary
-                + rows * moment.temporary_a_row
-                + moment.temporary
-                + held.temporary
-                + copies,
-            }
-            found.append((moment.name, device))
+        for later in (False, True):
+            devices = [[self._device_at(index, rows, later) for rows in (0, 1)] for index in range(len(self._with_end))]
+            sums = [[sum(device.values()) for device in pair] for pair in devices]
+            found.append([(none, one - none) for none, one in sums])
         return found
+
+    def _device_at(self, index: int, rows: int, later: bool) -> dict[str, int]:
+        """What lies on the device at one moment of the last micro-batch of a step, by category."""
+        engine, moment = self.engine, self._with_end[index]
+        held = engine.backward[1 if later else 0][index]
+        gathered, copies = engine.gathered[index] if engine.gathered else (0, 0)
+        temporary = rows * moment.temporary_a_row + moment.temporary + held.temporary + copies
+        return {
+            "parameters": engine.parameters + gathered,
+            "gradients": engine.gradients + held.gradients + moment.unfinished_gradient,
+            "optimizer": engine.optimizer,
+            "buckets": engine.buckets + held.buckets,
+            "activations": rows * moment.activations_a_row,
+            "logits": rows * moment.logits_a_row,
+            "temporary": engine.temporary + temporary,
+        }
 
     def _host_activations(self, rows: int) -> int:
         """The blocks' inputs that ``cpu_checkpointing`` keeps on the host: all but the newest."""
@@ -306,6 +309,7 @@ class QuickPlan:
         size = rows * self.settings.width * self.workload.seq_length * shape.n_embd
         return (shape.n_layer - 1) * (1 << (size - 1).bit_length())  # page-locked
 
+    @cached_property
     def _with_end(self) -> list[Moment]:
         return [*self.moments, Moment(name="reduce", activations_a_row=0)]
 
@@ -507,7 +511,7 @@ class QuickPlan:
             waits = total > settings.max_live_parameters and moment.name not in ("loss", "head")
             found.append(
                 (
-                    settings.width * needed + second * (total - moment.needed) // total,
+                    settings.width * needed + second * (total - needed) // total,
                     prefetched if waits and moment.needed > live else 0,
                 )
             )
