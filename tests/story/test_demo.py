@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from stories import REPOSITORY, clean_environment, evaluations, metrics, run_command
 
@@ -89,14 +92,27 @@ def test_the_branch_cloned_with_git_gives_the_logged_loss_in_transformers(demo, 
     assert "main" in branches.stdout
 
 
-def test_a_second_demo_keeps_corpus_and_first_run(demo, tmp_path):
+def test_a_second_demo_keeps_corpus_and_first_run_and_can_be_stopped(demo):
     workdir, run, _ = demo
     shards = {path: path.stat().st_mtime_ns for path in (workdir / "corpus").rglob("*.jsonl")}
-    command = [sys.executable, "-m", "codeparrot_ds", "demo", "--workdir", str(workdir), "--max-train-steps", "2"]
-    process = run_command(command, timeout=600)
-    assert process.returncode == 0, process.stderr[-3000:]
+    command = [sys.executable, "-m", "codeparrot_ds", "demo", "--workdir", str(workdir)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), **pipes)
+    deadline = time.monotonic() + 300
+    # The first rows of metrics are an evaluation: the ranks are at work, and save at the boundary that comes next.
+    while len(ours := list((workdir / "runs").glob("*/metrics.jsonl"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    assert not [child for child in ranks if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    (second,) = (path.parent for path in ours if path.parent != run)
+    assert json.loads((second / "run.json").read_text())["outcome"]["status"] == "stopped"
+    assert "Stopped and saved. Go on with:" in said and f"--run-name {second.name}" in said
     assert {path: path.stat().st_mtime_ns for path in (workdir / "corpus").rglob("*.jsonl")} == shards
-    assert len(list((workdir / "runs").glob("*/run.json"))) == 2
+    assert json.loads((run / "run.json").read_text())["outcome"]["status"] == "finished"
 
 
 def test_tensorboard_and_wandb_hold_the_run(demo):
