@@ -299,6 +299,9 @@ def resolve(
     if problems:
         raise UserError(f"{file.path}: " + "; ".join(problems))
 
+    for path, value in list(leaves(resolved)):
+        if isinstance(value, float) and _kind(path) == "int" and value.is_integer():
+            _set(resolved, path, int(value))  # 5e8, as DeepSpeed reads it
     mended = "set here: DeepSpeed's own default costs time"
     filled.default(("zero_optimization", "stage"), 0, "DeepSpeed's default")
     # The throughput timer synchronises the device twice a micro-step; the wall clock breakdown more often still.
@@ -315,7 +318,7 @@ def resolve(
         if not resolved["data_types"]:
             del resolved["data_types"]
     for path, value in leaves(resolved):
-        if value == "auto" and not _is_own_auto(path):
+        if value == "auto" and not _takes_auto(path):
             problems.append(f'{".".join(path)} is "auto" and the run has no value for it; write one or remove the key')
     if problems:
         raise UserError(f"{file.path}: " + "; ".join(problems))
@@ -389,6 +392,11 @@ def auto_meanings(
     return meanings
 
 
-def _is_own_auto(path: KeyPath) -> bool:
+def _kind(path: KeyPath) -> str | None:
+    kind = KEYS.get(path[:-1], {}).get(path[-1])
+    return None if kind is None else kind.name
+
+
+def _takes_auto(path: KeyPath) -> bool:
     kind = KEYS.get(path[:-1], {}).get(path[-1])
     return kind is not None and kind.takes_auto

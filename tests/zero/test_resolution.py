@@ -63,6 +63,13 @@ def test_deepspeeds_own_auto_stays():
     assert resolved(own(zenflow)).config["zero_optimization"]["zenflow"] == {"select_interval": "auto"}
 
 
+def test_sizes_are_whole_numbers_as_deepspeed_reads_them():
+    result = resolved(own({"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e7}, "gradient_clipping": 1.0}))
+    size = result.config["zero_optimization"]["reduce_bucket_size"]
+    assert size == 50_000_000 and type(size) is int
+    assert type(result.config["gradient_clipping"]) is float
+
+
 def test_null_blocks_are_filled_like_missing_ones():
     result = resolved(own({"timers": {"throughput": None}, "optimizer": {"type": "AdamW", "params": None}})).config
     assert result["timers"] == {"throughput": {"enabled": False}}
