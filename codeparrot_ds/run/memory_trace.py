@@ -60,7 +60,7 @@ SOURCES = (
 
 
 def trace_memory(workload: Workload) -> Memory:
-    """What DeepSpeed's engine and the run's model take in memory, from three steps in a process of its own.
+    """What DeepSpeed's engine and the run's model take in memory, from a few steps in a process of its own.
 
     With ``offload_optimizer`` or ``offload_param`` on NVMe, DeepSpeed's own swapping runs too: its files are counted,
     not written.

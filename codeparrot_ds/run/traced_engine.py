@@ -1,4 +1,4 @@
-"""Three training steps of the real engine and the real model, with every storage counted and named.
+"""A few training steps of the real engine and the real model, with every storage counted and named.
 
 The steps are those of a run: :func:`codeparrot_ds.model.gpt2.build_model`,
 :func:`codeparrot_ds.run.engine.create_engine`, forward, backward, step. What they run on is the caller's: tensors
@@ -26,8 +26,9 @@ from codeparrot_ds.run.storage_counter import Peak, Storage, StorageCounter, byt
 from codeparrot_ds.zero.ds_config import zero_stage
 from codeparrot_ds.zero.memory import CATEGORIES, Memory, Workload
 
-# Adam's states appear in the first step, what stage 3 keeps gathered in the second: the third is like all that follow.
-NUM_STEPS = 3
+# Adam's states appear in the first step, what stage 3 keeps gathered after the first backward pass: by then a step is
+# like all that follow, with a micro-batch to spare.
+NUM_MICRO_BATCHES = 3
 # What DeepSpeed's functions (of 0.19.8) make, by file and function; "*" stands for all functions of a file. What stays
 # from step to step is known by where it is found instead (`_tag_model_state`).
 MAKERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -35,7 +36,13 @@ MAKERS: dict[str, dict[str, tuple[str, ...]]] = {
         "stage_1_and_2.py": ("setup_buckets", "allreduce_bucket", "allreduce_and_scatter"),
         "coalesced_collectives.py": ("*",),
     },
-    "gradients": {"stage_1_and_2.py": ("copy_grads_in_partition", "fill_grad_accum_attribute")},
+    "gradients": {
+        "stage_1_and_2.py": (
+            "copy_grads_in_partition",
+            "fill_grad_accum_attribute",
+            "_build_compact_grad_partition_buffer",
+        )
+    },
     "parameters": {
         name: ("*",) for name in ("partition_parameters.py", "partitioned_param_coordinator.py", "parameter_offload.py")
     },
@@ -90,7 +97,7 @@ def measure(workload: Workload, counter: StorageCounter, device: torch.device) -
         del model
         gc.collect()
     ids = torch.zeros(workload.micro_batch_size, workload.seq_length, dtype=torch.long, device=device)
-    for _ in range(NUM_STEPS):
+    for _ in range(max(2, math.ceil(NUM_MICRO_BATCHES / workload.accumulation_steps))):
         peaks.forget("forward_backward", "step")
         _step(engine, ids, workload.accumulation_steps, counter, peaks)
     _tag_model_state(engine, counter)
@@ -173,8 +180,9 @@ def _tag_model_state(engine: Any, counter: StorageCounter) -> None:
         counter.tag([value for value in state.values() if isinstance(value, torch.Tensor)], "optimizer")
     # Stage 3 hands the basic optimizer one sub-group at a time.
     counter.tag(_tensors(getattr(wrapper, "fp32_partitioned_groups_flat", [])), "optimizer")
-    counter.tag(_tensors(getattr(wrapper, "grad_partitions_flat_buffer", [])), "gradients")
-    counter.tag(_tensors(getattr(wrapper, "averaged_gradients", [])), "gradients")
+    for name in ("grad_partitions_flat_buffer", "averaged_gradients", "fp32_groups_gradients_flat"):
+        counter.tag(_tensors(getattr(wrapper, name, [])), "gradients")
+    counter.tag(_tensors(getattr(wrapper, "temp_grad_buffer_for_gpu_offload", [])), "buckets")
     for bucket in getattr(wrapper, "ipg_buckets", {}).values():
         counter.tag(_tensors(bucket.buffer), "buckets")
 
@@ -207,7 +215,8 @@ def _category(storage: Storage, parameter_shapes: set[tuple[int, ...]], num_logi
     if math.prod(storage.shape) == num_logits:
         return "logits"
     # A weight's gradient on its way to the weight: autograd makes it without DeepSpeed.
-    if storage.phase == "backward" and storage.shape in parameter_shapes and not storage.maker:
+    shape = storage.shape[1:] if storage.shape[:1] == (1,) else storage.shape
+    if storage.phase == "backward" and shape in parameter_shapes and not storage.maker:
         return "gradients"
     return "activations"
 
