@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from codeparrot_ds.zero.model_memory import FP32, Moment, Parameter
 
@@ -36,18 +37,18 @@ class Partition:
     members: tuple[Parameter, ...]
     world_size: int
 
-    @property
+    @cached_property
     def flat_numel(self) -> int:
         """Elements of the whole group with padding."""
         alignment = 2 * self.world_size
         return math.ceil(sum(member.numel for member in self.members) / alignment) * alignment
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements that this rank updates."""
         return self.flat_numel // self.world_size
 
-    @property
+    @cached_property
     def owned(self) -> list[Parameter]:
         """Parameters that lie wholly or partly in the share (``get_partition_info``)."""
         found, start = [], 0
@@ -57,7 +58,7 @@ class Partition:
             start += member.numel
         return found
 
-    @property
+    @cached_property
     def largest_slice(self) -> int:
         """Elements of the largest piece of a parameter in the share."""
         return min(max((member.numel for member in self.owned), default=0), self.numel)

@@ -107,6 +107,7 @@ class BackwardPass:
         self.mask = seq_length * shape.n_embd if dropout else 0
         self.scores = seq_length * seq_length * shape.n_head
         self.by_name = {parameter.name: parameter for parameter in parameters(shape)}
+        self.block_numel = sum(p.numel for name, p in self.by_name.items() if name.startswith("h.0."))
 
     @property
     def block(self) -> int:
@@ -241,5 +242,4 @@ class BackwardPass:
         return tuple(self.by_name[name] for name in names if name in self.by_name)
 
     def _needed(self, layer: int) -> int:
-        block = sum(parameter.numel for name, parameter in self.by_name.items() if name.startswith("h.0."))
-        return self.by_name["wte"].numel + self.by_name["wpe"].numel + (layer + 1) * block
+        return self.by_name["wte"].numel + self.by_name["wpe"].numel + (layer + 1) * self.block_numel
