@@ -413,6 +413,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
 def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | None, shape: Any) -> dict[str, Any]:
     """The findings of one DeepSpeed JSON, and what it resolves to when asked."""
     from codeparrot_ds.model.shapes import num_parameters
+    from codeparrot_ds.run.ops import are_built
     from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config
     from codeparrot_ds.zero.lint import Finding, libaio_installed, lint_file
 
@@ -428,7 +429,7 @@ def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | No
             device=_local_device() if is_here else arguments.device,
             world_size=arguments.world_size,
             parameters=num_parameters(shape) if shape else None,
-            libaio=libaio_installed() if is_here else None,
+            libaio=(libaio_installed() or are_built(["async_io"])) if is_here else None,
         )
     except UserError as error:
         findings = [Finding(path, "", "error", str(error))]

@@ -293,7 +293,7 @@ def resolve(
     if "optimizer" not in resolved:
         for path, value in leaves(DEFAULT_OPTIMIZER):
             filled.set(("optimizer", *path), copy.deepcopy(value), "the recipe's: the file names no optimizer")
-    blocks = ("optimizer", "zero_optimization", "timers")
+    blocks = ("optimizer", "scheduler", "zero_optimization", "timers")
     problems = [f"{key} must be an object {{...}}" for key in blocks if not isinstance(resolved.get(key, {}), dict)]
     problems = problems or _fill_run_values(filled, config, world_size, origins or {})
     if problems:

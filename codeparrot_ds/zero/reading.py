@@ -162,7 +162,7 @@ _AUTO = frozenset(auto_meanings({}, 1, ""))
 def _problem(path: KeyPath, kind: Kind, value: Any) -> str | None:
     if path == ("optimizer", "type") and str(value).lower() in REMOVED_OPTIMIZERS:
         return f"{value} is of another DeepSpeed version: {DEEPSPEED_VERSION} has no 1-bit optimizers; write AdamW"
-    if value == "auto" and kind.name not in ("text", "any"):
+    if value == "auto" and kind.name not in ("text", "any", "block"):
         means = path in RUN_OWNED_KEYS or path in _AUTO or path[0] == "scheduler" or kind.takes_auto
         return None if means else 'is "auto", which means nothing here; write a value or remove the key'
     problem = kind.problem(value)

@@ -1,3 +1,5 @@
+import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.zero.catalogue import catalogue
 from codeparrot_ds.zero.ds_config import DsFile, find_ds_config, load_ds_config, read_ds_config, shipped_names
+from codeparrot_ds.zero.known_keys import KEYS
 from codeparrot_ds.zero.lint import check_ds_config, libaio_installed, lint, lint_file, version_notice
 
 
@@ -290,3 +293,38 @@ def test_check_for_a_program_raises_the_errors_and_returns_the_warnings():
     assert warning.key == "zero_optimization.sub_group_size"
     with pytest.raises(UserError, match=r"c.json: error: bf61: .*; c.json: error: fp16.enabled: must be true or false"):
         check_ds_config(DsFile(Path("c.json"), {"bf61": {}, "fp16": {"enabled": 1}}, {}))
+
+
+def test_no_value_of_any_key_breaks_the_check():
+    junk = [
+        None,
+        True,
+        -1,
+        0,
+        0.5,
+        1e300,
+        "",
+        "auto",
+        "3",
+        "x",
+        [],
+        [None],
+        [{}],
+        {},
+        {"device": "nvme"},
+        {"enabled": 1},
+    ]
+    base = load_ds_config(find_ds_config("zero3_offload"))
+    for block, kinds in KEYS.items():
+        for key in [*kinds, "stages"]:
+            for value in junk:
+                config = copy.deepcopy(base)
+                inner = config
+                for part in block:
+                    inner[part] = inner[part] if isinstance(inner.get(part), dict) else {}
+                    inner = inner[part]
+                inner[key] = value
+                for known in ({}, {"config": RunConfig(), "world_size": 3, "parameters": 10**8, "device": "cpu"}):
+                    for finding in lint(config, "f", **known):
+                        assert finding.severity in ("error", "warning")
+                        assert not re.search(r"\{(value|stage|precision|parameters)", finding.message)
