@@ -269,7 +269,8 @@ def trained(tmp_path_factory) -> dict[str, dict]:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=300) for process in processes]
+        # Cold operators take minutes to build, and pytest gives a test ten.
+        outputs = [process.communicate(timeout=540) for process in processes]
     finally:
         for process in processes:
             process.kill()
