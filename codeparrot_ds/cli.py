@@ -89,6 +89,7 @@ def build_parser() -> ArgumentParser:
         _add_evaluate,
         _add_complete,
         _add_check,
+        _add_plan,
         _add_checkpoint,
         _add_hub,
         _add_report,
@@ -493,6 +494,103 @@ def _model_of(config: RunConfig) -> tuple[Any, str]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# plan
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        _run_plan,
+        "predicts the memory of DeepSpeed configs for a model, before a GPU is touched",
+        usage=f"{PROGRAM} plan MODEL [DS_JSON ...] [options]",
+        epilog="By formulas, in under a second; --trace runs DeepSpeed's own engine on tensors without memory, "
+        "and replaces the formulas from then on (marked *). Several numbers have commas: 1,8,64.",
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL",
+        help=f"preset ({', '.join(PRESETS)}), known shape (gpt2, gpt2-xl ...) or a GPT-2 config.json",
+    )  # fmt: skip
+    parser.add_argument(
+        "ds_configs", nargs="*", metavar="DS_JSON", help="files or shipped names (default: all that are shipped)"
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("--world-size", type=_counts, default=(1,), metavar="N,...", help=_default("ranks", 1))
+    group.add_argument(
+        "--micro-batch-sizes", type=_counts, metavar="N,...", help="rows a rank a forward pass (default: the preset's)"
+    )
+    group.add_argument(
+        "--global-batch-size", type=_count, metavar="N", help="rows a step over all ranks (default: the preset's)"
+    )
+    group.add_argument("--seq-length", type=_count, metavar="N", help="tokens a row (default: the preset's)")
+    group.add_argument("--vocab-size", type=_count, metavar="N", help=_default("tokens of the vocabulary", 32768))
+    group.add_argument(
+        "--attention", choices=("flash", "math"), default="flash",
+        help=_default("kernel: fused, or one that keeps whole scores", "flash"),
+    )  # fmt: skip
+    group.add_argument("--dropout", type=float, metavar="X", help=_default("probability", 0.0))
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device-memory", metavar="SIZE", help="of one device, as 80GB or 80GiB (default: this machine's smallest GPU)"
+    )
+    group.add_argument(
+        "--calibrate", type=Path, metavar="RUN",
+        help="measure what a run takes beside its tensors on a GPU run, and keep it for later plans",
+    )  # fmt: skip
+    group = parser.add_argument_group("output")
+    group.add_argument("--trace", action="store_true", help="trace every row that is shown: exact, minutes")
+    group.add_argument("--num-workers", type=_count, metavar="N", help="traces at a time (default: one a core)")
+    group.add_argument("--json", action="store_true", help="print one JSON object, with every micro-batch")
+    group.add_argument("--out", type=Path, metavar="PNG", help="draw stacked bars into this file")
+    _take_positionals_anywhere(parser)
+
+
+def _take_positionals_anywhere(parser: ArgumentParser) -> None:
+    """Lets a parser find its positional arguments between and behind its options, which argparse does not by itself."""
+    plain = parser.parse_known_args
+
+    def parse(args: Any = None, namespace: Any = None) -> Any:
+        args = list(args or ())
+        for index in reversed(range(len(args) - 1)):
+            if args[index] == "--device-memory":  # a size below zero would pass for an option
+                args[index : index + 2] = [f"--device-memory={args[index + 1]}"]
+        parser.parse_known_args = plain  # type: ignore[method-assign]
+        try:
+            return parser.parse_known_intermixed_args(args, namespace)
+        finally:
+            parser.parse_known_args = parse  # type: ignore[method-assign]
+
+    parser.parse_known_args = parse  # type: ignore[method-assign]
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.run import device_memory
+    from codeparrot_ds.run.plan import as_json, describe, plan_of
+
+    device = device_memory.smallest_gpu() if arguments.device_memory is None else None
+    memory = device[1] if device else None
+    if arguments.device_memory is not None:
+        memory = device_memory.parse_memory(arguments.device_memory)
+    if arguments.calibrate is not None:
+        overhead, measured = device_memory.calibrate(arguments.calibrate)
+        path = device_memory.save_overhead(overhead, measured)
+        said = f"calibrated: beside its tensors a rank takes {overhead}; kept in {path}, remove it to go back"
+        print(said, file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.model is None:
+        if arguments.calibrate is not None:
+            return 0
+        raise UserError(f"nothing to plan: name a model, such as {PROGRAM} plan large --world-size 8")
+    with _progress("traces") as progress:
+        plan = plan_of(arguments, memory, device_memory.load_overhead(), lambda done, all_: progress("", done, all_))
+    print(json.dumps(as_json(plan), indent=2) if arguments.json else describe(plan))
+    if arguments.out is not None:
+        from codeparrot_ds.run.plan_chart import draw_plan
+
+        arguments.out.write_bytes(draw_plan(plan))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # evaluate and complete
 
 
@@ -672,6 +770,13 @@ def _index(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
     return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    parts = [part for part in text.split(",") if part.strip()]
+    if not parts:
+        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, such as 1,2,4, not {text!r}")
+    return tuple(sorted({_count(part.strip()) for part in parts}))
 
 
 def _count(text: str) -> int:

@@ -491,6 +491,7 @@ class LaunchOptions:
     exclude: str | None = None
     master_addr: str | None = None
     master_port: int | None = None
+    ignore_memory_plan: bool = False  # start a run that the memory plan says does not fit
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -510,6 +511,10 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--master-port", "--master_port", type=_positive, metavar="N", dest="master_port",
         help="port of the first host (default: a free one)",
+    )  # fmt: skip
+    group.add_argument(
+        "--ignore-memory-plan", "--ignore_memory_plan", action="store_true", dest="ignore_memory_plan",
+        help="start even where the memory plan says that the run does not fit the GPUs (default: refuse)",
     )  # fmt: skip
 
 

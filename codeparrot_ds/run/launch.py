@@ -28,6 +28,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
+from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
 from codeparrot_ds.run.folder import (
     check_continuation,
     check_ds_continuation,
@@ -36,9 +37,11 @@ from codeparrot_ds.run.folder import (
     recorded_pins,
 )
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
+from codeparrot_ds.run.plan import predict, why_too_large
 from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
 from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
+from codeparrot_ds.zero.memory import Memory
 
 BYTES_A_PARAMETER = 16  # a checkpoint: three fp32 numbers for the optimizer, the export, and room for the rest
 DEFAULT_CPU_RANKS = 2
@@ -66,6 +69,8 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     name = config.run_name or new_run_name(output_dir)
     config = dataclasses.replace(config, run_name=name)
     ds_config = check_run(config, device=device, world_size=None if launch.hostfile else ranks)
+    if not launch.hostfile:
+        check_memory(config, ds_config, device=device, ranks=ranks, refuse=not launch.ignore_memory_plan)
     environment = rank_environment(device, ranks)
     if not are_built(needed_operators(ds_config, device)):
         _build_operators(ds_config, device, environment)
@@ -126,6 +131,44 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     if changed:
         print(f"{run} goes on with another DeepSpeed config: {'; '.join(map(str, changed))}", file=sys.stderr)
     return resolved
+
+
+def check_memory(config: RunConfig, ds_config: dict[str, Any], *, device: str, ranks: int, refuse: bool = True) -> None:
+    """Refuses a run that the memory plan says no GPU here can hold; on CPUs and without ``refuse`` it only warns.
+
+    GPUs are those of this machine: with a hostfile they may be others, and nothing is judged. On CPUs the ranks share
+    the machine's memory with everything else and can swap, and a process takes more than its tensors, so a plan says
+    too little to refuse on: a run that is over all of the memory by its tensors alone is worth a word, no more.
+
+    Raises:
+        UserError: the shortfall, and what would fit.
+    """
+    encoder = load_encoder(config.tokenizer)
+    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    if device == "cpu":
+        _warn_of_little_memory(predict(config, shape, ds_config, ranks), ranks)
+        return
+    gpu = smallest_gpu()
+    if gpu is None:
+        return  # nvidia-smi does not say
+    problem = why_too_large(config, shape, ds_config, ranks, gpu[1], gpu[0])
+    if problem is not None and refuse:
+        raise UserError(problem)
+    if problem is not None:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _warn_of_little_memory(memory: Memory, ranks: int) -> None:
+    """Says when the ranks' tensors alone are more than this machine's memory."""
+    import psutil
+
+    total, needed = psutil.virtual_memory().total, ranks * (memory.peak_bytes + memory.host_bytes)
+    if needed > total:
+        print(
+            f"warning: the tensors of {ranks} rank(s) take {gigabytes(needed)} at their peak and this machine has "
+            f"{gigabytes(total)} of memory; see `codeparrot-ds plan`",
+            file=sys.stderr,
+        )
 
 
 def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:

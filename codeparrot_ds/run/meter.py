@@ -8,6 +8,7 @@ from typing import Any
 
 from codeparrot_ds.run.engine import loss_scale
 from codeparrot_ds.run.hardware import peak_memory_bytes
+from codeparrot_ds.run.memory_check import MemoryCheck
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -23,6 +24,7 @@ class Meter:
         tokens: tokens trained on before the first step of this start.
         step: the step that this start begins after.
         max_train_steps: the run's last step.
+        memory_check: told of every logged step on rank 0 of a GPU run.
     """
 
     loader: Any
@@ -33,6 +35,7 @@ class Meter:
     tokens: int
     step: int
     max_train_steps: int
+    memory_check: MemoryCheck | None = None
 
     def __post_init__(self) -> None:
         self._mark = time.perf_counter()
@@ -58,6 +61,8 @@ class Meter:
         self.tokens += steps * self.tokens_per_step
         tokens_per_second = self.tokens_per_step / self._step_seconds
         norm = engine.get_global_grad_norm()
+        if self.memory_check is not None:
+            self.memory_check.after(step)
         return {
             "step": step,
             "tokens": self.tokens,

@@ -6,7 +6,9 @@ here imports torch.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 from codeparrot_ds.config import PRESETS, RunConfig, did_you_mean
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import KNOWN_SHAPES, GPT2Shape, find_shape, num_parameters
-from codeparrot_ds.run.device_memory import Overhead, gigabytes
+from codeparrot_ds.run.device_memory import Overhead, gigabytes, load_overhead
 from codeparrot_ds.run.memory_trace import cached, trace_all
 from codeparrot_ds.zero.ds_config import (
     DsFile,
@@ -96,14 +98,39 @@ class Plan:
         rows = [row for row in self.rows if row.world_size == world_size]
         if self.request.micro_batch_sizes is not None:
             return rows
-        sizes = {row.micro_batch_size for row in rows}
-        at_most = [size for size in sizes if size <= self.config.micro_batch_size]
-        wanted = max(at_most, default=min(sizes, default=0))
+        wanted = _shown_size({row.micro_batch_size for row in rows}, self.config)
         return [row for row in rows if row.micro_batch_size == wanted]
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Making a plan
+
+
+def plan_of(
+    arguments: argparse.Namespace,
+    device_memory: int | None,
+    overhead: Overhead,
+    progress: Callable[[int, int], None],
+) -> Plan:
+    """The plan of the ``plan`` command's arguments; see `make_plan`."""
+    for name in arguments.ds_configs:
+        if name.isdigit():
+            raise UserError(f"{name!r} is not a DeepSpeed config; several numbers of one option have commas: 1,2,4")
+    request = PlanRequest(
+        model=arguments.model,
+        ds_configs=arguments.ds_configs,
+        world_sizes=arguments.world_size,
+        micro_batch_sizes=arguments.micro_batch_sizes,
+        global_batch_size=arguments.global_batch_size,
+        seq_length=arguments.seq_length,
+        vocab_size=arguments.vocab_size,
+        attention=arguments.attention,
+        dropout=arguments.dropout,
+        device_memory=device_memory,
+        trace=arguments.trace,
+        num_workers=arguments.num_workers or len(os.sched_getaffinity(0)),
+    )
+    return make_plan(request, overhead, progress)
 
 
 def make_plan(
@@ -135,7 +162,7 @@ def make_plan(
                 impossible[name, world_size] = str(error)
                 continue
             workloads += [(name, workload) for workload in found]
-    memories = _memories([workload for _, workload in workloads], request, progress)
+    memories = _memories([workload for _, workload in workloads], request, config, progress)
     rows = []
     for (name, workload), memory in zip(workloads, memories, strict=True):
         needed = overhead.total(memory.peak_bytes, workload.world_size)
@@ -222,19 +249,28 @@ def _workload(
 
 
 def _memories(
-    workloads: Sequence[Workload], request: PlanRequest, progress: Callable[[int, int], None]
+    workloads: Sequence[Workload], request: PlanRequest, config: RunConfig, progress: Callable[[int, int], None]
 ) -> list[Memory]:
-    """Traced where it is asked for or known, by formulas elsewhere."""
-    quick = _quick_memories(workloads)
+    """Traced where it is known, or asked for and shown in the tables; by formulas elsewhere."""
+    found = _quick_memories(workloads)
+    found = [_traced_or_quick(cached(workload), memory) for workload, memory in zip(workloads, found, strict=True)]
     if not request.trace:
-        return [_traced_or_quick(cached(workload), memory) for workload, memory in zip(workloads, quick, strict=True)]
-    traced = trace_all(workloads, request.num_workers, progress)
-    found = []
-    for memory, result in zip(quick, traced, strict=True):
-        if isinstance(result, UserError) and request.ds_configs:
+        return found
+    sizes = {workload.micro_batch_size for workload in workloads}
+    shown = sizes if request.micro_batch_sizes is not None else {_shown_size(sizes, config)}
+    wanted = [index for index, workload in enumerate(workloads) if workload.micro_batch_size in shown]
+    traced = trace_all([workloads[index] for index in wanted], request.num_workers, progress)
+    for index, result in zip(wanted, traced, strict=True):
+        if not isinstance(result, UserError):
+            found[index] = _traced_or_quick(result, found[index])
+        elif request.ds_configs:
             raise result
-        found.append(_traced_or_quick(None if isinstance(result, UserError) else result, memory))
     return found
+
+
+def _shown_size(sizes: Iterable[int], config: RunConfig) -> int:
+    """The run's micro-batch, or the largest planned below it."""
+    return max((size for size in sizes if size <= config.micro_batch_size), default=min(sizes, default=0))
 
 
 def _traced_or_quick(traced: Memory | None, quick: Memory) -> Memory:
@@ -259,10 +295,7 @@ def _quick_memories(workloads: Sequence[Workload]) -> list[Memory]:
 def predict(
     config: RunConfig, shape: GPT2Shape, ds_config: Mapping[str, Any], world_size: int, *, attention: str = "flash"
 ) -> Memory:
-    """What a run will take on each rank: traced where that is known, by formulas otherwise.
-
-    ``intra_document_masking`` needs a dense mask, with which the fused kernels that take one keep no scores either.
-    """
+    """What a run will take on each rank: traced where that is known, by formulas otherwise."""
     workload = Workload(
         shape=shape,
         ds_config=ds_config,
@@ -271,7 +304,7 @@ def predict(
         attention=attention,
         dropout=config.dropout,
     )
-    return _memories([workload], PlanRequest(model=config.model), lambda done, total: None)[0]
+    return _traced_or_quick(cached(workload), _quick_memories([workload])[0])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -291,8 +324,6 @@ def why_too_large(
         device_memory: bytes of the smallest device.
         name: of that device.
     """
-    from codeparrot_ds.run.device_memory import load_overhead
-
     overhead = load_overhead()
     memory = predict(config, shape, ds_config, world_size)
     needed = overhead.total(memory.peak_bytes, world_size)
@@ -311,8 +342,6 @@ def _what_fits(
     config: RunConfig, shape: GPT2Shape, ds_config: Mapping[str, Any], world_size: int, device_memory: int
 ) -> str:
     """The smaller micro-batch and the shipped configs of the same precision that fit, those that need most first."""
-    from codeparrot_ds.run.device_memory import load_overhead
-
     overhead, options = load_overhead(), []
     request = PlanRequest(model=config.model, device_memory=device_memory)
     own = read_ds_config(find_ds_config(config.deepspeed))

@@ -187,6 +187,7 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "mfu": _median(_column(run.training, "mfu")),
         "data_wait_fraction": _data_wait_fraction(run.training),
         "memory_bytes": max(_column(run.training, "memory_bytes"), default=None),
+        "predicted_memory_bytes": (run.record.get("memory") or {}).get("predicted_bytes"),
         "total_hours": _total_hours(run),
         "starts": len(run.record.get("starts") or []) or None,
         "checkpoints": sorted(int(folder.name[5:]) for folder in checkpoint_folders(run.path / "checkpoints")),

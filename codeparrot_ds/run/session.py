@@ -46,8 +46,10 @@ from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import working_weights, write_export
 from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
 from codeparrot_ds.run.hardware import peak_flops
+from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
+from codeparrot_ds.run.plan import predict
 from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
 from codeparrot_ds.run.startup import Startup
 from codeparrot_ds.run.stopping import StopSignal
@@ -144,6 +146,7 @@ class Session:
         tracker = _open_tracker(config, ds_config, shape, ranks, folder, step)
         startup.lap("loader and trackers")
         meter = _start_meter(config, ds_config, shape, ranks, loader, restored)
+        meter.memory_check = _memory_check(config, ds_config, shape, ranks, folder, progress, step)
         return cls(
             config=config,
             ds_config=ds_config,
@@ -565,4 +568,28 @@ def _start_meter(
         tokens=restored.tokens if restored else 0,
         step=restored.step if restored else 0,
         max_train_steps=config.max_train_steps,
+    )
+
+
+def _memory_check(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    shape: GPT2Shape,
+    ranks: Ranks,
+    folder: RunFolder,
+    progress: Progress,
+    step: int,
+) -> MemoryCheck | None:
+    """What compares a GPU run's memory with its plan; None on the other ranks, and on CPUs, where nothing counts it."""
+    if ranks.device.type != "cuda":
+        return None
+    forget_peak(ranks.device)
+    if not ranks.is_main:
+        return None
+    return MemoryCheck(
+        predict(config, shape, ds_config, ranks.world_size),
+        measure=lambda: measure_gpu(ranks.device),
+        say=progress.say,
+        record=lambda memory: folder.update(memory=memory),
+        first_step=step,
     )
