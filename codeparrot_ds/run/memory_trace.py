@@ -1,8 +1,8 @@
 """The traced depth of a memory prediction: DeepSpeed's own engine and the run's own model, on tensors without memory.
 
 Each trace runs in a process of its own, since pretending ranks and an accelerator changes the process for good:
-``python -m codeparrot_ds.run.memory_trace`` reads a workload as JSON on its standard input and writes the memory as
-JSON. Results are kept in the user's cache folder. Importing this module imports no torch.
+``python -m codeparrot_ds.run.memory_trace`` reads workloads as lines of JSON on its standard input and answers with as
+many lines. Results are kept in the user's cache folder. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import GPT2Shape
@@ -68,24 +71,9 @@ def trace_memory(workload: Workload) -> Memory:
     Raises:
         UserError: the config cannot be traced, or DeepSpeed refuses it, in DeepSpeed's words.
     """
-    workload = _traced_form(workload)
-    environment = _clean_environment()
-    command = [sys.executable, "-W", "ignore", "-m", "codeparrot_ds.run.memory_trace"]
-    try:
-        answer = subprocess.run(
-            command,
-            input=json.dumps(_to_json(workload)),
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"the trace did not end within {TIMEOUT_SECONDS} s; use the formulas (no --trace)") from None
-    if answer.returncode or not answer.stdout:
-        words = answer.stdout.strip() or f"the trace ended with exit code {answer.returncode}: {answer.stderr[-200:]}"
-        raise UserError(f"this config cannot be traced: {words}")
-    return Memory(**json.loads(answer.stdout))
+    _check_traceable(workload)
+    with _Tracer() as tracer:
+        return tracer.trace(workload)
 
 
 def trace_all(
@@ -101,52 +89,113 @@ def trace_all(
     Returns:
         For each workload its memory, or why it has none.
     """
-    done = 0
-
-    def trace(workload: Workload) -> Memory | UserError:
-        try:
-            return cached(workload) or _trace_and_keep(workload)
-        except UserError as error:
-            return error
-
-    results: dict[str, Memory | UserError] = {}
     keys = [cache_key(workload) for workload in workloads]
     different = dict(zip(keys, workloads, strict=True))
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+    results: dict[str, Memory | UserError] = {}
+    idle: queue.SimpleQueue[_Tracer] = queue.SimpleQueue()
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(max(1, num_workers)) as pool:
+        for _ in range(max(1, num_workers)):
+            idle.put(stack.enter_context(_Tracer()))
         try:
-            for key, result in zip(different, pool.map(trace, different.values()), strict=True):
+            found = pool.map(lambda workload: _known_or_traced(workload, idle), different.values())
+            for key, result in zip(different, found, strict=True):
                 results[key] = result
-                done += keys.count(key)
-                progress(done, len(keys))
+                progress(sum(key in results for key in keys), len(keys))
         except BaseException:
+            # Interrupted: what is being traced ends too.
             pool.shutdown(wait=False, cancel_futures=True)
+            stack.close()
             raise
     return [results[key] for key in keys]
 
 
-def _trace_and_keep(workload: Workload) -> Memory:
-    memory = trace_memory(workload)
+def _known_or_traced(workload: Workload, idle: queue.SimpleQueue[_Tracer]) -> Memory | UserError:
+    known = cached(workload)
+    if known is not None:
+        return known
+    tracer = idle.get()
+    try:
+        _check_traceable(workload)
+        memory = tracer.trace(workload)
+    except UserError as error:
+        return error
+    finally:
+        idle.put(tracer)
     keep(workload, memory)
     return memory
+
+
+class _Tracer:
+    """A process that traces one workload after another, each in a fork of its own; it starts with the first."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> _Tracer:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop()
+
+    def trace(self, workload: Workload) -> Memory:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "codeparrot_ds.run.memory_trace"],
+                env=_clean_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        too_long = threading.Timer(TIMEOUT_SECONDS, _end_session, [process])
+        too_long.start()
+        try:
+            print(json.dumps(_to_json(_traced_form(workload))), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            too_long.cancel()
+        if not line:
+            self._stop()
+            raise UserError(f"the trace ended without an answer, or not within {TIMEOUT_SECONDS} s")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(f"this config cannot be traced: {answer['error']}")
+        return Memory(**answer)
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            _end_session(process)
+            process.communicate()
+
+
+def _end_session(process: subprocess.Popen[str]) -> None:
+    """Ends a tracer and the fork that it waits for."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # What is traced
 
 
-def _traced_form(workload: Workload) -> Workload:
-    """The workload as it is traced: without what holds no tensors, so that equal memory has an equal form.
-
-    Raises:
-        UserError: it cannot be traced.
-    """
+def _check_traceable(workload: Workload) -> None:
     if workload.attention not in ATTENTIONS:
         raise UserError(f"attention must be one of {', '.join(ATTENTIONS)}, not {workload.attention!r}")
-    ds_config = copy.deepcopy(dict(workload.ds_config))
-    if value_at(ds_config, ("torch_autocast", "enabled")):
+    if value_at(workload.ds_config, ("torch_autocast", "enabled")):
         raise UserError(
             "torch_autocast cannot be traced (its casts are kernels of the device's own); use bf16, or the formulas"
         )
+
+
+def _traced_form(workload: Workload) -> Workload:
+    """The workload as it is traced: without what holds no tensors, so that equal memory has an equal form."""
+    ds_config = copy.deepcopy(dict(workload.ds_config))
     for key in WITHOUT_TENSORS:
         ds_config.pop(key, None)
     parameters = (ds_config.get("optimizer") or {}).get("params", {})
@@ -193,11 +242,12 @@ def _from_json(values: dict[str, Any]) -> Workload:
 
 def cached(workload: Workload) -> Memory | None:
     """What an earlier trace of the same workload by the same versions found; None when there is none."""
-    path = _cache_file(workload)
     try:
-        return Memory(**json.loads(path.read_text(encoding="utf-8"))["memory"])
-    except (OSError, ValueError, KeyError, TypeError):
-        # Not there, or not whole: a trace makes it anew.
+        content = _cache_file(workload).read_text(encoding="utf-8")
+        return Memory(**json.loads(content)["memory"])
+    except (OSError, UserError):  # not traced yet, or not traceable
+        return None
+    except (ValueError, KeyError, TypeError):  # damaged: a trace makes it anew
         return None
 
 
@@ -237,23 +287,42 @@ def _sources() -> str:
     return hashlib.sha256(b"\0".join((PACKAGE / name).read_bytes() for name in SOURCES)).hexdigest()
 
 
-def main() -> NoReturn:
-    """Traces the workload on standard input; DeepSpeed's own words go to standard error."""
-    workload = _from_json(json.load(sys.stdin))
-    output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+# --------------------------------------------------------------------------------------------------------------------
+# The process that traces
+
+
+def main() -> None:
+    """Answers each workload on standard input, a line of JSON, with a line: its memory, or why it has none."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed prints
+    # Once for all forks: seconds each.
+    import deepspeed  # noqa: F401
+    from transformers import GPT2LMHeadModel  # noqa: F401
+
     from codeparrot_ds.run.traced_engine import trace
 
-    code = 0
-    try:
-        answer = json.dumps(dataclasses.asdict(trace(workload)))
-    except Exception as error:
-        # Whatever DeepSpeed, transformers or torch say to a config: the caller hands it to the user.
-        traceback.print_exc()
-        answer, code = " ".join(f"{type(error).__name__}: {error}".split())[:300], 1
-    print(answer, file=output, flush=True)
-    # Autograd's threads for a device that is not there would keep the interpreter from ending.
-    os._exit(code)
+    def answer(workload: Workload) -> dict[str, Any]:
+        try:
+            return dataclasses.asdict(trace(workload))
+        except Exception as error:
+            # Whatever DeepSpeed, transformers or torch say to a config: the caller hands it to the user.
+            traceback.print_exc()
+            return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+
+    for line in sys.stdin:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with os.fdopen(writing, "w") as file:
+                file.write(json.dumps(answer(_from_json(json.loads(line)))))
+            # Autograd's threads for a device that is not there would keep the interpreter from ending.
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as file:
+            text = file.read()
+        _, status = os.waitpid(child, 0)
+        text = text or json.dumps({"error": f"its process ended with status {os.waitstatus_to_exitcode(status)}"})
+        print(text, file=answers, flush=True)
 
 
 if __name__ == "__main__":
