@@ -111,7 +111,7 @@ def compare(point: dict[str, Any], traced: dict[str, Any] | str) -> dict[str, An
         "quick_peak_bytes": quick.peak_bytes,
         "peak_error": quick.peak_bytes / peak - 1,
         "resident_error": quick.resident_bytes / traced["resident_bytes"] - 1,
-        "host_error": quick.host_bytes / traced["host_bytes"] - 1 if traced["host_bytes"] else 0.0,
+        "host_error": quick.host_bytes / traced["host_bytes"] - 1 if traced["host_bytes"] > 2**20 else 0.0,
     }
 
 

@@ -355,24 +355,32 @@ class QuickPlan:
     def _bf16_optimizer(self) -> EngineMemory:
         """Stage 1 with fp32 accumulation: ``bf16_optimizer.py``.
 
-        fp32 gradients of the whole model stay for good (``fp32_groups_gradients_flat``); bf16 ones live from a
-        backward pass to its end and are added there (``update_hp_grads``).
+        fp32 gradients of the whole model stay for good (``fp32_groups_gradients_flat``); bf16 ones stay on the
+        parameters from the first micro-batch to the step.
         """
         settings, shares = self.settings, self._shares()
         flat, mine = sum(share.flat_numel for share in shares), sum(share.numel for share in shares)
-        backward = whole_gradients(
-            self.moments, width=settings.width, carried=False, world_size=settings.world_size, reduces_at_end=False
-        )
+        backward = [
+            whole_gradients(
+                self.moments,
+                width=settings.width,
+                carried=carried,
+                world_size=settings.world_size,
+                reduces_at_end=False,
+            )
+            for carried in (False, True)
+        ]
         # get_grads_for_reduction hands over the flat fp32 gradients: one tensor a group, reduced in the dtype of
         # communication, a copy of the whole in 16 bits.
         decayed = max(share.flat_numel for share in shares)
         copy = settings.communication_width * decayed if settings.communication_width != FP32 else 0
-        backward[-1] = GradientMemory(gradients=backward[-1].gradients, temporary=copy)
+        for moments in backward:
+            moments[-1] = GradientMemory(gradients=moments[-1].gradients, temporary=copy)
         return EngineMemory(
             parameters=settings.width * flat,
             optimizer=3 * FP32 * mine,
             gradients=FP32 * flat,
-            backward=[backward, backward],
+            backward=backward,
             initialization=max(self._built, settings.width * flat + FP32 * (flat + mine)),
         )
 
