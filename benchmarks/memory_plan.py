@@ -30,6 +30,7 @@ from codeparrot_ds.zero.plan import quick_memory
 SEQ_LENGTH, VOCAB_SIZE = 1024, 32_768
 # Micro-batch and accumulation: a micro-batch that is added to others, and one that is a whole step.
 BATCHES = ((1, 4), (4, 1))
+SAVED_AT_ONCE = 16
 
 
 def main() -> None:
@@ -50,8 +51,8 @@ def main() -> None:
     done = {json.dumps(json.loads(line)["point"]): json.loads(line)["traced"] for line in lines}
     todo = [] if options.only_record else [point for point in points if json.dumps(point) not in done]
     random.Random(0).shuffle(todo)  # what is done at any time is a fair sample
-    for start in range(0, len(todo), options.num_workers):
-        batch = todo[start : start + options.num_workers]
+    for start in range(0, len(todo), SAVED_AT_ONCE):
+        batch = todo[start : start + SAVED_AT_ONCE]
         results = trace_all([workload(**point) for point in batch], options.num_workers)
         with options.state.open("a") as file:
             for point, result in zip(batch, results, strict=True):

@@ -27,6 +27,7 @@ from codeparrot_ds.zero.ds_config import (
     read_ds_config,
     resolve_ds_config,
     shipped_names,
+    value_at,
 )
 from codeparrot_ds.zero.lint import check_ds_config
 from codeparrot_ds.zero.memory import CATEGORIES, Memory, Workload
@@ -223,6 +224,10 @@ def _checked(name: str, shape: GPT2Shape, world_size: int) -> DsFile:
     """A config without errors, as it would be on GPUs."""
     file = read_ds_config(find_ds_config(name))
     check_ds_config(file, device="cuda", world_size=world_size, parameters=num_parameters(shape))
+    # DeepSpeed asserts it when it makes the groups (utils/groups.py, _create_zero_param_parallel_group).
+    ranks = value_at(file.config, ("zero_optimization", "zero_hpz_partition_size")) or 1
+    if isinstance(ranks, int) and world_size % ranks:
+        raise UserError(f"zero_hpz_partition_size {ranks} does not divide {world_size} rank(s)")
     return file
 
 
