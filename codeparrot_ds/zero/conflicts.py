@@ -301,6 +301,17 @@ COMMUNICATION = (
         lambda s, value: value is True and s.stage == 3 and s.get(f"{_ZERO}.reduce_scatter") is False,
         "needs reduce_scatter, which is off",
     ),
+    Rule(
+        f"{_ZERO}.zero_quantized_gradients",
+        "error",
+        # ``ds_swizzle_quant`` (csrc/quantization) reads whatever it gets as fp16; ``stage3.py`` converts first.
+        lambda s, value: (
+            value is True
+            and s.stage == 3
+            and short_dtype(s.get("communication_data_type", s.precision)) != "fp16"
+        ),
+        'reads {precision} gradients as if they were fp16; write "communication_data_type": "fp16"',
+    ),
     *(
         Rule(
             f"{_ZERO}.{key}",
@@ -325,6 +336,13 @@ COMMUNICATION = (
 )
 
 ACTIVATION_CHECKPOINTING = (
+    Rule(
+        "activation_checkpointing.cpu_checkpointing",
+        "error",
+        lambda s, value: value is True and s.device == "cpu",
+        # There the copy on the host is the tensor itself, which DeepSpeed then empties: the backward pass fails.
+        "needs a GPU: on the CPU DeepSpeed empties the activations that it means to have copied",
+    ),
     Rule(
         "activation_checkpointing.contiguous_memory_optimization",
         "run",

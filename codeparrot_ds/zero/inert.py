@@ -251,12 +251,6 @@ ACTIVATION_CHECKPOINTING = (
         lambda s, value: value is True and s.get("tensor_parallel.autotp_size", 0) <= 1,
         "saves nothing without model parallelism, which this file does not set up",
     ),
-    Rule(
-        "activation_checkpointing.cpu_checkpointing",
-        "warning",
-        lambda s, value: value is True and s.device == "cpu",
-        "does nothing on the CPU, where activations are in host memory already",
-    ),
     *_only(
         "activation_checkpointing.number_checkpoints",
         lambda s: s.get("activation_checkpointing.contiguous_memory_optimization") is True,
