@@ -535,13 +535,13 @@ def _add_plan(commands: Any) -> None:
     )
     group.add_argument(
         "--calibrate", type=Path, metavar="RUN",
-        help="measure what a run takes beside its tensors on a GPU run, and keep it for later plans",
+        help="take what a run needs beside its tensors from this GPU run, and keep it for later plans (default: none)",
     )  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--trace", action="store_true", help="trace every row that is shown: exact, minutes")
     group.add_argument("--num-workers", type=_count, metavar="N", help="traces at a time (default: one a core)")
     group.add_argument("--json", action="store_true", help="print one JSON object, with every micro-batch")
-    group.add_argument("--out", type=Path, metavar="PNG", help="draw stacked bars into this file")
+    group.add_argument("--out", type=Path, metavar="PNG", help="draw stacked bars into this file (default: none)")
     _take_positionals_anywhere(parser)
 
 

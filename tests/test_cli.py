@@ -11,7 +11,7 @@ from codeparrot_ds import cli
 from codeparrot_ds.cli import main
 from codeparrot_ds.zero.ds_config import ds_configs_folder
 
-COMMANDS = "demo corpus tokenizer data train evaluate complete check checkpoint hub report".split()
+COMMANDS = "demo corpus tokenizer data train evaluate complete check plan checkpoint hub report".split()
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib", "wandb", "pandas")
 
 
@@ -91,6 +91,7 @@ def test_version(capsys):
         (["data", "inspct", "corpus"], "did you mean 'inspect'?"),
         (["data", "inspect", "none"], "--tokenizer DIR"),
         (["check"], "nothing to check"),
+        (["plan"], "nothing to plan"),
         (["checkpoint", "list", "none"], "none is not a run"),
         (["checkpoint", "lst", "none"], "did you mean 'list'?"),
         (["hub", "status", "none"], "none is not a run folder"),
