@@ -125,12 +125,12 @@ class BackwardPass:
         """Bytes a row of queries, keys, values, the output, and what the kernel adds.
 
         Flash keeps the log-sum-exp in fp32. Plain attention (``_scaled_dot_product_attention_math``) keeps its
-        probabilities and the scaled queries and keys.
+        probabilities, and computes in fp32: of 16-bit queries, keys and values it keeps fp32 copies instead.
         """
-        plain = 4 * self.hidden
         if self.attention == "flash":
-            return plain + FP32 * self.shape.n_head * self.seq_length
-        return plain + 2 * self.hidden + self.width * self.scores + (self.scores if self.dropout else 0)
+            return 4 * self.hidden + FP32 * self.shape.n_head * self.seq_length
+        kept = 4 * self.hidden if self.width == FP32 else 7 * self.hidden
+        return kept + FP32 * self.scores + (self.scores if self.dropout else 0)
 
     @property
     def logits(self) -> int:
@@ -209,7 +209,7 @@ class BackwardPass:
             )
 
     def _score_gradients(self) -> int:
-        return 0 if self.attention == "flash" else 2 * self.width * self.scores
+        return 0 if self.attention == "flash" else 2 * FP32 * self.scores
 
     def _embeddings(self) -> Iterator[Moment]:
         tied = self.shape.tie_word_embeddings
