@@ -19,7 +19,7 @@ STAGE0_BUCKET_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class GradientMemory:
-    """Bytes at one moment: finished gradients, buckets, and copies that live for a moment only."""
+    """Bytes at one moment: finished gradients, buckets, and what lives for that moment only (a `Moment`'s included)."""
 
     gradients: int = 0
     buckets: int = 0
@@ -108,10 +108,10 @@ def whole_gradients(
     for moment in moments:
         arriving = width * sum(parameter.numel for parameter in moment.arriving)
         if carried:
-            found.append(GradientMemory(gradients=held, temporary=arriving))
+            found.append(GradientMemory(gradients=held, temporary=arriving + moment.temporary))
         else:
             held += arriving
-            found.append(GradientMemory(gradients=held))
+            found.append(GradientMemory(gradients=held, temporary=moment.temporary))
     copy = min(total, STAGE0_BUCKET_ELEMENTS * width) if reduces_at_end and world_size > 1 else 0
     return [*found, GradientMemory(gradients=total, temporary=copy)]
 
@@ -181,8 +181,8 @@ class PartitionedGradients:
                 copies = max(copies, self._add(parameter))
                 left -= gradient_width * parameter.numel if whole else 0
             arriving = self.buckets.width * sum(parameter.numel for parameter in moment.arriving)
-            # The copy is gone when the buffer of owned gradients is made.
-            temporary = max(arriving, copies - (self._held(carried) - before))
+            # The copy is gone when the buffer of owned gradients is made; a hook runs when the gradient is complete.
+            temporary = max(arriving + moment.temporary, copies - (self._held(carried) - before))
             found.append(GradientMemory(left + self._held(carried), self.buckets.bytes * bucketed, temporary))
         before, copies = self._held(carried), self._reduce()
         held = self._held(carried)
@@ -255,5 +255,5 @@ def sharded_gradients(
             filled = 0 if oversized else filled + parameter.numel
             if oversized and parameter.numel % world_size:
                 temporary = max(temporary, parameter.numel * communication_width)
-        found.append(GradientMemory(temporary=max(arriving, temporary)))
+        found.append(GradientMemory(temporary=max(arriving + moment.temporary, temporary)))
     return [*found, GradientMemory(temporary=filled * communication_width)]

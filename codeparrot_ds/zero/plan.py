@@ -290,7 +290,7 @@ class QuickPlan:
         engine, moment = self.engine, self._with_end[index]
         held = engine.backward[1 if later else 0][index]
         gathered, copies = engine.gathered[index] if engine.gathered else (0, 0)
-        temporary = rows * moment.temporary_a_row + moment.temporary + held.temporary + copies
+        temporary = rows * moment.temporary_a_row + held.temporary + copies
         return {
             "parameters": engine.parameters + gathered,
             "gradients": engine.gradients + held.gradients + moment.unfinished_gradient,
