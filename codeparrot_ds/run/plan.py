@@ -94,9 +94,15 @@ class Plan:
         mine = [row for row in self.rows if (row.config, row.world_size) == (config, world_size) and row.fits]
         return max((row.micro_batch_size for row in mine), default=None)
 
+    @property
+    def asked(self) -> list[PlanRow]:
+        """The rows of the micro-batches asked for: all where none were named."""
+        sizes = self.request.micro_batch_sizes
+        return [row for row in self.rows if sizes is None or row.micro_batch_size in sizes]
+
     def shown(self, world_size: int) -> list[PlanRow]:
         """The rows of the table: the micro-batches asked for, or the preset's (the largest planned below it)."""
-        rows = [row for row in self.rows if row.world_size == world_size]
+        rows = [row for row in self.asked if row.world_size == world_size]
         if self.request.micro_batch_sizes is not None:
             return rows
         wanted = _shown_size({row.micro_batch_size for row in rows}, self.config)
@@ -205,15 +211,14 @@ def _at_most(size: int, whole: int) -> int:
 
 
 def _micro_batch_sizes(request: PlanRequest, config: RunConfig, world_size: int) -> Sequence[int]:
-    """Those asked for, each of which must divide the global batch; or all that do."""
-    if request.micro_batch_sizes is not None:
-        for size in request.micro_batch_sizes:
-            _with_micro_batch(config, size).gradient_accumulation_steps(world_size)
-        return request.micro_batch_sizes
+    """All that divide the global batch, and those asked for, which must."""
+    asked = request.micro_batch_sizes or ()
+    for size in asked:
+        _with_micro_batch(config, size).gradient_accumulation_steps(world_size)
     if config.global_batch_size % world_size:
         _with_micro_batch(config, 1).gradient_accumulation_steps(world_size)
     rows = config.global_batch_size // world_size
-    return [size for size in range(1, min(rows, MAX_MICRO_BATCH_SIZE) + 1) if rows % size == 0]
+    return sorted({*asked, *(size for size in range(1, min(rows, MAX_MICRO_BATCH_SIZE) + 1) if rows % size == 0)})
 
 
 def _with_micro_batch(config: RunConfig, size: int) -> RunConfig:
@@ -262,7 +267,7 @@ def _memories(
     if not request.trace:
         return found
     sizes = {workload.micro_batch_size for workload in workloads}
-    shown = sizes if request.micro_batch_sizes is not None else {_shown_size(sizes, config)}
+    shown = request.micro_batch_sizes or (_shown_size(sizes, config),)
     wanted = [index for index, workload in enumerate(workloads) if workload.micro_batch_size in shown]
     traced = trace_all([workloads[index] for index in wanted], request.num_workers, progress)
     for index, result in zip(wanted, traced, strict=True):
@@ -471,7 +476,7 @@ def activation_line(plan: Plan, micro_batch_size: int) -> str:
 def as_json(plan: Plan) -> dict[str, Any]:
     """The whole plan, sizes in bytes."""
     parameters, config = num_parameters(plan.shape), plan.config
-    sizes = sorted({row.micro_batch_size for row in plan.rows})
+    sizes = sorted({row.micro_batch_size for row in plan.asked})
     return {
         "model": plan.request.model,
         "parameters": parameters,
@@ -483,7 +488,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "device_memory_bytes": plan.request.device_memory,
         "overhead": dataclasses.asdict(plan.overhead),
         "activation_bytes": {str(size): activations(plan, size) for size in sizes},
-        "plans": [_row_as_json(row) for row in plan.rows],
+        "plans": [_row_as_json(row) for row in plan.asked],
         "largest_micro_batch_size": _largest_as_json(plan),
         "impossible": [
             {"config": name, "world_size": ranks, "reason": why} for (name, ranks), why in plan.impossible.items()

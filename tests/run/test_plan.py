@@ -156,6 +156,16 @@ def test_a_config_for_several_hosts_is_not_planned_for_one_rank():
         plan(world_sizes=(1,), ds_configs=("zero3_hpz",))
 
 
+def test_the_largest_micro_batch_is_found_among_all_whatever_is_shown():
+    asked = plan(ds_configs=("zero2",), micro_batch_sizes=(4,))
+    assert (
+        [row.micro_batch_size for row in asked.shown(8)]
+        == [4]
+        == [row["micro_batch_size"] for row in as_json(asked)["plans"]]
+    )
+    assert asked.largest("zero2", 8) == plan(ds_configs=("zero2",)).largest("zero2", 8) == 16
+
+
 def test_attention_and_checkpointing_are_compared():
     activations = as_json(plan(ds_configs=("zero2",)))["activation_bytes"]["2"]
     assert activations["flash"]["kept"] > 10 * activations["flash"]["checkpointed"]
@@ -170,17 +180,17 @@ def demo_plan(config, **values):
 
 @pytest.mark.parametrize("config", ["zero1", "zero3"])
 def test_a_trace_agrees_with_the_formulas_and_replaces_them(config):
-    (quick,) = demo_plan(config).rows
-    (traced,) = demo_plan(config, trace=True).rows
+    (quick,) = demo_plan(config).asked
+    (traced,) = demo_plan(config, trace=True).asked
     assert (quick.memory.depth, traced.memory.depth) == ("quick", "traced")
     assert quick.memory.peak_bytes == pytest.approx(traced.memory.peak_bytes, rel=0.03)
     again = demo_plan(config)
-    assert list(again.rows) == [traced]
+    assert again.asked == [traced]
     assert "*" in describe(again)
 
 
 def test_a_kept_trace_is_used_where_it_belongs():
-    (row,) = demo_plan("zero2").rows
+    (row,) = demo_plan("zero2").asked
     config = RunConfig(model="demo", seq_length=256, global_batch_size=16, micro_batch_size=2)
     shape = find_shape("demo", vocab_size=32_768, seq_length=256)
     resolved = resolve_ds_config(
