@@ -102,7 +102,7 @@ def trace_all(
                 results[key] = result
                 progress(sum(key in results for key in keys), len(keys))
         except BaseException:
-            # Interrupted: what is being traced ends too.
+            # Interrupted: what is being traced ends with it.
             pool.shutdown(wait=False, cancel_futures=True)
             stack.close()
             raise

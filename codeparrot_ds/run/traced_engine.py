@@ -59,7 +59,6 @@ def trace(workload: Workload, *, device_name: str = "accelerator") -> Memory:
     from codeparrot_ds.run import fake_ranks
 
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-    gc.freeze()
     accelerator = device_name == "accelerator"
     device = fake_ranks.pretend_accelerator() if accelerator else torch.device("cpu")
     fake_ranks.join_fake_ranks(workload.world_size)
@@ -81,6 +80,7 @@ def measure(workload: Workload, counter: StorageCounter, device: torch.device) -
 
     ``nvme_bytes`` and ``checkpoint_bytes`` are left at 0.
     """
+    gc.freeze()  # each micro-batch ends with a collection: it need not look through what was imported
     ds_config = dict(workload.ds_config)
     peaks = _Peaks(counter, device.type)
     counter.phase = "initialization"
@@ -96,6 +96,7 @@ def measure(workload: Workload, counter: StorageCounter, device: torch.device) -
         engine = create_engine(model, ds_config, RunConfig())
         del model
         gc.collect()
+    gc.freeze()
     ids = torch.zeros(workload.micro_batch_size, workload.seq_length, dtype=torch.long, device=device)
     for _ in range(max(2, math.ceil(NUM_MICRO_BATCHES / workload.accumulation_steps))):
         peaks.forget("forward_backward", "step")

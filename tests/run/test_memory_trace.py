@@ -62,9 +62,6 @@ def cache(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------------
 # Against the real engine
 
-STAGES = [f"zero{stage}{precision}" for stage in range(4) for precision in ("", "_fp32")]
-OFFLOADED = ["zero2_offload", "zero3_offload"]
-
 
 def run_script(name, *arguments, environment, stdin=None):
     return subprocess.Popen(
@@ -86,8 +83,8 @@ def answer_of(process, text=None):
 @pytest.mark.parametrize(
     ("world_size", "names"),
     [
-        pytest.param(1, ["zero0", "zero1_fp32", "zero2_offload", "zero3"], id="1 rank"),
-        pytest.param(2, [*STAGES, *OFFLOADED, "zero2_activation_checkpointing"], id="2 ranks"),
+        pytest.param(1, ["zero0", "zero1_fp32", "zero2", "zero3_fp32", "zero2_offload"], id="1 rank"),
+        pytest.param(2, ["zero0_fp32", "zero1", "zero2_fp32", "zero3", "zero2_offload", "zero3_offload"], id="2 ranks"),
     ],
 )
 def test_traced_bytes_are_those_of_the_real_engine(tmp_path, rank_environment, monkeypatch, world_size, names):
@@ -102,7 +99,7 @@ def test_traced_bytes_are_those_of_the_real_engine(tmp_path, rank_environment, m
     traced = answer_of(run_script("traced_and_real.py", "fake", *arguments, environment=rank_environment(0, 1)))
     for name, real_memory, traced_memory in zip(names, real, traced, strict=True):
         for phase, size in real_memory["phases"].items():
-            # The bar is 1%; most are equal to the byte.
+            # They are equal to the byte; the rest is for another version of torch.
             assert traced_memory["phases"][phase] == pytest.approx(size, rel=0.002), (name, phase)
         assert traced_memory["resident_bytes"] == pytest.approx(real_memory["resident_bytes"], rel=0.002), name
         for category, size in real_memory["device"].items():
@@ -130,12 +127,9 @@ PUBLISHED = {
     ("world_size", "names"),
     [
         pytest.param(1, ["254M", "254M, bf16 states"], id="1 GPU"),
-        pytest.param(4, ["254M", "254M, bf16 states", "6.86B", "6.86B, checkpointing"], id="4 GPUs"),
+        pytest.param(4, ["254M", "254M, bf16 states"], id="4 GPUs"),
         pytest.param(
-            4,
-            ["6.86B, bf16 states", "6.86B, bf16 states, checkpointing"],
-            id="4 GPUs, 6.86B, bf16 states",
-            marks=pytest.mark.slow,
+            4, [name for name in PUBLISHED if name.startswith("6.86B")], id="4 GPUs, 6.86B", marks=pytest.mark.slow
         ),
     ],
 )
@@ -151,6 +145,10 @@ def test_published_figures(world_size, names):
 # --------------------------------------------------------------------------------------------------------------------
 # What a run on an accelerator takes
 
+REFUSED = workload("zero2")
+REFUSED = dataclasses.replace(
+    REFUSED, ds_config={**REFUSED.ds_config, "optimizer": {"type": "Admw", "params": {"lr": 1e-3}}}
+)
 TRACED = {
     "plain": workload("zero2"),
     "many micro-batches": workload("zero2", accumulation=64),
@@ -168,8 +166,9 @@ def traced(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         counts = []
-        results = trace_all(list(TRACED.values()), 2, lambda done, total: counts.append((done, total)))
-        assert counts[-1] == (len(TRACED), len(TRACED)) and counts == sorted(counts)
+        *results, refused = trace_all([*TRACED.values(), REFUSED], 2, lambda done, total: counts.append((done, total)))
+        assert counts == [(done, len(TRACED) + 1) for done in range(1, len(TRACED) + 2)]
+        assert isinstance(refused, UserError) and "cannot be traced" in str(refused) and "Admw" in str(refused)
         found = dict(zip(TRACED, results, strict=True))
         failed = {name: str(result) for name, result in found.items() if isinstance(result, UserError)}
         assert not failed
@@ -253,12 +252,6 @@ def memory_of(size=1):
 
 def changed(base, **keys):
     return dataclasses.replace(base, ds_config={**base.ds_config, **keys})
-
-
-def test_a_config_that_deepspeed_refuses_says_why():
-    refused = changed(workload("zero2"), optimizer={"type": "Admw", "params": {"lr": 1e-3}})
-    with pytest.raises(UserError, match="cannot be traced.*Admw"):
-        trace_memory(refused)
 
 
 def test_autocast_is_refused_at_once():

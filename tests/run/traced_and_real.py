@@ -70,6 +70,7 @@ def fake(ds_configs: list[dict], world_size: int) -> list[dict]:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    sys.setswitchinterval(1e-5)
     with open(sys.argv[3]) as file:
         ds_configs = json.load(file)
     answer = real(ds_configs) if sys.argv[1] == "real" else fake(ds_configs, int(sys.argv[2]))
