@@ -65,8 +65,9 @@ SOURCES = (
 def trace_memory(workload: Workload) -> Memory:
     """What DeepSpeed's engine and the run's model take in memory, from a few steps in a process of its own.
 
-    With ``offload_optimizer`` or ``offload_param`` on NVMe, DeepSpeed's own swapping runs too: its files are counted,
-    not written.
+    The model runs as it is written: ``compile`` in either config is not traced. With ``offload_optimizer`` or
+    ``offload_param`` on NVMe, DeepSpeed's own swapping runs too: its files are counted, not written. Page-locked host
+    memory counts as torch's allocator takes it, in powers of two.
 
     Raises:
         UserError: the config cannot be traced, or DeepSpeed refuses it, in DeepSpeed's words.
@@ -191,6 +192,10 @@ def _check_traceable(workload: Workload) -> None:
         raise UserError(
             "torch_autocast cannot be traced (its casts are kernels of the device's own); use bf16, or the formulas"
         )
+
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if value_at(workload.ds_config, ("zero_optimization", key)):
+            raise UserError(f"{key} cannot be traced (its kernels exist on GPUs alone); use the formulas")
 
 
 def _traced_form(workload: Workload) -> Workload:

@@ -265,6 +265,11 @@ def test_autocast_is_refused_at_once():
     assert isinstance(result, UserError)
 
 
+def test_kernels_of_gpus_alone_are_refused():
+    with pytest.raises(UserError, match="zero_quantized_weights cannot be traced"):
+        trace_memory(workload("zero3", zero_quantized_weights=True))
+
+
 def test_unknown_attention_is_refused():
     with pytest.raises(UserError, match="flash, math, not 'eager'"):
         trace_memory(workload("zero2", attention="eager"))
