@@ -306,7 +306,10 @@ COMMUNICATION = (
         "error",
         # ``ds_swizzle_quant`` (csrc/quantization) reads whatever it gets as fp16; ``stage3.py`` converts first.
         lambda s, value: (
-            value is True and s.stage == 3 and short_dtype(s.get("communication_data_type", s.precision)) != "fp16"
+            value is True
+            and s.stage == 3
+            and s.precision == "bf16"
+            and short_dtype(s.get("communication_data_type", "bf16")) != "fp16"
         ),
         'reads {precision} gradients as if they were fp16; write "communication_data_type": "fp16"',
     ),
