@@ -63,19 +63,18 @@ def cache(tmp_path, monkeypatch):
 # Against the real engine
 
 
-def run_script(name, *arguments, environment, stdin=None):
+def run_script(name, *arguments, environment):
     return subprocess.Popen(
         [sys.executable, str(HERE / name), *arguments],
         env=os.environ | environment,
-        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def answer_of(process, text=None):
-    output, errors = process.communicate(text, timeout=280)
+def answer_of(process):
+    output, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors[-2000:]
     return json.loads(output.splitlines()[-1])
 
@@ -94,9 +93,10 @@ def test_traced_bytes_are_those_of_the_real_engine(tmp_path, rank_environment, m
     arguments = (str(world_size), str(tmp_path / "configs.json"))
     ranks = [rank_environment(0, world_size)]
     ranks += [rank_environment(rank, world_size, int(ranks[0]["MASTER_PORT"])) for rank in range(1, world_size)]
+    fake = run_script("traced_and_real.py", "fake", *arguments, environment=rank_environment(0, 1))
     processes = [run_script("traced_and_real.py", "real", *arguments, environment=rank) for rank in ranks]
     real, *_ = [answer_of(process) for process in processes]
-    traced = answer_of(run_script("traced_and_real.py", "fake", *arguments, environment=rank_environment(0, 1)))
+    traced = answer_of(fake)
     for name, real_memory, traced_memory in zip(names, real, traced, strict=True):
         for phase, size in real_memory["phases"].items():
             # They are equal to the byte; the rest is for another version of torch.
@@ -105,41 +105,6 @@ def test_traced_bytes_are_those_of_the_real_engine(tmp_path, rank_environment, m
         for category, size in real_memory["device"].items():
             peak = sum(real_memory["device"].values())
             assert traced_memory["device"][category] == pytest.approx(size, abs=0.002 * peak), (name, category)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Against published figures
-
-SMALL = {"layers": 12, "width": 1024, "heads": 16, "rows": 4, "checkpointing": False}
-LARGE = {"layers": 32, "width": 4096, "heads": 32, "rows": 1}
-# DeepSpeedExamples, training/bf16_master_weight and DeepSpeed's blog of it: GiB allocated and at the peak on H100 GPUs.
-PUBLISHED = {
-    "254M": (SMALL, False, {1: (4.14, 5.93), 4: (1.29, 3.57)}),
-    "254M, bf16 states": (SMALL, True, {1: (2.71, 5.73), 4: (0.94, 4.44)}),
-    "6.86B": (LARGE | {"checkpointing": False}, False, {4: (25.74, 41.28)}),
-    "6.86B, checkpointing": (LARGE | {"checkpointing": True}, False, {4: (25.74, 31.38)}),
-    "6.86B, bf16 states": (LARGE | {"checkpointing": False}, True, {4: (16.17, 33.20)}),
-    "6.86B, bf16 states, checkpointing": (LARGE | {"checkpointing": True}, True, {4: (16.17, 18.93)}),
-}
-
-
-@pytest.mark.parametrize(
-    ("world_size", "names"),
-    [
-        pytest.param(1, ["254M", "254M, bf16 states"], id="1 GPU"),
-        pytest.param(4, ["254M", "254M, bf16 states"], id="4 GPUs"),
-        pytest.param(
-            4, [name for name in PUBLISHED if name.startswith("6.86B")], id="4 GPUs, 6.86B", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_published_figures(world_size, names):
-    """All within 0.5%; those with bf16 states ran under CUDA's autocast, which the script imitates."""
-    points = [PUBLISHED[name][0] | {"low_precision": PUBLISHED[name][1], "world_size": world_size} for name in names]
-    environment = {"PYTHONPATH": str(HERE.parents[1]), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    process = run_script("published_points.py", environment=environment, stdin=subprocess.PIPE)
-    for name, traced in zip(names, answer_of(process, json.dumps(points)), strict=True):
-        assert traced == pytest.approx(PUBLISHED[name][2][world_size], rel=0.005), name
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -337,3 +302,55 @@ def test_known_results_are_not_traced_again(monkeypatch):
     assert len(calls) == 2
     assert trace_all([second], 1) == [memory_of(5)]
     assert len(calls) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Against published figures
+
+SMALL = {"layers": 12, "width": 1024, "heads": 16, "rows": 4, "checkpointing": False}
+LARGE = {"layers": 32, "width": 4096, "heads": 32, "rows": 1}
+# DeepSpeedExamples, training/bf16_master_weight and DeepSpeed's blog of it: GiB allocated and at the peak on H100 GPUs.
+PUBLISHED = {
+    "254M": (SMALL, False, {1: (4.14, 5.93), 4: (1.29, 3.57)}),
+    "254M, bf16 states": (SMALL, True, {1: (2.71, 5.73), 4: (0.94, 4.44)}),
+    "6.86B": (LARGE | {"checkpointing": False}, False, {4: (25.74, 41.28)}),
+    "6.86B, checkpointing": (LARGE | {"checkpointing": True}, False, {4: (25.74, 31.38)}),
+    "6.86B, bf16 states": (LARGE | {"checkpointing": False}, True, {4: (16.17, 33.20)}),
+    "6.86B, bf16 states, checkpointing": (LARGE | {"checkpointing": True}, True, {4: (16.17, 18.93)}),
+}
+
+
+CASES = {
+    "1 GPU": (1, ["254M", "254M, bf16 states"]),
+    "4 GPUs": (4, ["254M", "254M, bf16 states"]),
+    "4 GPUs, 6.86B": (4, [name for name in PUBLISHED if name.startswith("6.86B")]),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def published(request):
+    """The scripts that trace the cases that are to be tested, at work beside the other tests of this file."""
+    environment = {"PYTHONPATH": str(HERE.parents[1]), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    wanted = {item.callspec.params["case"] for item in request.session.items if "published_figures" in item.name}
+    scripts = {}
+    for case, (world_size, names) in CASES.items():
+        if case not in wanted:
+            continue
+        points = [
+            PUBLISHED[name][0] | {"low_precision": PUBLISHED[name][1], "world_size": world_size} for name in names
+        ]
+        scripts[case] = run_script("published_points.py", json.dumps(points), environment=environment)
+    yield scripts
+    for script in scripts.values():
+        script.kill()
+        script.communicate()
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "6.86B" in case else ()) for case in CASES]
+)
+def test_published_figures(published, case):
+    """All within 0.5%; those with bf16 states ran under CUDA's autocast, which the script imitates."""
+    world_size, names = CASES[case]
+    for name, traced in zip(names, answer_of(published[case]), strict=True):
+        assert traced == pytest.approx(PUBLISHED[name][2][world_size], rel=0.005), name
