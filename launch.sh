@@ -53,8 +53,6 @@ install() {
     if [ "$environment" != "$here/.venv" ] && "$python" -c 'import torch' 2> /dev/null; then
         pins=()  # somebody's own environment with a torch that fits the machine: only add what is missing
     fi
-    # Python compiles what it imports, and keeps that: a small part of what is installed.
-    if [ "$environment" = "$here/.venv" ]; then pins+=(--no-compile); fi
     "${pip[@]}" install "${pins[@]}" -e "$here${extras:+[$extras]}" >&2
     fingerprint > "$environment/.codeparrot-ds${extras:+-$extras}"
 }
