@@ -67,7 +67,9 @@ def test_unknown_preset_and_unknown_field(workshop, tmp_path):
 def test_mistyped_deepspeed_key(workshop, tmp_path):
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimisation": {"stage": 2}, "bf16": {"enabled": True}}))
-    refused(workshop.train("--deepspeed", str(file)), str(file), "zero_optimisation", "zero_optimization")
+    process = workshop.train("--deepspeed", str(file), output_dir=tmp_path / "runs")
+    refused(process, f"{file}:1", "zero_optimisation", "zero_optimization")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_unwritable_and_mistaken_run_folders(workshop, tmp_path):
@@ -153,8 +155,10 @@ def test_resuming_on_changed_data(workshop, finished, tmp_path):
     shutil.copytree(workshop.corpus, tmp_path / "corpus")
     shard = next((tmp_path / "corpus" / "train").iterdir())
     shard.write_text(shard.read_text() + json.dumps({"content": "x = 1\n"}) + "\n")
+    before = contents(finished)
     arguments = ("--run-name", finished.name, "--max-train-steps", "21", "--data", str(tmp_path / "corpus"))
     refused(workshop.train(*arguments), shard.name, "other data")
+    assert contents(finished) == before
 
 
 def test_changed_data_can_begin_a_new_epoch(workshop, finished, tmp_path):
