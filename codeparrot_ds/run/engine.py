@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: optimizer groups, schedule, precision, and two mends of DeepSpeed 0.19.8."""
+"""The DeepSpeed engine of a run: optimizer groups, schedule, precision, and three mends of DeepSpeed 0.19.8."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
             _guard_bare_optimizer(engine)
         else:
             _undo_construction_step(engine)
+    _forget_beta_powers(engine)
     return engine
 
 
@@ -94,6 +95,35 @@ def _guard_bare_optimizer(engine: Any) -> None:
 
     engine.clip_fp32_gradients = clip
     optimizer.step = step
+
+
+def _forget_beta_powers(engine: Any) -> None:
+    """Makes DeepSpeed's C++ Adam compute beta^t afresh at each step, as it does after a restart.
+
+    The C++ optimizer keeps a running float product of beta^t in the process (``IncrementStep`` in
+    ``csrc/includes/cpu_adam.h``) and falls back to ``pow`` when the step number does not follow the last one. The two
+    differ in the last bits, so a resumed run would part from an uninterrupted one. Updating one dummy number with a
+    step number far away leaves the next real step no choice but ``pow``. On a GPU the kernel has no such memory.
+    """
+    base = engine.basic_optimizer
+    beta1, beta2 = base.param_groups[0]["betas"]
+    epsilon, far_away = base.param_groups[0]["eps"], 2**30
+    grad, weight, moment1, moment2 = (torch.zeros(1) for _ in range(4))
+
+    def update_dummy(*_: Any) -> None:
+        if type(base).__name__ == "DeepSpeedCPUAdam":
+            base.ds_opt_adam.adam_update(
+                base.opt_id, far_away, 0.0, beta1, beta2, epsilon, 0.0, True, weight, grad, moment1, moment2
+            )
+        else:
+            tensors = [[grad], [weight], [moment1], [moment2]]
+            base.multi_tensor_adam(
+                2048 * 32, base._dummy_overflow_buf, tensors, 0.0, beta1, beta2, epsilon, far_away, 1, 1, 0.0
+            )
+
+    on_cpu = type(base).__name__ == "FusedAdam" and engine.device.type == "cpu"
+    if on_cpu or type(base).__name__ == "DeepSpeedCPUAdam":
+        base.register_step_post_hook(update_dummy)
 
 
 def loss_scale(engine: Any) -> float:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config import RunConfig, load_config, save_config
+from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.checkpoint_files import checkpoint_folders, write_json
+from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.zero.resolution import Change, changes, saved_ds_config
 
 ADJECTIVES = (
@@ -121,14 +122,19 @@ def check_continuation(config: RunConfig, path: Path) -> None:
     if config.resume == "never" and checkpoint_folders(path / "checkpoints"):
         raise UserError(f"{path} holds a run with checkpoints and resume is 'never': choose another --run-name")
     saved = load_config(saved_config)
-    fixed = [field for field in IDENTITY if field not in OF_THE_STREAM or config.on_data_change != "restart"]
+    free: tuple[str, ...] = OF_THE_STREAM if config.on_data_change == "restart" else ()
+    free += ("global_batch_size",) if config.on_batch_change == "continue" else ()
+    fixed = [field for field in IDENTITY if field not in free]
     differences = [
         f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"
         for field in fixed
         if getattr(saved, field) != getattr(config, field)
     ]
     if differences:
-        raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name")
+        told = ""
+        if len(differences) == 1 and saved.global_batch_size != config.global_batch_size:
+            told = ", or pass --on-batch-change continue to go on with the next rows in batches of the new size"
+        raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name{told}")
 
 
 def check_ds_continuation(config: RunConfig, path: Path, ds_config: dict[str, Any]) -> list[Change]:

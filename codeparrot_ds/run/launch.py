@@ -182,7 +182,7 @@ def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:
         return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
     if isinstance(saved, dict) and "fingerprint" in saved:
         try:
-            resume_stream(saved, stream_fingerprint(stream), step=0, on_data_change=config.on_data_change)
+            resume_stream(saved, stream_fingerprint(stream), on_data_change=config.on_data_change)
         except UserError as error:
             raise UserError(f"{run}: {error}") from None
 
