@@ -75,7 +75,8 @@ class SaveOutcome:
     Attributes:
         step: optimizer steps done.
         path: the checkpoint, once it was complete; None for a save that failed.
-        error: why it failed, in a sentence that is the same on every rank.
+        error: what went wrong, in a sentence that is the same on every rank: the save, or what was to be done with the
+            complete checkpoint (removing older ones, queuing its export).
         num_bytes: of all files of all ranks (0 where it failed).
         stall_seconds: how long training waited for it.
         seconds: from the start of the save to the complete checkpoint.
@@ -174,7 +175,8 @@ class CheckpointSaver:
         end = 0
         for entry, tensor in zip(entries, tensors, strict=True):
             start, end = end, end + entry.num_bytes
-            self._buffer[start:end].view(entry.dtype).copy_(tensor.detach(), non_blocking=True)
+            # As bytes: an odd number of 16-bit values may stand before 32-bit ones.
+            self._buffer[start:end].copy_(tensor.detach().view(torch.uint8), non_blocking=True)
         if self._ranks.device.type == "cuda":
             torch.cuda.current_stream(self._ranks.device).synchronize()
         return [_Part(name=fragment_file_name(rank, 0), entries=entries, values=[self._buffer[:end]])]
@@ -196,7 +198,7 @@ class CheckpointSaver:
             path = checkpoint_files.step_folder(self._checkpoints, step)
             self._ranks.on_main(lambda: self._published(path, saved.state))
         except UserError as problem:
-            error = problem
+            error = problem if path is None else UserError(f"the checkpoint of step {step} is whole, but {problem}")
         seconds = time.perf_counter() - saved.started
         outcome = SaveOutcome(
             step=step,
@@ -247,13 +249,16 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
     Raises:
         UserError: a rank could not write (disk full, no permission); what was there before is untouched.
     """
-    step = saved.state.step
-    staging = checkpoint_files.staging_folder(checkpoints, step)
+    step, made = saved.state.step, None
 
-    def prepare() -> None:
-        shutil.rmtree(staging, ignore_errors=True)
+    def prepare() -> Path:
+        nonlocal made
+        for left in checkpoints.glob(f"{checkpoint_files.STAGING}*"):  # by a save or a removal that failed
+            shutil.rmtree(left, ignore_errors=True)
         _check_space(checkpoints, saved)
-        durable.make_folder(staging)
+        made = checkpoint_files.staging_folder(checkpoints, step)
+        durable.make_folder(made)
+        return made
 
     def write_own_files() -> dict[str, dict[str, Any]]:
         entries = {}
@@ -270,7 +275,7 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
         files[DATA] = durable.write_file(staging / DATA, [durable.json_bytes(state.pop("data"))])
         files[STATE] = durable.write_file(staging / STATE, [durable.json_bytes(state | saved.engine_state)])
         shapes = saved.engine_state["parameters"]
-        reader = FragmentReader(staging)
+        reader = FragmentReader(staging, files)
         dtype = getattr(torch, saved.export.dtype)
         weights = reader.weights(shapes, dtype)
         exported = write_export(staging / checkpoint_files.EXPORT, saved.export, shapes, weights)
@@ -279,12 +284,12 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
         return sum(entry["bytes"] for entry in files.values())
 
     try:
-        ranks.on_main(prepare)
+        staging = ranks.on_main(prepare)
         tables = ranks.gather(ranks.together(write_own_files))
         return ranks.on_main(lambda: complete(tables))
     except UserError as error:
-        if ranks.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
         raise UserError(
             f"the checkpoint of step {step} could not be written ({error}); the one before it is untouched"
         ) from error
@@ -334,7 +339,7 @@ def _load_fragments(engine: Any, checkpoint: Path, saved_shapes: dict[str, list[
             f"{shapes.get(first)} here ({len(different)} parameters differ)"
         )
     create_optimizer_state(engine)
-    reader = FragmentReader(checkpoint)
+    reader = FragmentReader(checkpoint, checkpoint_files.read_manifest(checkpoint)["files"])
     with torch.no_grad():
         for fragments in owned_fragments(engine, every_copy=True):
             for fragment in fragments:

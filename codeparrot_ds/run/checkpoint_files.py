@@ -2,7 +2,8 @@
 
 A checkpoint is written into a hidden staging folder, every file's size and SHA-256 go into ``manifest.json``,
 everything is synced to the disk, and one rename makes it visible. Whoever finds a ``step-*`` folder with a manifest
-that holds has a whole checkpoint; anything else is not one. Besides, in the same folder::
+that holds has a whole checkpoint; anything else is not one. The manifest itself ends with the SHA-256 of what stands
+above. Besides, in the same folder::
 
     latest                the name and step of the newest complete one, as JSON
     aside-step-…          damaged, or of a time line that the run has left; kept until somebody deletes it
@@ -29,6 +30,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 EXPORT = "export"
 LATEST = "latest"
+SEAL = "sha256"
 STAGING = ".staging-"
 REPLACED = ".replaced-"
 ASIDE = "aside-"
@@ -40,8 +42,16 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:
-    """Where it is written before it is complete; hidden, and never looked at when resuming."""
-    return checkpoints / f"{STAGING}{step:08d}"
+    """A new place to write it before it is complete; hidden, and never looked at when resuming.
+
+    No two are the same: a rank that outlives a killed run writes to a place that is gone, never into its successor's.
+    """
+    return checkpoints / f"{STAGING}{step:08d}-{os.urandom(4).hex()}"
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with its own SHA-256, over its JSON without that."""
+    return content | {SEAL: hashlib.sha256(durable.json_bytes(content)).hexdigest()}
 
 
 def publish(staging: Path, step: int, files: dict[str, dict[str, Any]]) -> Path:
@@ -51,22 +61,43 @@ def publish(staging: Path, step: int, files: dict[str, dict[str, Any]]) -> Path:
         staging: the folder with every file in place and synced.
         step: the optimizer step.
         files: ``bytes`` and ``sha256`` of every file by its path relative to ``staging``.
+
+    Raises:
+        OSError: the system refused; a checkpoint of the same step that was there before is back in its place, unless
+            the new one is there already.
     """
     final = step_folder(staging.parent, step)
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     content = {"format": FORMAT, "step": step, "created": created, "files": files}
-    durable.write_file(staging / MANIFEST, [durable.json_bytes(content)])
+    durable.write_file(staging / MANIFEST, [durable.json_bytes(sealed(content))])
     for folder in {staging, *((staging / name).parent for name in files)}:
         durable.sync_folder(folder)
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # The same step again, after a resume from an older one.
+        if replaced.exists():  # An earlier replacement came as far as its removal.
+            _remove(replaced)
         durable.rename(final, replaced)
-    durable.rename(staging, final)
+    try:
+        durable.rename(staging, final)
+    except OSError:
+        if replaced.exists():
+            durable.rename(replaced, final)
+        raise
     durable.sync_folder(final.parent)
-    durable.write_json(final.parent / LATEST, {"checkpoint": final.name, "step": step})
+    point_latest(final)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _remove(replaced)
     return final
+
+
+def point_latest(checkpoint: Path) -> None:
+    """Names a checkpoint in ``latest``, for people and scripts: a start looks at the folders themselves."""
+    content = {"checkpoint": checkpoint.name, "step": int(checkpoint.name[5:])}
+    durable.write_json(checkpoint.parent / LATEST, content)
+
+
+def _remove(folder: Path) -> None:
+    durable.remove_folder(folder, folder.with_name(f"{STAGING}{folder.name.lstrip('.')}"))
 
 
 def recover(checkpoints: Path) -> None:
@@ -74,11 +105,13 @@ def recover(checkpoints: Path) -> None:
     for replaced in checkpoints.glob(f"{REPLACED}step-*"):
         final = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if final.exists():
-            shutil.rmtree(replaced)
+            _remove(replaced)
         else:
             durable.rename(replaced, final)
     for staging in checkpoints.glob(f"{STAGING}*"):
         shutil.rmtree(staging)
+    for temporary in checkpoints.glob(f".{LATEST}.*.tmp"):
+        temporary.unlink()
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -100,15 +133,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: there is none, or it is not JSON.
+        UserError: there is none, or it is damaged.
         NewerFormatError: a newer version of this program wrote it.
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        manifest = json.loads(content)
         version, entries, created = (manifest[key] for key in ("format", "files", "created"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+    # Compared as bytes: every one of them counts. Whatever a later format holds, it ends in the same seal.
+    if durable.json_bytes(sealed({key: value for key, value in manifest.items() if key != SEAL})) != content:
+        raise UserError(f"{path} is damaged: its content is not what its own SHA-256 says")
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormatError(
             f"{checkpoint} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds"
@@ -142,13 +179,13 @@ def verify_checkpoint(checkpoint: Path, *, share: int = 0, num_shares: int = 1) 
 
 
 def _compare(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{path} has {size} bytes instead of {entry['bytes']}"
     digest = hashlib.sha256()
     try:
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{path} has {size} bytes instead of {entry['bytes']}"
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
@@ -218,7 +255,7 @@ def remove_old(checkpoints: Path, *, newest: int, every: int | None = None, best
     for folder in checkpoint_folders(checkpoints)[newest:]:
         step = int(folder.name[5:])
         if step not in best and not (every and step % every == 0):
-            durable.remove_folder(folder, folder.with_name(f"{STAGING}{folder.name}"))
+            _remove(folder)
             removed.append(folder)
     return removed
 

@@ -6,6 +6,7 @@ offset inside the flattened parameter. Which file holds what does not matter: wh
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,22 @@ def fragment_entries(fragments: Iterable[Fragment]) -> tuple[list[TensorEntry], 
 
 
 class FragmentReader:
-    """All fragments of one checkpoint, read by slices; the files are mapped, not loaded."""
+    """All fragments of one checkpoint, read by slices; the files are mapped, not loaded.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the checkpoint.
+        names: its files, those of other kinds among them; what else lies in the folder was never verified, and a
+            network's file system may show a folder's new files late, though it opens them by name at once.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
         from safetensors import safe_open
 
         self._folder = folder
         # (start, file, name in it) of every piece, by parameter and kind
         self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
-        for path in sorted(folder.glob(PATTERN)):
-            file = safe_open(path, "pt")
+        for fragment_file in sorted(fnmatch.filter(names, PATTERN)):
+            file = safe_open(folder / fragment_file, "pt")
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 name, kind, start = key.rsplit("|", 2)
                 self._pieces.setdefault((name, kind), []).append((int(start), file, key))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -160,7 +161,7 @@ class Session:
         startup.lap("loader and trackers")
         meter = _start_meter(config, ds_config, shape, ranks, loader, restored)
         meter.memory_check = _memory_check(config, ds_config, shape, ranks, folder, progress, step)
-        return cls(
+        session = cls(
             config=config,
             ds_config=ds_config,
             ranks=ranks,
@@ -180,6 +181,9 @@ class Session:
             validation=validation,
             evaluations=list(restored.extra["evaluations"]) if restored else [],
         )
+        if restored is not None:
+            ranks.on_main(lambda: session._queue_again(restored))
+        return session
 
     @property
     def last_evaluation(self) -> dict[str, Any]:
@@ -322,9 +326,8 @@ class Session:
         config = self.config
         evaluations = state.extra["evaluations"]
         saved = {int(folder.name[5:]) for folder in checkpoint_files.checkpoint_folders(self.folder.checkpoints)}
-        best = min(
-            (row for row in evaluations if row["step"] in saved), key=lambda row: row["eval_loss"], default={"step": -1}
-        )
+        judged = [row for row in evaluations if row["step"] in saved and not math.isnan(row["eval_loss"])]
+        best = min(judged, key=lambda row: row["eval_loss"], default={"step": -1})
         for removed in checkpoint_files.remove_old(
             self.folder.checkpoints,
             newest=config.keep_checkpoints,
@@ -332,8 +335,23 @@ class Session:
             best=[best["step"]] if config.keep_best_checkpoint else [],
         ):
             logger.debug("removed %s", removed)
+        self._queue_export(path, state)
+
+    def _queue_again(self, restored: RunState) -> None:
+        """Queues the export of the checkpoint that the run goes on from: a kill may have come before that (rank 0)."""
+        path = checkpoint_files.step_folder(self.folder.checkpoints, restored.step)
+        if not path.is_dir():  # another run's
+            return
+        try:
+            self._queue_export(path, restored)
+        except UserError as error:
+            self.progress.say("error: %s; training goes on", error)
+
+    def _queue_export(self, path: Path, state: RunState) -> None:
+        """Queues a checkpoint's export for the run's branch and starts pushing; one that is known changes nothing."""
         if self.folder.record.get("hub") is None:
             return
+        evaluations = state.extra["evaluations"]
         title = f"Step {state.step}"
         if evaluations:
             evaluation = evaluations[-1]
@@ -526,6 +544,8 @@ def _newest_valid(folder: RunFolder, ranks: Ranks) -> Path | None:
             for sentence in damage:
                 logger.error("damaged checkpoint left out: %s", sentence)
             logger.error("%s was set aside as %s", path.name, checkpoint_files.set_aside(path).name)
+        if found is not None:
+            checkpoint_files.point_latest(found)  # a kill may have come between the rename and this
 
     ranks.on_main(report)
     return found
@@ -537,19 +557,18 @@ def _verify(checkpoint: Path, ranks: Ranks) -> list[str]:
 
 
 def _asked_for(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Path:
-    """The checkpoint that ``--resume`` names; newer ones of this run are of a time line that the run leaves here."""
-    chosen = Path(config.resume)
+    """The checkpoint that ``--resume`` names, of this run or another; this run's later ones are of a time line that it
+    leaves here: they would be taken for newer than what comes now."""
+    chosen = Path(config.resume).resolve()
     damage = _verify(chosen, ranks)
 
     def leave_newer() -> None:
         if damage:
-            raise UserError(f"--resume {chosen}: {damage[0]}")
-        if chosen.absolute().parent != folder.checkpoints.absolute():
-            return
-        for newer in checkpoint_files.checkpoint_folders(folder.checkpoints):
-            if newer.absolute() == chosen.absolute():
-                return
-            logger.warning("%s was set aside as %s", newer.name, checkpoint_files.set_aside(newer).name)
+            raise UserError(f"--resume {config.resume}: {damage[0]}")
+        step = checkpoint_files.read_manifest(chosen)["step"]
+        for later in checkpoint_files.checkpoint_folders(folder.checkpoints):
+            if int(later.name[5:]) >= step and later.resolve() != chosen:
+                logger.warning("%s was set aside as %s", later.name, checkpoint_files.set_aside(later).name)
 
     ranks.on_main(leave_newer)
     return chosen
