@@ -70,8 +70,8 @@ def replace_file(path: Path, content: Iterable[Any]) -> dict[str, Any]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON as every file of a run has it. Raises ValueError for what is not JSON: NaN and infinities."""
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+    """JSON as every file of a run has it."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:

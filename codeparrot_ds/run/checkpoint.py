@@ -26,6 +26,7 @@ import torch
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import checkpoint_files
+from codeparrot_ds.run.checkpoint_files import STATE
 from codeparrot_ds.run.export import Export, write_export
 from codeparrot_ds.run.fragment_files import FragmentReader, fragment_entries, fragment_file_name
 from codeparrot_ds.run.fragments import (
@@ -43,7 +44,6 @@ from codeparrot_ds.run.tensor_file import TensorEntry, save_tensors, write_tenso
 
 logger = logging.getLogger("codeparrot_ds.checkpoint")
 
-STATE = "state.json"
 DATA = "data.json"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 BYTES_BESIDE = 1 << 20  # of JSON, RNG states and tokenizer, generously
@@ -277,8 +277,8 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
         shapes = saved.engine_state["parameters"]
         reader = FragmentReader(staging, files)
         dtype = getattr(torch, saved.export.dtype)
-        weights = reader.weights(shapes, dtype)
-        exported = write_export(staging / checkpoint_files.EXPORT, saved.export, shapes, weights)
+        durable.make_folder(staging / checkpoint_files.EXPORT)
+        exported = write_export(staging / checkpoint_files.EXPORT, saved.export, shapes, reader.weights(shapes, dtype))
         files |= {f"{checkpoint_files.EXPORT}/{name}": entry for name, entry in exported.items()}
         checkpoint_files.publish(staging, step, files)
         return sum(entry["bytes"] for entry in files.values())

@@ -28,6 +28,7 @@ from codeparrot_ds.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+STATE = "state.json"
 EXPORT = "export"
 LATEST = "latest"
 SEAL = "sha256"
@@ -220,7 +221,11 @@ def readable_checkpoints(checkpoints: Path) -> list[tuple[Path, str | None]]:
 
 
 def list_checkpoints(run: Path) -> list[dict[str, Any]]:
-    """The checkpoints of a run, oldest first: ``step``, ``path``, ``bytes``, ``files``, ``created``, ``complete``.
+    """The checkpoints of a run, oldest first, with what was set aside.
+
+    Returns:
+        Rows of ``step``, ``path``, ``bytes``, ``files``, ``created``, ``complete``, ``aside``, and ``eval_loss`` where
+        the run was evaluated at that step.
 
     Raises:
         UserError: the folder is not a run.
@@ -228,18 +233,32 @@ def list_checkpoints(run: Path) -> list[dict[str, Any]]:
     run = Path(run)
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a run: it has no run.json")
-    rows = []
-    for folder in reversed(checkpoint_folders(run / "checkpoints")):
-        row: dict[str, Any] = {"step": int(folder.name[5:]), "path": str(folder), "complete": False}
-        try:
-            manifest = read_manifest(folder)
-        except UserError:
-            row |= {"bytes": 0, "files": 0, "created": ""}
-        else:
-            sizes = [entry["bytes"] for entry in manifest["files"].values()]
-            row |= {"bytes": sum(sizes), "files": len(sizes), "created": manifest["created"], "complete": True}
-        rows.append(row)
-    return rows
+    aside = [path for path in (run / "checkpoints").glob(f"{ASIDE}step-*") if path.is_dir()]
+    folders = checkpoint_folders(run / "checkpoints") + aside
+    return [_row(folder) for folder in sorted(folders, key=lambda folder: (_step(folder), folder.name))]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(ASIDE)[5:].split(".")[0])
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": _step(folder), "path": str(folder), "aside": folder.name.startswith(ASIDE)}
+    row |= {"eval_loss": _eval_loss(folder)}
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        return row | {"bytes": 0, "files": 0, "created": "", "complete": False}
+    sizes = [entry["bytes"] for entry in manifest["files"].values()]
+    return row | {"bytes": sum(sizes), "files": len(sizes), "created": manifest["created"], "complete": True}
+
+
+def _eval_loss(folder: Path) -> float | None:
+    try:
+        evaluations = json.loads((folder / STATE).read_text(encoding="utf-8"))["extra"]["evaluations"]
+        return next((row["eval_loss"] for row in reversed(evaluations) if row["step"] == _step(folder)), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # A damaged one; `checkpoint verify` names the damage.
 
 
 def remove_old(checkpoints: Path, *, newest: int, every: int | None = None, best: Collection[int] = ()) -> list[Path]:

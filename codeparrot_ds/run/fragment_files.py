@@ -77,9 +77,15 @@ class FragmentReader:
             )
 
     def weight(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A whole parameter, from its masters, in the precision asked for (rounded to nearest)."""
+        """A whole parameter, from its masters, in the precision asked for (rounded to nearest).
+
+        Raises:
+            UserError: the checkpoint does not hold all of it, or a value is too large for float16.
+        """
         weight = torch.empty(shape, dtype=dtype)
         self.fill(weight.view(-1), name, MASTER)
+        if dtype == torch.float16 and not weight.isfinite().all():
+            raise UserError(f"{name} has values that float16 cannot hold: export it in bfloat16 or float32")
         return weight
 
     def weights(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> Iterator[torch.Tensor]:
