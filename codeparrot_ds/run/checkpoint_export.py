@@ -67,6 +67,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: str, overwrite: boo
         training_state=json.loads((exported / TRAINING_STATE).read_text(encoding="utf-8")),
     )
     shapes = state["parameters"]
-    weights = FragmentReader(checkpoint).weights(shapes, getattr(torch, dtype))
+    reader = FragmentReader(checkpoint, checkpoint_files.read_manifest(checkpoint)["files"])
+    weights = reader.weights(shapes, getattr(torch, dtype))
     with staged_folder(out, marker="config.json", overwrite=overwrite) as staging:
         write_export(staging, export, shapes, weights)
