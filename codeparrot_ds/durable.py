@@ -118,7 +118,10 @@ def remove_folder(folder: Path, hidden: Path) -> None:
     """Removes a folder; it is renamed to ``hidden`` first, so that a kill halfway leaves nothing that looks whole."""
     shutil.rmtree(hidden, ignore_errors=True)
     rename(folder, hidden)
-    shutil.rmtree(hidden)
+    try:
+        shutil.rmtree(hidden)
+    except OSError as error:  # it names a file in there without the folder
+        raise OSError(error.errno, error.strerror, str(hidden)) from error
 
 
 def _named(error: OSError, path: Path) -> OSError:

@@ -119,7 +119,7 @@ class PushQueue:
             shutil.rmtree(staging, ignore_errors=True)
             for name in names:
                 _link_or_copy(export / name, staging / "files" / name)
-            for folder in {(staging / "files" / name).parent for name in names}:
+            for folder in sorted({(staging / "files" / name).parent for name in names}):
                 durable.sync_folder(folder)
             entry = {"step": step, "title": title, "body": body, "sha256": hashes, "digest": digest}
             durable.write_json(staging / "entry.json", entry)

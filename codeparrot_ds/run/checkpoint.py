@@ -9,6 +9,7 @@ and publishes them, and builds the export from the written fragments. Which fold
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -249,16 +250,14 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
     Raises:
         UserError: a rank could not write (disk full, no permission); what was there before is untouched.
     """
-    step, made = saved.state.step, None
+    step = saved.state.step
 
     def prepare() -> Path:
-        nonlocal made
-        for left in checkpoints.glob(f"{checkpoint_files.STAGING}*"):  # by a save or a removal that failed
-            shutil.rmtree(left, ignore_errors=True)
+        checkpoint_files.recover(checkpoints)  # from a save or a removal that failed
         _check_space(checkpoints, saved)
-        made = checkpoint_files.staging_folder(checkpoints, step)
-        durable.make_folder(made)
-        return made
+        staging = checkpoint_files.staging_folder(checkpoints, step)
+        durable.make_folder(staging)
+        return staging
 
     def write_own_files() -> dict[str, dict[str, Any]]:
         entries = {}
@@ -288,8 +287,9 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
         tables = ranks.gather(ranks.together(write_own_files))
         return ranks.on_main(lambda: complete(tables))
     except UserError as error:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        if ranks.is_main:
+            with contextlib.suppress(OSError):  # the next save and the next start try again
+                checkpoint_files.recover(checkpoints)
         raise UserError(
             f"the checkpoint of step {step} could not be written ({error}); the one before it is untouched"
         ) from error

@@ -14,6 +14,7 @@ above. Besides, in the same folder::
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import datetime
 import hashlib
 import json
@@ -64,26 +65,21 @@ def publish(staging: Path, step: int, files: dict[str, dict[str, Any]]) -> Path:
         files: ``bytes`` and ``sha256`` of every file by its path relative to ``staging``.
 
     Raises:
-        OSError: the system refused; a checkpoint of the same step that was there before is back in its place, unless
-            the new one is there already.
+        OSError: the system refused; ``recover`` then puts a checkpoint of the same step back that was there before,
+            unless the new one is there already.
     """
     final = step_folder(staging.parent, step)
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     content = {"format": FORMAT, "step": step, "created": created, "files": files}
     durable.write_file(staging / MANIFEST, [durable.json_bytes(sealed(content))])
-    for folder in {staging, *((staging / name).parent for name in files)}:
+    for folder in sorted({staging, *((staging / name).parent for name in files)}):
         durable.sync_folder(folder)
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # The same step again, after a resume from an older one.
         if replaced.exists():  # An earlier replacement came as far as its removal.
             _remove(replaced)
         durable.rename(final, replaced)
-    try:
-        durable.rename(staging, final)
-    except OSError:
-        if replaced.exists():
-            durable.rename(replaced, final)
-        raise
+    durable.rename(staging, final)
     durable.sync_folder(final.parent)
     point_latest(final)
     if replaced.exists():
@@ -102,17 +98,20 @@ def _remove(folder: Path) -> None:
 
 
 def recover(checkpoints: Path) -> None:
-    """Puts the folder in order after a kill: a checkpoint that was being replaced comes back, half-written ones go."""
+    """Puts the folder in order after a kill or a failed save: a checkpoint that was being replaced comes back, what is
+    half written or half removed goes, as far as the system lets it: it is hidden and harms nobody."""
     for replaced in checkpoints.glob(f"{REPLACED}step-*"):
         final = replaced.with_name(replaced.name.removeprefix(REPLACED))
-        if final.exists():
-            _remove(replaced)
-        else:
+        if not final.exists():
             durable.rename(replaced, final)
+        else:
+            with contextlib.suppress(OSError):
+                _remove(replaced)
     for staging in checkpoints.glob(f"{STAGING}*"):
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
     for temporary in checkpoints.glob(f".{LATEST}.*.tmp"):
-        temporary.unlink()
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def set_aside(checkpoint: Path) -> Path:
