@@ -3,8 +3,8 @@
 python benchmarks/checkpoint_stall.py --data CORPUS --tokenizer TOKENIZER --saves 20
 
 Runs the demo preset with a save every few steps, once with and once without the background, and reads what each run
-says of its steps and saves. Memory is what a rank's process holds itself (RssAnon), looked at 50 times a second, against
-that of a run without a save before its end.
+says of its steps and saves. Memory is what a rank's process holds itself (RssAnon), looked at 50 times a second,
+against that of a run without a save before its end.
 """
 
 from __future__ import annotations
