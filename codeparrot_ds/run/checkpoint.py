@@ -138,15 +138,16 @@ class CheckpointSaver:
         started = time.perf_counter()
         engine, rank = self._engine, self._ranks.rank
         create_optimizer_state(engine)
+        copy = self._copy(rank) if self._in_background else None
         saved = _Save(
             state=state,
             export=export,
             engine_state=_engine_state(engine),
             rng=_rng_state(self._ranks.device),
-            parts=self._copy(rank) if self._in_background else _live_parts(engine, rank),
+            parts=_live_parts(engine, rank) if copy is None else copy,
             started=started,
         )
-        if not self._in_background:
+        if copy is None:
             self._write(saved, None)
             return
         stall = time.perf_counter() - started
@@ -164,15 +165,28 @@ class CheckpointSaver:
             raise self._crash
         return self.outcomes[-1] if self.outcomes else None
 
-    def _copy(self, rank: int) -> list[_Part]:
-        """All fragments of this rank, copied into one buffer of host memory that is kept for the next save."""
+    def _copy(self, rank: int) -> list[_Part] | None:
+        """All fragments of this rank, copied into one buffer of host memory that is kept for the next save.
+
+        None where there is no memory for it: this rank then writes while it waits, and the others wait for it at the
+        next step.
+        """
         (fragments,) = list(owned_fragments(self._engine)) or [[]]
         entries, tensors = fragment_entries(fragments)
         if not entries:  # Stage 0: rank 0 has everything.
             return []
         size = sum(entry.num_bytes for entry in entries)
         if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._ranks.device.type == "cuda")
+            try:
+                self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._ranks.device.type == "cuda")
+            except RuntimeError as error:  # torch has no narrower one for an allocation on the host
+                logger.warning(
+                    "no %.1f GB of host memory for a copy of the optimizer's state (%s): training waits while it is "
+                    "written",
+                    size / 1e9,
+                    str(error).splitlines()[0],
+                )
+                return None
         end = 0
         for entry, tensor in zip(entries, tensors, strict=True):
             start, end = end, end + entry.num_bytes

@@ -26,14 +26,18 @@ def fragment_file_name(rank: int, part: int) -> str:
 
 
 def fragment_entries(fragments: Iterable[Fragment]) -> tuple[list[TensorEntry], list[torch.Tensor]]:
-    """The entries of a file with these fragments and the tensors behind them, in the file's order."""
-    entries, tensors = [], []
-    for fragment in fragments:
-        for kind, tensor in fragment.tensors.items():
-            name = f"{fragment.name}|{kind}|{fragment.start}"
-            entries.append(TensorEntry(name=name, dtype=tensor.dtype, shape=(tensor.numel(),)))
-            tensors.append(tensor)
-    return entries, tensors
+    """The entries of a file with these fragments and the tensors behind them, in the file's order.
+
+    Wide numbers come first, so that each tensor begins where its dtype is aligned.
+    """
+    named = [
+        (f"{fragment.name}|{kind}|{fragment.start}", tensor)
+        for fragment in fragments
+        for kind, tensor in fragment.tensors.items()
+    ]
+    named.sort(key=lambda item: -item[1].element_size())
+    entries = [TensorEntry(name=name, dtype=tensor.dtype, shape=(tensor.numel(),)) for name, tensor in named]
+    return entries, [tensor for _, tensor in named]
 
 
 class FragmentReader:

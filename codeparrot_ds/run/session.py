@@ -373,6 +373,19 @@ class Session:
         )
         start_drain(self.folder.path)
 
+    def _saves(self) -> list[dict[str, Any]]:
+        """What the saves of this start took, for the record."""
+        return [
+            {
+                "step": outcome.step,
+                "bytes": outcome.num_bytes,
+                "stall_seconds": round(outcome.stall_seconds, 4),
+                "seconds": round(outcome.seconds, 4),
+                "error": None if outcome.error is None else str(outcome.error),
+            }
+            for outcome in self.saver.outcomes
+        ]
+
     def _card(self, step: int, tokens: int) -> str:
         corpus = Path(self.config.data) / "corpus.json"
         figures = {
@@ -434,7 +447,7 @@ class Session:
 
         def conclude() -> None:
             self.tracker.close()
-            self.folder.update(outcome=outcome, data=data)
+            self.folder.update(outcome=outcome, data=data, saves=self._saves())
             self.progress.say("data: %s", data["summary"])
             if self.folder.record.get("hub") is not None:
                 hub_push(self.folder.path)
