@@ -97,6 +97,36 @@ def rank_environment() -> Callable[..., dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
+def process_group(rank_environment):
+    """One for all tests in this process: DeepSpeed keeps its groups as long as a process lives."""
+    from codeparrot_ds.run.ranks import join_ranks, leave_ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank_environment(0, 1).items():
+            patch.setenv(name, value)
+        ranks = join_ranks()
+    yield ranks
+    leave_ranks()
+
+
+@pytest.fixture(scope="module")
+def only_rank(process_group, rank_environment):
+    """This process as the only rank of a run."""
+    import torch
+
+    from codeparrot_ds.run.ops import build_operators
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank_environment(0, 1).items():
+            patch.setenv(name, value)
+        build_operators({"optimizer": {"type": "AdamW", "params": {}}}, process_group.device.type)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # what a rank has beside others; the models are too small for more
+        yield process_group
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
 def run_ranks(rank_environment: Callable[..., dict[str, str]]) -> Callable[..., list[dict]]:
     """Runs a script as several ranks; each prints one JSON object as its last line. Returns them in rank order."""
 

@@ -7,13 +7,9 @@ import re
 import shutil
 
 import pytest
-import torch
 from tiny_run import TinyRun
 
-from codeparrot_ds.config import RunConfig
 from codeparrot_ds.run import checkpoint_files, session
-from codeparrot_ds.run.ops import build_operators
-from codeparrot_ds.run.ranks import join_ranks, leave_ranks
 
 SEED = 20_261
 KINDS = {  # by the names of their files, "#" for numbers: how many bytes of each are flipped
@@ -33,26 +29,15 @@ KINDS = {  # by the names of their files, "#" for numbers: how many bytes of eac
 
 
 @pytest.fixture(scope="module")
-def run(rank_environment, tokenizer_dir, tmp_path_factory):
+def run(only_rank, tokenizer_dir, tmp_path_factory):
     """A run with checkpoints of steps 10 and 20, saved from a DeepSpeed engine."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in rank_environment(0, 1).items():
-            patch.setenv(name, value)
         patch.setattr(session, "start_drain", lambda run: None)
-        join_ranks()
-        build_operators({"optimizer": {"type": "AdamW", "params": {}}}, "cpu")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        config = RunConfig(
-            data="corpus", tokenizer=str(tokenizer_dir), seq_length=32, global_batch_size=4, micro_batch_size=4
-        )
-        run = TinyRun(config, tmp_path_factory.mktemp("runs") / "brave-otter-7")
+        run = TinyRun(tokenizer_dir, tmp_path_factory.mktemp("runs") / "brave-otter-7")
         for step in (10, 20):
             run.train_step()
             assert run.save(step).error is None
         yield run
-        torch.set_num_threads(threads)
-        leave_ranks()
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from codeparrot_ds.model.gpt2 import build_model, get_grouped_params
 from codeparrot_ds.model.shapes import GPT2Shape
 from codeparrot_ds.run.engine import create_engine, loss_scale
 from codeparrot_ds.run.fragments import optimizer_step_count
-from codeparrot_ds.run.ops import build_operators
-from codeparrot_ds.run.ranks import join_ranks, leave_ranks
 from codeparrot_ds.schedule import learning_rate_factor
 from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config, zero_stage
 
@@ -21,23 +19,8 @@ SHAPE = GPT2Shape(n_layer=2, n_embd=32, n_head=2, vocab_size=128, n_positions=32
 STAGES = ["zero0", "zero0_fp32", "zero1", "zero1_fp32", "zero2", "zero2_fp32", "zero3", "zero3_fp32"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ranks(rank_environment):
-    """This process as the only rank of a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in rank_environment(0, 1).items():
-            patch.setenv(name, value)
-        ranks = join_ranks()
-        build_operators({"optimizer": {"type": "AdamW", "params": {}}}, ranks.device.type)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # what a rank has beside others; the model is too small for more
-        yield ranks
-        torch.set_num_threads(threads)
-        leave_ranks()
-
-
 @pytest.fixture
-def build(make_config, ranks):
+def build(make_config, only_rank):
     """Builds the engine of a shipped DeepSpeed config, with changes to the run config or to the JSON."""
 
     def make(name, *, optimizer=None, mended=True, **changes):
@@ -49,7 +32,7 @@ def build(make_config, ranks):
         ds_config = resolve_ds_config(load_ds_config(source), config, world_size=1, model_hidden_size=SHAPE.n_embd)
         ds_config["optimizer"]["params"] |= optimizer or {}
         zero3 = ds_config if zero_stage(ds_config) == 3 else None
-        model = build_model(SHAPE, eos_token_id=0, seed=1, zero3_config=zero3, device=ranks.device)
+        model = build_model(SHAPE, eos_token_id=0, seed=1, zero3_config=zero3, device=only_rank.device)
         if mended:
             return create_engine(model, ds_config, config)
         groups = get_grouped_params(model, config.weight_decay)

@@ -23,12 +23,9 @@ from failing_disk import KILLED, NEEDS_SPACE, Call, Died, Disk, Fault, in_a_fork
 from tiny_run import Content, TinyRun, checkpoint_steps, leftovers
 
 from codeparrot_ds import durable
-from codeparrot_ds.config import RunConfig
 from codeparrot_ds.hub import queue
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.run import checkpoint_files, session
-from codeparrot_ds.run.ops import build_operators
-from codeparrot_ds.run.ranks import join_ranks, leave_ranks
 
 AUDITED = ("open", "os.rename", "os.mkdir", "os.truncate", "os.link", "os.symlink")
 
@@ -144,31 +141,13 @@ def is_content(found: Content | None, wanted: Content | None) -> bool:
 
 
 @pytest.fixture(scope="module")
-def bench(rank_environment, tokenizer_dir):
+def bench(only_rank, tokenizer_dir):
     """The three saves, made by this process as the only rank of a run."""
     # In memory where that can be: some hundred thousand small files come and go.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as name, pytest.MonkeyPatch.context() as patch:
-        room = Path(name)
-        for variable, value in rank_environment(0, 1).items():
-            patch.setenv(variable, value)
         patch.setattr(session, "start_drain", lambda run: None)  # a process for each save would take the time
-        join_ranks()
-        build_operators({"optimizer": {"type": "AdamW", "params": {}}}, "cpu")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a forked child has no others
-        config = RunConfig(
-            data="corpus",
-            tokenizer=str(tokenizer_dir),
-            seq_length=32,
-            global_batch_size=4,
-            micro_batch_size=4,
-            num_warmup_steps=0,
-            keep_checkpoints=2,
-        )
-        yield Bench(TinyRun(config, room / "brave-otter-7"), room)
-        torch.set_num_threads(threads)
-        leave_ranks()
+        yield Bench(TinyRun(tokenizer_dir, Path(name, "brave-otter-7")), Path(name))
 
 
 @pytest.fixture(params=["first", "next", "again"])

@@ -66,8 +66,17 @@ class TinyRun:
     was saved.
     """
 
-    def __init__(self, config: RunConfig, path: Path) -> None:
-        self.config, self.path = config, path
+    def __init__(self, tokenizer: Path, path: Path) -> None:
+        self.config = config = RunConfig(
+            data="corpus",
+            tokenizer=str(tokenizer),
+            seq_length=32,
+            global_batch_size=4,
+            micro_batch_size=4,
+            num_warmup_steps=0,
+            keep_checkpoints=2,
+        )
+        self.path = path
         self.checkpoints = path / "checkpoints"
         self.checkpoints.mkdir(parents=True)
         device = torch.device("cpu")
