@@ -101,10 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_rank(arguments: list[str]) -> int:
     """Runs one rank and returns its exit code: 0 finished or stopped and saved, 2 a mistake of the user's."""
-    from codeparrot_ds.run.parent_end import signal_at_parents_end
+    from codeparrot_ds.run.parent_end import launcher_of_this_rank, signal_at_parents_end
     from codeparrot_ds.run.ranks import SharedError, leave_ranks
 
-    signal_at_parents_end(signal.SIGTERM)()
+    signal_at_parents_end(signal.SIGTERM, launcher_of_this_rank())()
     parser = ArgumentParser(prog="codeparrot_ds.train", description="one rank of a training run")
     add_config_arguments(parser)
     add_launch_arguments(parser)  # typed for the front door; the ranks have nothing to do with them

@@ -37,7 +37,7 @@ from codeparrot_ds.run.folder import (
     recorded_pins,
 )
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
-from codeparrot_ds.run.parent_end import signal_at_parents_end
+from codeparrot_ds.run.parent_end import LEADS, signal_at_parents_end
 from codeparrot_ds.run.plan import predict, why_too_large
 from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
@@ -76,7 +76,11 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     if not are_built(needed_operators(ds_config, device)):
         _build_operators(ds_config, device, environment)
     command = _launcher_command(launch, ranks, [*arguments, "--run-name", name])
-    return _run_to_the_end(command, environment | {LAUNCHED_AT: str(started)}, output_dir / name)
+    environment[LAUNCHED_AT] = str(started)
+    environment.pop(LEADS, None)
+    if "deepspeed.launcher.launch" in command:  # and not the runner, which starts it on each host
+        environment[LEADS] = "1"
+    return _run_to_the_end(command, environment, output_dir / name)
 
 
 def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
@@ -302,7 +306,7 @@ def _run_to_the_end(command: list[str], environment: dict[str, str], run: Path) 
     """Runs the launcher in a session of its own and passes stop signals to the ranks alone, who save and then end."""
     starts_before = _starts_and_status(run)[0]
     # Its ranks save and end when it is gone (`train.run_rank`); the launcher itself would stop them without.
-    follow = signal_at_parents_end(signal.SIGKILL)
+    follow = signal_at_parents_end(signal.SIGKILL, os.getpid())
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=follow)
     asked: list[int] = []
 

@@ -118,10 +118,10 @@ class Bench:
         content = run.load(found)
         assert json.loads((run.checkpoints / "latest").read_text())["checkpoint"] == found.name
         run.session._queue_again(content.state)
-        self._check_queue(found)
+        self.check_queue(found)
         return content
 
-    def _check_queue(self, checkpoint: Path) -> None:
+    def check_queue(self, checkpoint: Path) -> None:
         """The checkpoint's export waits for the branch, once, and nothing that waits is damaged."""
         pending = PushQueue(self.run.path).pending()
         files = checkpoint_files.read_manifest(checkpoint)["files"]
@@ -163,7 +163,7 @@ def test_the_calls_are_those_of_every_file_and_folder(bench, case):
     """What is enumerated below is all of it: no file comes about without being made, written and synced here."""
     kinds = {}
     for call in case.calls:
-        kinds.setdefault(call.path.relative_to(bench.run.path).parts[-1], set()).add(call.kind)
+        kinds.setdefault(call.path.name, set()).add(call.kind)
     files = [path for path in case.after.rglob("*") if path.is_file()]
     assert len(files) >= 12
     for path in files:
@@ -199,6 +199,17 @@ def test_power_cut_at_any_call(bench, case):
         disk, _ = bench.save(case, Fault(at=number, power_cut=True))
         wanted = case.wanted(bench.run, disk.calls[:-1], power_cut=True)
         assert is_content(bench.restart(), wanted), disk.calls[-1]
+
+
+def test_power_cut_after_the_last_call(bench, case):
+    """What was reported as saved and queued is on the disk."""
+    replace(bench.run.path, case.before)
+    torch.set_rng_state(case.new.tensors["rng"])
+    with Disk(bench.run.path).watching() as disk:
+        assert bench.run.save(case.step).error is None
+        disk.cut_the_power()
+    bench.check_queue(bench.run.newest())
+    assert is_content(bench.restart(), case.new)
 
 
 def test_any_call_is_answered_with_an_error(bench, case):

@@ -21,6 +21,7 @@ from codeparrot_ds.config import LaunchOptions, save_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import launch
 from codeparrot_ds.run.launch import check_run, front_door, local_device, local_ranks, rank_environment
+from codeparrot_ds.run.parent_end import LEADS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -272,6 +273,24 @@ def test_a_killed_front_door_leaves_no_launcher_behind(tmp_path):
         front_door.kill()
     _, alive = psutil.wait_procs([launched], timeout=10)
     assert not alive or launched.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_rank_whose_launcher_ended_before_it_could_ask_ends_at_once():
+    """Its parent is another by then; it must not train on without anybody who waits for it."""
+    rank = [sys.executable, "-m", "codeparrot_ds.train", "--max-train-steps", "none"]
+    launcher = (
+        "import os, signal, subprocess, sys; subprocess.Popen(sys.argv[1:]); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", launcher, "sh", "-c", 'sleep 1; exec "$@"', "sh", *rank]
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
+
+    def words(**extra: str) -> str:
+        """What it says; that ends when launcher and rank have ended."""
+        options = {"start_new_session": True, "capture_output": True, "text": True, "timeout": 60}
+        return subprocess.run(command, env=environment | extra, **options).stderr
+
+    assert words(**{LEADS: "1"}) == ""
+    assert "--max-train-steps" in words()  # started by something else, it asks nobody, and finds the mistake
 
 
 def test_a_second_signal_stops_without_saving(tmp_path, capfd):

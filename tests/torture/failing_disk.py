@@ -169,7 +169,7 @@ class Disk:
         REAL[kind](path, dir_fd=dir_fd)
 
     def _where(self, path: Any, dir_fd: int | None) -> Path | None:
-        """The path of a call when it is below the folder."""
+        """The path of a call when it is the folder or below it."""
         if isinstance(path, int):
             return None
         where = Path(os.fsdecode(path))
@@ -177,7 +177,7 @@ class Disk:
             if dir_fd not in self._paths:
                 return None
             where = self._paths[dir_fd] / where
-        return where if self.root in where.parents else None
+        return where if self.root in (where, *where.parents) else None
 
     def _count(self, kind: str, path: Path, first_half: Callable[[], Any] | None = None) -> None:
         if self._dead:
@@ -195,7 +195,7 @@ class Disk:
         if fault.error is not None:
             raise OSError(fault.error, os.strerror(fault.error), *([] if kind in BY_DESCRIPTOR else [str(path)]))
         if fault.power_cut:
-            self._lose_what_is_not_synced()
+            self.cut_the_power()
         if fault.exits:
             os._exit(KILLED)
         self._dead = True
@@ -212,7 +212,7 @@ class Disk:
         REAL["link"](path, backup)
         return backup
 
-    def _lose_what_is_not_synced(self) -> None:
+    def cut_the_power(self) -> None:
         """The worst that a file system may make of a power cut: no byte and no name is there but the synced ones."""
         with contextlib.ExitStack() as stack:
             for name, function in REAL.items():
