@@ -172,6 +172,24 @@ def _whole_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Pi
     return mine
 
 
+def describe_place(config: StreamConfig, lane: int, before: np.ndarray, after: np.ndarray) -> str:
+    """Where in the shards the rows of a lane come from, for people: the shuffle window in which they end.
+
+    Args:
+        config: the stream.
+        lane: the lane.
+        before: its states before the rows, shape (data sets, fields).
+        after: its states after them.
+    """
+    number = int(np.argmax((after - before)[:, _FIELD["tokens"]]))
+    state = LaneState.from_array(after[number])
+    pieces = lane_pieces(config.datasets[number].shards, config.num_lanes, lane)
+    order = _permutation(len(pieces), config.seed, number, lane, state.epoch, 0)
+    shard = pieces[order[state.piece]].shard
+    places = {"jsonl": f"byte {state.offset}", "parquet": f"row {state.offset}"}
+    return f"{shard.name} near {places.get(shard.format, f'line {state.line}')}"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # One lane
 

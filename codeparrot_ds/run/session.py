@@ -41,6 +41,7 @@ from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
+from codeparrot_ds.run.bad_steps import BadSteps
 from codeparrot_ds.run.checkpoint import RestoredRun, load_checkpoint, save_checkpoint
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import working_weights, write_export
@@ -81,6 +82,7 @@ class Session:
     shape: GPT2Shape
     engine: Any
     loader: TrainingLoader
+    bad_steps: BadSteps
     tracker: Tracker
     progress: Progress
     meter: Meter
@@ -157,6 +159,7 @@ class Session:
             shape=shape,
             engine=engine,
             loader=loader,
+            bad_steps=_watch_steps(config, ranks, folder, engine, stream, stream_start, loader, progress),
             tracker=tracker,
             progress=progress,
             meter=meter,
@@ -496,6 +499,34 @@ def _training_loader(config: RunConfig, stream: StreamConfig, ranks: Ranks, star
         world_size=ranks.world_size,
         start_row=start.row,
         lane_states=start.lane_states,
+    )
+
+
+def _watch_steps(
+    config: RunConfig,
+    ranks: Ranks,
+    folder: RunFolder,
+    engine: Any,
+    stream: StreamConfig,
+    start: StreamStart,
+    loader: TrainingLoader,
+    progress: Progress,
+) -> BadSteps:
+    def give_up(step: int) -> Path | None:
+        folder.update(outcome={"status": "diverged", "step": step, "run": str(folder.path)})
+        return checkpoint_files.newest_valid(folder.checkpoints)[0]
+
+    return BadSteps(
+        engine=engine,
+        ranks=ranks,
+        stream=stream,
+        loader=loader,
+        global_batch_size=config.global_batch_size,
+        first_step=start.first_step,
+        limit=config.max_bad_steps,
+        say=progress.say,
+        give_up=give_up,
+        watch_gradients=not config.compile,  # a hook inside a compiled model would cut its graph
     )
 
 
