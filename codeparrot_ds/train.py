@@ -55,12 +55,11 @@ def train(config: RunConfig) -> dict[str, Any]:
         last = step >= config.max_train_steps
         stopping = session.stop.agreed()
         fresh = step == 0 or step > first_step
-        # After a bad step, whose weights may be past help, a checkpoint that is due waits for the next good one.
         due = step > first_step and (due or step % config.save_checkpoint_steps == 0)
-        saving = last or stopping or (due and session.bad_steps.in_a_row == 0)
         evaluating = last or step % (config.eval_steps or config.save_checkpoint_steps) == 0
         if fresh and evaluating:
             session.evaluate(step)
+        saving = last or stopping or (due and session.looks_well(step))  # else it waits for the next good step
         if fresh and saving and step > 0:
             session.save(step)
             due = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -175,6 +176,15 @@ class Session:
     def last_evaluation(self) -> dict[str, Any]:
         """The newest evaluation row; empty before the first."""
         return self.evaluations[-1] if self.evaluations else {}
+
+    def looks_well(self, step: int) -> bool:
+        """Whether the weights after ``step`` are worth a checkpoint: neither it nor its evaluation gave a NaN.
+
+        Older checkpoints make room for newer ones, so those of weights that are past help must not push out good ones.
+        """
+        evaluation = self.last_evaluation
+        evaluated_well = evaluation.get("step") != step or math.isfinite(evaluation["eval_loss"])
+        return self.bad_steps.in_a_row == 0 and evaluated_well
 
     @property
     def accumulation_steps(self) -> int:
