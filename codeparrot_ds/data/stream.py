@@ -185,9 +185,14 @@ def describe_place(config: StreamConfig, lane: int, before: np.ndarray, after: n
     state = LaneState.from_array(after[number])
     pieces = lane_pieces(config.datasets[number].shards, config.num_lanes, lane)
     order = _permutation(len(pieces), config.seed, number, lane, state.epoch, 0)
-    shard = pieces[order[state.piece]].shard
-    places = {"jsonl": f"byte {state.offset}", "parquet": f"row {state.offset}"}
-    return f"{shard.name} near {places.get(shard.format, f'line {state.line}')}"
+    piece = pieces[order[state.piece]]
+    if not is_splittable(piece.shard):
+        place = f"line {state.line}"
+    elif piece.shard.format == "parquet" and state.offset:
+        place = f"row {state.offset}"
+    else:
+        place = f"byte {max(piece.begin, state.offset)}"
+    return f"{piece.shard.name} near {place}"
 
 
 # --------------------------------------------------------------------------------------------------------------------

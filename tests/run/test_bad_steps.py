@@ -31,7 +31,6 @@ CLASSES = {
     "zero2_fp32_accumulation": "DeepSpeedZeroOptimizer",
     "zero2_offload": "DeepSpeedZeroOptimizer",
     "zero2_offload, fp32 sums": "DeepSpeedZeroOptimizer",
-    "zero2_offload_bf16_states": "DeepSpeedZeroOptimizer",
     "zero3": "DeepSpeedZeroOptimizer_Stage3",
     "zero3, no clipping": "DeepSpeedZeroOptimizer_Stage3",
     "zero3_fp16": "DeepSpeedZeroOptimizer_Stage3",
