@@ -42,6 +42,7 @@ from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
+from codeparrot_ds.run.bad_steps import BadSteps
 from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import Export
@@ -84,6 +85,7 @@ class Session:
     shape: GPT2Shape
     engine: Any
     loader: TrainingLoader
+    bad_steps: BadSteps
     tracker: Tracker
     progress: Progress
     meter: Meter
@@ -105,6 +107,7 @@ class Session:
             published=self._after_save,
             report=self._report_save,
         )
+        self.bad_steps.give_up = self._give_up
 
     @classmethod
     def start(cls, config: RunConfig) -> Session:
@@ -171,6 +174,7 @@ class Session:
             shape=shape,
             engine=engine,
             loader=loader,
+            bad_steps=_watch_steps(config, ranks, engine, stream, stream_start, step, loader, progress),
             tracker=tracker,
             progress=progress,
             meter=meter,
@@ -189,6 +193,15 @@ class Session:
     def last_evaluation(self) -> dict[str, Any]:
         """The newest evaluation row; empty before the first."""
         return self.evaluations[-1] if self.evaluations else {}
+
+    def looks_well(self, step: int) -> bool:
+        """Whether the weights after ``step`` are worth a checkpoint: neither it nor its evaluation gave a NaN.
+
+        Older checkpoints make room for newer ones, so those of weights that are past help must not push out good ones.
+        """
+        evaluation = self.last_evaluation
+        evaluated_well = evaluation.get("step") != step or math.isfinite(evaluation["eval_loss"])
+        return self.bad_steps.in_a_row == 0 and evaluated_well
 
     @property
     def accumulation_steps(self) -> int:
@@ -305,6 +318,14 @@ class Session:
         )
         self.saver.save(state, export)
         self.meter.pause(time.perf_counter() - started)
+
+    def _give_up(self, step: int) -> Path | None:
+        """Records that the run has diverged and finds its newest checkpoint that is whole (rank 0)."""
+        self.saver.wait()
+        self.folder.update(outcome={"status": "diverged", "step": step, "run": str(self.folder.path)})
+        candidates = checkpoint_files.readable_checkpoints(self.folder.checkpoints)
+        whole = (path for path, problem in candidates if not problem and not checkpoint_files.verify_checkpoint(path))
+        return next(whole, None)
 
     def _report_save(self, outcome: SaveOutcome) -> None:
         """Says what became of a save (rank 0, from the thread that wrote)."""
@@ -606,6 +627,30 @@ def _training_loader(config: RunConfig, stream: StreamConfig, ranks: Ranks, star
         world_size=ranks.world_size,
         start_row=start.row,
         lane_states=start.lane_states,
+    )
+
+
+def _watch_steps(
+    config: RunConfig,
+    ranks: Ranks,
+    engine: Any,
+    stream: StreamConfig,
+    start: StreamStart,
+    step: int,
+    loader: TrainingLoader,
+    progress: Progress,
+) -> BadSteps:
+    return BadSteps(
+        engine=engine,
+        ranks=ranks,
+        stream=stream,
+        loader=loader,
+        global_batch_size=config.global_batch_size,
+        start_step=step,
+        start_row=start.row,
+        limit=config.max_bad_steps,
+        say=progress.say,
+        watch_gradients=not config.compile,  # a hook inside a compiled model would cut its graph
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import socket
@@ -130,7 +131,7 @@ def only_rank(process_group, rank_environment):
 def run_ranks(rank_environment: Callable[..., dict[str, str]]) -> Callable[..., list[dict]]:
     """Runs a script as several ranks; each prints one JSON object as its last line. Returns them in rank order."""
 
-    def run(script: str, world_size: int = 2) -> list[dict]:
+    def run(script: str, world_size: int = 2, timeout: int = 120) -> list[dict]:
         port = free_port()
         processes = [
             subprocess.Popen(
@@ -144,7 +145,9 @@ def run_ranks(rank_environment: Callable[..., dict[str, str]]) -> Callable[..., 
             for rank in range(world_size)
         ]
         try:
-            outputs = [process.communicate(timeout=120) for process in processes]
+            # All at once: a rank whose pipe is full waits for its reader, and the other ranks for it.
+            with concurrent.futures.ThreadPoolExecutor(world_size) as pool:
+                outputs = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
         finally:
             for process in processes:
                 process.kill()
