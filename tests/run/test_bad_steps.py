@@ -88,7 +88,7 @@ def test_a_bad_step_is_told_with_its_rows(poisoned, name):
         assert not other[number]["lines"]
         said, again, *rows = other[number]["log"]
         assert said == line and again.startswith(f"step {number + 2}: the ")
-        assert len(rows) == 2 and all(row.startswith("row ") and " begins '" in row for row in rows)
+        assert len(rows) == 2 and all(row.startswith("row ") and " begins " in row for row in rows)
         assert not main[number]["log"]
 
 
