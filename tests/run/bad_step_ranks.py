@@ -161,9 +161,10 @@ class Trainer:
         weights = [getattr(p, "ds_tensor", p).detach() for p in self.engine.module.parameters()]
         state: dict = {f"weight {number}": weight.clone() for number, weight in enumerate(weights)}
         if self.engine.basic_optimizer.state:
-            for fragment in owned_fragments(self.engine, every_copy=True):
-                for kind, tensor in fragment.tensors.items():
-                    state[f"{kind} of {fragment.name} from {fragment.start}"] = tensor.detach().clone()
+            for fragments in owned_fragments(self.engine, every_copy=True):
+                for fragment in fragments:
+                    for kind, tensor in fragment.tensors.items():
+                        state[f"{kind} of {fragment.name} from {fragment.start}"] = tensor.detach().clone()
         state["counts"] = torch.tensor([optimizer_step_count(self.engine), self.engine.lr_scheduler.last_epoch])
         state["rates"] = torch.tensor(self.engine.get_lr())
         return state
