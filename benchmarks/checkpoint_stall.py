@@ -115,8 +115,8 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     num_bytes, seconds = saves[0]["bytes"], statistics.median(save["seconds"] for save in saves)
     lines += ["", f"A checkpoint has {num_bytes / 1e6:.1f} MB and is complete {seconds:.2f} s after its step (median)."]
     for name in ("in the background", "in the foreground"):
-        extra = [one - other for one, other in zip(runs[name]["peak_bytes"], runs["no saves"]["peak_bytes"], strict=True)]
-        shares = ", ".join(f"{value / 1e6:+.1f} MB" for value in extra)
+        peaks = zip(runs[name]["peak_bytes"], runs["no saves"]["peak_bytes"], strict=True)
+        shares = ", ".join(f"{(one - other) / 1e6:+.1f} MB" for one, other in peaks)
         lines.append(f"Peak of a rank's own memory {name}, against no save before the end: {shares}.")
     lines.append(f"Cores: {os.cpu_count()}, busy with training on both ranks.")
     return "\n".join(lines)
