@@ -12,6 +12,7 @@ from codeparrot_ds.run.bad_steps import BadSteps, Finding, _describe, _numbers
 from codeparrot_ds.run.ops import build_operators
 from codeparrot_ds.zero.catalogue import catalogue
 
+pytestmark = pytest.mark.timeout(1500)  # the first of them may have to wait for operators that are being built
 SCRIPT = Path(__file__).with_name("bad_step_ranks.py")
 CLASSES = {
     "zero0": "FP16_Optimizer",
