@@ -4,7 +4,8 @@ A fragment is a contiguous piece of one flattened parameter: its fp32 master wei
 reads and writes only what its ZeRO partition owns, under the parameter's name and the offset inside the parameter.
 Where the pieces lie is read from DeepSpeed's own mappings (0.19.8):
 
-- stages 1 and 2 (``DeepSpeedZeroOptimizer``, ``BF16_Optimizer``): ``parameter._hp_mapping``;
+- stages 1 and 2: the flat groups' order and offsets (``DeepSpeedZeroOptimizer``; its ``parameter._hp_mapping`` is wrong
+  under ``round_robin_gradients``), ``parameter._hp_mapping`` (``BF16_Optimizer``);
 - stage 3: ``optimizer.grad_position`` (group, offset, numel), piece ``rank`` of the parameter, cut at ``ds_numel``;
 - stage 0: the bare optimizer (fp32) or ``FP16_Optimizer``'s flat groups (bf16, fp16); rank 0 owns everything.
 """
@@ -59,8 +60,10 @@ def owned_fragments(engine: Any, *, every_copy: bool = False) -> Iterator[list[F
     kind = type(engine.optimizer).__name__
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         yield from _stage3_fragments(engine)
-    elif kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
-        yield list(_stage12_fragments(engine))
+    elif kind == "DeepSpeedZeroOptimizer":
+        yield list(_flat_group_fragments(engine))
+    elif kind == "BF16_Optimizer":
+        yield list(_bf16_optimizer_fragments(engine))
     elif engine.global_rank == 0 or every_copy:
         yield list(_stage0_fragments(engine))
 
@@ -166,7 +169,21 @@ def _stage3_fragments(engine: Any) -> Iterator[list[Fragment]]:
     yield resident
 
 
-def _stage12_fragments(engine: Any) -> Iterator[Fragment]:
+def _flat_group_fragments(engine: Any) -> Iterator[Fragment]:
+    optimizer, base = engine.optimizer, engine.basic_optimizer
+    names = {id(parameter): name for name, parameter in _trained(engine)}
+    for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
+        flat = base.param_groups[group]["params"][0]
+        size = optimizer.partition_size[group]
+        low = size * torch.distributed.get_rank(optimizer.real_dp_process_group[group])
+        for parameter, begin in zip(parameters, optimizer.round_robin_bit16_offsets[group], strict=True):
+            first, last = max(begin, low), min(begin + parameter.numel(), low + size)
+            if first < last:
+                tensors = _pieces(base.state[flat], flat, first - low, last - first)
+                yield Fragment(name=names[id(parameter)], start=first - begin, tensors=tensors)
+
+
+def _bf16_optimizer_fragments(engine: Any) -> Iterator[Fragment]:
     base = engine.basic_optimizer
     for name, parameter in _trained(engine):
         mapping = parameter._hp_mapping
