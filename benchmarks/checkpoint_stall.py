@@ -42,8 +42,8 @@ def main() -> None:
             name: train(options, Path(folder), name, steps, extra)
             for name, extra in (
                 ("in the background", ["--save-checkpoint-steps", str(options.every)]),
-                ("in the foreground", ["--save-checkpoint-steps", str(options.every), "--save-in-background", "false"]),
-                ("none", ["--save-checkpoint-steps", str(steps)]),
+                ("in the foreground", ["--save-checkpoint-steps", str(options.every), "--no-save-in-background"]),
+                ("no saves", ["--save-checkpoint-steps", str(steps)]),
             )
         }
     folder = write_record(
@@ -115,8 +115,8 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     num_bytes, seconds = saves[0]["bytes"], statistics.median(save["seconds"] for save in saves)
     lines += ["", f"A checkpoint has {num_bytes / 1e6:.1f} MB and is complete {seconds:.2f} s after its step (median)."]
     for name in ("in the background", "in the foreground"):
-        extra = [one - other for one, other in zip(runs[name]["peak_bytes"], runs["none"]["peak_bytes"], strict=True)]
-        shares = ", ".join(f"{value / 1e6:+.1f} MB" for value in extra)
+        peaks = zip(runs[name]["peak_bytes"], runs["no saves"]["peak_bytes"], strict=True)
+        shares = ", ".join(f"{(one - other) / 1e6:+.1f} MB" for one, other in peaks)
         lines.append(f"Peak of a rank's own memory {name}, against no save before the end: {shares}.")
     lines.append(f"Cores: {os.cpu_count()}, busy with training on both ranks.")
     return "\n".join(lines)

@@ -119,16 +119,16 @@ class Trainer:
     def model_inputs(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"input_ids": token_ids(batch), "labels": token_ids(batch)}
 
-    def _poisoned(self, what: str) -> bool:
+    def poisoned(self, what: str) -> bool:
         return self.poison is not None and ranks.rank == 1 and self.poison[::2] == (what, self.engine.micro_steps % 2)
 
     def _poison_loss(self, module, inputs, output):
-        if self._poisoned("loss"):
+        if self.poisoned("loss"):
             output.loss = output.loss + self.poison[1]
         return output
 
     def _poison_gradient(self, module, inputs, output):
-        if self._poisoned("gradient"):
+        if self.poisoned("gradient"):
             value, place = torch.tensor([self.poison[1]]).to(output.dtype), torch.tensor([3])
             output.register_hook(lambda gradient: gradient.view(-1).index_copy(0, place, value).view_as(gradient))
 
@@ -161,9 +161,10 @@ class Trainer:
         weights = [getattr(p, "ds_tensor", p).detach() for p in self.engine.module.parameters()]
         state: dict = {f"weight {number}": weight.clone() for number, weight in enumerate(weights)}
         if self.engine.basic_optimizer.state:
-            for fragment in owned_fragments(self.engine, every_copy=True):
-                for kind, tensor in fragment.tensors.items():
-                    state[f"{kind} of {fragment.name} from {fragment.start}"] = tensor.detach().clone()
+            for fragments in owned_fragments(self.engine, every_copy=True):
+                for fragment in fragments:
+                    for kind, tensor in fragment.tensors.items():
+                        state[f"{kind} of {fragment.name} from {fragment.start}"] = tensor.detach().clone()
         state["counts"] = torch.tensor([optimizer_step_count(self.engine), self.engine.lr_scheduler.last_epoch])
         state["rates"] = torch.tensor(self.engine.get_lr())
         return state
@@ -199,7 +200,9 @@ def poisoned_and_clean(name: str, folder: str) -> dict:
 def too_many(folder: str) -> dict:
     """Three bad steps in a row where three are too many; two before a good one are not."""
     trainer = Trainer("zero2", folder, limit=3)
-    said = [trainer.train(poison) for poison in (POISONS[0], POISONS[2], None, *POISONS[1:3])]
+    weight = trainer.engine.module.transformer.ln_f.weight
+    weight.register_hook(lambda gradient: gradient * trainer.poison[1] if trainer.poisoned("weight") else gradient)
+    said = [trainer.train(poison) for poison in (POISONS[0], ("weight", NAN, 1), None, *POISONS[1:3])]
     try:
         trainer.train(POISONS[1])
     except DivergedError as error:

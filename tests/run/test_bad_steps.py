@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from codeparrot_ds.run.bad_steps import Finding, _describe, _numbers
+from codeparrot_ds.run.bad_steps import BadSteps, Finding, _describe, _numbers
 from codeparrot_ds.run.ops import build_operators
 from codeparrot_ds.zero.catalogue import catalogue
 
+pytestmark = pytest.mark.timeout(1500)  # the first of them may have to wait for operators that are being built
 SCRIPT = Path(__file__).with_name("bad_step_ranks.py")
 CLASSES = {
     "zero0": "FP16_Optimizer",
@@ -88,7 +90,7 @@ def test_a_bad_step_is_told_with_its_rows(poisoned, name):
         assert not other[number]["lines"]
         said, again, *rows = other[number]["log"]
         assert said == line and again.startswith(f"step {number + 2}: the ")
-        assert len(rows) == 2 and all(row.startswith("row ") and " begins '" in row for row in rows)
+        assert len(rows) == 2 and all(row.startswith("row ") and " begins " in row for row in rows)
         assert not main[number]["log"]
 
 
@@ -114,6 +116,11 @@ def test_too_many_in_a_row_end_the_run_on_every_rank(poisoned):
         said = rank["too many"]
         assert [step["in_a_row"] for step in said["steps"]] == [1, 2, 0, 1, 2]
         assert said["code"] == 3
+        # A fault that the embedding's gradient does not know of: no rows can be told from the others.
+        (line,) = poisoned[0]["too many"]["steps"][1]["lines"]
+        largest = max(loss for each in poisoned for loss in each["too many"]["steps"][1]["losses"])
+        assert line.startswith("step 2 skipped: the gradient of rows 8 to 15 is not finite; all losses are, ")
+        assert f"the largest is {largest:.4g} (2 in a row" in line
         assert said["error"].startswith(
             "3 steps in a row were skipped, the last was step 6: the loss of rows 45 and 47"
         )
@@ -131,6 +138,20 @@ def test_a_loss_scale_that_is_too_large_is_normal_until_it_cannot_fall(poisoned,
         assert "overflowed at the loss scale 1.07374e+09" in said["steps"][0]["log"][0]
         assert said["error"].startswith("2 steps in a row were skipped, the last was step 4: the gradient of rows 25")
     assert len(poisoned[0]["scaling"][name]["steps"][2]["lines"]) == 1
+
+
+def test_a_few_micro_batches_are_named_and_the_others_counted():
+    step = SimpleNamespace(global_batch_size=16, _first_row=lambda step: 16)
+    findings = [Finding(rank, 0, "loss", math.nan, [rank], [rank], ["a.jsonl near byte 0"]) for rank in range(5)]
+    reason = BadSteps._reason(step, 102, findings, [math.nan] * 5 + [3.0] * 3)
+    assert reason.startswith(
+        "the loss of row 0 (rank 0, lane 0, a.jsonl near byte 0) is nan; the loss of row 1 (rank 1"
+    )
+    assert reason.count("; ") == 3 and reason.endswith("; 2 more micro-batches of 8 are named in the log")
+    every = BadSteps._reason(step, 102, findings, [math.nan] * 5)
+    assert every == "the loss of all its micro-batches, rows 16 to 31, is nan"
+    findings[1] = findings[1]._replace(what="gradient", value=math.inf)
+    assert "the loss or gradient of all its micro-batches" in BadSteps._reason(step, 102, findings, [math.nan] * 5)
 
 
 def test_the_words():
