@@ -6,6 +6,7 @@ python benchmarks/torture.py --kills 300
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import statistics
 import sys
@@ -29,27 +30,32 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="DeepSpeed configs, each with its own reference")
     parser.add_argument("--hub", default="local", choices=("local", "off"))
+    parser.add_argument("--at-once", type=int, default=2, help="configs side by side")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--name", default="torture-cpu", help="of the record")
     parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
 
     began = time.monotonic()
+    configs = list(options.configs)
     tortures: dict[str, Torture] = {}
     with tempfile.TemporaryDirectory() as name:
         course = lay_course(Path(name, "course"))
-        for number, config in enumerate(options.configs):
-            share = (options.kills * (number + 1)) // len(options.configs) - (options.kills * number) // len(
-                options.configs
-            )
-            seed = options.seed * 1000 + number
-            print(f"{config}: {share} kills, seed {seed}", flush=True)
+
+        def torment(number: int) -> None:
+            config, seed = configs[number], options.seed * 1000 + number
+            kills = options.kills // len(configs) + (number < options.kills % len(configs))
+            print(f"{config}: {kills} kills, seed {seed}", flush=True)
             torture = Torture(Course(folder=course, deepspeed=config, hub=options.hub), Path(name, config), seed)
             tortures[config] = torture
-            for count, kill in enumerate(torture.torment(share), 1):
+            for count, kill in enumerate(torture.torment(kills), 1):
                 print(f"{time.monotonic() - began:7.0f} s  {config} {count}: {kill}", flush=True)
             for problem in torture.problems:
                 print(f"PROBLEM: {problem}", flush=True)
+
+        with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
+            list(pool.map(torment, range(len(configs))))
+    tortures = {config: tortures[config] for config in configs}
     folder = write_record(
         options.name,
         title="Runs that were killed again and again",

@@ -33,7 +33,7 @@ from codeparrot_ds.run import checkpoint_files
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "brave-otter-7"
-STEPS, SAVE_EVERY = 60, 4
+STEPS, SAVE_EVERY = 40, 4
 TARGETS = ("one rank", "all ranks", "launcher", "front door")
 MOMENTS = ("saving", "training", "starting")
 MARK = "CODEPARROT_DS_TORTURE"
@@ -319,10 +319,15 @@ class Torture:
             self.runs += 1
 
     def _next_kill(self) -> Kill:
-        """Moments and targets in a random order, each pair as often as the others; half of all in a save."""
+        """Moments and targets in a random order: two of any five kills come in a save, two before any step.
+
+        Twenty are every moment with every target, as often as it is in the five.
+        """
         if not self._plan:
-            self._plan = [(moment, target) for moment in ("saving", *MOMENTS) for target in TARGETS]
-            self._draw.shuffle(self._plan)
+            moments = ("saving", "saving", "training", "starting", "starting")
+            targets = [self._draw.sample(TARGETS, len(TARGETS)) for _ in moments]
+            for turn in zip(*targets, strict=True):
+                self._plan += self._draw.sample(list(zip(moments, turn, strict=True)), len(moments))
         moment, target = self._plan.pop()
         return Kill(moment=moment, target=target)
 
