@@ -25,14 +25,17 @@ def fragment_file_name(rank: int, part: int) -> str:
 
 
 def fragment_entries(fragments: Iterable[Fragment]) -> tuple[list[TensorEntry], list[torch.Tensor]]:
-    """The entries of a file with these fragments and the tensors behind them, in the file's order."""
-    entries, tensors = [], []
+    """The entries of a file with these fragments and the tensors behind them, in the file's order.
+
+    The widest come first, so that each begins where its dtype is aligned: bf16 masters may have fp32 moments.
+    """
+    pairs = []
     for fragment in fragments:
         for kind, tensor in fragment.tensors.items():
             name = f"{fragment.name}|{kind}|{fragment.start}"
-            entries.append(TensorEntry(name=name, dtype=tensor.dtype, shape=(tensor.numel(),)))
-            tensors.append(tensor)
-    return entries, tensors
+            pairs.append((TensorEntry(name=name, dtype=tensor.dtype, shape=(tensor.numel(),)), tensor))
+    pairs.sort(key=lambda pair: pair[0].dtype.itemsize, reverse=True)  # keeps the order of equals
+    return [entry for entry, _ in pairs], [tensor for _, tensor in pairs]
 
 
 class FragmentReader:
