@@ -10,20 +10,22 @@ What a reopened engine is compared with:
 - **State.** Masters and both moments, bit for bit, against those gathered from the engine that was saved (rounded to
   nearest where the reopened engine keeps bf16 states); Adam's step counter and the learning rate exactly; the working
   weights against the masters, rounded, bit for bit.
-- **Losses, the same precision.** The next 10 against those of the saved engine, which simply went on: equal at the same
+- **Losses, the same arithmetic.** The next 10 against those of the saved engine, which simply went on: equal at the same
   layout, within ``FP32_TOLERANCE`` in fp32. In bf16 another layout adds gradients up in another order and rounds
-  each sum to 8 bits, so that two runs from one state part by what ``BF16_BAND`` allows.
+  each sum to 8 bits: two runs from one state part by up to ``BF16_BAND``, whether one of them was reopened or not.
 - **Losses, another precision.** The run that was saved cannot be the reference: fp32 weights rounded to bf16 give
-  losses that differ in the third digit with nothing wrong. Compared is a plain PyTorch loop in the new precision, from
-  the same masters, moments and step (``plain_continuation``), that knows nothing of DeepSpeed and of checkpoints.
+  other losses with nothing wrong. Compared is a plain PyTorch loop in the new precision, from the same masters, moments
+  and step (``plain_continuation``), that knows nothing of DeepSpeed and of checkpoints. In fp32 it stays within
+  ``PLAIN_TOLERANCE`` of every engine; where masters or moments are bf16 in one of the two, within ``BF16_BAND`` as well.
 
-``CONTROLS`` are continuations from a damaged state: what the comparison would show if a moment had been lost.
+``CONTROLS`` are continuations from a damaged state: what the comparison shows when a moment is lost.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import gc
 import json
 import os
@@ -32,7 +34,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, load_checkpo
 from codeparrot_ds.run.checkpoint_files import EXPORT, step_folder, verify_checkpoint
 from codeparrot_ds.run.engine import create_engine
 from codeparrot_ds.run.export import Export
+from codeparrot_ds.run.fragment_files import fragment_file_name
 from codeparrot_ds.run.fragments import MASTER, MOMENTS, optimizer_step_count, owned_fragments
 from codeparrot_ds.run.ranks import Ranks, join_ranks, leave_ranks
 from codeparrot_ds.schedule import learning_rate_factor
@@ -57,11 +60,16 @@ SHAPE = GPT2Shape(n_layer=2, n_embd=15, n_head=3, vocab_size=61, n_positions=16)
 NVME_SHAPE = GPT2Shape(n_layer=2, n_embd=173, n_head=1, vocab_size=61, n_positions=16)
 SEQ_LENGTH = 16
 SAVED_AT, COMPARED_STEPS = 6, 10
+BETAS = (0.9, 0.999)
 FP32_TOLERANCE = 2e-6
+PLAIN_TOLERANCE = 5e-6
 BF16_BAND = 5e-3
 
+Plans = dict[int, list[dict[str, str]]]  # jobs by world size
+State = dict[str, dict[str, torch.Tensor]]  # by parameter and kind: fp32, exp_avg, exp_avg_sq
+
 WORLD_SIZES = (1, 2, 3)
-PLAIN = [f"zero{stage}{suffix}" for suffix in ("", "_fp32") for stage in range(4)]
+STAGES = [f"zero{stage}{suffix}" for suffix in ("", "_fp32") for stage in range(4)]
 OFFLOADED = ["zero2_offload", "zero3_offload", "zero2_offload_fp32", "zero3_offload_fp32"]
 
 
@@ -83,6 +91,12 @@ class Layout:
     @property
     def precision(self) -> str:
         return precision(ds_config_of(self.name))
+
+    @property
+    def arithmetic(self) -> tuple[str, str]:
+        """What decides the losses from a state, up to the order of sums: precision, and that of masters and moments."""
+        states = next((ending for ending in ("_bf16_states", "_bf16_masters") if self.name.endswith(ending)), "")
+        return self.precision, states
 
     @property
     def shape(self) -> GPT2Shape:
@@ -120,7 +134,7 @@ def ds_config_of(name: str) -> dict[str, Any]:
     config = copy.deepcopy(load_ds_config(find_ds_config(name)))
     zero = config["zero_optimization"]
     # The files with bf16 states have another beta2: after 6 steps that alone changes the next ones a lot.
-    config["optimizer"]["params"]["betas"] = [0.9, 0.999]
+    config["optimizer"]["params"]["betas"] = list(BETAS)
     if zero_stage(config) == 3:
         # As in a real model, matrices are shared out and biases are not, and a rank's parameters are several groups.
         zero["stage3_param_persistence_threshold"] = 100
@@ -197,7 +211,6 @@ def evaluate(model: Any) -> float:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-State = dict[str, dict[str, torch.Tensor]]
 
 
 def gathered_state(engine: Any, ranks: Ranks) -> State:
@@ -250,14 +263,13 @@ def save(engine: Any, ranks: Ranks, folder: Path, layout: Layout, step: int) -> 
     """Starts to save; the caller waits for it."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks.gather(None)
-    errors: list[str] = []
     saver = CheckpointSaver(
         engine,
         ranks,
         folder,
         in_background=True,
         published=lambda path, state: None,
-        report=lambda outcome: errors.append(str(outcome.error)) if outcome.error else None,
+        report=lambda outcome: None,
     )
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[layout.precision]
     state = RunState(
@@ -371,6 +383,32 @@ def exact_resume(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict
     }
 
 
+def failing_save(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict[str, Any]:
+    """Four steps with a save after two that fails at its second file, and a save that works at the end."""
+    from codeparrot_ds import durable
+
+    def fill_the_disk(path: Path, content: Any) -> Any:
+        if path.name == fragment_file_name(ranks.rank, 1):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_file(path, content)
+
+    engine = build(layout, run_config(layout.world_size), nvme, seed=1)
+    losses = train(engine, ranks, range(2))
+    write_file, durable.write_file = durable.write_file, fill_the_disk
+    failed = save(engine, ranks, folder / "failed", layout, 2).wait()
+    durable.write_file = write_file
+    losses += train(engine, ranks, range(2, 4))
+    saved = save(engine, ranks, folder / "saved", layout, 4).wait()
+    assert failed is not None and saved is not None
+    destroy(engine)
+    return {
+        "losses": losses,
+        "error": str(failed.error),
+        "left": [path.name for path in (folder / "failed").iterdir()],
+        "saved": saved.error is None and verify_checkpoint(step_folder(folder / "saved", 4)) == [],
+    }
+
+
 def _same_end(left: dict[str, Any], right: dict[str, Any]) -> bool:
     generators = torch.equal(left["rng"][0], right["rng"][0]) and left["rng"][1] == right["rng"][1]
     return (
@@ -410,7 +448,7 @@ def _without(state: State, lost: str) -> State:
 
 def plain_continuation(layout: Layout, state: State, adam_step: int = SAVED_AT) -> list[float]:
     """The next losses from a state by plain PyTorch in a layout's precision: fp32 masters, AdamW, accumulation."""
-    config, optimizer_params = run_config(1), ds_config_of(layout.name)["optimizer"]["params"]
+    config = run_config(1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.precision]
     model = build_model(layout.shape, eos_token_id=0, seed=2).to(dtype)
     parameters = dict(model.named_parameters())
@@ -423,7 +461,7 @@ def plain_continuation(layout: Layout, state: State, adam_step: int = SAVED_AT) 
         {**group, "params": [masters[names[id(parameter)]] for parameter in group["params"]]}
         for group in get_grouped_params(model, config.weight_decay)
     ]
-    adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=optimizer_params["betas"], eps=1e-8)
+    adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, eps=1e-8)
     for name, master in masters.items():
         moments = {kind: state[name][kind].float().view(master.shape).clone() for kind in MOMENTS}
         adam.state[master] = {"step": torch.tensor(float(adam_step)), **moments}
@@ -450,29 +488,152 @@ def plain_continuation(layout: Layout, state: State, adam_step: int = SAVED_AT) 
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# What the results are held to
+
+
+class Results:
+    """The finished jobs, and what is wrong with them."""
+
+    def __init__(self, answers: list[dict[str, Any]]) -> None:
+        self.answers = answers
+        self._by_job = {
+            json.dumps({key: value for key, value in answer.items() if key != "result"}): answer["result"]
+            for answer in answers
+        }
+
+    def of(self, job: dict[str, str]) -> dict[str, Any]:
+        """What a job found."""
+        return self._by_job[json.dumps(job)]
+
+    def reference(self, source: Layout, target: Layout) -> list[float]:
+        """The losses that a reopened engine is compared with."""
+        if needs_plain(source, target):
+            return self.of(plain_job(source, target))["losses"]
+        return self.of(save_job(source))["next_losses"]
+
+    def loss_difference(self, source: Layout, target: Layout) -> float:
+        """The largest difference of a pair's next losses."""
+        return _largest(self.of(reopen_job(source, target))["losses"], self.reference(source, target))
+
+    def control_difference(self, source: Layout, target: Layout, control: str) -> float:
+        """The same for a continuation from a damaged state."""
+        return _largest(
+            self.of(plain_job(source, target, control))["losses"], self.of(plain_job(source, target))["losses"]
+        )
+
+    def problems_of_source(self, source: Layout) -> list[str]:
+        """What is wrong with what a layout exported, in words."""
+        export = self.of(save_job(source))["export"]
+        problems = [f"export differs in {name}" for name in export["differing"]]
+        dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[source.precision]
+        if export["dtypes"] != [dtype]:
+            problems.append(f"export is in {export['dtypes']}, not {dtype}")
+        if export["evaluation_difference"] > 1e-6:
+            problems.append(f"evaluation loss of the export is off by {export['evaluation_difference']:.1e}")
+        return problems
+
+    def problems_of_pair(self, source: Layout, target: Layout) -> list[str]:
+        """What is wrong with a reopened checkpoint, in words."""
+        result = self.of(reopen_job(source, target))
+        problems = [f"{name} differs" for name in result["differing"]]
+        problems += [f"working weight of {name} differs" for name in result["differing_weights"]]
+        config = run_config(1)
+        factor = learning_rate_factor("cosine", SAVED_AT, config.num_warmup_steps, config.max_train_steps)
+        expected = {"optimizer_step": SAVED_AT, "global_steps": SAVED_AT, "learning_rate": 5e-3 * factor}
+        problems += [f"{key} is {result[key]}" for key, value in expected.items() if result[key] != value]
+        difference, limit = self.loss_difference(source, target), loss_limit(source, target)
+        if not difference <= limit:
+            problems.append(f"losses differ by {difference:.1e}, more than {limit:.0e}")
+        return problems
+
+    def problems_of_exact(self, layout: Layout) -> list[str]:
+        """What is wrong with a run that stopped and went on at the same layout, in words."""
+        result = self.of(exact_job(layout))
+        problems = []
+        for which, same_end in zip(("saved", "resumed"), result["same_ends"], strict=True):
+            pairs = enumerate(zip(result["losses"], result[which], strict=True), start=1)
+            different = [step for step, (loss, other) in pairs if loss != other]
+            if different:
+                problems.append(f"the run that was {which} has other losses from step {different[0]} on")
+            if not same_end:
+                problems.append(f"the run that was {which} ends with another state")
+        return problems
+
+
+def loss_limit(source: Layout, target: Layout) -> float:
+    """How far the next losses of a pair may be off."""
+    if source == target:
+        return 0.0
+    if source.arithmetic == target.arithmetic == ("fp32", ""):
+        return FP32_TOLERANCE
+    return PLAIN_TOLERANCE if target.arithmetic == ("fp32", "") else BF16_BAND
+
+
+def pair_class(source: Layout, target: Layout) -> str:
+    """The row of a table that a pair belongs to."""
+    if source == target:
+        return f"same layout, {source.precision}"
+    return " → ".join(f"{layout.precision}{layout.arithmetic[1].replace('_', ' ')}" for layout in (source, target))
+
+
+def _largest(left: list[float], right: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Ranks
 
 
 def save_job(layout: Layout) -> dict[str, str]:
+    """Train, save, go on."""
     return {"do": "save", "layout": str(layout)}
 
 
 def reopen_job(source: Layout, target: Layout) -> dict[str, str]:
+    """Reopen what ``source`` saved at ``target`` and train on."""
     return {"do": "reopen", "layout": str(target), "source": str(source)}
 
 
 def exact_job(layout: Layout) -> dict[str, str]:
+    """Stop and go on at the same layout, with dropout."""
     return {"do": "exact", "layout": str(layout)}
 
 
+def failing_job(layout: Layout) -> dict[str, str]:
+    """Fail to save and go on."""
+    return {"do": "failing", "layout": str(layout)}
+
+
 def plain_job(source: Layout, target: Layout, control: str = "") -> dict[str, str]:
-    return {"do": "plain", "layout": str(target), "source": str(source), "control": control}
+    """Continue from what ``source`` saved in the precision and with the model of ``target``, without DeepSpeed."""
+    name = "zero0" if target.precision == "bf16" else "zero0_fp32"
+    if target.shape is NVME_SHAPE:
+        name += "_large"
+    return {"do": "plain", "layout": f"{name}@1", "source": str(source), "control": control}
+
+
+def needs_plain(source: Layout, target: Layout) -> bool:
+    """Whether the saved run itself cannot be the reference, for want of the same arithmetic."""
+    return source.arithmetic != target.arithmetic
+
+
+def plans_of(pairs: Iterable[tuple[Layout, Layout]], others: Iterable[dict[str, str]] = ()) -> Plans:
+    """Every source saved once, every pair reopened, the plain references at one rank; and other jobs."""
+    pairs = list(pairs)
+    jobs = [save_job(source) for source in dict.fromkeys(source for source, _ in pairs)]
+    jobs += [reopen_job(source, target) for source, target in pairs]
+    jobs += [plain_job(source, target) for source, target in pairs if needs_plain(source, target)]
+    jobs += others
+    plans: Plans = {}
+    for job in (json.loads(text) for text in dict.fromkeys(map(json.dumps, jobs))):
+        plans.setdefault(Layout.parse(job["layout"]).world_size, []).append(job)
+    return plans
 
 
 def run_plans(
-    plans: dict[int, list[dict[str, str]]], folder: Path, *, timeout: float, tell: Any = None
-) -> list[dict[str, Any]]:
-    """Runs the jobs of every world size, all world sizes at once; returns the jobs with their results.
+    plans: Plans, folder: Path, *, timeout: float, tell: Callable[[int], None] = lambda count: None
+) -> Results:
+    """Runs the jobs of every world size, all world sizes at once.
 
     A job that needs another's checkpoint waits for it, whichever ranks save it: plans must save before they reopen.
 
@@ -498,21 +659,22 @@ def run_plans(
             )
             log.close()
     try:
-        _wait(processes, timeout, lambda: tell and tell(sum(path.read_text().count("\n") for path in answers.values())))
+        _wait(processes, timeout, lambda: tell(sum(path.read_text().count("\n") for path in answers.values())))
     finally:
         for _, process in processes:
             process.kill()
             process.wait()
-    return [json.loads(line) for path in answers.values() for line in path.read_text().splitlines()]
+    return Results([json.loads(line) for path in answers.values() for line in path.read_text().splitlines()])
 
 
-def _wait(processes: list[tuple[str, subprocess.Popen]], timeout: float, tell: Any) -> None:
+def _wait(processes: list[tuple[str, subprocess.Popen]], timeout: float, tell: Callable[[], None]) -> None:
     end = time.monotonic() + timeout
     running = processes
     while running:
         for log, process in running:
             if process.poll():
-                raise RuntimeError(f"{Path(log).name} ended with {process.returncode}:\n{Path(log).read_text()[-4000:]}")
+                tail = Path(log).read_text()[-4000:]
+                raise RuntimeError(f"{Path(log).name} ended with {process.returncode}:\n{tail}")
         running = [(log, process) for log, process in running if process.poll() is None]
         if time.monotonic() > end:
             tails = "\n".join(f"{Path(log).name}: {Path(log).read_text()[-1000:]}" for log, _ in running)
@@ -549,6 +711,8 @@ def _do(job: dict[str, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
     layout, nvme = Layout.parse(job["layout"]), folder / "nvme" / job["layout"]
     if job["do"] == "save":
         return save_layout(ranks, layout, source_folder(folder, layout), nvme)
+    if job["do"] == "failing":
+        return failing_save(ranks, layout, folder / f"failing-{layout}", nvme)
     if job["do"] == "exact":
         return exact_resume(ranks, layout, folder / f"exact-{layout}", nvme)
     source = source_folder(folder, job["source"])
