@@ -94,6 +94,9 @@ class RunConfig:
         0.1, "batch and schedule", "decay of matrices (biases and LayerNorms have none)", minimum=0.0
     )
     max_grad_norm: float = _setting(1.0, "batch and schedule", "clip the gradient norm here (0: never)", minimum=0.0)
+    max_bad_steps: int = _setting(
+        10, "batch and schedule", "skipped steps in a row (loss or gradient not finite) that end the run", minimum=1
+    )
     seed: int = _setting(1, "batch and schedule", "seed of the weights, the data order and dropout", minimum=0)
 
     eval_steps: int | None = _setting(

@@ -70,8 +70,8 @@ def replace_file(path: Path, content: Iterable[Any]) -> dict[str, Any]:
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON as every file of a run has it. Raises ValueError for what is not JSON: NaN and infinities."""
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+    """JSON as every file of a run has it."""
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:
@@ -118,7 +118,10 @@ def remove_folder(folder: Path, hidden: Path) -> None:
     """Removes a folder; it is renamed to ``hidden`` first, so that a kill halfway leaves nothing that looks whole."""
     shutil.rmtree(hidden, ignore_errors=True)
     rename(folder, hidden)
-    shutil.rmtree(hidden)
+    try:
+        shutil.rmtree(hidden)
+    except OSError as error:  # it names a file in there without the folder
+        raise OSError(error.errno, error.strerror, str(hidden)) from error
 
 
 def _named(error: OSError, path: Path) -> OSError:

@@ -117,8 +117,14 @@ class PushQueue:
         staging = self._queue / f".staging-{step:08d}"
         try:
             shutil.rmtree(staging, ignore_errors=True)
+            if not self._queue.is_dir():
+                self._queue.mkdir(parents=True)
+                for folder in (self.folder, self.folder.parent):
+                    durable.sync_folder(folder)
             for name in names:
                 _link_or_copy(export / name, staging / "files" / name)
+            for folder in sorted({(staging / "files" / name).parent for name in names}):
+                durable.sync_folder(folder)
             entry = {"step": step, "title": title, "body": body, "sha256": hashes, "digest": digest}
             durable.write_json(staging / "entry.json", entry)
             staging.rename(self._free_name(step))

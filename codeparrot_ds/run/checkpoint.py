@@ -27,6 +27,7 @@ import torch
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import checkpoint_files
+from codeparrot_ds.run.checkpoint_files import STATE
 from codeparrot_ds.run.export import Export, write_export
 from codeparrot_ds.run.fragment_files import FragmentReader, fragment_entries, fragment_file_name
 from codeparrot_ds.run.fragments import (
@@ -44,7 +45,6 @@ from codeparrot_ds.run.tensor_file import TensorEntry, save_tensors, write_tenso
 
 logger = logging.getLogger("codeparrot_ds.checkpoint")
 
-STATE = "state.json"
 DATA = "data.json"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 BYTES_BESIDE = 1 << 20  # of JSON, RNG states and tokenizer, generously
@@ -76,7 +76,8 @@ class SaveOutcome:
     Attributes:
         step: optimizer steps done.
         path: the checkpoint, once it was complete; None for a save that failed.
-        error: why it failed, in a sentence that is the same on every rank.
+        error: what went wrong, in a sentence that is the same on every rank: the save, or what was to be done with the
+            complete checkpoint (removing older ones, queuing its export).
         num_bytes: of all files of all ranks (0 where it failed).
         stall_seconds: how long training waited for it.
         seconds: from the start of the save to the complete checkpoint.
@@ -137,13 +138,14 @@ class CheckpointSaver:
         started = time.perf_counter()
         engine, rank = self._engine, self._ranks.rank
         create_optimizer_state(engine)
-        live = None if self._in_background else _live_parts(engine, rank)
+        copy = self._copy(rank) if self._in_background else None
+        live = _live_parts(engine, rank) if copy is None else None
         saved = _Save(
             state=state,
             export=export,
             engine_state=_engine_state(engine),
             rng=_rng_state(self._ranks.device),
-            parts=self._copy(rank) if live is None else live,
+            parts=live if copy is None else copy,
             started=started,
         )
         if live is not None:
@@ -165,19 +167,33 @@ class CheckpointSaver:
             raise self._crash
         return self.outcomes[-1] if self.outcomes else None
 
-    def _copy(self, rank: int) -> list[_Part]:
-        """All fragments of this rank, copied into one buffer of host memory that is kept for the next save."""
+    def _copy(self, rank: int) -> list[_Part] | None:
+        """All fragments of this rank, copied into one buffer of host memory that is kept for the next save.
+
+        None where there is no memory for it: this rank then writes while it waits, and the others wait for it at the
+        next step.
+        """
         (fragments,) = list(owned_fragments(self._engine)) or [[]]
         entries, tensors = fragment_entries(fragments)
         if not entries:  # Stage 0: rank 0 has everything.
             return []
         size = sum(entry.num_bytes for entry in entries)
         if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._ranks.device.type == "cuda")
+            try:
+                self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._ranks.device.type == "cuda")
+            except RuntimeError as error:  # torch has no narrower one for an allocation on the host
+                logger.warning(
+                    "no %.1f GB of host memory for a copy of the optimizer's state (%s): training waits while it is "
+                    "written",
+                    size / 1e9,
+                    str(error).splitlines()[0],
+                )
+                return None
         end = 0
         for entry, tensor in zip(entries, tensors, strict=True):
             start, end = end, end + entry.num_bytes
-            self._buffer[start:end].view(entry.dtype).copy_(tensor.detach(), non_blocking=True)
+            # As bytes: an odd number of 16-bit values may stand before 32-bit ones.
+            self._buffer[start:end].copy_(tensor.detach().view(torch.uint8), non_blocking=True)
         if self._ranks.device.type == "cuda":
             torch.cuda.current_stream(self._ranks.device).synchronize()
         return [_Part(name=fragment_file_name(rank, 0), entries=entries, values=[self._buffer[:end]])]
@@ -199,7 +215,7 @@ class CheckpointSaver:
             path = checkpoint_files.step_folder(self._checkpoints, step)
             self._ranks.on_main(lambda: self._published(path, saved.state))
         except UserError as problem:
-            error = problem
+            error = problem if path is None else UserError(f"the checkpoint of step {step} is whole, but {problem}")
         seconds = time.perf_counter() - saved.started
         outcome = SaveOutcome(
             step=step,
@@ -252,12 +268,13 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
         UserError: a rank could not write (disk full, no permission); what was there before is untouched.
     """
     step = saved.state.step
-    staging = checkpoint_files.staging_folder(checkpoints, step)
 
-    def prepare() -> None:
-        shutil.rmtree(staging, ignore_errors=True)
+    def prepare() -> Path:
+        checkpoint_files.recover(checkpoints)  # from a save or a removal that failed
         _check_space(checkpoints, saved)
+        staging = checkpoint_files.staging_folder(checkpoints, step)
         durable.make_folder(staging)
+        return staging
 
     def write_own_files() -> dict[str, dict[str, Any]]:
         entries = {}
@@ -274,21 +291,22 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
         files[DATA] = durable.write_file(staging / DATA, [durable.json_bytes(state.pop("data"))])
         files[STATE] = durable.write_file(staging / STATE, [durable.json_bytes(state | saved.engine_state)])
         shapes = saved.engine_state["parameters"]
-        reader = FragmentReader(staging)
+        reader = FragmentReader(staging, files)
         dtype = getattr(torch, saved.export.dtype)
-        weights = reader.weights(shapes, dtype)
-        exported = write_export(staging / checkpoint_files.EXPORT, saved.export, shapes, weights)
+        durable.make_folder(staging / checkpoint_files.EXPORT)
+        exported = write_export(staging / checkpoint_files.EXPORT, saved.export, shapes, reader.weights(shapes, dtype))
         files |= {f"{checkpoint_files.EXPORT}/{name}": entry for name, entry in exported.items()}
         checkpoint_files.publish(staging, step, files)
         return sum(entry["bytes"] for entry in files.values())
 
     try:
-        ranks.on_main(prepare)
+        staging = ranks.on_main(prepare)
         tables = ranks.gather(ranks.together(write_own_files))
         return ranks.on_main(lambda: complete(tables))
     except UserError as error:
         if ranks.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the next save and the next start try again
+                checkpoint_files.recover(checkpoints)
         raise UserError(
             f"the checkpoint of step {step} could not be written ({error}); the one before it is untouched"
         ) from error
@@ -338,7 +356,7 @@ def _load_fragments(engine: Any, checkpoint: Path, saved_shapes: dict[str, list[
             f"{shapes.get(first)} here ({len(different)} parameters differ)"
         )
     create_optimizer_state(engine)
-    reader = FragmentReader(checkpoint)
+    reader = FragmentReader(checkpoint, checkpoint_files.read_manifest(checkpoint)["files"])
     with torch.no_grad():
         for fragments in owned_fragments(engine, every_copy=True):
             for fragment in fragments:

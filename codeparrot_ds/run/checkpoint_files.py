@@ -2,7 +2,8 @@
 
 A checkpoint is written into a hidden staging folder, every file's size and SHA-256 go into ``manifest.json``,
 everything is synced to the disk, and one rename makes it visible. Whoever finds a ``step-*`` folder with a manifest
-that holds has a whole checkpoint; anything else is not one. Besides, in the same folder::
+that holds has a whole checkpoint; anything else is not one. The manifest itself ends with the SHA-256 of what stands
+above. Besides, in the same folder::
 
     latest                the name and step of the newest complete one, as JSON
     aside-step-…          damaged, or of a time line that the run has left; kept until somebody deletes it
@@ -13,6 +14,7 @@ that holds has a whole checkpoint; anything else is not one. Besides, in the sam
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import datetime
 import hashlib
 import json
@@ -27,8 +29,10 @@ from codeparrot_ds.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+STATE = "state.json"
 EXPORT = "export"
 LATEST = "latest"
+SEAL = "sha256"
 STAGING = ".staging-"
 REPLACED = ".replaced-"
 ASIDE = "aside-"
@@ -40,8 +44,16 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:
-    """Where it is written before it is complete; hidden, and never looked at when resuming."""
-    return checkpoints / f"{STAGING}{step:08d}"
+    """A new place to write it before it is complete; hidden, and never looked at when resuming.
+
+    No two are the same: a rank that outlives a killed run writes to a place that is gone, never into its successor's.
+    """
+    return checkpoints / f"{STAGING}{step:08d}-{os.urandom(4).hex()}"
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with its own SHA-256, over its JSON without that."""
+    return content | {SEAL: hashlib.sha256(durable.json_bytes(content)).hexdigest()}
 
 
 def publish(staging: Path, step: int, files: dict[str, dict[str, Any]]) -> Path:
@@ -51,34 +63,55 @@ def publish(staging: Path, step: int, files: dict[str, dict[str, Any]]) -> Path:
         staging: the folder with every file in place and synced.
         step: the optimizer step.
         files: ``bytes`` and ``sha256`` of every file by its path relative to ``staging``.
+
+    Raises:
+        OSError: the system refused; ``recover`` then puts a checkpoint of the same step back that was there before,
+            unless the new one is there already.
     """
     final = step_folder(staging.parent, step)
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     content = {"format": FORMAT, "step": step, "created": created, "files": files}
-    durable.write_file(staging / MANIFEST, [durable.json_bytes(content)])
-    for folder in {staging, *((staging / name).parent for name in files)}:
+    durable.write_file(staging / MANIFEST, [durable.json_bytes(sealed(content))])
+    for folder in sorted({staging, *((staging / name).parent for name in files)}):
         durable.sync_folder(folder)
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # The same step again, after a resume from an older one.
+        if replaced.exists():  # An earlier replacement came as far as its removal.
+            _remove(replaced)
         durable.rename(final, replaced)
     durable.rename(staging, final)
     durable.sync_folder(final.parent)
-    durable.write_json(final.parent / LATEST, {"checkpoint": final.name, "step": step})
+    point_latest(final)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _remove(replaced)
     return final
 
 
+def point_latest(checkpoint: Path) -> None:
+    """Names a checkpoint in ``latest``, for people and scripts: a start looks at the folders themselves."""
+    content = {"checkpoint": checkpoint.name, "step": int(checkpoint.name[5:])}
+    durable.write_json(checkpoint.parent / LATEST, content)
+
+
+def _remove(folder: Path) -> None:
+    durable.remove_folder(folder, folder.with_name(f"{STAGING}{folder.name.lstrip('.')}"))
+
+
 def recover(checkpoints: Path) -> None:
-    """Puts the folder in order after a kill: a checkpoint that was being replaced comes back, half-written ones go."""
+    """Puts the folder in order after a kill or a failed save: a checkpoint that was being replaced comes back, what is
+    half written or half removed goes, as far as the system lets it: it is hidden and harms nobody."""
     for replaced in checkpoints.glob(f"{REPLACED}step-*"):
         final = replaced.with_name(replaced.name.removeprefix(REPLACED))
-        if final.exists():
-            shutil.rmtree(replaced)
-        else:
+        if not final.exists():
             durable.rename(replaced, final)
+        else:
+            with contextlib.suppress(OSError):
+                _remove(replaced)
     for staging in checkpoints.glob(f"{STAGING}*"):
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
+    for temporary in checkpoints.glob(f".{LATEST}.*.tmp"):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -100,15 +133,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: there is none, or it is not JSON.
+        UserError: there is none, or it is damaged.
         NewerFormatError: a newer version of this program wrote it.
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        manifest = json.loads(content)
         version, entries, created = (manifest[key] for key in ("format", "files", "created"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+    # Compared as bytes: every one of them counts. Whatever a later format holds, it ends in the same seal.
+    if durable.json_bytes(sealed({key: value for key, value in manifest.items() if key != SEAL})) != content:
+        raise UserError(f"{path} is damaged: its content is not what its own SHA-256 says")
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormatError(
             f"{checkpoint} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds"
@@ -142,13 +179,13 @@ def verify_checkpoint(checkpoint: Path, *, share: int = 0, num_shares: int = 1) 
 
 
 def _compare(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{path} has {size} bytes instead of {entry['bytes']}"
     digest = hashlib.sha256()
     try:
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{path} has {size} bytes instead of {entry['bytes']}"
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
@@ -183,7 +220,11 @@ def readable_checkpoints(checkpoints: Path) -> list[tuple[Path, str | None]]:
 
 
 def list_checkpoints(run: Path) -> list[dict[str, Any]]:
-    """The checkpoints of a run, oldest first: ``step``, ``path``, ``bytes``, ``files``, ``created``, ``complete``.
+    """The checkpoints of a run, oldest first, with what was set aside.
+
+    Returns:
+        Rows of ``step``, ``path``, ``bytes``, ``files``, ``created``, ``complete``, ``aside``, and ``eval_loss`` where
+        the run was evaluated at that step.
 
     Raises:
         UserError: the folder is not a run.
@@ -191,18 +232,32 @@ def list_checkpoints(run: Path) -> list[dict[str, Any]]:
     run = Path(run)
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a run: it has no run.json")
-    rows = []
-    for folder in reversed(checkpoint_folders(run / "checkpoints")):
-        row: dict[str, Any] = {"step": int(folder.name[5:]), "path": str(folder), "complete": False}
-        try:
-            manifest = read_manifest(folder)
-        except UserError:
-            row |= {"bytes": 0, "files": 0, "created": ""}
-        else:
-            sizes = [entry["bytes"] for entry in manifest["files"].values()]
-            row |= {"bytes": sum(sizes), "files": len(sizes), "created": manifest["created"], "complete": True}
-        rows.append(row)
-    return rows
+    aside = [path for path in (run / "checkpoints").glob(f"{ASIDE}step-*") if path.is_dir()]
+    folders = checkpoint_folders(run / "checkpoints") + aside
+    return [_row(folder) for folder in sorted(folders, key=lambda folder: (_step(folder), folder.name))]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(ASIDE)[5:].split(".")[0])
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": _step(folder), "path": str(folder), "aside": folder.name.startswith(ASIDE)}
+    row |= {"eval_loss": _eval_loss(folder)}
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        return row | {"bytes": 0, "files": 0, "created": "", "complete": False}
+    sizes = [entry["bytes"] for entry in manifest["files"].values()]
+    return row | {"bytes": sum(sizes), "files": len(sizes), "created": manifest["created"], "complete": True}
+
+
+def _eval_loss(folder: Path) -> float | None:
+    try:
+        evaluations = json.loads((folder / STATE).read_text(encoding="utf-8"))["extra"]["evaluations"]
+        return next((row["eval_loss"] for row in reversed(evaluations) if row["step"] == _step(folder)), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # A damaged one; `checkpoint verify` names the damage.
 
 
 def remove_old(checkpoints: Path, *, newest: int, every: int | None = None, best: Collection[int] = ()) -> list[Path]:
@@ -218,7 +273,7 @@ def remove_old(checkpoints: Path, *, newest: int, every: int | None = None, best
     for folder in checkpoint_folders(checkpoints)[newest:]:
         step = int(folder.name[5:])
         if step not in best and not (every and step % every == 0):
-            durable.remove_folder(folder, folder.with_name(f"{STAGING}{folder.name}"))
+            _remove(folder)
             removed.append(folder)
     return removed
 

@@ -42,7 +42,7 @@ def write_export(
     """Writes what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` need, and the card.
 
     Args:
-        folder: created here.
+        folder: empty.
         export: everything but the weights.
         shapes: shape of every parameter by its name in the model, a tied one once.
         weights: the parameters in that order, in the export's precision, on the CPU; each is written and let go before
@@ -56,7 +56,6 @@ def write_export(
     """
     from transformers import GenerationConfig
 
-    durable.make_folder(folder)
     dtype = getattr(torch, export.dtype)
     entries = [TensorEntry(name=name, dtype=dtype, shape=tuple(shape)) for name, shape in shapes.items()]
     written = {WEIGHTS: write_tensor_file(folder / WEIGHTS, entries, weights, {"format": "pt"})}

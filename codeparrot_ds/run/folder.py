@@ -116,7 +116,7 @@ def check_continuation(config: RunConfig, path: Path) -> None:
         raise UserError(f"{path} is a file: choose another --run-name or --output-dir")
     saved_config = path / "config.yaml"
     if not (path / "run.json").is_file() or not saved_config.is_file():
-        if any(path.iterdir()):
+        if not _left_by_a_killed_start(path):
             raise UserError(f"{path} is not a run and not empty: choose another --run-name or --output-dir")
         return
     if config.resume == "never" and checkpoint_folders(path / "checkpoints"):
@@ -135,6 +135,17 @@ def check_continuation(config: RunConfig, path: Path) -> None:
         if len(differences) == 1 and saved.global_batch_size != config.global_batch_size:
             told = ", or pass --on-batch-change continue to go on with the next rows in batches of the new size"
         raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name{told}")
+
+
+def _left_by_a_killed_start(path: Path) -> bool:
+    """Whether a folder without ``run.json`` holds nothing, or only what a start makes before that."""
+    names = {entry.name for entry in path.iterdir()}
+    if "checkpoints" in names and any((path / "checkpoints").iterdir()):
+        return False
+    made = {"checkpoints", ".lock"}
+    if ".lock" in names:  # without it, they are somebody else's
+        made |= {name for name in names if re.fullmatch(r"(ds_)?config(_sources)?\.(yaml|json)|\..+\.\d+\.tmp", name)}
+    return names <= made
 
 
 def check_ds_continuation(config: RunConfig, path: Path, ds_config: dict[str, Any]) -> list[Change]:

@@ -6,6 +6,7 @@ offset inside the flattened parameter. Which file holds what does not matter: wh
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,28 +28,35 @@ def fragment_file_name(rank: int, part: int) -> str:
 def fragment_entries(fragments: Iterable[Fragment]) -> tuple[list[TensorEntry], list[torch.Tensor]]:
     """The entries of a file with these fragments and the tensors behind them, in the file's order.
 
-    The widest come first, so that each begins where its dtype is aligned: bf16 masters may have fp32 moments.
+    Wide numbers come first, so that each tensor begins where its dtype is aligned.
     """
-    pairs = []
-    for fragment in fragments:
-        for kind, tensor in fragment.tensors.items():
-            name = f"{fragment.name}|{kind}|{fragment.start}"
-            pairs.append((TensorEntry(name=name, dtype=tensor.dtype, shape=(tensor.numel(),)), tensor))
-    pairs.sort(key=lambda pair: pair[0].dtype.itemsize, reverse=True)  # keeps the order of equals
-    return [entry for entry, _ in pairs], [tensor for _, tensor in pairs]
+    named = [
+        (f"{fragment.name}|{kind}|{fragment.start}", tensor)
+        for fragment in fragments
+        for kind, tensor in fragment.tensors.items()
+    ]
+    named.sort(key=lambda item: -item[1].element_size())
+    entries = [TensorEntry(name=name, dtype=tensor.dtype, shape=(tensor.numel(),)) for name, tensor in named]
+    return entries, [tensor for _, tensor in named]
 
 
 class FragmentReader:
-    """All fragments of one checkpoint, read by slices; the files are mapped, not loaded."""
+    """All fragments of one checkpoint, read by slices; the files are mapped, not loaded.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the checkpoint.
+        names: its files, those of other kinds among them; what else lies in the folder was never verified, and a
+            network's file system may show a folder's new files late, though it opens them by name at once.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
         from safetensors import safe_open
 
         self._folder = folder
         # (start, file, name in it) of every piece, by parameter and kind
         self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
-        for path in sorted(folder.glob(PATTERN)):
-            file = safe_open(path, "pt")
+        for fragment_file in sorted(fnmatch.filter(names, PATTERN)):
+            file = safe_open(folder / fragment_file, "pt")
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 name, kind, start = key.rsplit("|", 2)
                 self._pieces.setdefault((name, kind), []).append((int(start), file, key))
@@ -73,9 +81,15 @@ class FragmentReader:
             )
 
     def weight(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A whole parameter, from its masters, in the precision asked for (rounded to nearest)."""
+        """A whole parameter, from its masters, in the precision asked for (rounded to nearest).
+
+        Raises:
+            UserError: the checkpoint does not hold all of it, or a value is too large for float16.
+        """
         weight = torch.empty(shape, dtype=dtype)
         self.fill(weight.view(-1), name, MASTER)
+        if dtype == torch.float16 and not weight.isfinite().all():
+            raise UserError(f"{name} has values that float16 cannot hold: export it in bfloat16 or float32")
         return weight
 
     def weights(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> Iterator[torch.Tensor]:

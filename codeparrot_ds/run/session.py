@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -41,6 +42,7 @@ from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
+from codeparrot_ds.run.bad_steps import BadSteps
 from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import Export
@@ -83,6 +85,7 @@ class Session:
     shape: GPT2Shape
     engine: Any
     loader: TrainingLoader
+    bad_steps: BadSteps
     tracker: Tracker
     progress: Progress
     meter: Meter
@@ -104,6 +107,7 @@ class Session:
             published=self._after_save,
             report=self._report_save,
         )
+        self.bad_steps.give_up = self._give_up
 
     @classmethod
     def start(cls, config: RunConfig) -> Session:
@@ -160,7 +164,7 @@ class Session:
         startup.lap("loader and trackers")
         meter = _start_meter(config, ds_config, shape, ranks, loader, restored)
         meter.memory_check = _memory_check(config, ds_config, shape, ranks, folder, progress, step)
-        return cls(
+        session = cls(
             config=config,
             ds_config=ds_config,
             ranks=ranks,
@@ -170,6 +174,7 @@ class Session:
             shape=shape,
             engine=engine,
             loader=loader,
+            bad_steps=_watch_steps(config, ranks, engine, stream, stream_start, step, loader, progress),
             tracker=tracker,
             progress=progress,
             meter=meter,
@@ -180,11 +185,23 @@ class Session:
             validation=validation,
             evaluations=list(restored.extra["evaluations"]) if restored else [],
         )
+        if restored is not None:
+            ranks.on_main(lambda: session._queue_again(restored))
+        return session
 
     @property
     def last_evaluation(self) -> dict[str, Any]:
         """The newest evaluation row; empty before the first."""
         return self.evaluations[-1] if self.evaluations else {}
+
+    def looks_well(self, step: int) -> bool:
+        """Whether the weights after ``step`` are worth a checkpoint: neither it nor its evaluation gave a NaN.
+
+        Older checkpoints make room for newer ones, so those of weights that are past help must not push out good ones.
+        """
+        evaluation = self.last_evaluation
+        evaluated_well = evaluation.get("step") != step or math.isfinite(evaluation["eval_loss"])
+        return self.bad_steps.in_a_row == 0 and evaluated_well
 
     @property
     def accumulation_steps(self) -> int:
@@ -302,6 +319,14 @@ class Session:
         self.saver.save(state, export)
         self.meter.pause(time.perf_counter() - started)
 
+    def _give_up(self, step: int) -> Path | None:
+        """Records that the run has diverged and finds its newest checkpoint that is whole (rank 0)."""
+        self.saver.wait()
+        self.folder.update(outcome={"status": "diverged", "step": step, "run": str(self.folder.path)})
+        candidates = checkpoint_files.readable_checkpoints(self.folder.checkpoints)
+        whole = (path for path, problem in candidates if not problem and not checkpoint_files.verify_checkpoint(path))
+        return next(whole, None)
+
     def _report_save(self, outcome: SaveOutcome) -> None:
         """Says what became of a save (rank 0, from the thread that wrote)."""
         if outcome.error is not None:
@@ -322,9 +347,8 @@ class Session:
         config = self.config
         evaluations = state.extra["evaluations"]
         saved = {int(folder.name[5:]) for folder in checkpoint_files.checkpoint_folders(self.folder.checkpoints)}
-        best = min(
-            (row for row in evaluations if row["step"] in saved), key=lambda row: row["eval_loss"], default={"step": -1}
-        )
+        judged = [row for row in evaluations if row["step"] in saved and not math.isnan(row["eval_loss"])]
+        best = min(judged, key=lambda row: row["eval_loss"], default={"step": -1})
         for removed in checkpoint_files.remove_old(
             self.folder.checkpoints,
             newest=config.keep_checkpoints,
@@ -332,8 +356,23 @@ class Session:
             best=[best["step"]] if config.keep_best_checkpoint else [],
         ):
             logger.debug("removed %s", removed)
+        self._queue_export(path, state)
+
+    def _queue_again(self, restored: RunState) -> None:
+        """Queues the export of the checkpoint that the run goes on from: a kill may have come before that (rank 0)."""
+        path = checkpoint_files.step_folder(self.folder.checkpoints, restored.step)
+        if not path.is_dir():  # another run's
+            return
+        try:
+            self._queue_export(path, restored)
+        except UserError as error:
+            self.progress.say("error: %s; training goes on", error)
+
+    def _queue_export(self, path: Path, state: RunState) -> None:
+        """Queues a checkpoint's export for the run's branch and starts pushing; one that is known changes nothing."""
         if self.folder.record.get("hub") is None:
             return
+        evaluations = state.extra["evaluations"]
         title = f"Step {state.step}"
         if evaluations:
             evaluation = evaluations[-1]
@@ -354,6 +393,19 @@ class Session:
             },
         )
         start_drain(self.folder.path)
+
+    def _saves(self) -> list[dict[str, Any]]:
+        """What the saves of this start took, for the record."""
+        return [
+            {
+                "step": outcome.step,
+                "bytes": outcome.num_bytes,
+                "stall_seconds": round(outcome.stall_seconds, 4),
+                "seconds": round(outcome.seconds, 4),
+                "error": None if outcome.error is None else str(outcome.error),
+            }
+            for outcome in self.saver.outcomes
+        ]
 
     def _card(self, step: int, tokens: int) -> str:
         corpus = Path(self.config.data) / "corpus.json"
@@ -416,7 +468,7 @@ class Session:
 
         def conclude() -> None:
             self.tracker.close()
-            self.folder.update(outcome=outcome, data=data)
+            self.folder.update(outcome=outcome, data=data, saves=self._saves())
             self.progress.say("data: %s", data["summary"])
             if self.folder.record.get("hub") is not None:
                 hub_push(self.folder.path)
@@ -526,6 +578,8 @@ def _newest_valid(folder: RunFolder, ranks: Ranks) -> Path | None:
             for sentence in damage:
                 logger.error("damaged checkpoint left out: %s", sentence)
             logger.error("%s was set aside as %s", path.name, checkpoint_files.set_aside(path).name)
+        if found is not None:
+            checkpoint_files.point_latest(found)  # a kill may have come between the rename and this
 
     ranks.on_main(report)
     return found
@@ -537,19 +591,18 @@ def _verify(checkpoint: Path, ranks: Ranks) -> list[str]:
 
 
 def _asked_for(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Path:
-    """The checkpoint that ``--resume`` names; newer ones of this run are of a time line that the run leaves here."""
-    chosen = Path(config.resume)
+    """The checkpoint that ``--resume`` names, of this run or another; this run's later ones are of a time line that it
+    leaves here: they would be taken for newer than what comes now."""
+    chosen = Path(config.resume).resolve()
     damage = _verify(chosen, ranks)
 
     def leave_newer() -> None:
         if damage:
-            raise UserError(f"--resume {chosen}: {damage[0]}")
-        if chosen.absolute().parent != folder.checkpoints.absolute():
-            return
-        for newer in checkpoint_files.checkpoint_folders(folder.checkpoints):
-            if newer.absolute() == chosen.absolute():
-                return
-            logger.warning("%s was set aside as %s", newer.name, checkpoint_files.set_aside(newer).name)
+            raise UserError(f"--resume {config.resume}: {damage[0]}")
+        step = checkpoint_files.read_manifest(chosen)["step"]
+        for later in checkpoint_files.checkpoint_folders(folder.checkpoints):
+            if int(later.name[5:]) >= step and later.resolve() != chosen:
+                logger.warning("%s was set aside as %s", later.name, checkpoint_files.set_aside(later).name)
 
     ranks.on_main(leave_newer)
     return chosen
@@ -574,6 +627,30 @@ def _training_loader(config: RunConfig, stream: StreamConfig, ranks: Ranks, star
         world_size=ranks.world_size,
         start_row=start.row,
         lane_states=start.lane_states,
+    )
+
+
+def _watch_steps(
+    config: RunConfig,
+    ranks: Ranks,
+    engine: Any,
+    stream: StreamConfig,
+    start: StreamStart,
+    step: int,
+    loader: TrainingLoader,
+    progress: Progress,
+) -> BadSteps:
+    return BadSteps(
+        engine=engine,
+        ranks=ranks,
+        stream=stream,
+        loader=loader,
+        global_batch_size=config.global_batch_size,
+        start_step=step,
+        start_row=start.row,
+        limit=config.max_bad_steps,
+        say=progress.say,
+        watch_gradients=not config.compile,  # a hook inside a compiled model would cut its graph
     )
 
 

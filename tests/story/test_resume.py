@@ -26,7 +26,7 @@ def with_dropout(workshop):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with_dropout, tmp_path):
     run = tmp_path / "dropout"
     shutil.copytree(with_dropout, run)
-    damaged = run / "checkpoints" / "step-00000020" / "fragments-00001.safetensors"
+    damaged = run / "checkpoints" / "step-00000020" / "fragments-00001-000.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
@@ -34,7 +34,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with
         *("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", *STEPS), output_dir=tmp_path
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "step-00000020/fragments-00001.safetensors is damaged" in process.stderr
+    assert "step-00000020/fragments-00001-000.safetensors is damaged" in process.stderr
+    assert "step-00000020 was set aside as aside-step-00000020" in process.stderr
+    assert (run / "checkpoints" / "aside-step-00000020" / damaged.name).read_bytes() == content
     assert "resumed from step 10" in process.stderr
     assert losses(run) == losses(with_dropout)
     assert evaluations(run) == evaluations(with_dropout)
@@ -61,8 +63,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_drop
     process = workshop.train(*arguments, output_dir=tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     assert f"resumed from step {outcome['step']}" in process.stderr
-    # A save at another step makes the C++ Adam compute beta^t afresh there: equal to rounding, not to the bit.
-    assert losses(run) == pytest.approx(losses(with_dropout), abs=2e-3)
+    assert losses(run) == losses(with_dropout)
 
 
 def test_killed_ranks_lose_nothing_that_was_saved(workshop, with_dropout, tmp_path):
@@ -71,7 +72,8 @@ def test_killed_ranks_lose_nothing_that_was_saved(workshop, with_dropout, tmp_pa
     process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stderr=subprocess.PIPE, text=True)
     run = tmp_path / "dropout"
     deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").is_file() or max(losses(run), default=0) < 12:
+    saved = run / "checkpoints" / "step-00000010" / "manifest.json"  # written behind the steps
+    while not saved.is_file() or max(losses(run), default=0) < 12:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     for child in psutil.Process(process.pid).children(recursive=True):
