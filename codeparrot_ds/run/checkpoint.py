@@ -18,7 +18,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -139,16 +139,18 @@ class CheckpointSaver:
         engine, rank = self._engine, self._ranks.rank
         create_optimizer_state(engine)
         copy = self._copy(rank) if self._in_background else None
+        live = _live_parts(engine, rank) if copy is None else None
         saved = _Save(
             state=state,
             export=export,
             engine_state=_engine_state(engine),
             rng=_rng_state(self._ranks.device),
-            parts=_live_parts(engine, rank) if copy is None else copy,
+            parts=live if copy is None else copy,
             started=started,
         )
-        if copy is None:
-            self._write(saved, None)
+        if live is not None:
+            with contextlib.closing(live):  # A failed write must not leave a group of NVMe's in memory.
+                self._write(saved, None)
             return
         stall = time.perf_counter() - started
         self._thread = threading.Thread(
@@ -249,13 +251,14 @@ class _Save:
     started: float
 
 
-def _live_parts(engine: Any, rank: int) -> Iterator[_Part]:
+def _live_parts(engine: Any, rank: int) -> Generator[_Part, None, None]:
     """The fragments as they lie in the optimizer; a group on NVMe is in memory while its part is written."""
-    for number, fragments in enumerate(owned_fragments(engine)):
-        entries, tensors = fragment_entries(fragments)
-        if entries:
-            values = [tensor.detach().cpu() for tensor in tensors]
-            yield _Part(name=fragment_file_name(rank, number), entries=entries, values=values)
+    with contextlib.closing(owned_fragments(engine)) as groups:
+        for number, fragments in enumerate(groups):
+            entries, tensors = fragment_entries(fragments)
+            if entries:
+                values = [tensor.detach().cpu() for tensor in tensors]
+                yield _Part(name=fragment_file_name(rank, number), entries=entries, values=values)
 
 
 def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
@@ -388,7 +391,7 @@ def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
         group["lr"] = rate
     scheduler._last_lr = rates
     scaler = _loss_scaler(engine)
-    if scaler is not None:  # A checkpoint of another precision has no scale: fp16 begins with its initial one.
+    if scaler is not None:  # Empty in a checkpoint of another precision: fp16 then begins with its initial scale.
         for key, value in state["loss_scaler"].items():
             setattr(scaler, key, value)
 
@@ -402,14 +405,17 @@ def _bytes_a_parameter(engine: Any) -> int:
 
 
 def _loss_scaler(engine: Any) -> Any:
-    """The object that scales for fp16 (``loss_scaler`` in ZeRO, ``loss_scale_config`` at stage 0); else None."""
+    """The object that finds fp16's loss scale as it goes; None for other precisions and where the config fixes it.
+
+    It is ``loss_scaler`` in ZeRO's optimizers and ``loss_scale_config`` in stage 0's.
+    """
     if not engine.fp16_enabled():
         return None
-    for attribute in ("loss_scaler", "loss_scale_config"):
-        scaler = getattr(engine.optimizer, attribute, None)
-        if scaler is not None:
-            return scaler
-    return None
+    settings = getattr(engine.optimizer, "loss_scale_config", None)
+    if settings is not None:
+        return settings if settings.dynamic_loss_scale else None
+    scaler = engine.optimizer.loss_scaler
+    return scaler if scaler.dynamic else None
 
 
 def _rng_state(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -4,8 +4,9 @@ A fragment is a contiguous piece of one flattened parameter: its fp32 master wei
 reads and writes only what its ZeRO partition owns, under the parameter's name and the offset inside the parameter.
 Where the pieces lie is read from DeepSpeed's own mappings (0.19.8):
 
-- stages 1 and 2: the flat groups' order and offsets (``DeepSpeedZeroOptimizer``; its ``parameter._hp_mapping`` is wrong
-  under ``round_robin_gradients``), ``parameter._hp_mapping`` (``BF16_Optimizer``);
+- stages 1 and 2 (``DeepSpeedZeroOptimizer``): the flat groups' parameters in their order and offsets, cut by rank
+  (``parameter._hp_mapping`` is not used: with ``round_robin_gradients`` it has the offsets of another order);
+- stage 1 with fp32 accumulation (``BF16_Optimizer``): ``parameter._hp_mapping``;
 - stage 3: ``optimizer.grad_position`` (group, offset, numel), piece ``rank`` of the parameter, cut at ``ds_numel``;
 - stage 0: the bare optimizer (fp32) or ``FP16_Optimizer``'s flat groups (bf16, fp16); rank 0 owns everything.
 """
@@ -13,7 +14,7 @@ Where the pieces lie is read from DeepSpeed's own mappings (0.19.8):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class Fragment:
     Attributes:
         name: the parameter's name in the model.
         start: offset of the piece inside the flattened parameter.
-        tensors: ``fp32``, ``exp_avg`` and ``exp_avg_sq``, one-dimensional fp32 views into the optimizer's storage.
+        tensors: ``fp32``, ``exp_avg`` and ``exp_avg_sq``, one-dimensional views into the optimizer's storage, each in
+            the precision that the optimizer keeps it in (fp32, or bf16 where the config asks for bf16 states).
     """
 
     name: str
@@ -47,7 +49,7 @@ def parameter_shapes(engine: Any) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in _trained(engine)}
 
 
-def owned_fragments(engine: Any, *, every_copy: bool = False) -> Iterator[list[Fragment]]:
+def owned_fragments(engine: Any, *, every_copy: bool = False) -> Generator[list[Fragment], None, None]:
     """Yields the fragments that this rank owns, as many at once as are in memory together: all, or a group of NVMe's.
 
     Use each list before asking for the next: a group of NVMe's is written back and let go then.
@@ -61,7 +63,7 @@ def owned_fragments(engine: Any, *, every_copy: bool = False) -> Iterator[list[F
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         yield from _stage3_fragments(engine)
     elif kind == "DeepSpeedZeroOptimizer":
-        yield list(_flat_group_fragments(engine))
+        yield list(_stage12_fragments(engine))
     elif kind == "BF16_Optimizer":
         yield list(_bf16_optimizer_fragments(engine))
     elif engine.global_rank == 0 or every_copy:
@@ -80,16 +82,20 @@ def create_optimizer_state(engine: Any) -> None:
     if flats is None:
         flats = [tensor for group in base.param_groups for tensor in group["params"]]
     for i, flat in enumerate(flats):
-        if _swapped(optimizer, i):
-            continue  # DeepSpeed makes the moments of an NVMe group when it writes the group out at construction.
         state = base.state[flat]
-        for key in MOMENTS:
-            if key not in state:
-                state[key] = torch.zeros_like(flat.data)
-        state.setdefault("step", torch.tensor(0.0) if isinstance(base, torch.optim.AdamW) else 0)
+        if any(moment not in state for moment in MOMENTS):
+            with _in_memory(optimizer, i):  # A group on NVMe goes back there with its moments.
+                for moment in MOMENTS:
+                    state.setdefault(moment, torch.zeros_like(flat.data, dtype=_moments_dtype(base, flat)))
+        state.setdefault("step", torch.tensor(0.0) if isinstance(base, torch.optim.Adam) else 0)
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _moments_dtype(base: Any, master: torch.Tensor) -> torch.dtype:
+    """What the optimizer itself would create: the master's dtype, but in CPU memory fp32 unless told otherwise."""
+    return torch.float32 if getattr(base, "fp32_optimizer_states", False) else master.dtype
 
 
 def optimizer_step_count(engine: Any) -> int:
@@ -101,7 +107,7 @@ def set_optimizer_step_count(engine: Any, step: int) -> None:
     """Sets Adam's step counter for every tensor."""
     base = engine.basic_optimizer
     for state in base.state.values():
-        state["step"] = torch.tensor(float(step)) if isinstance(base, torch.optim.AdamW) else step
+        state["step"] = torch.tensor(float(step)) if isinstance(base, torch.optim.Adam) else step
 
 
 @torch.no_grad()
@@ -122,12 +128,7 @@ def masters_to_working_weights(engine: Any) -> None:
         optimizer.checkpoint_event_prologue()
         for i in range(len(optimizer.fp32_partitioned_groups_flat)):
             with _in_memory(optimizer, i):
-                optimizer.fp16_partitioned_groups_flat[i].data.copy_(optimizer.fp32_partitioned_groups_flat[i].data)
-            pieces = optimizer.unflatten(
-                optimizer.fp16_partitioned_groups_flat[i], optimizer.fp16_partitioned_groups[i]
-            )
-            for partition, piece in zip(optimizer.fp16_partitioned_groups[i], pieces, strict=True):
-                partition.data = piece.data
+                optimizer._partitioned_params_swap_out(i)  # into memory or, for weights on NVMe, to the disk
         optimizer.checkpoint_event_epilogue()
 
 
@@ -169,25 +170,24 @@ def _stage3_fragments(engine: Any) -> Iterator[list[Fragment]]:
     yield resident
 
 
-def _flat_group_fragments(engine: Any) -> Iterator[Fragment]:
+def _stage12_fragments(engine: Any) -> Iterator[Fragment]:
     optimizer, base = engine.optimizer, engine.basic_optimizer
     names = {id(parameter): name for name, parameter in _trained(engine)}
-    for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
-        flat = base.param_groups[group]["params"][0]
-        size = optimizer.partition_size[group]
-        low = size * torch.distributed.get_rank(optimizer.real_dp_process_group[group])
-        for parameter, begin in zip(parameters, optimizer.round_robin_bit16_offsets[group], strict=True):
-            first, last = max(begin, low), min(begin + parameter.numel(), low + size)
-            if first < last:
-                tensors = _pieces(base.state[flat], flat, first - low, last - first)
-                yield Fragment(name=names[id(parameter)], start=first - begin, tensors=tensors)
+    for i, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        begin = torch.distributed.get_rank(optimizer.real_dp_process_group[i]) * flat.numel()
+        parameters = optimizer.round_robin_bit16_groups[i]  # in the order of the flat group, whatever that is
+        for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[i], strict=True):
+            low, high = max(begin, offset), min(begin + flat.numel(), offset + parameter.numel())
+            if low < high:  # Otherwise other ranks own all of it.
+                tensors = _pieces(base.state[flat], flat, low - begin, high - low)
+                yield Fragment(name=names[id(parameter)], start=low - offset, tensors=tensors)
 
 
 def _bf16_optimizer_fragments(engine: Any) -> Iterator[Fragment]:
     base = engine.basic_optimizer
     for name, parameter in _trained(engine):
         mapping = parameter._hp_mapping
-        if mapping is None:  # Another rank owns all of it.
+        if mapping is None:  # Other ranks own all of it.
             continue
         flat = base.param_groups[mapping.param_group_index]["params"][0]
         address = mapping.hp_fragment_address

@@ -69,8 +69,8 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
     Safe: whatever says how the state is spread, moved and computed with (stage, precision, offload, buckets,
     overlap, activation checkpointing) and the rates of the run config; checkpoints hold weights and moments by name
-    and offset and fit them all. Refused: another optimizer, another meaning of its moments, and fp16 after another
-    precision, whose checkpoints know no loss scale.
+    and offset and fit them all; fp16 after another precision begins with its initial loss scale. Refused: another
+    optimizer, and another meaning of its moments.
     """
     before, after = dict(leaves(saved)), dict(leaves(now))
     found = []
@@ -96,8 +96,6 @@ def _why_unsafe(path: KeyPath, saved: Mapping[str, Any], now: Mapping[str, Any])
         if names[0] == names[1] or (set(names) == set(_ADAMS) and _decays_alike(saved, now)):
             return None
         return "the checkpoint has the other optimizer's state"
-    if path == ("fp16", "enabled") and value_at(now, path) is True:
-        return "the checkpoint has no loss scale"
     if path in _MEANING and not (path[-1] == "adam_w_mode" and _decays_alike(saved, now)):
         return "the checkpoint's moments belong to the other update"
     return None
