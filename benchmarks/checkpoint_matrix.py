@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 from record import REPOSITORY, write_record
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "run"))
-from layouts import (  # noqa: E402
+from layouts import (
     CONTROLS,
     OFFLOADED,
     STAGES,

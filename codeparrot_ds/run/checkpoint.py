@@ -139,7 +139,7 @@ class CheckpointSaver:
         engine, rank = self._engine, self._ranks.rank
         create_optimizer_state(engine)
         copy = self._copy(rank) if self._in_background else None
-        live = _live_parts(engine, rank) if copy is None else None
+        live = _live_parts(engine, rank)
         saved = _Save(
             state=state,
             export=export,
@@ -148,7 +148,7 @@ class CheckpointSaver:
             parts=live if copy is None else copy,
             started=started,
         )
-        if live is not None:
+        if copy is None:
             with contextlib.closing(live):  # A failed write must not leave a group of NVMe's in memory.
                 self._write(saved, None)
             return

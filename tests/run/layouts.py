@@ -10,13 +10,13 @@ What a reopened engine is compared with:
 - **State.** Masters and both moments, bit for bit, against those gathered from the engine that was saved (rounded to
   nearest where the reopened engine keeps bf16 states); Adam's step counter and the learning rate exactly; the working
   weights against the masters, rounded, bit for bit.
-- **Losses, the same arithmetic.** The next 10 against those of the saved engine, which simply went on: equal at the same
-  layout, within ``FP32_TOLERANCE`` in fp32. In bf16 another layout adds gradients up in another order and rounds
+- **Losses, the same arithmetic.** The next 10 against those of the saved engine, which simply went on: equal at the
+  same layout, within ``FP32_TOLERANCE`` in fp32. In bf16 another layout adds gradients up in another order and rounds
   each sum to 8 bits: two runs from one state part by up to ``BF16_BAND``, whether one of them was reopened or not.
 - **Losses, another precision.** The run that was saved cannot be the reference: fp32 weights rounded to bf16 give
   other losses with nothing wrong. Compared is a plain PyTorch loop in the new precision, from the same masters, moments
-  and step (``plain_continuation``), that knows nothing of DeepSpeed and of checkpoints. In fp32 it stays within
-  ``PLAIN_TOLERANCE`` of every engine; where masters or moments are bf16 in one of the two, within ``BF16_BAND`` as well.
+  and step (``plain_continuation``), that knows nothing of DeepSpeed and of checkpoints and rounds what the reopened
+  engine keeps in bf16. In fp32 it stays within ``PLAIN_TOLERANCE`` of every engine, in bf16 within ``BF16_BAND``.
 
 ``CONTROLS`` are continuations from a damaged state: what the comparison shows when a moment is lost.
 """
@@ -110,8 +110,9 @@ class Layout:
 def ds_config_of(name: str) -> dict[str, Any]:
     """A shipped DeepSpeed config, or one of the combinations that have no file of their own.
 
-    ``…_large`` is the same config, for the larger model that NVMe takes. ``…_offload_fp32`` is the fp32 file with the other's offload block; ``…_bf16_masters`` is ``…_bf16_states`` with
-    Adam's moments in fp32; ``…_round_robin`` has ``round_robin_gradients``; ``…_torch_adam`` has PyTorch's AdamW.
+    ``…_large`` is the same config, for the larger model that NVMe takes; ``…_offload_fp32`` the fp32 file with the
+    other's offload block; ``…_bf16_masters`` is ``…_bf16_states`` with Adam's moments in fp32; ``…_round_robin`` has
+    ``round_robin_gradients``; ``…_torch_adam`` has PyTorch's AdamW.
     """
     name = name.removesuffix("_large")
     if name.endswith("_offload_fp32"):
@@ -209,8 +210,6 @@ def evaluate(model: Any) -> float:
         logits = model(input_ids=ids).logits.float()
     model.train()
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-
-
 
 
 def gathered_state(engine: Any, ranks: Ranks) -> State:
@@ -446,8 +445,13 @@ def _without(state: State, lost: str) -> State:
     }
 
 
-def plain_continuation(layout: Layout, state: State, adam_step: int = SAVED_AT) -> list[float]:
-    """The next losses from a state by plain PyTorch in a layout's precision: fp32 masters, AdamW, accumulation."""
+def plain_continuation(layout: Layout, state: State, kept_in_bf16: str, adam_step: int = SAVED_AT) -> list[float]:
+    """The next losses from a state by plain PyTorch in a layout's precision: masters, AdamW, accumulation.
+
+    ``kept_in_bf16`` is the reopened engine's ``arithmetic[1]``: masters, or masters and moments, that are rounded to
+    bf16 after each step. Two runs that were never reopened part by 7e-3 over these steps when one of them rounds its
+    masters and the other does not, and by 6e-4 when both or neither do.
+    """
     config = run_config(1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[layout.precision]
     model = build_model(layout.shape, eos_token_id=0, seed=2).to(dtype)
@@ -465,6 +469,10 @@ def plain_continuation(layout: Layout, state: State, adam_step: int = SAVED_AT) 
     for name, master in masters.items():
         moments = {kind: state[name][kind].float().view(master.shape).clone() for kind in MOMENTS}
         adam.state[master] = {"step": torch.tensor(float(adam_step)), **moments}
+    rounded = [master.data for master in masters.values()] if kept_in_bf16 else []
+    if kept_in_bf16 == "_bf16_states":
+        rounded += [adam.state[master][kind] for master in masters.values() for kind in MOMENTS]
+    _round_to_bf16(rounded)
     losses = []
     for step in range(SAVED_AT, SAVED_AT + COMPARED_STEPS):
         with torch.no_grad():
@@ -483,8 +491,14 @@ def plain_continuation(layout: Layout, state: State, adam_step: int = SAVED_AT) 
             masters[name].grad, parameter.grad = parameter.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters.values(), config.max_grad_norm)
         adam.step()
+        _round_to_bf16(rounded)
         losses.append(sum(found) / len(found))
     return losses
+
+
+def _round_to_bf16(tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
+        tensor.copy_(tensor.bfloat16())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -609,7 +623,8 @@ def plain_job(source: Layout, target: Layout, control: str = "") -> dict[str, st
     name = "zero0" if target.precision == "bf16" else "zero0_fp32"
     if target.shape is NVME_SHAPE:
         name += "_large"
-    return {"do": "plain", "layout": f"{name}@1", "source": str(source), "control": control}
+    kept = target.arithmetic[1]
+    return {"do": "plain", "layout": f"{name}@1", "source": str(source), "kept_in_bf16": kept, "control": control}
 
 
 def needs_plain(source: Layout, target: Layout) -> bool:
@@ -723,7 +738,7 @@ def _do(job: dict[str, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
     state, step = torch.load(source / "state.pt", weights_only=True), SAVED_AT
     if job["control"]:
         state, step = CONTROLS[job["control"]](state, step)
-    return {"losses": plain_continuation(layout, state, step)}
+    return {"losses": plain_continuation(layout, state, job["kept_in_bf16"], step)}
 
 
 def main() -> None:

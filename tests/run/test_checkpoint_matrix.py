@@ -1,13 +1,12 @@
 """Engines saved at one layout and reopened at another; all pairs are in ``benchmarks/checkpoint_matrix.py``.
 
-Every stage at every world size in both precisions, and each with its optimizer or all of it offloaded, is saved once and
-reopened once. What is compared, and with what, is told in ``layouts.py``.
+Every stage at every world size in both precisions, and each with its optimizer or all of it offloaded, is saved once
+and reopened once. What is compared, and with what, is told in ``layouts.py``.
 """
 
 import itertools
 
 import pytest
-
 from layouts import (
     BF16_BAND,
     CONTROLS,
