@@ -696,6 +696,20 @@ def _add_checkpoint(commands: Any) -> None:
         actions, "verify", _run_checkpoint_verify, "compares every byte of checkpoints with their manifests"
     )
     action.add_argument("path", type=Path, metavar="PATH", help="a run, or one checkpoint of it")
+    action = _command(
+        actions,
+        "export",
+        _run_checkpoint_export,
+        "writes a checkpoint's model as a Hugging Face folder",
+    )
+    action.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint of it")
+    action.add_argument("--step", type=int, metavar="N", help="optimizer step (default: the newest checkpoint)")
+    dtypes = ("float32", "bfloat16", "float16")
+    action.add_argument(
+        "--dtype", choices=dtypes, default="float32", help=_default("precision of the weights", "float32")
+    )
+    action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    action.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
 
 
 def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
@@ -706,10 +720,23 @@ def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     for row in rows:
-        state = "complete" if row["complete"] else "NOT COMPLETE"
-        print(f"step {row['step']:>8,}  {row['bytes'] / 1e6:>10,.1f} MB  {row['created']}  {state}  {row['path']}")
+        state = "set aside" if row["aside"] else "complete" if row["complete"] else "NOT COMPLETE"
+        loss = "" if row["eval_loss"] is None else f"loss {row['eval_loss']:.4f}"
+        print(
+            f"step {row['step']:>8,}  {row['bytes'] / 1e6:>10,.1f} MB  {row['created']}  {loss:<12}  {state:<12}  "
+            f"{row['path']}"
+        )
     if not rows:
         print(f"{arguments.run_folder} has no checkpoint yet")
+    return 0
+
+
+def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.run.checkpoint_export import export_checkpoint, find_checkpoint
+
+    checkpoint = find_checkpoint(arguments.path, arguments.step)
+    export_checkpoint(checkpoint, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite)
+    print(f"{arguments.out}: the weights of {checkpoint} in {arguments.dtype}")
     return 0
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 
 
@@ -66,6 +67,13 @@ class RunConfig:
         choices=("refuse", "restart"),
     )
 
+    on_batch_change: str = _setting(
+        "refuse",
+        "data",
+        "a resumed run with another global_batch_size: refuse, or continue with the next rows and the same steps",
+        choices=("refuse", "continue"),
+    )
+
     model: str = _setting("gpt2", "model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, or a GPT-2 config.json")
     dropout: float = _setting(0.0, "model", "probability of residual, embedding and attention dropout", minimum=0.0)
     intra_document_masking: bool = _setting(
@@ -86,6 +94,9 @@ class RunConfig:
         0.1, "batch and schedule", "decay of matrices (biases and LayerNorms have none)", minimum=0.0
     )
     max_grad_norm: float = _setting(1.0, "batch and schedule", "clip the gradient norm here (0: never)", minimum=0.0)
+    max_bad_steps: int = _setting(
+        10, "batch and schedule", "skipped steps in a row (loss or gradient not finite) that end the run", minimum=1
+    )
     seed: int = _setting(1, "batch and schedule", "seed of the weights, the data order and dropout", minimum=0)
 
     eval_steps: int | None = _setting(
@@ -96,7 +107,17 @@ class RunConfig:
     output_dir: str = _setting("runs", "saving", "folder that holds the runs")
     run_name: str | None = _setting(None, "saving", "name of the run, its folder and branch (none: made up)")
     save_checkpoint_steps: int = _setting(15_000, "saving", "optimizer steps between checkpoints", minimum=1)
+    save_in_background: bool = _setting(
+        True, "saving", "go on training while a checkpoint is written (takes host memory for a copy of it)"
+    )
     keep_checkpoints: int = _setting(3, "saving", "newest checkpoints to keep", minimum=1)
+    keep_checkpoint_every: int | None = _setting(
+        None, "saving", "keep also each checkpoint whose step is a multiple of this, for ever (none: none)", minimum=1
+    )
+    keep_best_checkpoint: bool = _setting(True, "saving", "keep also the checkpoint with the lowest evaluation loss")
+    max_hours: float | None = _setting(
+        None, "saving", "save, end and exit 0 at the first step boundary after so many hours (none: no limit)"
+    )
     resume: str = _setting("auto", "saving", "auto (the newest valid checkpoint), never, or a checkpoint's path")
     hub: str = _setting("local", "saving", "branch of checkpoints: local, off, or the path of a bare git repository")
 
@@ -132,6 +153,8 @@ class RunConfig:
             )
         if self.dropout >= 1:
             problems.append(f"dropout must be below 1, not {self.dropout}")
+        if self.max_hours is not None and self.max_hours <= 0:
+            problems.append(f"max_hours must be above 0, not {self.max_hours}")
         if self.max_eval_steps < -1 or self.max_eval_steps == 0:
             problems.append(f"max_eval_steps must be -1 (all) or at least 1, not {self.max_eval_steps}")
         name = self.run_name
@@ -269,17 +292,7 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Writes `config` as YAML that `load_config` reads back equal; a reader sees the old file or the whole new one."""
     import yaml
 
-    path = Path(path)
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    durable.replace_file(Path(path), [yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode()])
 
 
 def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:

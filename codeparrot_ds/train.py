@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds.config import (
     ArgumentParser,
@@ -24,6 +25,9 @@ from codeparrot_ds.config import (
 )
 from codeparrot_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from codeparrot_ds.run.session import Session
+
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Trains a run, or continues it, as one rank; every rank of the launcher calls it with the same config.
@@ -32,40 +36,53 @@ def train(config: RunConfig) -> dict[str, Any]:
         ``{"status": "finished" or "stopped", "step": optimizer steps done, "run": the run's folder}``.
 
     Raises:
-        UserError: something that the user can mend, in one sentence; the same on every rank.
+        UserError: something that the user can mend, in one sentence; the same on every rank. A DivergedError after
+            ``max_bad_steps`` steps in a row whose loss or gradient was not finite.
     """
     # Start-up makes some hundred thousand objects that live as long as the run: nothing for the collector.
     gc.disable()
     from codeparrot_ds.run.session import Session
 
     session = Session.start(config)
-    engine, progress = session.engine, session.progress
-    step = first_step = session.step
-    batches = iter(session.loader)
     gc.freeze()
     gc.enable()
+    try:
+        return train_session(session)
+    except UserError:
+        session.saver.wait()  # a checkpoint that is being written is worth having all the more
+        raise
 
+
+def train_session(session: Session) -> dict[str, Any]:
+    """The loop of ``train`` and the end of the run."""
+    config, engine, progress = session.config, session.engine, session.progress
+    step = first_step = session.step
+    due = False
+    batches = iter(session.loader)
     while True:
         # Evaluate and save at the boundary between two steps; a run that was just restored has done both here.
         last = step >= config.max_train_steps
         stopping = session.stop.agreed()
         fresh = step == 0 or step > first_step
-        saving = last or stopping or step % config.save_checkpoint_steps == 0
+        due = step > first_step and (due or step % config.save_checkpoint_steps == 0)
         evaluating = last or step % (config.eval_steps or config.save_checkpoint_steps) == 0
         if fresh and evaluating:
             session.evaluate(step)
+        saving = last or stopping or (due and session.looks_well(step))  # else it waits for the next good step
         if fresh and saving and step > 0:
             session.save(step)
+            due = False
         if last or stopping:
             break
 
-        loss_sum = accumulate_gradients(engine, batches, session.accumulation_steps, session.model_inputs)
+        losses = accumulate_gradients(engine, batches, session)
         step += 1
+        session.bad_steps.check(step)
         if step == first_step + 1:
             session.first_step_done()
         if step % config.log_steps == 0 or step == config.max_train_steps:
             # The only place where the host waits for the device.
-            loss = session.mean_loss(loss_sum)
+            loss = session.mean_loss(losses.sum())
             row = session.meter.row(step, loss, engine)
             session.tracker.train(row)
             progress.show(row, session.meter.seconds_left(step))
@@ -73,21 +90,20 @@ def train(config: RunConfig) -> dict[str, Any]:
     return session.finish(step, "finished" if last else "stopped")
 
 
-def accumulate_gradients(
-    engine: Any, batches: Iterator[Any], accumulation_steps: int, model_inputs: Callable[[Any], dict[str, Any]]
-) -> Any:
-    """One optimizer step: forward and backward over ``accumulation_steps`` micro-batches; the last one updates.
+def accumulate_gradients(engine: Any, batches: Iterator[Any], session: Session) -> Any:
+    """One optimizer step: forward and backward over the step's micro-batches; the last one updates.
 
     Returns:
-        The sum of the micro-batches' mean losses on this rank, a scalar on the device (nothing is waited for).
+        The micro-batches' mean losses on this rank, shape (micro-batches,), on the device (nothing is waited for).
     """
-    loss_sum = None
-    for _ in range(accumulation_steps):
-        loss = engine(**model_inputs(next(batches))).loss
+    session.bad_steps.begin()
+    for _ in range(session.accumulation_steps):
+        batch = next(batches)
+        loss = engine(**session.model_inputs(batch)).loss
+        session.bad_steps.watch(batch, loss)
         engine.backward(loss)
         engine.step()  # counts the micro-batches itself: clips, updates and schedules after the last one
-        loss_sum = loss.detach().float() if loss_sum is None else loss_sum + loss.detach()
-    return loss_sum
+    return session.bad_steps.losses()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,9 +115,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_rank(arguments: list[str]) -> int:
-    """Runs one rank and returns its exit code: 0 finished or stopped and saved, 2 a mistake of the user's."""
+    """Runs one rank and returns its exit code.
+
+    0 is finished, or stopped and saved; 2 a mistake of the user's; 3 too many bad steps in a row.
+    """
+    from codeparrot_ds.run.parent_end import launcher_of_this_rank, signal_at_parents_end
     from codeparrot_ds.run.ranks import SharedError, leave_ranks
 
+    signal_at_parents_end(signal.SIGTERM, launcher_of_this_rank())()
     parser = ArgumentParser(prog="codeparrot_ds.train", description="one rank of a training run")
     add_config_arguments(parser)
     add_launch_arguments(parser)  # typed for the front door; the ranks have nothing to do with them

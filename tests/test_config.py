@@ -169,7 +169,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("os.rename", fail)
     with pytest.raises(OSError, match="No space left"):
         save_config(RunConfig(seed=5), tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == RunConfig()

@@ -74,6 +74,10 @@ class Encoder:
         encodings = self._encode(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, special tokens included."""
+        return str(self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=False))
+
     def prove_fast_encoding(self, texts: Iterable[str]) -> str | None:
         """Encodes with gigatoken from now on, if it gives the tokenizers library's ids on texts that are hard and on
         the first ``PROOF_CHARACTERS`` of ``texts``; otherwise returns why not.

@@ -94,6 +94,18 @@ class TrainingLoader:
         self.wait_seconds += time.perf_counter() - start
         return batch
 
+    @property
+    def lanes(self) -> Sequence[int]:
+        """This rank's lanes in turn: its t-th row since the start comes from the (t modulo count)-th."""
+        return self._lanes
+
+    def places(self) -> np.ndarray:
+        """The states of ``state()`` as one array, shape (lanes, data sets, fields), for ``stream.describe_place``.
+
+        It costs nothing and stays what it is: the next micro-batch brings another.
+        """
+        return self._states
+
     def state(self) -> dict[int, LaneStates]:
         """The states of this rank's lanes after the last micro-batch handed out; what is prefetched does not count."""
         return {

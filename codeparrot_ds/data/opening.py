@@ -123,8 +123,6 @@ class StreamStart:
     row: int = 0
     """Rows of the stream before."""
     lane_states: Mapping[int, LaneStates] = field(default_factory=dict)
-    first_step: int = 0
-    """Optimizer steps of the run before the stream's row 0: above 0 when it was restarted on other data."""
 
 
 def saved_stream(fingerprint: Mapping[str, Any], start: StreamStart) -> dict[str, Any]:
@@ -132,7 +130,6 @@ def saved_stream(fingerprint: Mapping[str, Any], start: StreamStart) -> dict[str
     return {
         "fingerprint": fingerprint,
         "rows": start.row,
-        "first_step": start.first_step,
         "lanes": {
             str(lane): [state.to_json() for state in states] for lane, states in sorted(start.lane_states.items())
         },
@@ -140,9 +137,9 @@ def saved_stream(fingerprint: Mapping[str, Any], start: StreamStart) -> dict[str
 
 
 def resume_stream(
-    saved: Mapping[str, Any], fingerprint: Mapping[str, Any], *, step: int, on_data_change: str
+    saved: Mapping[str, Any], fingerprint: Mapping[str, Any], *, on_data_change: str
 ) -> tuple[StreamStart, list[str]]:
-    """Where a stream with this fingerprint goes on after ``step``, and what differs from the saved one.
+    """Where a stream with this fingerprint goes on, and what differs from the saved one.
 
     Raises a UserError when anything differs, unless ``on_data_change`` is ``restart``: then the stream begins anew.
     """
@@ -151,13 +148,13 @@ def resume_stream(
         lanes = {
             int(lane): tuple(LaneState.from_json(state) for state in states) for lane, states in saved["lanes"].items()
         }
-        return StreamStart(row=saved["rows"], lane_states=lanes, first_step=saved["first_step"]), []
+        return StreamStart(row=saved["rows"], lane_states=lanes), []
     if on_data_change != "restart":
         raise UserError(
             f"the run was trained on other data: {' '.join(differences)} Choose another --run-name, or pass "
             "--on-data-change restart to begin a new epoch on this data"
         )
-    return StreamStart(first_step=step), differences
+    return StreamStart(), differences
 
 
 def data_account(

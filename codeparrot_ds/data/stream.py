@@ -172,6 +172,29 @@ def _whole_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Pi
     return mine
 
 
+def describe_place(config: StreamConfig, lane: int, before: np.ndarray, after: np.ndarray) -> str:
+    """Where in the shards the rows of a lane come from, for people: the shuffle window in which they end.
+
+    Args:
+        config: the stream.
+        lane: the lane.
+        before: its states before the rows, shape (data sets, fields).
+        after: its states after them.
+    """
+    number = int(np.argmax((after - before)[:, _FIELD["tokens"]]))
+    state = LaneState.from_array(after[number])
+    pieces = lane_pieces(config.datasets[number].shards, config.num_lanes, lane)
+    order = _permutation(len(pieces), config.seed, number, lane, state.epoch, 0)
+    piece = pieces[order[state.piece]]
+    if not is_splittable(piece.shard):
+        place = f"line {state.line}"
+    elif piece.shard.format == "parquet" and state.offset:
+        place = f"row {state.offset}"
+    else:
+        place = f"byte {max(piece.begin, state.offset)}"
+    return f"{piece.shard.name} near {place}"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # One lane
 

@@ -33,9 +33,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.repository import LocalRepository, folder_files, open_repository
-from codeparrot_ds.run.checkpoint_files import sync_folder
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 
@@ -117,12 +117,18 @@ class PushQueue:
         staging = self._queue / f".staging-{step:08d}"
         try:
             shutil.rmtree(staging, ignore_errors=True)
+            if not self._queue.is_dir():
+                self._queue.mkdir(parents=True)
+                for folder in (self.folder, self.folder.parent):
+                    durable.sync_folder(folder)
             for name in names:
                 _link_or_copy(export / name, staging / "files" / name)
+            for folder in sorted({(staging / "files" / name).parent for name in names}):
+                durable.sync_folder(folder)
             entry = {"step": step, "title": title, "body": body, "sha256": hashes, "digest": digest}
-            _write_durably(staging / "entry.json", json.dumps(entry, indent=1))
+            durable.write_json(staging / "entry.json", entry)
             staging.rename(self._free_name(step))
-            sync_folder(self._queue)
+            durable.sync_folder(self._queue)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise UserError(f"{self._queue}: step {step} was not queued: {error.strerror}") from error
@@ -189,7 +195,7 @@ class PushQueue:
             step=entry.step, digest=entry.digest, commit=commit, branch=branch, title=entry.title, time=time.time()
         )
         lines = [json.dumps(asdict(row)) + "\n" for row in [*self.pushed(), push]]
-        _write_durably(self._pushed, "".join(lines))
+        durable.replace_file(self._pushed, ["".join(lines).encode()])
         return push
 
     def _refuse(self, path: Path, problem: str) -> str:
@@ -199,7 +205,7 @@ class PushQueue:
             attempt += 1
             target = target.with_name(f"{path.name}.{attempt}")
         sentence = f"{path.name}: {problem}; it was not pushed and lies in {target}"
-        _write_durably(path / "reason.txt", sentence + "\n")
+        durable.replace_file(path / "reason.txt", [(sentence + "\n").encode()])
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
         return sentence
@@ -337,16 +343,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
         with open(target, "rb") as handle:
             os.fsync(handle.fileno())
-
-
-def _write_durably(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.staged")
-    with open(staged, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    staged.replace(path)
-    sync_folder(path.parent)
 
 
 def main(arguments: list[str]) -> int:

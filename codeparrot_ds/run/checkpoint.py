@@ -2,53 +2,64 @@
 
 Every rank writes the optimizer fragments that it owns and its random number generators' state; rank 0 adds the step,
 the schedule, the loss scaler, the counters and the position of every data lane. All of it is JSON and safetensors:
-nothing that is loaded can run code. Which folders exist and whether they are whole is
-:mod:`codeparrot_ds.run.checkpoint_files`.
+nothing that is loaded can run code. Training waits for a copy of the fragments in host memory; a thread writes, hashes
+and publishes them, and builds the export from the written fragments. Which folders exist and whether they are whole is
+:mod:`codeparrot_ds.run.checkpoint_files`; ``docs/checkpoints.md`` says why the format is what it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import logging
+import os
 import random
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import checkpoint_files
-from codeparrot_ds.run.export import save_tensors
+from codeparrot_ds.run.checkpoint_files import STATE
+from codeparrot_ds.run.export import Export, write_export
+from codeparrot_ds.run.fragment_files import FragmentReader, fragment_entries, fragment_file_name
 from codeparrot_ds.run.fragments import (
-    MASTER,
     MOMENTS,
     create_optimizer_state,
-    forget_beta_powers,
     masters_to_working_weights,
+    on_nvme,
     optimizer_step_count,
     owned_fragments,
     parameter_shapes,
     set_optimizer_step_count,
 )
 from codeparrot_ds.run.ranks import Ranks
+from codeparrot_ds.run.tensor_file import TensorEntry, save_tensors, write_tensor_file
 
-STATE = "state.json"
+logger = logging.getLogger("codeparrot_ds.checkpoint")
+
 DATA = "data.json"
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+BYTES_BESIDE = 1 << 20  # of JSON, RNG states and tokenizer, generously
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RestoredRun:
-    """What a checkpoint says about the run, apart from the tensors that went into the engine.
+class RunState:
+    """What a checkpoint holds about the run, apart from the tensors and counters of the engine.
 
     Attributes:
         step: optimizer steps done.
         tokens: tokens trained on.
-        data: what the caller saved about the data stream (lane states, fingerprint).
+        data: the data stream's state (lane states of every rank, fingerprint), JSON.
         layout: ``world_size``, ``zero_stage``, ``precision`` of the run that saved it.
-        extra: what the caller saved beside it (last losses, for instance).
+        extra: anything else worth keeping, JSON (evaluations so far, configs).
     """
 
     step: int
@@ -58,76 +69,257 @@ class RestoredRun:
     extra: dict[str, Any]
 
 
-def save_checkpoint(
-    engine: Any,
-    ranks: Ranks,
-    checkpoints: Path,
-    *,
-    step: int,
-    tokens: int,
-    data: dict[str, Any],
-    layout: dict[str, Any],
-    extra: dict[str, Any],
-    write_export: Callable[[Path], None],
-) -> Path:
-    """Saves the run after an optimizer step; collective. Returns the checkpoint's folder once it is complete.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveOutcome:
+    """What became of one save.
+
+    Attributes:
+        step: optimizer steps done.
+        path: the checkpoint, once it was complete; None for a save that failed.
+        error: what went wrong, in a sentence that is the same on every rank: the save, or what was to be done with the
+            complete checkpoint (removing older ones, queuing its export).
+        num_bytes: of all files of all ranks (0 where it failed).
+        stall_seconds: how long training waited for it.
+        seconds: from the start of the save to the complete checkpoint.
+    """
+
+    step: int
+    path: Path | None
+    error: UserError | None
+    num_bytes: int
+    stall_seconds: float
+    seconds: float
+
+
+class CheckpointSaver:
+    """Saves a run's checkpoints one after another: the step waits for a copy, the rest happens behind it.
+
+    Every method is collective. A save that fails leaves the checkpoints before it untouched; ``report`` hears of it and
+    training goes on.
 
     Args:
-        engine: the DeepSpeed engine, at an accumulation boundary.
+        engine: the DeepSpeed engine.
         ranks: this process among the others.
         checkpoints: the run's folder of checkpoints, seen by all ranks.
-        step: optimizer steps done.
-        tokens: tokens trained on.
-        data: the data stream's state, JSON (rank 0's is written; it must already hold every rank's lanes).
-        layout: world size, ZeRO stage and precision, JSON.
-        extra: anything else worth keeping, JSON.
-        write_export: called on rank 0 with the folder to create the Hugging Face export in.
+        in_background: whether a thread writes; without, training waits until a checkpoint is complete. State on NVMe
+            is always written while training waits: a copy of it would need the memory that NVMe was to save.
+        published: called on rank 0 with each complete checkpoint before the next save can start.
+        report: called on rank 0 with each outcome, as soon as there is one; in the background from the thread.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        ranks: Ranks,
+        checkpoints: Path,
+        *,
+        in_background: bool,
+        published: Callable[[Path, RunState], None],
+        report: Callable[[SaveOutcome], None],
+    ) -> None:
+        self._engine, self._checkpoints = engine, checkpoints
+        self._in_background = in_background and not on_nvme(engine)
+        # The thread's messages must not mix with training's: it has a group of its own.
+        self._ranks = ranks.with_own_group() if self._in_background else ranks
+        self._published, self._report = published, report
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._thread: threading.Thread | None = None
+        self._crash: BaseException | None = None
+        self.outcomes: list[SaveOutcome] = []
+
+    def save(self, state: RunState, export: Export) -> None:
+        """Saves the run after an optimizer step, at an accumulation boundary; waits for the save before it.
+
+        Args:
+            state: of the run; rank 0's is written and must already hold every rank's lanes.
+            export: what the Hugging Face folder is made of, but for the weights.
+        """
+        self.wait()
+        started = time.perf_counter()
+        engine, rank = self._engine, self._ranks.rank
+        create_optimizer_state(engine)
+        copy = self._copy(rank) if self._in_background else None
+        saved = _Save(
+            state=state,
+            export=export,
+            engine_state=_engine_state(engine),
+            rng=_rng_state(self._ranks.device),
+            parts=_live_parts(engine, rank) if copy is None else copy,
+            started=started,
+        )
+        if copy is None:
+            self._write(saved, None)
+            return
+        stall = time.perf_counter() - started
+        self._thread = threading.Thread(
+            target=self._write_behind, args=(saved, stall), name=f"save-step-{state.step}", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> SaveOutcome | None:
+        """Waits for the save under way and returns the last one's outcome; None before the first."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._crash is not None:
+            raise self._crash
+        return self.outcomes[-1] if self.outcomes else None
+
+    def _copy(self, rank: int) -> list[_Part] | None:
+        """All fragments of this rank, copied into one buffer of host memory that is kept for the next save.
+
+        None where there is no memory for it: this rank then writes while it waits, and the others wait for it at the
+        next step.
+        """
+        (fragments,) = list(owned_fragments(self._engine)) or [[]]
+        entries, tensors = fragment_entries(fragments)
+        if not entries:  # Stage 0: rank 0 has everything.
+            return []
+        size = sum(entry.num_bytes for entry in entries)
+        if self._buffer.numel() < size:
+            try:
+                self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._ranks.device.type == "cuda")
+            except RuntimeError as error:  # torch has no narrower one for an allocation on the host
+                logger.warning(
+                    "no %.1f GB of host memory for a copy of the optimizer's state (%s): training waits while it is "
+                    "written",
+                    size / 1e9,
+                    str(error).splitlines()[0],
+                )
+                return None
+        end = 0
+        for entry, tensor in zip(entries, tensors, strict=True):
+            start, end = end, end + entry.num_bytes
+            # As bytes: an odd number of 16-bit values may stand before 32-bit ones.
+            self._buffer[start:end].copy_(tensor.detach().view(torch.uint8), non_blocking=True)
+        if self._ranks.device.type == "cuda":
+            torch.cuda.current_stream(self._ranks.device).synchronize()
+        return [_Part(name=fragment_file_name(rank, 0), entries=entries, values=[self._buffer[:end]])]
+
+    def _write_behind(self, saved: _Save, stall: float) -> None:
+        try:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone: training goes first
+            # Setting it for a thread is for that thread: a second set of compute threads would fight with training's.
+            torch.set_num_threads(1)
+            self._write(saved, stall)
+        except BaseException as error:  # a defect, raised where training next asks
+            logger.exception("saving step %d failed", saved.state.step)
+            self._crash = error
+
+    def _write(self, saved: _Save, stall: float | None) -> None:
+        step, path, error, sizes = saved.state.step, None, None, 0
+        try:
+            sizes = write_checkpoint(self._ranks, self._checkpoints, saved)
+            path = checkpoint_files.step_folder(self._checkpoints, step)
+            self._ranks.on_main(lambda: self._published(path, saved.state))
+        except UserError as problem:
+            error = problem if path is None else UserError(f"the checkpoint of step {step} is whole, but {problem}")
+        seconds = time.perf_counter() - saved.started
+        outcome = SaveOutcome(
+            step=step,
+            path=path,
+            error=error,
+            num_bytes=sizes,
+            stall_seconds=seconds if stall is None else stall,
+            seconds=seconds,
+        )
+        self.outcomes.append(outcome)
+        if self._ranks.is_main:
+            self._report(outcome)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One file of fragments."""
+
+    name: str
+    entries: list[TensorEntry]
+    values: list[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Save:
+    """Everything that one rank writes for one checkpoint."""
+
+    state: RunState
+    export: Export
+    engine_state: dict[str, Any]
+    rng: tuple[dict[str, torch.Tensor], dict[str, str]]
+    parts: Iterable[_Part]
+    started: float
+
+
+def _live_parts(engine: Any, rank: int) -> Iterator[_Part]:
+    """The fragments as they lie in the optimizer; a group on NVMe is in memory while its part is written."""
+    for number, fragments in enumerate(owned_fragments(engine)):
+        entries, tensors = fragment_entries(fragments)
+        if entries:
+            values = [tensor.detach().cpu() for tensor in tensors]
+            yield _Part(name=fragment_file_name(rank, number), entries=entries, values=values)
+
+
+def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
+    """Writes all ranks' files into a hidden folder and makes it a checkpoint; collective. Returns all files' bytes.
 
     Raises:
         UserError: a rank could not write (disk full, no permission); what was there before is untouched.
     """
-    staging = checkpoint_files.staging_folder(checkpoints, step)
-    final = checkpoint_files.step_folder(checkpoints, step)
+    step = saved.state.step
 
-    def prepare() -> None:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    def prepare() -> Path:
+        checkpoint_files.recover(checkpoints)  # from a save or a removal that failed
+        _check_space(checkpoints, saved)
+        staging = checkpoint_files.staging_folder(checkpoints, step)
+        durable.make_folder(staging)
+        return staging
 
     def write_own_files() -> dict[str, dict[str, Any]]:
-        names = [_write_fragments(engine, staging, ranks.rank), _write_rng(staging, ranks)]
-        return {name: checkpoint_files.file_entry(staging / name) for name in names if name}
+        entries = {}
+        for part in saved.parts:
+            entries[part.name] = write_tensor_file(staging / part.name, part.entries, part.values)
+        tensors, metadata = saved.rng
+        name = f"rng-{ranks.rank:05d}.safetensors"
+        entries[name] = save_tensors(staging / name, tensors, metadata)
+        return entries
 
-    def write_main_files() -> dict[str, dict[str, Any]]:
-        if not ranks.is_main:
-            return {}
-        state = {"step": step, "tokens": tokens, "layout": layout, "extra": extra, **_engine_state(engine)}
-        checkpoint_files.write_json(staging / STATE, state)
-        checkpoint_files.write_json(staging / DATA, data)
-        write_export(staging / "export")
-        names = [STATE, DATA, *(str(path.relative_to(staging)) for path in (staging / "export").rglob("*"))]
-        return {name: checkpoint_files.file_entry(staging / name) for name in names if (staging / name).is_file()}
-
-    def publish(entries: list[dict[str, dict[str, Any]]]) -> None:
-        files = {name: entry for table in entries for name, entry in table.items()}
-        checkpoint_files.publish(staging, final, step, files)
+    def complete(tables: list[dict[str, dict[str, Any]]]) -> int:
+        files = {name: entry for table in tables for name, entry in table.items()}
+        state = dataclasses.asdict(saved.state)
+        files[DATA] = durable.write_file(staging / DATA, [durable.json_bytes(state.pop("data"))])
+        files[STATE] = durable.write_file(staging / STATE, [durable.json_bytes(state | saved.engine_state)])
+        shapes = saved.engine_state["parameters"]
+        reader = FragmentReader(staging, files)
+        dtype = getattr(torch, saved.export.dtype)
+        durable.make_folder(staging / checkpoint_files.EXPORT)
+        exported = write_export(staging / checkpoint_files.EXPORT, saved.export, shapes, reader.weights(shapes, dtype))
+        files |= {f"{checkpoint_files.EXPORT}/{name}": entry for name, entry in exported.items()}
+        checkpoint_files.publish(staging, step, files)
+        return sum(entry["bytes"] for entry in files.values())
 
     try:
-        ranks.on_main(prepare)
-        own = ranks.together(write_own_files)
-        main = ranks.together(write_main_files)
-        entries = ranks.gather(own | main)
-        ranks.on_main(lambda: publish(entries))
+        staging = ranks.on_main(prepare)
+        tables = ranks.gather(ranks.together(write_own_files))
+        return ranks.on_main(lambda: complete(tables))
     except UserError as error:
         if ranks.is_main:
-            shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the next save and the next start try again
+                checkpoint_files.recover(checkpoints)
         raise UserError(
             f"the checkpoint of step {step} could not be written ({error}); the one before it is untouched"
         ) from error
-    forget_beta_powers(engine)
-    return final
 
 
-def load_checkpoint(engine: Any, ranks: Ranks, checkpoint: Path) -> RestoredRun:
+def _check_space(checkpoints: Path, saved: _Save) -> None:
+    """Refuses a save that the disk has no room for, before it fills the disk for everybody else."""
+    parameters = sum(torch.Size(shape).numel() for shape in saved.engine_state["parameters"].values())
+    itemsize = getattr(torch, saved.export.dtype).itemsize
+    needed = parameters * (saved.engine_state["bytes_a_parameter"] + itemsize) + BYTES_BESIDE
+    free = shutil.disk_usage(checkpoints).free
+    if free < needed:
+        raise UserError(f"{checkpoints} has {free / 1e9:.2f} GB free and it takes {needed / 1e9:.2f} GB")
+
+
+def load_checkpoint(engine: Any, ranks: Ranks, checkpoint: Path) -> RunState:
     """Fills the engine from a verified checkpoint of any world size, ZeRO stage and precision; collective.
 
     Raises:
@@ -140,27 +332,13 @@ def load_checkpoint(engine: Any, ranks: Ranks, checkpoint: Path) -> RestoredRun:
     _restore_engine_state(engine, state)
     same_layout = state["layout"]["world_size"] == ranks.world_size
     ranks.together(lambda: _load_rng(checkpoint, ranks, state["step"], same_layout))
-    forget_beta_powers(engine)
-    return RestoredRun(
+    return RunState(
         step=state["step"],
         tokens=state["tokens"],
         data=json.loads((checkpoint / DATA).read_text(encoding="utf-8")),
         layout=state["layout"],
         extra=state["extra"],
     )
-
-
-def _write_fragments(engine: Any, folder: Path, rank: int) -> str | None:
-    create_optimizer_state(engine)
-    tensors: dict[str, torch.Tensor] = {}
-    for fragment in owned_fragments(engine):
-        for kind, tensor in fragment.tensors.items():
-            tensors[f"{fragment.name}|{kind}|{fragment.start}"] = tensor.detach().to("cpu", copy=True)
-    if not tensors:  # Stage 0: rank 0 has written everything.
-        return None
-    name = f"fragments-{rank:05d}.safetensors"
-    save_tensors(tensors, folder / name)
-    return name
 
 
 def _load_fragments(engine: Any, checkpoint: Path, saved_shapes: dict[str, list[int]]) -> None:
@@ -174,39 +352,19 @@ def _load_fragments(engine: Any, checkpoint: Path, saved_shapes: dict[str, list[
             f"{checkpoint} belongs to another model: {first} has shape {saved_shapes.get(first)} there and "
             f"{shapes.get(first)} here ({len(different)} parameters differ)"
         )
-    from safetensors import safe_open
-
     create_optimizer_state(engine)
-    pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
-    for path in sorted(checkpoint.glob("fragments-*.safetensors")):
-        file = safe_open(path, "pt")
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            name, kind, start = key.rsplit("|", 2)
-            pieces.setdefault((name, kind), []).append((int(start), file, key))
+    reader = FragmentReader(checkpoint, checkpoint_files.read_manifest(checkpoint)["files"])
     with torch.no_grad():
-        for fragment in owned_fragments(engine, every_copy=True):
-            for kind in (MASTER, *MOMENTS):
-                _fill(fragment.tensors[kind], fragment.start, pieces[fragment.name, kind], fragment.name)
-
-
-def _fill(target: torch.Tensor, start: int, pieces: list[tuple[int, Any, str]], name: str) -> None:
-    """Copies [start, start + numel) of a parameter from the saved pieces that overlap it."""
-    filled = 0
-    for piece_start, file, key in pieces:
-        piece = file.get_slice(key)
-        low = max(start, piece_start)
-        high = min(start + target.numel(), piece_start + piece.get_shape()[0])
-        if low < high:
-            target[low - start : high - start].copy_(piece[low - piece_start : high - piece_start])
-            filled += high - low
-    if filled != target.numel():
-        raise UserError(f"the checkpoint holds {filled} of {target.numel()} values of {name} from offset {start}")
+        for fragments in owned_fragments(engine, every_copy=True):
+            for fragment in fragments:
+                reader.load(fragment)
 
 
 def _engine_state(engine: Any) -> dict[str, Any]:
     scaler = _loss_scaler(engine)
     return {
         "parameters": parameter_shapes(engine),
+        "bytes_a_parameter": _bytes_a_parameter(engine),
         "optimizer_step": optimizer_step_count(engine),
         "scheduler_step": engine.lr_scheduler.last_epoch,
         "global_steps": engine.global_steps,
@@ -230,13 +388,23 @@ def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
         group["lr"] = rate
     scheduler._last_lr = rates
     scaler = _loss_scaler(engine)
-    for key, value in state["loss_scaler"].items():
-        if hasattr(scaler, key):
+    if scaler is not None:  # A checkpoint of another precision has no scale: fp16 begins with its initial one.
+        for key, value in state["loss_scaler"].items():
             setattr(scaler, key, value)
 
 
+def _bytes_a_parameter(engine: Any) -> int:
+    """Of the masters and both moments; bf16 states take half of fp32's."""
+    for master, state in engine.basic_optimizer.state.items():
+        if all(torch.is_tensor(state.get(moment)) for moment in MOMENTS):
+            return master.element_size() + sum(state[moment].element_size() for moment in MOMENTS)
+    return 3 * torch.float32.itemsize  # on NVMe
+
+
 def _loss_scaler(engine: Any) -> Any:
-    """The object that counts and scales for fp16: ``loss_scaler`` in ZeRO, ``loss_scale_config`` at stage 0."""
+    """The object that scales for fp16 (``loss_scaler`` in ZeRO, ``loss_scale_config`` at stage 0); else None."""
+    if not engine.fp16_enabled():
+        return None
     for attribute in ("loss_scaler", "loss_scale_config"):
         scaler = getattr(engine.optimizer, attribute, None)
         if scaler is not None:
@@ -244,14 +412,13 @@ def _loss_scaler(engine: Any) -> Any:
     return None
 
 
-def _write_rng(folder: Path, ranks: Ranks) -> str:
+def _rng_state(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The random number generators of this rank: torch's as tensors, Python's as JSON for a file's metadata."""
     states = {"torch": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        states["device"] = torch.cuda.get_rng_state(ranks.device)
+    if device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(device)
     version, numbers, gauss = random.getstate()
-    name = f"rng-{ranks.rank:05d}.safetensors"
-    save_tensors(states, folder / name, {"python": json.dumps([version, list(numbers), gauss])})
-    return name
+    return states, {"python": json.dumps([version, list(numbers), gauss])}
 
 
 def _load_rng(checkpoint: Path, ranks: Ranks, step: int, same_world_size: bool) -> None:

@@ -2,26 +2,40 @@
 
 A checkpoint is written into a hidden staging folder, every file's size and SHA-256 go into ``manifest.json``,
 everything is synced to the disk, and one rename makes it visible. Whoever finds a ``step-*`` folder with a manifest
-that holds has a whole checkpoint; anything else is not one.
+that holds has a whole checkpoint; anything else is not one. The manifest itself ends with the SHA-256 of what stands
+above. Besides, in the same folder::
+
+    latest                the name and step of the newest complete one, as JSON
+    aside-step-…          damaged, or of a time line that the run has left; kept until somebody deletes it
+    .staging-…            being written or being removed; worth nothing after a kill
+    .replaced-step-…      an older checkpoint of the same step while its successor takes its place
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import datetime
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-STAGING = ".staging-"
+STATE = "state.json"
+EXPORT = "export"
 LATEST = "latest"
+SEAL = "sha256"
+STAGING = ".staging-"
+REPLACED = ".replaced-"
+ASIDE = "aside-"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -30,66 +44,85 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:
-    """Where it is written before it is complete; hidden, and never looked at when resuming."""
-    return checkpoints / f"{STAGING}{step:08d}"
+    """A new place to write it before it is complete; hidden, and never looked at when resuming.
+
+    No two are the same: a rank that outlives a killed run writes to a place that is gone, never into its successor's.
+    """
+    return checkpoints / f"{STAGING}{step:08d}-{os.urandom(4).hex()}"
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of one file, after its bytes are on the disk."""
-    digest = hashlib.sha256()
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with its own SHA-256, over its JSON without that."""
+    return content | {SEAL: hashlib.sha256(durable.json_bytes(content)).hexdigest()}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON through a temporary file, synced and renamed, so that a reader sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(staging: Path, final: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-    """Turns a fully written staging folder into the checkpoint ``final`` and points ``latest`` at it.
+def publish(staging: Path, step: int, files: dict[str, dict[str, Any]]) -> Path:
+    """Turns a fully written staging folder into the checkpoint of a step and points ``latest`` at it.
 
     Args:
-        staging: the folder with every file in place.
-        final: its name as a checkpoint.
+        staging: the folder with every file in place and synced.
         step: the optimizer step.
-        files: ``file_entry`` of every file by its path relative to ``staging``.
+        files: ``bytes`` and ``sha256`` of every file by its path relative to ``staging``.
+
+    Raises:
+        OSError: the system refused; ``recover`` then puts a checkpoint of the same step back that was there before,
+            unless the new one is there already.
     """
+    final = step_folder(staging.parent, step)
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_json(staging / MANIFEST, {"format": FORMAT, "step": step, "created": created, "files": files})
-    for folder in {path.parent for path in staging.rglob("*")}:
-        sync_folder(folder)
-    if final.exists():  # The same step again, after a resume from an older one: its bytes are replaced as a whole.
-        _remove(final)
-    staging.rename(final)
-    sync_folder(final.parent)
-    write_json(final.parent / LATEST, {"checkpoint": final.name, "step": step})
+    content = {"format": FORMAT, "step": step, "created": created, "files": files}
+    durable.write_file(staging / MANIFEST, [durable.json_bytes(sealed(content))])
+    for folder in sorted({staging, *((staging / name).parent for name in files)}):
+        durable.sync_folder(folder)
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():  # The same step again, after a resume from an older one.
+        if replaced.exists():  # An earlier replacement came as far as its removal.
+            _remove(replaced)
+        durable.rename(final, replaced)
+    durable.rename(staging, final)
+    durable.sync_folder(final.parent)
+    point_latest(final)
+    if replaced.exists():
+        _remove(replaced)
+    return final
 
 
-def _remove(checkpoint: Path) -> None:
-    # Renamed first: a kill in the middle must not leave a half-removed folder that looks like a checkpoint.
-    hidden = checkpoint.with_name(f"{STAGING}{checkpoint.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    shutil.rmtree(checkpoint.rename(hidden))
+def point_latest(checkpoint: Path) -> None:
+    """Names a checkpoint in ``latest``, for people and scripts: a start looks at the folders themselves."""
+    content = {"checkpoint": checkpoint.name, "step": int(checkpoint.name[5:])}
+    durable.write_json(checkpoint.parent / LATEST, content)
+
+
+def _remove(folder: Path) -> None:
+    durable.remove_folder(folder, folder.with_name(f"{STAGING}{folder.name.lstrip('.')}"))
+
+
+def recover(checkpoints: Path) -> None:
+    """Puts the folder in order after a kill or a failed save: a checkpoint that was being replaced comes back, what is
+    half written or half removed goes, as far as the system lets it: it is hidden and harms nobody."""
+    for replaced in checkpoints.glob(f"{REPLACED}step-*"):
+        final = replaced.with_name(replaced.name.removeprefix(REPLACED))
+        if not final.exists():
+            durable.rename(replaced, final)
+        else:
+            with contextlib.suppress(OSError):
+                _remove(replaced)
+    for staging in checkpoints.glob(f"{STAGING}*"):
+        shutil.rmtree(staging, ignore_errors=True)
+    for temporary in checkpoints.glob(f".{LATEST}.*.tmp"):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Takes a checkpoint out of the row without losing a byte of it; returns its new place."""
+    place, attempt = checkpoint.with_name(f"{ASIDE}{checkpoint.name}"), 1
+    while place.exists():
+        attempt += 1
+        place = checkpoint.with_name(f"{ASIDE}{checkpoint.name}.{attempt}")
+    durable.rename(checkpoint, place)
+    durable.sync_folder(place.parent)
+    return place
 
 
 class NewerFormatError(UserError):
@@ -100,15 +133,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """The manifest of a checkpoint.
 
     Raises:
-        UserError: there is none, or it is not JSON.
+        UserError: there is none, or it is damaged.
         NewerFormatError: a newer version of this program wrote it.
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        manifest = json.loads(content)
         version, entries, created = (manifest[key] for key in ("format", "files", "created"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+    # Compared as bytes: every one of them counts. Whatever a later format holds, it ends in the same seal.
+    if durable.json_bytes(sealed({key: value for key, value in manifest.items() if key != SEAL})) != content:
+        raise UserError(f"{path} is damaged: its content is not what its own SHA-256 says")
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormatError(
             f"{checkpoint} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds"
@@ -121,26 +158,34 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_checkpoint(checkpoint: Path) -> list[str]:
-    """Compares every file with the manifest and returns the damage, one sentence a file; none when it is whole."""
+def verify_checkpoint(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> list[str]:
+    """Compares every file with the manifest and returns the damage, one sentence a file; none when it is whole.
+
+    Args:
+        checkpoint: its folder.
+        share: which of ``num_shares`` equal shares of the files to read (ranks on many hosts read one each).
+        num_shares: how many there are.
+    """
     checkpoint = Path(checkpoint)
     try:
         entries = read_manifest(checkpoint)["files"]
     except UserError as error:
         return [str(error)]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
-        problems = pool.map(lambda item: _compare(checkpoint / item[0], item[1]), sorted(entries.items()))
-        return [problem for problem in problems if problem]
+    # Sorted by size, so that each share has as many bytes; hashlib releases the interpreter.
+    names = sorted(entries, key=lambda name: (entries[name]["bytes"], name), reverse=True)[share::num_shares]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        problems = pool.map(lambda name: _compare(checkpoint / name, entries[name]), names)
+        return sorted(problem for problem in problems if problem)
 
 
 def _compare(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{path} has {size} bytes instead of {entry['bytes']}"
     digest = hashlib.sha256()
     try:
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{path} has {size} bytes instead of {entry['bytes']}"
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
@@ -155,30 +200,31 @@ def checkpoint_folders(checkpoints: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte is right, and what is wrong with the newer ones.
+def readable_checkpoints(checkpoints: Path) -> list[tuple[Path, str | None]]:
+    """The visible checkpoint folders, newest first, each with what is wrong with its manifest; files are not read.
 
     Raises:
         NewerFormatError: a later version of this program went on with the run; an older checkpoint would undo that.
     """
-    problems: list[str] = []
+    found: list[tuple[Path, str | None]] = []
     for folder in checkpoint_folders(checkpoints):
         try:
             read_manifest(folder)
         except NewerFormatError:
             raise
         except UserError as error:
-            problems.append(str(error))
-            continue
-        damage = verify_checkpoint(folder)
-        if not damage:
-            return folder, problems
-        problems += damage
-    return None, problems
+            found.append((folder, str(error)))
+        else:
+            found.append((folder, None))
+    return found
 
 
 def list_checkpoints(run: Path) -> list[dict[str, Any]]:
-    """The checkpoints of a run, oldest first: ``step``, ``path``, ``bytes``, ``files``, ``created``, ``complete``.
+    """The checkpoints of a run, oldest first, with what was set aside.
+
+    Returns:
+        Rows of ``step``, ``path``, ``bytes``, ``files``, ``created``, ``complete``, ``aside``, and ``eval_loss`` where
+        the run was evaluated at that step.
 
     Raises:
         UserError: the folder is not a run.
@@ -186,29 +232,49 @@ def list_checkpoints(run: Path) -> list[dict[str, Any]]:
     run = Path(run)
     if not (run / "run.json").is_file():
         raise UserError(f"{run} is not a run: it has no run.json")
-    rows = []
-    for folder in reversed(checkpoint_folders(run / "checkpoints")):
-        row: dict[str, Any] = {"step": int(folder.name[5:]), "path": str(folder), "complete": False}
-        try:
-            manifest = read_manifest(folder)
-        except UserError:
-            row |= {"bytes": 0, "files": 0, "created": ""}
-        else:
-            sizes = [entry["bytes"] for entry in manifest["files"].values()]
-            row |= {"bytes": sum(sizes), "files": len(sizes), "created": manifest["created"], "complete": True}
-        rows.append(row)
-    return rows
+    aside = [path for path in (run / "checkpoints").glob(f"{ASIDE}step-*") if path.is_dir()]
+    folders = checkpoint_folders(run / "checkpoints") + aside
+    return [_row(folder) for folder in sorted(folders, key=lambda folder: (_step(folder), folder.name))]
 
 
-def remove_old(checkpoints: Path, keep: int) -> list[Path]:
-    """Removes all but the newest ``keep`` checkpoints and left-over staging folders; returns what was removed."""
-    removed = [path for path in checkpoints.glob(f"{STAGING}*") if path.is_dir()]
-    removed += checkpoint_folders(checkpoints)[keep:]
-    for folder in removed:
-        if folder.name.startswith(STAGING):
-            shutil.rmtree(folder)
-        else:
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(ASIDE)[5:].split(".")[0])
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": _step(folder), "path": str(folder), "aside": folder.name.startswith(ASIDE)}
+    row |= {"eval_loss": _eval_loss(folder)}
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        return row | {"bytes": 0, "files": 0, "created": "", "complete": False}
+    sizes = [entry["bytes"] for entry in manifest["files"].values()]
+    return row | {"bytes": sum(sizes), "files": len(sizes), "created": manifest["created"], "complete": True}
+
+
+def _eval_loss(folder: Path) -> float | None:
+    try:
+        evaluations = json.loads((folder / STATE).read_text(encoding="utf-8"))["extra"]["evaluations"]
+        return next((row["eval_loss"] for row in reversed(evaluations) if row["step"] == _step(folder)), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # A damaged one; `checkpoint verify` names the damage.
+
+
+def remove_old(checkpoints: Path, *, newest: int, every: int | None = None, best: Collection[int] = ()) -> list[Path]:
+    """Removes the checkpoints that nothing keeps; returns them.
+
+    Args:
+        checkpoints: the folder of checkpoints.
+        newest: how many of the newest to keep.
+        every: keep each whose step is a multiple of this, for ever.
+        best: steps to keep besides, those with the best evaluation.
+    """
+    removed = []
+    for folder in checkpoint_folders(checkpoints)[newest:]:
+        step = int(folder.name[5:])
+        if step not in best and not (every and step % every == 0):
             _remove(folder)
+            removed.append(folder)
     return removed
 
 
@@ -219,6 +285,6 @@ def newest_export(run: Path) -> Path:
         UserError: the run has none yet.
     """
     for folder in checkpoint_folders(Path(run) / "checkpoints"):
-        if (folder / MANIFEST).is_file() and (folder / "export").is_dir():
-            return folder / "export"
+        if (folder / MANIFEST).is_file() and (folder / EXPORT).is_dir():
+            return folder / EXPORT
     raise UserError(f"{run} has no checkpoint yet: train it until the first save, or name a model folder")

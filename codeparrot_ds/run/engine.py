@@ -1,4 +1,9 @@
-"""The DeepSpeed engine of a run: optimizer groups, schedule, precision, and two mends of DeepSpeed 0.19.8."""
+"""The DeepSpeed engine of a run: optimizer groups, schedule, precision, and the mends of DeepSpeed 0.19.8.
+
+Every engine that is made here leaves an optimizer step out when the gradient is not finite: weights, masters and Adam's
+states stay what they were bit for bit, the gradient is dropped, ``engine.skipped_steps`` counts it, and the schedule
+stands still. ``optimizer.overflow`` says so, the same on all ranks.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +49,11 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
             _guard_bare_optimizer(engine)
         else:
             _undo_construction_step(engine)
+    _check_unchecked_gradients(engine)
+    _bound_stage3_norms(engine)
+    _drop_offloaded_sums(engine)
+    _let_the_loss_scale_rest(engine)
+    _forget_beta_powers(engine)
     return engine
 
 
@@ -94,6 +104,101 @@ def _guard_bare_optimizer(engine: Any) -> None:
 
     engine.clip_fp32_gradients = clip
     optimizer.step = step
+    scaler = engine.torch_autocast_z0_gradscaler
+    if scaler is not None:  # of fp16 autocast: it calls the optimizer's step only where the gradients are finite
+        plain_scaler_step = scaler.step
+
+        def scaler_step(optimizer: Any) -> None:
+            optimizer.overflow = True
+            plain_scaler_step(optimizer)
+
+        scaler.step = scaler_step
+
+
+def _check_unchecked_gradients(engine: Any) -> None:
+    """Makes stages 1 and 2 leave a bad step out also where the JSON has switched their check of the gradients off.
+
+    With ``bf16.check_grad_overflow`` false DeepSpeed saves a pass over the gradients, but takes no notice of their norm
+    either, and NaN goes into the weights. Here the norm, which is there anyway, decides. With ``compute_grad_norm``
+    false there is none, so the pass is made: in fp32, too, which has no such switch.
+    """
+    optimizer = engine.optimizer
+    if getattr(optimizer, "check_grad_overflow", True):
+        return
+    optimizer.check_grad_overflow = True
+    if optimizer.compute_grad_norm:
+        optimizer.check_overflow = lambda **_: None
+
+
+def _bound_stage3_norms(engine: Any) -> None:
+    """Takes a gradient for infinite at stage 3 where the others do: when fp32 cannot hold the square of its norm.
+
+    Stage 3 counts norms in fp64. Without clipping such a gradient would make Adam's second moment infinite for good.
+    """
+    if type(engine.optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3":
+        return
+    plain_norms = engine.optimizer._get_norm_groups
+    largest = torch.finfo(torch.float32).max ** 0.5
+
+    def norms() -> list[torch.Tensor]:
+        return [torch.where(norm < largest, norm, torch.inf) for norm in map(torch.as_tensor, plain_norms())]
+
+    engine.optimizer._get_norm_groups = norms
+
+
+def _drop_offloaded_sums(engine: Any) -> None:
+    """Drops gradients that were added up in fp32 for an offloaded optimizer when their step is left out.
+
+    DeepSpeed keeps these sums at stages 1 and 2 and adds the next step's gradients to them: after one NaN every later
+    step is skipped.
+    """
+    optimizer = engine.optimizer
+    if not getattr(optimizer, "cpu_offload", False):
+        return
+    plain_reset = optimizer.reset_cpu_buffers
+
+    def reset() -> None:  # called after every step; after one that was made there is nothing left to drop
+        plain_reset()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+    optimizer.reset_cpu_buffers = reset
+
+
+def _let_the_loss_scale_rest(engine: Any) -> None:
+    """Keeps fp16 at its smallest loss scale, where DeepSpeed would raise: such a step counts as a bad one instead."""
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+
+
+def _forget_beta_powers(engine: Any) -> None:
+    """Makes DeepSpeed's C++ Adam compute beta^t afresh at each step, as it does after a restart.
+
+    The C++ optimizer keeps a running float product of beta^t in the process (``IncrementStep`` in
+    ``csrc/includes/cpu_adam.h``) and falls back to ``pow`` when the step number does not follow the last one. The two
+    differ in the last bits, so a resumed run would part from an uninterrupted one. Updating one dummy number with a
+    step number far away leaves the next real step no choice but ``pow``. On a GPU the kernel has no such memory.
+    """
+    base = engine.basic_optimizer
+    beta1, beta2 = base.param_groups[0]["betas"]
+    epsilon, far_away = base.param_groups[0]["eps"], 2**30
+    grad, weight, moment1, moment2 = (torch.zeros(1) for _ in range(4))
+
+    def update_dummy(*_: Any) -> None:
+        if type(base).__name__ == "DeepSpeedCPUAdam":
+            base.ds_opt_adam.adam_update(
+                base.opt_id, far_away, 0.0, beta1, beta2, epsilon, 0.0, True, weight, grad, moment1, moment2
+            )
+        else:
+            tensors = [[grad], [weight], [moment1], [moment2]]
+            base.multi_tensor_adam(
+                2048 * 32, base._dummy_overflow_buf, tensors, 0.0, beta1, beta2, epsilon, far_away, 1, 1, 0.0
+            )
+
+    on_cpu = type(base).__name__ == "FusedAdam" and engine.device.type == "cpu"
+    if on_cpu or type(base).__name__ == "DeepSpeedCPUAdam":
+        base.register_step_post_hook(update_dummy)
 
 
 def loss_scale(engine: Any) -> float:
@@ -103,6 +208,14 @@ def loss_scale(engine: Any) -> float:
         if value is not None:
             return float(value)
     return 1.0
+
+
+def lowest_loss_scale(engine: Any) -> float | None:
+    """How far dynamic loss scaling may lower the scale; None where the scale is fixed or the precision needs none."""
+    stage0 = getattr(engine.optimizer, "loss_scale_config", None)
+    if stage0 is not None:
+        return stage0.min_loss_scale if stage0.dynamic_loss_scale else None
+    return getattr(getattr(engine.optimizer, "loss_scaler", None), "min_scale", None)
 
 
 def keep_freed_pages() -> None:

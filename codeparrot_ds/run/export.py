@@ -1,87 +1,79 @@
-"""A trained model as a plain Hugging Face folder: safetensors weights, config, tokenizer."""
+"""A trained model as a plain Hugging Face folder: safetensors weights, config, tokenizer, card."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from codeparrot_ds import durable
+from codeparrot_ds.run.tensor_file import TensorEntry, write_tensor_file
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TRAINING_STATE = "training_state.json"
+WEIGHTS = "model.safetensors"
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """What a Hugging Face folder is made of, but for the weights.
 
-    Raises:
-        OSError: the system refused (disk full, no permission); safetensors has an exception of its own for that.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path.name}: {str(error).removeprefix('Error while serializing: ')}") from error
-
-
-def working_weights(engine: Any, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The weights that the forward pass uses, on the CPU in their own precision; collective at stage 3.
-
-    Args:
-        engine: a DeepSpeed engine.
-        keep: whether this rank wants them (the others take part in the gathering and get an empty table). ZeRO-3
-            parameters are gathered one at a time, so no device ever holds the whole model.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():  # a tied weight appears once
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            with deepspeed.zero.GatheredParameters(parameter):
-                if keep:
-                    weights[name] = parameter.detach().to("cpu", copy=True)
-        elif keep:
-            weights[name] = parameter.detach().to("cpu").contiguous()
-    return weights
-
-
-def write_export(
-    folder: Path,
-    weights: dict[str, torch.Tensor],
-    model_config: Any,
-    tokenizer: Path,
-    *,
-    card: str,
-    training_state: dict[str, Any],
-) -> None:
-    """Writes what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` need, and the card.
-
-    Args:
-        folder: created here.
-        weights: ``working_weights`` of rank 0.
+    Attributes:
         model_config: the model's ``transformers`` config.
         tokenizer: folder of the run's tokenizer.
+        dtype: of the weights, by torch's name: ``float32``, ``bfloat16`` or ``float16``.
         card: the text of README.md.
         training_state: step, tokens, losses and how they were evaluated, for ``training_state.json``.
     """
+
+    model_config: Any
+    tokenizer: Path
+    dtype: str
+    card: str
+    training_state: dict[str, Any]
+
+
+def write_export(
+    folder: Path, export: Export, shapes: Mapping[str, Sequence[int]], weights: Iterable[torch.Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Writes what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` need, and the card.
+
+    Args:
+        folder: empty.
+        export: everything but the weights.
+        shapes: shape of every parameter by its name in the model, a tied one once.
+        weights: the parameters in that order, in the export's precision, on the CPU; each is written and let go before
+            the next one is asked for.
+
+    Returns:
+        ``bytes`` and ``sha256`` of each file by name.
+
+    Raises:
+        OSError: the system refused (disk full, no permission).
+    """
     from transformers import GenerationConfig
 
-    folder.mkdir(parents=True)
-    save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
-    saved = type(model_config).from_dict(model_config.to_dict())
-    saved.architectures = ["GPT2LMHeadModel"]
-    saved.dtype = next(iter(weights.values())).dtype
-    saved.use_cache = True  # Off in training, wanted in generation.
-    saved.save_pretrained(folder)
-    eos = model_config.eos_token_id
-    GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos).save_pretrained(folder)
+    dtype = getattr(torch, export.dtype)
+    entries = [TensorEntry(name=name, dtype=dtype, shape=tuple(shape)) for name, shape in shapes.items()]
+    written = {WEIGHTS: write_tensor_file(folder / WEIGHTS, entries, weights, {"format": "pt"})}
+    config = type(export.model_config).from_dict(export.model_config.to_dict())
+    config.architectures = ["GPT2LMHeadModel"]
+    config.dtype = dtype
+    config.use_cache = True  # Off in training, wanted in generation.
+    eos = config.eos_token_id
+    generation = GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos)
+    contents = {
+        "config.json": config.to_json_string().encode(),
+        "generation_config.json": generation.to_json_string().encode(),
+        "README.md": export.card.encode(),
+        TRAINING_STATE: durable.json_bytes(export.training_state),
+    }
     for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    text = json.dumps(training_state, indent=2) + "\n"
-    (folder / TRAINING_STATE).write_text(text, encoding="utf-8")
+        if (export.tokenizer / name).is_file():
+            contents[name] = (export.tokenizer / name).read_bytes()
+    for name, content in contents.items():
+        written[name] = durable.write_file(folder / name, [content])
+    return written

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config import RunConfig, load_config, save_config
+from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.checkpoint_files import checkpoint_folders, write_json
+from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.zero.resolution import Change, changes, saved_ds_config
 
 ADJECTIVES = (
@@ -115,20 +116,36 @@ def check_continuation(config: RunConfig, path: Path) -> None:
         raise UserError(f"{path} is a file: choose another --run-name or --output-dir")
     saved_config = path / "config.yaml"
     if not (path / "run.json").is_file() or not saved_config.is_file():
-        if any(path.iterdir()):
+        if not _left_by_a_killed_start(path):
             raise UserError(f"{path} is not a run and not empty: choose another --run-name or --output-dir")
         return
     if config.resume == "never" and checkpoint_folders(path / "checkpoints"):
         raise UserError(f"{path} holds a run with checkpoints and resume is 'never': choose another --run-name")
     saved = load_config(saved_config)
-    fixed = [field for field in IDENTITY if field not in OF_THE_STREAM or config.on_data_change != "restart"]
+    free: tuple[str, ...] = OF_THE_STREAM if config.on_data_change == "restart" else ()
+    free += ("global_batch_size",) if config.on_batch_change == "continue" else ()
+    fixed = [field for field in IDENTITY if field not in free]
     differences = [
         f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"
         for field in fixed
         if getattr(saved, field) != getattr(config, field)
     ]
     if differences:
-        raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name")
+        told = ""
+        if len(differences) == 1 and saved.global_batch_size != config.global_batch_size:
+            told = ", or pass --on-batch-change continue to go on with the next rows in batches of the new size"
+        raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name{told}")
+
+
+def _left_by_a_killed_start(path: Path) -> bool:
+    """Whether a folder without ``run.json`` holds nothing, or only what a start makes before that."""
+    names = {entry.name for entry in path.iterdir()}
+    if "checkpoints" in names and any((path / "checkpoints").iterdir()):
+        return False
+    made = {"checkpoints", ".lock"}
+    if ".lock" in names:  # without it, they are somebody else's
+        made |= {name for name in names if re.fullmatch(r"(ds_)?config(_sources)?\.(yaml|json)|\..+\.\d+\.tmp", name)}
+    return names <= made
 
 
 def check_ds_continuation(config: RunConfig, path: Path, ds_config: dict[str, Any]) -> list[Change]:

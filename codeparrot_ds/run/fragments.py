@@ -46,8 +46,10 @@ def parameter_shapes(engine: Any) -> dict[str, list[int]]:
     return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in _trained(engine)}
 
 
-def owned_fragments(engine: Any, *, every_copy: bool = False) -> Iterator[Fragment]:
-    """Yields the fragments that this rank owns; use each before asking for the next (NVMe state is swapped out again).
+def owned_fragments(engine: Any, *, every_copy: bool = False) -> Iterator[list[Fragment]]:
+    """Yields the fragments that this rank owns, as many at once as are in memory together: all, or a group of NVMe's.
+
+    Use each list before asking for the next: a group of NVMe's is written back and let go then.
 
     Args:
         engine: a DeepSpeed engine with a FusedAdam, CPUAdam or torch AdamW optimizer whose states exist.
@@ -58,9 +60,14 @@ def owned_fragments(engine: Any, *, every_copy: bool = False) -> Iterator[Fragme
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         yield from _stage3_fragments(engine)
     elif kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
-        yield from _stage12_fragments(engine)
+        yield list(_stage12_fragments(engine))
     elif engine.global_rank == 0 or every_copy:
-        yield from _stage0_fragments(engine)
+        yield list(_stage0_fragments(engine))
+
+
+def on_nvme(engine: Any) -> bool:
+    """Whether this rank's fragments are on NVMe, and in memory a group at a time."""
+    return bool(getattr(engine.optimizer, "swap_optimizer", False))
 
 
 def create_optimizer_state(engine: Any) -> None:
@@ -121,30 +128,6 @@ def masters_to_working_weights(engine: Any) -> None:
         optimizer.checkpoint_event_epilogue()
 
 
-def forget_beta_powers(engine: Any) -> None:
-    """Makes DeepSpeed's C++ Adam compute beta^t afresh at the next step, as it will after a restart.
-
-    The C++ optimizer keeps a running float product of beta^t in the process (``IncrementStep`` in
-    ``csrc/includes/cpu_adam.h``) and falls back to ``pow`` when the step number does not follow the last one. The two
-    differ in the last bits, so a resumed run would part from an uninterrupted one. Updating one dummy number with a
-    step number far away leaves the next real step no choice but ``pow``. On a GPU the kernel has no such memory.
-    """
-    base = engine.basic_optimizer
-    group = base.param_groups[0]
-    beta1, beta2 = group["betas"]
-    far_away = 10**6
-    grad, weight, moment1, moment2 = (torch.zeros(1) for _ in range(4))
-    if type(base).__name__ == "DeepSpeedCPUAdam":
-        base.ds_opt_adam.adam_update(
-            base.opt_id, far_away, 0.0, beta1, beta2, group["eps"], 0.0, True, weight, grad, moment1, moment2
-        )
-    elif type(base).__name__ == "FusedAdam" and engine.device.type == "cpu":
-        tensors = [[grad], [weight], [moment1], [moment2]]
-        base.multi_tensor_adam(
-            2048 * 32, base._dummy_overflow_buf, tensors, 0.0, beta1, beta2, group["eps"], far_away, 1, 1, 0.0
-        )
-
-
 def _trained(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
@@ -158,22 +141,29 @@ def _pieces(state: dict[str, torch.Tensor], flat: torch.Tensor, offset: int, num
     return tensors
 
 
-def _stage3_fragments(engine: Any) -> Iterator[Fragment]:
+def _stage3_fragments(engine: Any) -> Iterator[list[Fragment]]:
     optimizer = engine.optimizer
     rank = torch.distributed.get_rank(optimizer.dp_process_group)
     by_group: dict[int, list[tuple[str, nn.Parameter, int, int]]] = {}
     for name, parameter in _trained(engine):
         group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
         by_group.setdefault(group, []).append((name, parameter, offset, numel))
+    resident: list[Fragment] = []
     for group, members in sorted(by_group.items()):
         with _in_memory(optimizer, group):
             flat = optimizer.fp32_partitioned_groups_flat[group]
+            fragments = []
             for name, parameter, offset, numel in members:
                 start = rank * numel
                 owned = min(numel, parameter.ds_numel - start)  # The last partition is padded.
                 if owned > 0:
                     tensors = _pieces(engine.basic_optimizer.state[flat], flat, offset, owned)
-                    yield Fragment(name=name, start=start, tensors=tensors)
+                    fragments.append(Fragment(name=name, start=start, tensors=tensors))
+            if _swapped(optimizer, group):
+                yield fragments
+            else:
+                resident += fragments
+    yield resident
 
 
 def _stage12_fragments(engine: Any) -> Iterator[Fragment]:

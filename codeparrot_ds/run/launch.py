@@ -37,6 +37,7 @@ from codeparrot_ds.run.folder import (
     recorded_pins,
 )
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
+from codeparrot_ds.run.parent_end import LEADS, signal_at_parents_end
 from codeparrot_ds.run.plan import predict, why_too_large
 from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
@@ -75,7 +76,11 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     if not are_built(needed_operators(ds_config, device)):
         _build_operators(ds_config, device, environment)
     command = _launcher_command(launch, ranks, [*arguments, "--run-name", name])
-    return _run_to_the_end(command, environment | {LAUNCHED_AT: str(started)}, output_dir / name, started)
+    environment[LAUNCHED_AT] = str(started)
+    environment.pop(LEADS, None)
+    if "deepspeed.launcher.launch" in command:  # and not the runner, which starts it on each host
+        environment[LEADS] = "1"
+    return _run_to_the_end(command, environment, output_dir / name)
 
 
 def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:
         return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
     if isinstance(saved, dict) and "fingerprint" in saved:
         try:
-            resume_stream(saved, stream_fingerprint(stream), step=0, on_data_change=config.on_data_change)
+            resume_stream(saved, stream_fingerprint(stream), on_data_change=config.on_data_change)
         except UserError as error:
             raise UserError(f"{run}: {error}") from None
 
@@ -297,9 +302,12 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _run_to_the_end(command: list[str], environment: dict[str, str], run: Path, started: float) -> int:
+def _run_to_the_end(command: list[str], environment: dict[str, str], run: Path) -> int:
     """Runs the launcher in a session of its own and passes stop signals to the ranks alone, who save and then end."""
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    starts_before = _starts_and_status(run)[0]
+    # Its ranks save and end when it is gone (`train.run_rank`); the launcher itself would stop them without.
+    follow = signal_at_parents_end(signal.SIGKILL, os.getpid())
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=follow)
     asked: list[int] = []
 
     def pass_on(number: int, frame: object) -> None:
@@ -318,7 +326,9 @@ def _run_to_the_end(command: list[str], environment: dict[str, str], run: Path, 
             signal.signal(number, handler)
     if code != 0:
         return code if code > 0 else 128 - code
-    return 0 if _ended_well(run, started) else 1
+    # A launcher whose ranks died of a signal reports success all the same: rank 0 must have recorded this start's end.
+    starts, status = _starts_and_status(run)
+    return 0 if starts > starts_before and status in ("finished", "stopped") else 1
 
 
 def _signal_ranks(launcher: int, number: int) -> None:
@@ -338,13 +348,10 @@ def _signal_ranks(launcher: int, number: int) -> None:
             continue
 
 
-def _ended_well(run: Path, started: float) -> bool:
-    """Whether rank 0 recorded an end: a launcher whose ranks died of a signal reports success all the same."""
+def _starts_and_status(run: Path) -> tuple[int, str | None]:
+    """How often a run was started, and how the last start ended; no clock is asked, it may be set back in between."""
     try:
-        record = run / "run.json"
-        return record.stat().st_mtime >= started - 1 and json.loads(record.read_text())["outcome"]["status"] in (
-            "finished",
-            "stopped",
-        )
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        return len(record["starts"]), record["outcome"]["status"]
     except (OSError, ValueError, KeyError):
-        return False
+        return 0, None

@@ -45,6 +45,10 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def with_own_group(self) -> Ranks:
+        """The same ranks with a control group of their own, for a thread beside training; collective."""
+        return dataclasses.replace(self, control=dist.new_group(backend="gloo"))
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank (any picklable object)."""
         box = [value]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -41,9 +42,10 @@ from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
-from codeparrot_ds.run.checkpoint import RestoredRun, load_checkpoint, save_checkpoint
+from codeparrot_ds.run.bad_steps import BadSteps
+from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
-from codeparrot_ds.run.export import working_weights, write_export
+from codeparrot_ds.run.export import Export
 from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
 from codeparrot_ds.run.hardware import peak_flops
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
@@ -67,6 +69,8 @@ from codeparrot_ds.zero.resolution import sources_as_json
 
 logger = logging.getLogger("codeparrot_ds.session")
 
+EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 @dataclasses.dataclass(kw_only=True)
 class Session:
@@ -81,6 +85,7 @@ class Session:
     shape: GPT2Shape
     engine: Any
     loader: TrainingLoader
+    bad_steps: BadSteps
     tracker: Tracker
     progress: Progress
     meter: Meter
@@ -88,9 +93,21 @@ class Session:
     step: int
     fingerprint: dict[str, Any]
     """Of the training data, on rank 0."""
-    stream_first_step: int
+    stream_start: StreamStart
     validation: list[Shard]
     evaluations: list[dict[str, Any]]
+    saver: CheckpointSaver = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saver = CheckpointSaver(
+            self.engine,
+            self.ranks,
+            self.folder.checkpoints,
+            in_background=self.config.save_in_background,
+            published=self._after_save,
+            report=self._report_save,
+        )
+        self.bad_steps.give_up = self._give_up
 
     @classmethod
     def start(cls, config: RunConfig) -> Session:
@@ -102,7 +119,7 @@ class Session:
         use_operators_folder(os.environ)
         ranks = join_ranks()
         startup.lap("DeepSpeed import and process group")
-        stop = StopSignal(ranks)
+        stop = StopSignal(ranks, config.max_hours)
         config = ranks.on_main(lambda: _named(config))
         resolved, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
         ds_config = resolved.config
@@ -147,7 +164,7 @@ class Session:
         startup.lap("loader and trackers")
         meter = _start_meter(config, ds_config, shape, ranks, loader, restored)
         meter.memory_check = _memory_check(config, ds_config, shape, ranks, folder, progress, step)
-        return cls(
+        session = cls(
             config=config,
             ds_config=ds_config,
             ranks=ranks,
@@ -157,21 +174,34 @@ class Session:
             shape=shape,
             engine=engine,
             loader=loader,
+            bad_steps=_watch_steps(config, ranks, engine, stream, stream_start, step, loader, progress),
             tracker=tracker,
             progress=progress,
             meter=meter,
             startup=startup,
             step=step,
             fingerprint=fingerprint,
-            stream_first_step=stream_start.first_step,
+            stream_start=stream_start,
             validation=validation,
             evaluations=list(restored.extra["evaluations"]) if restored else [],
         )
+        if restored is not None:
+            ranks.on_main(lambda: session._queue_again(restored))
+        return session
 
     @property
     def last_evaluation(self) -> dict[str, Any]:
         """The newest evaluation row; empty before the first."""
         return self.evaluations[-1] if self.evaluations else {}
+
+    def looks_well(self, step: int) -> bool:
+        """Whether the weights after ``step`` are worth a checkpoint: neither it nor its evaluation gave a NaN.
+
+        Older checkpoints make room for newer ones, so those of weights that are past help must not push out good ones.
+        """
+        evaluation = self.last_evaluation
+        evaluated_well = evaluation.get("step") != step or math.isfinite(evaluation["eval_loss"])
+        return self.bad_steps.in_a_row == 0 and evaluated_well
 
     @property
     def accumulation_steps(self) -> int:
@@ -259,57 +289,123 @@ class Session:
             self.startup.lap("first evaluation")
 
     def save(self, step: int) -> None:
-        """Saves a checkpoint with its export and queues the export for the run's branch; collective."""
+        """Saves a checkpoint with its export and queues the export for the run's branch; collective.
+
+        With ``save_in_background`` it returns as soon as the state is copied; ``finish`` waits for the rest.
+        """
         started = time.perf_counter()
-        weights = working_weights(self.engine, keep=self.ranks.is_main)
         lanes = {lane: state for table in self.ranks.gather(self.loader.state()) for lane, state in table.items()}
-        rows = (step - self.stream_first_step) * self.config.global_batch_size
-        start = StreamStart(row=rows, lane_states=lanes, first_step=self.stream_first_step)
-        data = saved_stream(self.fingerprint, start)
+        rows = self.stream_start.row + (step - self.step) * self.config.global_batch_size
         tokens = self.meter.tokens_at(step)
-        path = save_checkpoint(
-            self.engine,
-            self.ranks,
-            self.folder.checkpoints,
+        state = RunState(
             step=step,
             tokens=tokens,
-            data=data,
+            data=saved_stream(self.fingerprint, StreamStart(row=rows, lane_states=lanes)),
             layout=_layout(self.ds_config, self.ranks),
-            extra={"evaluations": self.evaluations},
-            write_export=lambda folder: write_export(
-                folder,
-                weights,
-                self.engine.module.config,
-                Path(self.config.tokenizer),
-                card=self._card(step, tokens),
-                training_state=self._training_state(step, tokens),
-            ),
+            extra={
+                # Copies: they are written while the run goes on.
+                "evaluations": [dict(row) for row in self.evaluations],
+                "config": dataclasses.asdict(self.config),
+                "ds_config": self.ds_config,
+            },
         )
-        self.ranks.on_main(lambda: self._after_save(path, step))
-        seconds = time.perf_counter() - started
-        self.progress.say("checkpoint at step %d: %s (%.1f s)", step, path, seconds)
-        self.meter.pause(seconds)
+        export = Export(
+            model_config=self.engine.module.config,
+            tokenizer=Path(self.config.tokenizer),
+            dtype=EXPORT_DTYPES[precision(self.ds_config)],
+            card=self._card(step, tokens) if self.ranks.is_main else "",
+            training_state=self._training_state(step, tokens),
+        )
+        self.saver.save(state, export)
+        self.meter.pause(time.perf_counter() - started)
 
-    def _after_save(self, path: Path, step: int) -> None:
-        for removed in checkpoint_files.remove_old(self.folder.checkpoints, self.config.keep_checkpoints):
+    def _give_up(self, step: int) -> Path | None:
+        """Records that the run has diverged and finds its newest checkpoint that is whole (rank 0)."""
+        self.saver.wait()
+        self.folder.update(outcome={"status": "diverged", "step": step, "run": str(self.folder.path)})
+        candidates = checkpoint_files.readable_checkpoints(self.folder.checkpoints)
+        whole = (path for path, problem in candidates if not problem and not checkpoint_files.verify_checkpoint(path))
+        return next(whole, None)
+
+    def _report_save(self, outcome: SaveOutcome) -> None:
+        """Says what became of a save (rank 0, from the thread that wrote)."""
+        if outcome.error is not None:
+            self.progress.say("error: %s; training goes on", outcome.error)
+            logger.error("%s", outcome.error)
+            return
+        self.progress.say(
+            "checkpoint at step %d: %s (%.1f MB in %.1f s, training waited %.2f s)",
+            outcome.step,
+            outcome.path,
+            outcome.num_bytes / 1e6,
+            outcome.seconds,
+            outcome.stall_seconds,
+        )
+
+    def _after_save(self, path: Path, state: RunState) -> None:
+        """Removes checkpoints that nothing keeps and queues the export (rank 0, from the thread that wrote)."""
+        config = self.config
+        evaluations = state.extra["evaluations"]
+        saved = {int(folder.name[5:]) for folder in checkpoint_files.checkpoint_folders(self.folder.checkpoints)}
+        judged = [row for row in evaluations if row["step"] in saved and not math.isnan(row["eval_loss"])]
+        best = min(judged, key=lambda row: row["eval_loss"], default={"step": -1})
+        for removed in checkpoint_files.remove_old(
+            self.folder.checkpoints,
+            newest=config.keep_checkpoints,
+            every=config.keep_checkpoint_every,
+            best=[best["step"]] if config.keep_best_checkpoint else [],
+        ):
             logger.debug("removed %s", removed)
+        self._queue_export(path, state)
+
+    def _queue_again(self, restored: RunState) -> None:
+        """Queues the export of the checkpoint that the run goes on from: a kill may have come before that (rank 0)."""
+        path = checkpoint_files.step_folder(self.folder.checkpoints, restored.step)
+        if not path.is_dir():  # another run's
+            return
+        try:
+            self._queue_export(path, restored)
+        except UserError as error:
+            self.progress.say("error: %s; training goes on", error)
+
+    def _queue_export(self, path: Path, state: RunState) -> None:
+        """Queues a checkpoint's export for the run's branch and starts pushing; one that is known changes nothing."""
         if self.folder.record.get("hub") is None:
             return
-        evaluation = self.last_evaluation
-        title = f"Step {step}"
-        if evaluation:
+        evaluations = state.extra["evaluations"]
+        title = f"Step {state.step}"
+        if evaluations:
+            evaluation = evaluations[-1]
             title += f": loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['perplexity']:.2f}"
-            if evaluation["step"] != step:
+            if evaluation["step"] != state.step:
                 title += f" (at step {evaluation['step']})"
         files = checkpoint_files.read_manifest(path)["files"]
+        exported = checkpoint_files.EXPORT + "/"
         PushQueue(self.folder.path).enqueue(
-            step,
-            path / "export",
+            state.step,
+            path / checkpoint_files.EXPORT,
             title,
-            f"Tokens: {self.meter.tokens_at(step):,}",
-            sha256={name[7:]: entry["sha256"] for name, entry in files.items() if name.startswith("export/")},
+            f"Tokens: {state.tokens:,}",
+            sha256={
+                name.removeprefix(exported): entry["sha256"]
+                for name, entry in files.items()
+                if name.startswith(exported)
+            },
         )
         start_drain(self.folder.path)
+
+    def _saves(self) -> list[dict[str, Any]]:
+        """What the saves of this start took, for the record."""
+        return [
+            {
+                "step": outcome.step,
+                "bytes": outcome.num_bytes,
+                "stall_seconds": round(outcome.stall_seconds, 4),
+                "seconds": round(outcome.seconds, 4),
+                "error": None if outcome.error is None else str(outcome.error),
+            }
+            for outcome in self.saver.outcomes
+        ]
 
     def _card(self, step: int, tokens: int) -> str:
         corpus = Path(self.config.data) / "corpus.json"
@@ -366,12 +462,13 @@ class Session:
         """Ends loader, trackers and the branch's queue; says where everything is. Returns the outcome."""
         data = self._data_account()
         self.loader.close()
+        last_save = self.saver.wait()
         self.progress.close()
         outcome = {"status": status, "step": step, "run": str(self.folder.path)}
 
         def conclude() -> None:
             self.tracker.close()
-            self.folder.update(outcome=outcome, data=data)
+            self.folder.update(outcome=outcome, data=data, saves=self._saves())
             self.progress.say("data: %s", data["summary"])
             if self.folder.record.get("hub") is not None:
                 hub_push(self.folder.path)
@@ -379,6 +476,8 @@ class Session:
             self.progress.say("run %s %s at step %d: %s", self.folder.name, status, step, self.folder.path)
 
         self.ranks.on_main(conclude)
+        if last_save is not None and last_save.error is not None:
+            raise SharedError(f"the run {status} at step {step}, but {last_save.error}")
         return outcome
 
 
@@ -450,41 +549,73 @@ def _choose_encoding(stream: StreamConfig, ranks: Ranks) -> None:
             logger.warning("%s; the tokenizers library encodes instead, at a hundredth of the speed", reason)
 
 
-def _restore(config: RunConfig, folder: RunFolder, engine: Any, ranks: Ranks) -> RestoredRun | None:
+def _restore(config: RunConfig, folder: RunFolder, engine: Any, ranks: Ranks) -> RunState | None:
     """Fills the engine from the newest valid checkpoint, or the one asked for; None for a run that starts."""
-
-    def choose() -> Path | None:
-        if config.resume == "never":
-            return None
-        if config.resume != "auto":
-            chosen = Path(config.resume)
-            damage = checkpoint_files.verify_checkpoint(chosen)
-            if damage:
-                raise UserError(f"--resume {chosen}: {damage[0]}")
-            problems: list[str] = []
-        else:
-            found, problems = checkpoint_files.newest_valid(folder.checkpoints)
-            for problem in problems:
-                logger.error("damaged checkpoint left out: %s", problem)
-            if found is None:
-                if problems:
-                    raise UserError(f"no checkpoint of {folder.path} is whole: {problems[0]}")
-                return None
-            chosen = found
-        return chosen
-
-    checkpoint = ranks.on_main(choose)
+    ranks.on_main(lambda: checkpoint_files.recover(folder.checkpoints))
+    if config.resume == "never":
+        return None
+    checkpoint = _newest_valid(folder, ranks) if config.resume == "auto" else _asked_for(config, folder, ranks)
     return None if checkpoint is None else load_checkpoint(engine, ranks, checkpoint)
 
 
+def _newest_valid(folder: RunFolder, ranks: Ranks) -> Path | None:
+    """The newest checkpoint that holds; damaged ones are named and set aside. Every rank verifies its share."""
+    # Rank 0 alone looks at the folder: others may see it late on a network's file system.
+    candidates = ranks.on_main(lambda: checkpoint_files.readable_checkpoints(folder.checkpoints))
+    found = None
+    damaged: dict[Path, list[str]] = {}
+    for path, problem in candidates:
+        damage = [problem] if problem else _verify(path, ranks)
+        if not damage:
+            found = path
+            break
+        damaged[path] = damage
+
+    def report() -> None:
+        if found is None and damaged:
+            raise UserError(f"no checkpoint of {folder.path} is whole: {next(iter(damaged.values()))[0]}")
+        for path, damage in damaged.items():
+            for sentence in damage:
+                logger.error("damaged checkpoint left out: %s", sentence)
+            logger.error("%s was set aside as %s", path.name, checkpoint_files.set_aside(path).name)
+        if found is not None:
+            checkpoint_files.point_latest(found)  # a kill may have come between the rename and this
+
+    ranks.on_main(report)
+    return found
+
+
+def _verify(checkpoint: Path, ranks: Ranks) -> list[str]:
+    share = checkpoint_files.verify_checkpoint(checkpoint, share=ranks.rank, num_shares=ranks.world_size)
+    return sorted({sentence for sentences in ranks.gather(share) for sentence in sentences})
+
+
+def _asked_for(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Path:
+    """The checkpoint that ``--resume`` names, of this run or another; this run's later ones are of a time line that it
+    leaves here: they would be taken for newer than what comes now."""
+    chosen = Path(config.resume).resolve()
+    damage = _verify(chosen, ranks)
+
+    def leave_newer() -> None:
+        if damage:
+            raise UserError(f"--resume {config.resume}: {damage[0]}")
+        step = checkpoint_files.read_manifest(chosen)["step"]
+        for later in checkpoint_files.checkpoint_folders(folder.checkpoints):
+            if int(later.name[5:]) >= step and later.resolve() != chosen:
+                logger.warning("%s was set aside as %s", later.name, checkpoint_files.set_aside(later).name)
+
+    ranks.on_main(leave_newer)
+    return chosen
+
+
 def _stream_start(
-    config: RunConfig, ranks: Ranks, restored: RestoredRun | None, fingerprint: dict[str, Any]
+    config: RunConfig, ranks: Ranks, restored: RunState | None, fingerprint: dict[str, Any]
 ) -> tuple[StreamStart, list[str]]:
     """Where the stream begins, and what has changed in the data where that is a new epoch; collective."""
     if restored is None:
         return StreamStart(), []
-    saved, step = restored.data, restored.step
-    return ranks.on_main(lambda: resume_stream(saved, fingerprint, step=step, on_data_change=config.on_data_change))
+    saved = restored.data
+    return ranks.on_main(lambda: resume_stream(saved, fingerprint, on_data_change=config.on_data_change))
 
 
 def _training_loader(config: RunConfig, stream: StreamConfig, ranks: Ranks, start: StreamStart) -> TrainingLoader:
@@ -499,6 +630,30 @@ def _training_loader(config: RunConfig, stream: StreamConfig, ranks: Ranks, star
     )
 
 
+def _watch_steps(
+    config: RunConfig,
+    ranks: Ranks,
+    engine: Any,
+    stream: StreamConfig,
+    start: StreamStart,
+    step: int,
+    loader: TrainingLoader,
+    progress: Progress,
+) -> BadSteps:
+    return BadSteps(
+        engine=engine,
+        ranks=ranks,
+        stream=stream,
+        loader=loader,
+        global_batch_size=config.global_batch_size,
+        start_step=step,
+        start_row=start.row,
+        limit=config.max_bad_steps,
+        say=progress.say,
+        watch_gradients=not config.compile,  # a hook inside a compiled model would cut its graph
+    )
+
+
 def _layout(ds_config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {"world_size": ranks.world_size, "zero_stage": zero_stage(ds_config), "precision": precision(ds_config)}
 
@@ -510,7 +665,7 @@ def _introduce(
     shape: GPT2Shape,
     ranks: Ranks,
     folder: RunFolder,
-    restored: RestoredRun | None,
+    restored: RunState | None,
 ) -> None:
     progress.say(
         "run %s: %s, %s parameters, ZeRO-%d %s on %d rank(s), %d rows a step (%d x %d x %d)",
@@ -555,7 +710,7 @@ def _start_meter(
     shape: GPT2Shape,
     ranks: Ranks,
     loader: TrainingLoader,
-    restored: RestoredRun | None,
+    restored: RunState | None,
 ) -> Meter:
     flops, source = peak_flops(ranks.device, precision(ds_config))
     logger.debug("peak of this rank: %.3g FLOP/s (%s)", flops, source)

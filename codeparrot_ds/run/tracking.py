@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds import durable
 from codeparrot_ds.run.folder import RunFolder
 
 logger = logging.getLogger("codeparrot_ds")
@@ -67,9 +68,7 @@ class Metrics:
                 continue
             if row.get("step", 0) <= step:
                 kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        durable.replace_file(self.path, ["".join(f"{line}\n" for line in kept).encode()])
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row; a number that JSON has no word for (NaN, infinity) becomes a string that ``float`` reads."""

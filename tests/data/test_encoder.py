@@ -24,6 +24,11 @@ def test_ids_are_the_tokenizers(tokenizer_dir: Path, encoder: Encoder) -> None:
     assert encoder.fingerprint == hashlib.sha256(data).hexdigest()
 
 
+def test_decoding_keeps_special_tokens(encoder: Encoder) -> None:
+    [ids] = encoder.encode_batch(["naïve = 1\n"])
+    assert encoder.decode([*ids, encoder.eos_token_id]) == f"naïve = 1\n{EOS}"
+
+
 def test_token_bytes_add_up_to_the_text(encoder: Encoder) -> None:
     sizes = encoder.token_bytes()
     assert sizes is not None and sizes.shape == (encoder.vocab_size,)

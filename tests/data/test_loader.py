@@ -16,7 +16,7 @@ import torch
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.loader import BATCHES_AHEAD, TrainingLoader, token_ids
 from codeparrot_ds.data.sources import find_shards
-from codeparrot_ds.data.stream import Dataset, LaneStates, StreamConfig, TrainingStream
+from codeparrot_ds.data.stream import Dataset, LaneState, LaneStates, StreamConfig, TrainingStream
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents
 
@@ -91,6 +91,22 @@ def test_resumes_after_the_last_batch_handed_out(
             lane_states=states,
         )
         assert torch.equal(read_rows, rows[88 + rank :: next_world_size])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_places_are_the_states_and_stay_what_they_are(config: StreamConfig, num_workers: int) -> None:
+    loader = TrainingLoader(config, micro_batch_size=5, num_workers=num_workers, rank=1, world_size=2)
+    kept, copies, states = [loader.places()], [loader.places().copy()], [loader.state()]
+    for _ in range(40):
+        next(loader)
+        kept.append(loader.places())
+        copies.append(loader.places().copy())
+        states.append(loader.state())
+    loader.close()
+    assert loader.lanes == list(range(1, 24, 2))
+    for place, copy, state in zip(kept, copies, states, strict=True):
+        assert np.array_equal(place, copy)
+        assert [tuple(map(LaneState.from_array, values)) for values in place] == [state[lane] for lane in loader.lanes]
 
 
 def test_any_number_of_workers_up_to_one_a_lane(config: StreamConfig) -> None:

@@ -105,14 +105,14 @@ def test_a_stream_goes_on_or_begins_anew(
     stream = open_stream(config, encoder)
     loader = TrainingLoader(stream, micro_batch_size=8)
     next(loader)
-    start = StreamStart(row=8, lane_states=loader.state(), first_step=4)
+    start = StreamStart(row=8, lane_states=loader.state())
     saved = json.loads(json.dumps(saved_stream(stream_fingerprint(stream), start)))
-    assert resume_stream(saved, stream_fingerprint(stream), step=5, on_data_change="refuse") == (start, [])
+    assert resume_stream(saved, stream_fingerprint(stream), on_data_change="refuse") == (start, [])
     other = stream_fingerprint(open_stream(make_config(data=str(corpora[1]), seq_length=16), encoder))
     with pytest.raises(UserError, match=r"other data: seq_length is 16.* The shard part-0.*--on-data-change restart"):
-        resume_stream(saved, other, step=5, on_data_change="refuse")
-    anew, differences = resume_stream(saved, other, step=5, on_data_change="restart")
-    assert anew == StreamStart(first_step=5) and len(differences) == 2
+        resume_stream(saved, other, on_data_change="refuse")
+    anew, differences = resume_stream(saved, other, on_data_change="restart")
+    assert anew == StreamStart() and len(differences) == 2
 
 
 def test_the_account_adds_up_over_ranks() -> None:

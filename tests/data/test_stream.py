@@ -14,7 +14,7 @@ import pytest
 
 from codeparrot_ds.data import sources
 from codeparrot_ds.data.encoder import Encoder
-from codeparrot_ds.data.sources import BadDocuments, find_shards, read_documents
+from codeparrot_ds.data.sources import BadDocuments, Piece, find_shards, read_documents
 from codeparrot_ds.data.stream import (
     Dataset,
     LaneState,
@@ -24,12 +24,13 @@ from codeparrot_ds.data.stream import (
     TrainingStream,
     check_lanes,
     check_world_size,
+    describe_place,
     fingerprint_differences,
     lane_pieces,
     stream_fingerprint,
 )
 from codeparrot_ds.errors import UserError
-from tests.data.conftest import make_documents, write_shard
+from tests.data.conftest import EOS, make_documents, write_shard
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
 ConfigMaker = Callable[..., StreamConfig]
@@ -83,6 +84,49 @@ def test_row_k_comes_from_lane_k_modulo_num_lanes(make_config: ConfigMaker) -> N
     rows = take(TrainingStream(config), 50)
     assert [row.lane for row in rows] == [k % 8 for k in range(50)]
     assert all(row.ids.shape == (32,) and row.ids.dtype == np.uint16 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "num_shards", "unit"),
+    [(".jsonl", 1, "byte"), (".parquet", 1, "row"), (".jsonl.gz", 3, "line"), (".jsonl.zst", 3, "line")],
+)
+def test_a_rows_place_is_the_window_that_it_ends_in(
+    make_config: ConfigMaker, suffix: str, num_shards: int, unit: str
+) -> None:
+    config = make_config(make_documents(120), suffix=suffix, num_shards=num_shards, num_lanes=3, seq_length=64)
+    shards = {shard.name: shard for shard in config.datasets[0].shards}
+    before = {lane: np.zeros((1, 12), np.int64) for lane in range(3)}
+    places = set()
+    for row in take(TrainingStream(config), 90):
+        after = np.stack([state.to_array() for state in row.states])
+        place = describe_place(config, row.lane, before[row.lane], after)
+        before[row.lane] = after
+        places.add(place)
+        name, _, here, number = place.split()
+        # In parquet a piece's first window is known by its byte alone.
+        assert here == unit or (suffix, here) == (".parquet", "byte")
+        begin, number = (int(number), 0) if here == "byte" else (0, int(number))
+        documents = read_documents(Piece(shards[name], begin, shards[name].bytes), bad=BadDocuments())
+        after_it = [text for text, end in documents if (end.line if here == "line" else end.offset) > number]
+        window = after_it[: config.window_documents]
+        last_document = config.encoder.decode(row.ids).split(EOS)[-1]
+        assert any(last_document in text for text in window), place
+    assert len(places) > 6
+
+
+def test_a_rows_place_in_a_mixture_is_in_the_data_set_that_it_comes_from(make_config: ConfigMaker) -> None:
+    config = make_config(make_documents(60), num_shards=1, num_lanes=1)
+    [dataset] = config.datasets
+    other = replace(dataset, name="other", shards=[replace(dataset.shards[0], name="other.jsonl")])
+    config = replace(config, datasets=[dataset, other])
+    before, named = np.zeros((2, 12), np.int64), Counter()
+    for row in take(TrainingStream(config), 20):
+        after = np.stack([state.to_array() for state in row.states])
+        chosen = int(np.flatnonzero((after != before).any(axis=1))[0])
+        assert describe_place(config, 0, before, after).startswith(("part-00000.jsonl ", "other.jsonl ")[chosen])
+        named[chosen] += 1
+        before = after
+    assert named[0] == named[1] == 10
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

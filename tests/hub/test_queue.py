@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_queue_as_it_was(run, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("codeparrot_ds.hub.queue._write_durably", full)
+    monkeypatch.setattr("codeparrot_ds.durable.write_json", full)
     with pytest.raises(UserError, match="step 1000 was not queued: No space left"):
         enqueue(run, 1000)
     assert [entry.step for entry in queue.pending()] == [500]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import socket
@@ -97,10 +98,40 @@ def rank_environment() -> Callable[..., dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
+def process_group(rank_environment):
+    """One for all tests in this process: DeepSpeed keeps its groups as long as a process lives."""
+    from codeparrot_ds.run.ranks import join_ranks, leave_ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank_environment(0, 1).items():
+            patch.setenv(name, value)
+        ranks = join_ranks()
+    yield ranks
+    leave_ranks()
+
+
+@pytest.fixture(scope="module")
+def only_rank(process_group, rank_environment):
+    """This process as the only rank of a run."""
+    import torch
+
+    from codeparrot_ds.run.ops import build_operators
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in rank_environment(0, 1).items():
+            patch.setenv(name, value)
+        build_operators({"optimizer": {"type": "AdamW", "params": {}}}, process_group.device.type)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # what a rank has beside others; the models are too small for more
+        yield process_group
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
 def run_ranks(rank_environment: Callable[..., dict[str, str]]) -> Callable[..., list[dict]]:
     """Runs a script as several ranks; each prints one JSON object as its last line. Returns them in rank order."""
 
-    def run(script: str, world_size: int = 2) -> list[dict]:
+    def run(script: str, world_size: int = 2, timeout: int = 120) -> list[dict]:
         port = free_port()
         processes = [
             subprocess.Popen(
@@ -114,7 +145,9 @@ def run_ranks(rank_environment: Callable[..., dict[str, str]]) -> Callable[..., 
             for rank in range(world_size)
         ]
         try:
-            outputs = [process.communicate(timeout=120) for process in processes]
+            # All at once: a rank whose pipe is full waits for its reader, and the other ranks for it.
+            with concurrent.futures.ThreadPoolExecutor(world_size) as pool:
+                outputs = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
         finally:
             for process in processes:
                 process.kill()

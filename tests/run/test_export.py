@@ -1,11 +1,11 @@
 """The export: a plain Hugging Face folder."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
-from codeparrot_ds.run.export import TRAINING_STATE, working_weights, write_export
+from codeparrot_ds.run.export import TRAINING_STATE, Export, write_export
 
 TIED = GPT2Shape(n_layer=2, n_embd=32, n_head=2, vocab_size=257, n_positions=32)
 UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False)
@@ -25,9 +25,25 @@ def export(tmp_path, tokenizer_dir):
 
     def make(shape=TIED, dtype=torch.float32):
         model = build_model(shape, eos_token_id=256, seed=1, dropout=0.1).to(dtype)
-        weights = working_weights(SimpleNamespace(module=model), keep=True)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
         folder = tmp_path / "checkpoint" / "export"
-        write_export(folder, weights, model.config, tokenizer_dir, card="# A card\n", training_state={"step": 7})
+        folder.mkdir(parents=True)
+        entries = write_export(
+            folder,
+            Export(
+                model_config=model.config,
+                tokenizer=tokenizer_dir,
+                dtype=str(dtype).removeprefix("torch."),
+                card="# A card\n",
+                training_state={"step": 7},
+            ),
+            {name: list(weight.shape) for name, weight in weights.items()},
+            weights.values(),
+        )
+        assert sorted(entries) == sorted(path.name for path in folder.iterdir())
+        for name, entry in entries.items():
+            content = (folder / name).read_bytes()
+            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         return model, folder
 
     return make

@@ -172,6 +172,35 @@ def test_folders_that_are_no_run(make_config, tmp_path):
         open_folder(make_config())
 
 
+@pytest.mark.parametrize(
+    ("names", "goes_on"),
+    [
+        (["checkpoints/"], True),
+        (["checkpoints/", ".lock"], True),
+        (["checkpoints/", ".lock", ".config.yaml.4711.tmp"], True),
+        (["checkpoints/", ".lock", "config.yaml", "ds_config.json", "ds_config_sources.json"], True),
+        (["checkpoints/", ".lock", "config.yaml", "ds_config.json", ".run.json.4711.tmp"], True),
+        (["config.yaml"], False),
+        (["checkpoints/", "checkpoints/best.pt"], False),
+        (["checkpoints/", ".lock", "thesis.txt"], False),
+    ],
+    ids=str,
+)
+def test_a_first_start_that_was_killed_before_its_record_is_no_strangers_folder(make_config, names, goes_on):
+    path = Path(make_config().output_dir, "brave-otter-7")
+    path.mkdir(parents=True)
+    for name in names:
+        if name.endswith("/"):
+            (path / name).mkdir()
+        else:
+            (path / name).write_text("")
+    if goes_on:
+        assert open_folder(make_config()).record["name"] == "brave-otter-7"
+    else:
+        with pytest.raises(UserError, match="is not a run and not empty"):
+            open_folder(make_config())
+
+
 def test_a_folder_that_cannot_be_made(make_config, tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="cannot write the run folder .*: Not a directory"):

@@ -14,12 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from codeparrot_ds.config import LaunchOptions, save_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import launch
 from codeparrot_ds.run.launch import check_run, front_door, local_device, local_ranks, rank_environment
+from codeparrot_ds.run.parent_end import LEADS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -222,7 +224,7 @@ def test_device_and_ranks(monkeypatch):
 
 def end(run: Path, status: str, code: str = "pass") -> list[str]:
     """A command in the launcher's place that records an end and then does ``code``."""
-    record = json.dumps({"outcome": {"status": status, "step": 3}})
+    record = json.dumps({"starts": [{}], "outcome": {"status": status, "step": 3}})
     lines = ["import os, signal, sys, pathlib, time", f"run = pathlib.Path({str(run)!r})", f"text = {record!r}"]
     lines += ["run.mkdir(exist_ok=True)", "(run / 'run.json').write_text(text)", code]
     return [sys.executable, "-c", "\n".join(lines)]
@@ -240,17 +242,55 @@ def end(run: Path, status: str, code: str = "pass") -> list[str]:
 )
 def test_the_exit_code_tells_what_became_of_the_run(tmp_path, status, code, expected):
     command = end(tmp_path / "run", status, code)
-    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run", time.time()) == expected
+    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run") == expected
 
 
 def test_an_outcome_of_an_earlier_start_does_not_count(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "run.json").write_text(json.dumps({"outcome": {"status": "finished", "step": 3}}))
-    os.utime(run / "run.json", (0, 0))
-    assert launch._run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run, time.time()) == 1
+    (run / "run.json").write_text(json.dumps({"starts": [{}], "outcome": {"status": "finished", "step": 3}}))
+    assert launch._run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run) == 1
     shutil.rmtree(run)
-    assert launch._run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run, time.time()) == 1
+    assert launch._run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run) == 1
+
+
+def test_a_clock_that_is_set_back_does_not_make_a_good_end_bad(tmp_path):
+    command = end(tmp_path / "run", "finished", f"os.utime({str(tmp_path / 'run' / 'run.json')!r}, (0, 0))")
+    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run") == 0
+
+
+def test_a_killed_front_door_leaves_no_launcher_behind(tmp_path):
+    launcher = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+    script = (
+        "import os, pathlib, sys; from codeparrot_ds.run.launch import _run_to_the_end; "
+        "_run_to_the_end(sys.argv[2:], dict(os.environ), pathlib.Path(sys.argv[1]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", script, str(tmp_path / "run"), *launcher]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as front_door:
+        launched = psutil.Process(int(front_door.stdout.readline()))
+        assert launched.is_running()
+        front_door.kill()
+    _, alive = psutil.wait_procs([launched], timeout=10)
+    assert not alive or launched.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_rank_whose_launcher_ended_before_it_could_ask_ends_at_once():
+    """Its parent is another by then; it must not train on without anybody who waits for it."""
+    rank = [sys.executable, "-m", "codeparrot_ds.train", "--max-train-steps", "none"]
+    launcher = (
+        "import os, signal, subprocess, sys; subprocess.Popen(sys.argv[1:]); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    command = [sys.executable, "-c", launcher, "sh", "-c", 'sleep 1; exec "$@"', "sh", *rank]
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
+
+    def words(**extra: str) -> str:
+        """What it says; that ends when launcher and rank have ended."""
+        options = {"start_new_session": True, "capture_output": True, "text": True, "timeout": 60}
+        return subprocess.run(command, env=environment | extra, **options).stderr
+
+    assert words(**{LEADS: "1"}) == ""
+    assert "--max-train-steps" in words()  # started by something else, it asks nobody, and finds the mistake
 
 
 def test_a_second_signal_stops_without_saving(tmp_path, capfd):
@@ -258,7 +298,7 @@ def test_a_second_signal_stops_without_saving(tmp_path, capfd):
     handler = signal.getsignal(signal.SIGTERM)
     command = end(tmp_path / "run", "running", ask + "time.sleep(60)")
     started = time.time()
-    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run", started) == 128 + 9
+    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run") == 128 + 9
     assert time.time() - started < 30
     assert "the ranks save at the next step boundary" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -268,7 +308,7 @@ def test_a_name_is_made_before_anything_else(make_config, monkeypatch, tmp_path)
     """The front door gives every rank the same new name; nothing is started here."""
     seen = {}
 
-    def run_to_the_end(command, environment, run, started):
+    def run_to_the_end(command, environment, run):
         seen.update(command=command, run=run, environment=environment)
         return 0
 

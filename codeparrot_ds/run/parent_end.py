@@ -1,0 +1,46 @@
+"""Ends a process when the one that started it is gone, however that went. No torch here.
+
+SIGKILL leaves a process no time to take its children along: ranks would train on without a launcher, hold the run's
+folder, and nobody would see their words. Linux sends a signal to the children instead, when they have asked for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+
+LEADS = "CODEPARROT_DS_LAUNCHER_LEADS"
+"""Environment variable of ranks whose parent, the launcher, leads the session that they are in."""
+
+
+def signal_at_parents_end(number: signal.Signals, parent: int | None = None) -> Callable[[], None]:
+    """Returns a function that makes the kernel send this signal to the process that calls it, at its parent's end.
+
+    The function calls into the system alone, so that a forked child may call it before it becomes another program. On
+    other systems than Linux it does nothing.
+
+    Args:
+        number: the signal.
+        parent: the parent's process id where that is known: a process whose parent has ended already ends at once.
+    """
+    if not sys.platform.startswith("linux"):
+        return lambda: None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if parent is not None and os.getppid() != parent:  # it went before it could be asked for
+            os._exit(1)
+
+    return ask
+
+
+def launcher_of_this_rank() -> int | None:
+    """The process id of the launcher that started this rank; None where another than the front door started that."""
+    return os.getsid(0) if LEADS in os.environ else None
