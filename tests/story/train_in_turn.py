@@ -6,7 +6,6 @@ between them. Rank 0 writes their outcomes beside that file.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -23,8 +22,6 @@ def main(file: Path) -> None:
     outcomes = []
     for arguments in json.loads(file.read_text()):
         outcomes.append(train(config_from_arguments(parser.parse_args(arguments))))
-        gc.unfreeze()  # the run froze what it made at start-up, its engine among it
-        gc.collect()
     leave_ranks()
     if os.environ["RANK"] == "0":
         file.with_suffix(".outcomes.json").write_text(json.dumps(outcomes))
