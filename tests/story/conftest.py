@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import shutil
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stories import Workshop, clean_environment
+from stories import COMPARED, OTHERS, STEPS, Workshop, train_in_turn
 
 from codeparrot_ds.data.corpus import build_corpus
 from codeparrot_ds.data.tokenizer import train_tokenizer
@@ -27,23 +27,56 @@ def workshop(tmp_path_factory) -> Workshop:
 
 
 @pytest.fixture(scope="session")
-def trained(workshop) -> Callable[..., Path]:
-    """Trains a config once a session and returns its run: 20 steps of the plain stages, 5 of others; saved every 10."""
-    done = {}
+def on_two_ranks(workshop) -> dict[str, Path]:
+    """A run of each of `COMPARED`, `OTHERS`, and one with dropout, whose masks come from each rank's own generator.
 
-    def run(name: str, ranks: int = 2) -> Path:
-        key = f"{name}-on-{ranks}"
-        if key not in done:
-            # Runs of one rank are started two at a time: a core for each.
-            environment = clean_environment(OMP_NUM_THREADS="1") if ranks == 1 else clean_environment()
-            steps = "20" if name.removesuffix("_fp32") in ("zero0", "zero1", "zero2", "zero3") else "5"
-            process = workshop.train(
-                *("--deepspeed", name, "--num-gpus", str(ranks), "--run-name", key, "--max-train-steps", steps),
-                *("--save-checkpoint-steps", "10"),
-                env=environment,
-            )
-            assert process.returncode == 0, process.stderr[-3000:]
-            done[key] = workshop.runs / key
-        return done[key]
+    Twenty steps saved every ten, five of the others; all in one launch.
+    """
+    options = {name: ("--deepspeed", name, *STEPS) for name in COMPARED}
+    options |= {name: ("--deepspeed", name, "--max-train-steps", "5") for name in OTHERS}
+    options["zero2"] += ("--hub", "local")
+    options["dropout"] = ("--deepspeed", "zero2", "--dropout", "0.1", *STEPS)
+    names = {name: name if name == "dropout" else f"{name}-on-2" for name in options}
+    runs = [workshop.options("--run-name", names[name], *chosen) for name, chosen in options.items()]
+    outcomes = train_in_turn(runs, ranks=2)
+    return {name: Path(outcome["run"]) for name, outcome in zip(options, outcomes, strict=True)}
 
-    return run
+
+@pytest.fixture(scope="session")
+def on_one_rank(workshop) -> dict[str, Path]:
+    """The fp32 runs again, on one rank: two launches at a time, a core for each."""
+    names = [f"zero{stage}_fp32" for stage in range(4)]
+    runs = [workshop.options("--run-name", f"{name}-on-1", "--deepspeed", name, *STEPS) for name in names]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        launches = pool.map(lambda part: train_in_turn(part, ranks=1), (runs[:2], runs[2:]))
+        outcomes = [outcome for launch in launches for outcome in launch]
+    return {name: Path(outcome["run"]) for name, outcome in zip(names, outcomes, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def continued(workshop, on_two_ranks) -> dict[str, Path]:
+    """Copies of runs that went on, in one launch of new processes.
+
+    ``zero0``, ``zero1`` and ``zero0_fp32`` from their step 10; ``zero2`` after its end; and ``new data``: ``zero2``, of
+    whose training data a document is gone, on half the lanes.
+    """
+    base = workshop.runs.parent / "continued"
+    shards = shutil.copytree(workshop.corpus, base / "corpus") / "train"
+    shard = min(shards.iterdir())
+    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[1:]))
+    runs, options = {}, []
+    for key, name, *chosen in (
+        *((name, name, *STEPS) for name in ("zero0", "zero1", "zero0_fp32", "zero2")),
+        ("new data", "zero2", *("--data", str(shards.parent), "--num-lanes", "4", "--on-data-change", "restart"),
+         "--max-train-steps", "22", "--save-checkpoint-steps", "1"),
+    ):  # fmt: skip
+        whole = on_two_ranks[name]
+        runs[key] = base / key.replace(" ", "-") / whole.name
+        shutil.copytree(whole, runs[key])
+        if name != "zero2":
+            shutil.rmtree(runs[key] / "checkpoints" / "step-00000020")
+        options.append(
+            workshop.options("--run-name", whole.name, "--deepspeed", name, *chosen, output_dir=runs[key].parent)
+        )
+    train_in_turn(options, ranks=2)
+    return runs

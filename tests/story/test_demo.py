@@ -16,14 +16,18 @@ from stories import REPOSITORY, clean_environment, evaluations, metrics, run_com
 
 from codeparrot_ds.evaluation.perplexity import evaluate_model
 
-PERPLEXITY_LIMIT = 1 / 20  # of the vocabulary
+# Two fifths of the demo's steps, with the whole schedule. All 300 bring the perplexity from 8,263 to 340; these must
+# bring it below a tenth of the vocabulary, which is about what knowing every token's frequency would give.
+STEPS = 120
+PERPLEXITY_LIMIT = 1 / 10
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo as it ships; returns its work folder, its run and what it said."""
+    """The demo but for its number of steps; returns its work folder, its run and what it said."""
     workdir = tmp_path_factory.mktemp("demo") / "work"
     command = [sys.executable, "-m", "codeparrot_ds", "demo", "--workdir", str(workdir)]
+    command += ["--max-train-steps", str(STEPS)]
     home = workdir.parent / "home"
     home.mkdir()
     environment = clean_environment(NETRC=str(home / "none"))
@@ -81,10 +85,9 @@ def test_the_branch_cloned_with_git_gives_the_logged_loss_in_transformers(demo, 
     log = subprocess.run(
         ["git", "-C", str(clone), "log", "--format=%s"], check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    steps = [step for step in evaluations(run) if step > 0]
-    assert [title.split(":")[0] for title in log if title.startswith("Step")] == [f"Step {s}" for s in reversed(steps)]
+    assert [title.split(":")[0] for title in log if title.startswith("Step")] == [f"Step {STEPS}"]
     assert not [path for path in clone.iterdir() if "fragments" in path.name or "optim" in path.name]
-    logged = evaluations(run)[max(steps)]
+    logged = evaluations(run)[STEPS]
     for dtype in ("auto", "float32"):
         loss = evaluate_model(clone, data=workdir / "corpus", dtype=dtype, device="cpu")["loss"]
         assert loss == pytest.approx(logged, rel=1e-3), dtype

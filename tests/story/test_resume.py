@@ -1,4 +1,4 @@
-"""A run that is stopped, killed, damaged or moved to another layout goes on with the same losses."""
+"""A run that is stopped or damaged goes on with the same losses; ``test_kills.py`` kills them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import time
 
 import psutil
 import pytest
-from stories import REPOSITORY, clean_environment, evaluations, losses, metrics
-
-STEPS = ("--max-train-steps", "20", "--save-checkpoint-steps", "10")
+from stories import REPOSITORY, STEPS, clean_environment, evaluations, losses
 
 
-@pytest.fixture(scope="module")
-def with_dropout(workshop):
+@pytest.fixture
+def with_dropout(on_two_ranks):
     """An uninterrupted run with dropout, whose masks come from each rank's own generator."""
-    process = workshop.train("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", *STEPS)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return workshop.runs / "dropout"
+    return on_two_ranks["dropout"]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with_dropout, tmp_path):
@@ -64,26 +60,3 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_drop
     assert process.returncode == 0, process.stderr[-3000:]
     assert f"resumed from step {outcome['step']}" in process.stderr
     assert losses(run) == losses(with_dropout)
-
-
-def test_killed_ranks_lose_nothing_that_was_saved(workshop, with_dropout, tmp_path):
-    arguments = ("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", *STEPS)
-    command = workshop.command(*arguments, output_dir=tmp_path)
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stderr=subprocess.PIPE, text=True)
-    run = tmp_path / "dropout"
-    deadline = time.monotonic() + 120
-    saved = run / "checkpoints" / "step-00000010" / "manifest.json"  # written behind the steps
-    while not saved.is_file() or max(losses(run), default=0) < 12:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if "--local_rank=1" in child.cmdline():
-            child.kill()
-            break
-    _, said = process.communicate(timeout=90)
-    assert process.returncode != 0, said[-3000:]
-    process = workshop.train(*arguments, output_dir=tmp_path)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "resumed from step 10" in process.stderr
-    assert losses(run) == losses(with_dropout)
-    assert [row["step"] for row in metrics(run) if "loss" in row] == list(range(1, 21))

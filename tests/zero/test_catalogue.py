@@ -194,7 +194,8 @@ def test_quantized_gradients_travel_as_what_the_kernel_reads():
 
 # Two ranks build one engine after the other; a launch for each would take ten times as long.
 TRAIN = """
-import gc, json, sys, torch
+import cpuinfo, functools, gc, json, sys, torch
+import deepspeed, transformers.models.gpt2.modeling_gpt2
 from codeparrot_ds.config import RunConfig
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape
@@ -204,6 +205,9 @@ from codeparrot_ds.run.ranks import join_ranks, leave_ranks
 from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config, zero_stage
 
 names, folder = json.loads(sys.argv[1]), sys.argv[2]
+# Every engine with its optimizer on the host asks for the processor, which takes a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+gc.freeze()  # what was imported: a collection after each config need not look through it
 ranks = join_ranks()
 shape = GPT2Shape(n_layer=2, n_embd=64, n_head=2, vocab_size=512, n_positions=32)
 config = RunConfig(

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.run.ops import use_operators_folder
 from codeparrot_ds.zero.lint import lint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def zero(stage, **keys):
@@ -77,6 +79,10 @@ SCRIPT = """
 import copy, json, logging, os, sys, torch
 logging.disable(logging.CRITICAL)
 import deepspeed
+from codeparrot_ds.run.ops import build_operators
+# DeepSpeed's own loading would compile them again with other flags, and the next run once more with ours.
+for device in ("none", "cpu"):
+    build_operators({"zero_optimization": {"offload_optimizer": {"device": device}}}, "cpu")
 deepspeed.init_distributed("gloo")
 refused = {}
 for name, config in json.load(sys.stdin).items():
@@ -103,7 +109,7 @@ def refused(tmp_path_factory):
     """What the engine says of every config that it does not take: one process, one rank."""
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": "0", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    use_operators_folder(environment)
+    environment |= {"PYTHONPATH": str(REPOSITORY)}
     path = tmp_path_factory.mktemp("engine") / "refused.json"
     subprocess.run(
         [sys.executable, "-c", SCRIPT, str(path)],
