@@ -8,7 +8,6 @@ a selection of the pairs. Exits with 1 where a bar is missed.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import shutil
 import sys
@@ -16,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import REPOSITORY, write_record
+from record import REPOSITORY, record_parser, write_record
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "run"))
 from layouts import (
@@ -39,14 +38,10 @@ CONTROLLED = (Layout("zero3_fp32", 2), Layout("zero2", 2))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = record_parser(__doc__, name="checkpoint-matrix")
     parser.add_argument("--configs", nargs="+", default=STAGES + OFFLOADED)
     parser.add_argument("--world-sizes", nargs="+", type=int, default=list(WORLD_SIZES))
     parser.add_argument("--timeout", type=float, default=4 * 3600, help="seconds")
-    parser.add_argument("--name", default="checkpoint-matrix", help="of the record")
-    parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
 
     layouts = list(itertools.starmap(Layout, itertools.product(options.configs, options.world_sizes)))

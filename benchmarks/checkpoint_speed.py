@@ -24,22 +24,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import REPOSITORY, write_record
+from record import REPOSITORY, record_parser, write_record
 
 WORLD_SIZE = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = record_parser(__doc__, name="checkpoint-cpu")
     parser.add_argument("--model", default="gpt2", help="a shape that `train` knows")
     parser.add_argument("--deepspeed", default="zero2", help="a shipped DeepSpeed config")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder, for the vocabulary and the export")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workdir", type=Path, help="folder on the disk to measure (default: a temporary one)")
-    parser.add_argument("--name", default="checkpoint-cpu", help="of the record")
-    parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
     if "RANK" in os.environ:
         work_as_rank(options)

@@ -21,20 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from record import REPOSITORY, write_record
+from record import REPOSITORY, record_parser, write_record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = record_parser(__doc__, name="checkpoint-stall-cpu")
     parser.add_argument("--data", required=True, help="corpus folder")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--deepspeed", default="zero2")
     parser.add_argument("--saves", type=int, default=20)
     parser.add_argument("--every", type=int, default=8, help="steps between saves")
-    parser.add_argument("--name", default="checkpoint-stall-cpu", help="of the record")
-    parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
     steps = options.every * (options.saves + 1)
     with tempfile.TemporaryDirectory() as folder:

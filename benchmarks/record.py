@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -16,6 +17,16 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "numpy")
+
+
+def record_parser(doc: str, *, name: str) -> argparse.ArgumentParser:
+    """The parser of a benchmark that leaves one record: its options with their defaults, ``--name`` and ``--out``."""
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--name", default=name, help="of the record")
+    parser.add_argument("--out", type=Path, help="folder of the record")
+    return parser
 
 
 def hardware() -> str:

@@ -5,7 +5,6 @@ python benchmarks/startup.py --data CORPUS --tokenizer TOKENIZER --rounds 5
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -13,21 +12,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from record import REPOSITORY, write_record
+from record import REPOSITORY, record_parser, write_record
 
 EVALUATION = "first evaluation"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = record_parser(__doc__, name="startup-cpu")
     parser.add_argument("--data", required=True, help="corpus folder")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--deepspeed", default="zero2")
-    parser.add_argument("--name", default="startup-cpu", help="of the record")
-    parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
 
     laps: list[dict[str, float]] = []

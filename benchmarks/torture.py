@@ -5,7 +5,6 @@ python benchmarks/torture.py --kills 300
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import statistics
@@ -14,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import REPOSITORY, write_record
+from record import REPOSITORY, record_parser, write_record
 
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "torture")]
 
@@ -24,16 +23,12 @@ CONFIGS = ("zero0_fp32", "zero1", "zero2", "zero2_offload", "zero3", "zero3_fp32
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = record_parser(__doc__, name="torture-cpu")
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="DeepSpeed configs, each with its own reference")
     parser.add_argument("--hub", default="local", choices=("local", "off"))
     parser.add_argument("--at-once", type=int, default=2, help="configs side by side")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--name", default="torture-cpu", help="of the record")
-    parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
 
     began = time.monotonic()

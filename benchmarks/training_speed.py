@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from record import REPOSITORY, write_record
+from record import REPOSITORY, record_parser, write_record
 
 PEERS = ("fp32", "bf16")
 
@@ -56,9 +56,7 @@ def ours(options: argparse.Namespace, run_name: str, output_dir: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = record_parser(__doc__, name="training-cpu")
     parser.add_argument("--data", required=True, help="corpus folder")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--model", default="gpt2")
@@ -70,8 +68,6 @@ def main() -> None:
     parser.add_argument("--recipe-steps", type=int, default=3, help="counted steps of the recipe's loop a round")
     parser.add_argument("--our-steps", type=int, default=8, help="counted steps of ours a round")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=["fp32"], help="precisions of the recipe's loop")
-    parser.add_argument("--name", default="training-cpu", help="of the record")
-    parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args()
 
     raw: dict[str, list[dict]] = {f"recipe {precision}": [] for precision in options.peers} | {"ours": []}

@@ -151,6 +151,7 @@ class Session:
         startup.lap("DeepSpeed engine")
         restored = _restore(config, folder, engine, ranks)
         stream_start, data_changes = _stream_start(config, ranks, restored, fingerprint)
+        _leave_later(config, folder, ranks, restored)
         startup.lap("checkpoint")
         if config.compile:
             engine.compile()
@@ -554,7 +555,7 @@ def _restore(config: RunConfig, folder: RunFolder, engine: Any, ranks: Ranks) ->
     ranks.on_main(lambda: checkpoint_files.recover(folder.checkpoints))
     if config.resume == "never":
         return None
-    checkpoint = _newest_valid(folder, ranks) if config.resume == "auto" else _asked_for(config, folder, ranks)
+    checkpoint = _newest_valid(folder, ranks) if config.resume == "auto" else _asked_for(config, ranks)
     return None if checkpoint is None else load_checkpoint(engine, ranks, checkpoint)
 
 
@@ -590,22 +591,31 @@ def _verify(checkpoint: Path, ranks: Ranks) -> list[str]:
     return sorted({sentence for sentences in ranks.gather(share) for sentence in sentences})
 
 
-def _asked_for(config: RunConfig, folder: RunFolder, ranks: Ranks) -> Path:
-    """The checkpoint that ``--resume`` names, of this run or another; this run's later ones are of a time line that it
-    leaves here: they would be taken for newer than what comes now."""
+def _asked_for(config: RunConfig, ranks: Ranks) -> Path:
+    """The checkpoint that ``--resume`` names, of this run or another; every byte of it is right."""
     chosen = Path(config.resume).resolve()
     damage = _verify(chosen, ranks)
+    if damage:
+        raise SharedError(f"--resume {config.resume}: {damage[0]}")
+    return chosen
 
-    def leave_newer() -> None:
-        if damage:
-            raise UserError(f"--resume {config.resume}: {damage[0]}")
-        step = checkpoint_files.read_manifest(chosen)["step"]
+
+def _leave_later(config: RunConfig, folder: RunFolder, ranks: Ranks, restored: RunState | None) -> None:
+    """Sets aside what the run saved later than the checkpoint that ``--resume`` names.
+
+    It is of a time line that the run leaves here, and would be taken for newer than what comes now. Called once nothing
+    can refuse the start.
+    """
+    if restored is None or config.resume == "auto":
+        return
+    chosen, step = Path(config.resume).resolve(), restored.step
+
+    def set_aside() -> None:
         for later in checkpoint_files.checkpoint_folders(folder.checkpoints):
             if int(later.name[5:]) >= step and later.resolve() != chosen:
                 logger.warning("%s was set aside as %s", later.name, checkpoint_files.set_aside(later).name)
 
-    ranks.on_main(leave_newer)
-    return chosen
+    ranks.on_main(set_aside)
 
 
 def _stream_start(

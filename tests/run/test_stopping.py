@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ def test_a_signal_asks_and_nothing_more(stop, number):
     assert stop.agreed()
     os.kill(os.getpid(), number)  # the launcher may repeat it
     assert stop.agreed()
+
+
+def test_a_limit_of_hours_asks_once_it_is_over(monkeypatch, stop):
+    now = time.monotonic()
+    limited = StopSignal(stop._ranks, max_hours=0.5)
+    assert not limited.agreed()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1900)
+    assert limited.agreed() and not stop.agreed()
 
 
 SCRIPT = """

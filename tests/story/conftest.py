@@ -57,8 +57,9 @@ def on_one_rank(workshop) -> dict[str, Path]:
 def continued(workshop, on_two_ranks) -> dict[str, Path]:
     """Copies of runs that went on, in one launch of new processes.
 
-    ``zero0``, ``zero1`` and ``zero0_fp32`` from their step 10; ``zero2`` after its end; and ``new data``: ``zero2``, of
-    whose training data a document is gone, on half the lanes.
+    ``zero0``, ``zero1`` and ``zero0_fp32`` from their step 10; ``zero2`` after its end; ``new data``: ``zero2``, of
+    whose training data a document is gone, on half the lanes; ``new batch``: ``zero2`` in batches twice as large; and
+    ``back``: ``zero3_fp32`` from its step 10, which it was told to go back to.
     """
     base = workshop.runs.parent / "continued"
     shards = shutil.copytree(workshop.corpus, base / "corpus") / "train"
@@ -69,11 +70,15 @@ def continued(workshop, on_two_ranks) -> dict[str, Path]:
         *((name, name, *STEPS) for name in ("zero0", "zero1", "zero0_fp32", "zero2")),
         ("new data", "zero2", *("--data", str(shards.parent), "--num-lanes", "4", "--on-data-change", "restart"),
          "--max-train-steps", "22", "--save-checkpoint-steps", "1"),
+        ("new batch", "zero2", "--global-batch-size", "16", "--on-batch-change", "continue", "--max-train-steps", "24"),
+        ("back", "zero3_fp32", *STEPS, "--resume", "step-00000010"),
     ):  # fmt: skip
         whole = on_two_ranks[name]
         runs[key] = base / key.replace(" ", "-") / whole.name
         shutil.copytree(whole, runs[key])
-        if name != "zero2":
+        if key == "back":
+            chosen[-1] = str(runs[key] / "checkpoints" / chosen[-1])
+        elif name != "zero2":
             shutil.rmtree(runs[key] / "checkpoints" / "step-00000020")
         options.append(
             workshop.options("--run-name", whole.name, "--deepspeed", name, *chosen, output_dir=runs[key].parent)

@@ -10,7 +10,9 @@ import time
 
 import psutil
 import pytest
-from stories import REPOSITORY, STEPS, clean_environment, evaluations, losses
+from stories import REPOSITORY, STEPS, clean_environment, evaluations, log, losses, metrics
+
+from codeparrot_ds.run.checkpoint_files import list_checkpoints
 
 
 @pytest.fixture
@@ -60,3 +62,25 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_drop
     assert process.returncode == 0, process.stderr[-3000:]
     assert f"resumed from step {outcome['step']}" in process.stderr
     assert losses(run) == losses(with_dropout)
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_sets_the_later_one_aside(on_two_ranks, continued):
+    run = continued["back"]
+    assert "step-00000020 was set aside as aside-step-00000020" in log(run)
+    assert losses(run) == losses(on_two_ranks["zero3_fp32"])
+    rows = [(row["step"], row["aside"]) for row in list_checkpoints(run)]
+    assert rows == [(10, False), (20, True), (20, False)]
+
+
+def test_another_batch_size_goes_on_with_the_next_rows(workshop, on_two_ranks, continued):
+    whole, run = on_two_ranks["zero2"], continued["new batch"]
+    refused = workshop.refuse("--run-name", whole.name, "--global-batch-size", "16", "--max-train-steps", "24")
+    assert refused.returncode == 2 and "--on-batch-change continue" in refused.stderr
+    before, after = (
+        json.loads((each / "checkpoints" / f"step-{step:08d}" / "data.json").read_text())
+        for each, step in ((whole, 20), (run, 24))
+    )
+    assert (before["rows"], after["rows"]) == (20 * 8, 20 * 8 + 4 * 16)
+    tokens = {step: row["tokens"] for row in metrics(run) if "loss" in row for step in [row["step"]]}
+    assert (tokens[20], tokens[24]) == (160 * 64, 224 * 64)
+    assert json.loads((run / "run.json").read_text())["data"]["rows_per_lane"] == [28] * 8
