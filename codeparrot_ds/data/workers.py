@@ -25,6 +25,10 @@ from codeparrot_ds.data.sources import BadDocument, BadDocuments
 from codeparrot_ds.data.stream import STATE_FIELDS, Lane, LaneStates, StreamConfig
 from codeparrot_ds.errors import UserError
 
+START_SECONDS = 20.0
+"""What a worker may take to run its first line; it takes milliseconds, also on a busy machine."""
+START_ATTEMPTS = 5
+
 
 class Block(NamedTuple):
     """Some rounds over some lanes: a row of each lane in turn, again and again."""
@@ -71,10 +75,24 @@ class Worker:
         others: Sequence[Worker] = (),
     ) -> None:
         self._blocks = _shared_blocks(config, rounds, len(lanes), num_blocks)
+        self._read: int | None = None
+        self._pid: int | None = None
+        bad = BadDocuments(config.max_bad_documents)
+        # A lock that another thread holds at the moment of a fork stays locked in the child for ever. Python's own are
+        # made anew there, but up to 3.11 not before one of them is taken: rarely, a child hangs before its first line.
+        for _ in range(START_ATTEMPTS):
+            if self._fork(lambda: BlockMaker(config, lanes, states, bad), bad, others):
+                break
+            self.close()
+        else:
+            raise RuntimeError(f"a loader worker did not start within {START_SECONDS:g} s, {START_ATTEMPTS} times")
+        for number in range(num_blocks):
+            self._emptied.send_bytes(bytes([number]))
+
+    def _fork(self, make: Callable[[], BlockMaker], bad: BadDocuments, others: Sequence[Worker]) -> bool:
+        """Makes the process and its pipes; false where it has not begun in time."""
         self._finished, finished = multiprocessing.Pipe(duplex=False)
         emptied, self._emptied = multiprocessing.Pipe(duplex=False)
-        self._read: int | None = None
-        bad = BadDocuments(config.max_bad_documents)
         # Flushed, or what Python holds back would be written by both processes.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -82,16 +100,19 @@ class Worker:
             # Python warns of forks beside threads. The child runs NumPy and the encoder only, and takes no locks that
             # the rank's other threads (gloo's, NCCL's, the trackers') may hold.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._pid: int | None = os.fork()
+            self._pid = os.fork()
         if self._pid == 0:
             for worker in (self, *others):
                 worker._finished.close()
                 worker._emptied.close()
-            _serve(lambda: BlockMaker(config, lanes, states, bad), bad, self._blocks, emptied, finished)
+            _serve(make, bad, self._blocks, emptied, finished)
         finished.close()
         emptied.close()
-        for number in range(num_blocks):
-            self._emptied.send_bytes(bytes([number]))
+        if not self._finished.poll(START_SECONDS):
+            return False
+        with contextlib.suppress(EOFError):  # it was killed: said where its first block is asked for
+            self._finished.recv_bytes()
+        return True
 
     def next_block(self) -> tuple[Block, list[BadDocument]]:
         """The next block, valid until the call after it, and the documents that had to be skipped for it.
@@ -161,6 +182,7 @@ def _serve(
 ) -> NoReturn:
     """The life of a worker process."""
     try:
+        finished.send_bytes(b"here")
         # A signal to all of a job is the rank's to answer: it needs rows until it has saved; then it ends this process.
         for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)

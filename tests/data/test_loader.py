@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from codeparrot_ds.data import workers
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.loader import BATCHES_AHEAD, TrainingLoader, token_ids
 from codeparrot_ds.data.sources import find_shards
@@ -302,3 +303,32 @@ def test_an_error_is_raised_again(config: StreamConfig, num_workers: int) -> Non
             for _ in range(100):
                 next(loader)
     loader.close()
+
+
+def forks_that_hang(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Makes the next children hang before their first line, as one does that inherits a lock which nobody will free."""
+    monkeypatch.setattr(workers, "START_SECONDS", 0.3)
+    fork, left = os.fork, [number]
+
+    def hang() -> int:
+        left[0] -= 1
+        pid = fork()
+        if pid == 0 and left[0] >= 0:
+            signal.pause()
+        return pid
+
+    monkeypatch.setattr(os, "fork", hang)
+
+
+def test_a_worker_that_hangs_at_its_start_is_started_again(
+    config: StreamConfig, rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forks_that_hang(monkeypatch, 2)
+    taken, _ = read(config, 24, num_workers=2, micro_batch_size=4)
+    assert torch.equal(taken, rows[:24])
+
+
+def test_workers_that_never_start_are_an_error(config: StreamConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    forks_that_hang(monkeypatch, workers.START_ATTEMPTS)
+    with pytest.raises(RuntimeError, match="did not start within 0.3 s, 5 times"):
+        next(TrainingLoader(config, num_workers=1, micro_batch_size=4))
