@@ -45,7 +45,9 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked when the tree differs from it."""
+    """The commit of this checkout, marked when the tree differs from it; a copy without git names it in COMMIT."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

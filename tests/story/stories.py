@@ -60,7 +60,7 @@ class Workshop:
         return run_here("train", *self.options(*arguments, output_dir=output_dir))
 
 
-def train_in_turn(runs: list[list[str]], *, ranks: int) -> list[dict]:
+def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu") -> list[dict]:
     """Trains runs one after the other in one launch of ``train_in_turn.py``; most of a small run is its start.
 
     Each run passes the front door's checks first.
@@ -68,6 +68,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int) -> list[dict]:
     Args:
         runs: the options of each.
         ranks: processes, each with its share of the cores.
+        device: ``cpu`` or ``cuda``.
 
     Returns:
         What ``train`` returns for each.
@@ -75,7 +76,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int) -> list[dict]:
     parser = ArgumentParser()
     add_config_arguments(parser)
     for options in runs:
-        check_run(config_from_arguments(parser.parse_args(options)), device="cpu", world_size=ranks)
+        check_run(config_from_arguments(parser.parse_args(options)), device=device, world_size=ranks)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -86,7 +87,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int) -> list[dict]:
         script = [str(Path(__file__).with_name("train_in_turn.py")), str(file)]
         launcher = [sys.executable, "-m", "deepspeed.launcher.launch", *node, "--quiet", "--no_local_rank"]
         threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-        environment = clean_environment(DS_ACCELERATOR="cpu", OMP_NUM_THREADS=threads)
+        environment = clean_environment(DS_ACCELERATOR=device, OMP_NUM_THREADS=threads)
         process = run_command([*launcher, *script], env=environment, timeout=540)
         assert process.returncode == 0, process.stderr[-3000:]
         return json.loads(file.with_suffix(".outcomes.json").read_text())
