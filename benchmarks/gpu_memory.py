@@ -10,6 +10,7 @@ speed is read off here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -110,15 +111,19 @@ def main() -> None:
     options = parser.parse_args()
     options.data, options.tokenizer = os.path.abspath(options.data), os.path.abspath(options.tokenizer)
 
+    points = [(config, size) for size in options.micro_batch_sizes for config in options.configs]
+    rows = []
     with tempfile.TemporaryDirectory() as output_dir, ThreadPoolExecutor(options.num_parallel) as pool:
-        points = [(config, size) for size in options.micro_batch_sizes for config in options.configs]
-        # The first builds the operators for all.
-        rows = [train(options, *points[0], output_dir)]
-        rows += pool.map(lambda point: train(options, *point, output_dir), points[1:])
-    folder = write_record(
-        options.name, title=f"Memory on a GPU: {options.model}, planned and measured", text=table(rows), raw=rows,
-        out=options.out,
-    )  # fmt: skip
+        # The first builds the operators for all. The record grows with each, so that it survives an end by force.
+        for row in itertools.chain(
+            [train(options, *points[0], output_dir)],
+            pool.map(lambda point: train(options, *point, output_dir), points[1:]),
+        ):
+            rows.append(row)
+            folder = write_record(
+                options.name, title=f"Memory on a GPU: {options.model}, planned and measured", text=table(rows),
+                raw=rows, out=options.out,
+            )  # fmt: skip
     print((folder / "README.md").read_text())
 
 

@@ -159,8 +159,9 @@ def calibrate(run: Path) -> tuple[Overhead, dict[str, Any]]:
             f"run {run} has no measured GPU memory: it ran on CPUs, where a rank's memory is its process's, or ended "
             "before its first logged step; calibrate with a run on a GPU"
         )
+    tensor_bytes = measured["predicted_bytes"] - measured.get("library_bytes", 0)
     overhead = Overhead(
-        fixed_bytes=max(0, measured["allocated_bytes"] - measured["predicted_bytes"]),
+        fixed_bytes=max(0, measured["allocated_bytes"] - tensor_bytes),
         ratio=max(1.0, measured["reserved_bytes"] / measured["allocated_bytes"]),
         outside_bytes=max(0, measured["used_bytes"] - measured["reserved_at_end_bytes"]),
         communication_bytes=0,

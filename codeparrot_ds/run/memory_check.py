@@ -63,7 +63,8 @@ class MemoryCheck:
     """Says once, when a run's memory has settled, what was predicted and what is measured, and records both.
 
     Args:
-        predicted: the plan's.
+        predicted: the plan's, for tensors.
+        library_bytes: what libraries take through torch's allocator, as the plan's overhead has it.
         measure: gives the device's memory; `measure_gpu` of the rank's device.
         say: prints a line, ``logging`` style.
         record: keeps ``memory`` in the run's record, for ``plan --calibrate``.
@@ -74,12 +75,14 @@ class MemoryCheck:
         self,
         predicted: Memory,
         *,
+        library_bytes: int,
         measure: Callable[[], MeasuredMemory],
         say: Callable[..., None],
         record: Callable[[dict[str, Any]], None],
         first_step: int,
     ) -> None:
-        self.predicted, self.measure, self.say, self.record = predicted, measure, say, record
+        self.predicted, self.library_bytes = predicted, library_bytes
+        self.measure, self.say, self.record = measure, say, record
         self.first_step, self.done = first_step, False
 
     def after(self, step: int) -> None:
@@ -87,7 +90,7 @@ class MemoryCheck:
         if self.done or step < self.first_step + SETTLED_AFTER_STEPS:
             return
         self.done = True
-        measured, predicted = self.measure(), self.predicted.peak_bytes
+        measured, predicted = self.measure(), self.predicted.peak_bytes + self.library_bytes
         difference = measured.allocated_bytes / predicted - 1
         self.say(
             "memory: %s predicted (%s), %s measured (%+.1f%%); %s reserved, %s of %s in use on %s",
@@ -109,6 +112,7 @@ class MemoryCheck:
         self.record(
             {
                 "predicted_bytes": predicted,
+                "library_bytes": self.library_bytes,
                 "predicted_phases": dict(self.predicted.phases),
                 "depth": self.predicted.depth,
                 "step": step,

@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -117,14 +118,30 @@ def _build(name: str) -> None:
     builder.cxx_args = lambda: [*arguments(), "-g0"]
     try:
         # The builder prints its checks to the console; they matter only when it fails.
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(io.StringIO()) as said, _plain_architectures():
             builder.load(verbose=False)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
         raise UserError(_build_failure(name, f"{said.getvalue()}\n{error}")) from error
     library = _library(name)
     if library.is_file():  # not where the operator was installed with DeepSpeed
         (library.parent / RECORD).write_text(_record(library), encoding="utf-8")
     logger.debug("operator %s built and loaded in %.1f s", name, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _plain_architectures() -> Iterator[None]:
+    """``9.0`` for ``9.0a`` in ``TORCH_CUDA_ARCH_LIST``, as some images set it: DeepSpeed's builder reads no letters.
+
+    Its operators use no instruction that such an architecture has and the plain one has not.
+    """
+    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if before is not None:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(\d)[af](?![a-z])", r"\1", before)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = before
 
 
 def _load_built(name: str) -> None:

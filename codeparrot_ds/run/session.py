@@ -44,6 +44,7 @@ from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, n
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.bad_steps import BadSteps
 from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
+from codeparrot_ds.run.device_memory import load_overhead
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import Export
 from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
@@ -753,6 +754,7 @@ def _memory_check(
         return None
     return MemoryCheck(
         predict(config, shape, ds_config, ranks.world_size),
+        library_bytes=load_overhead().fixed_bytes,
         measure=lambda: measure_gpu(ranks.device),
         say=progress.say,
         record=lambda memory: folder.update(memory=memory),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder import FusedAdamBuilder
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import ops
@@ -156,3 +157,32 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", os.environ["PATH"])
     with pytest.raises(UserError, match="cannot write DeepSpeed's operators to .*: Not a directory; set TORCH_EXT"):
         build_operators(ds_config(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [("9.0a", "9.0"), ("8.0;9.0a+PTX 10.0f", "8.0;9.0+PTX 10.0"), ("8.6", "8.6"), ("Hopper", "Hopper"), (None, None)],
+)
+def test_an_operator_is_built_for_plain_architectures(monkeypatch, tmp_path, given, seen):
+    """DeepSpeed's builder fails over ``9.0a``, which images for H100 set."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if given is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    at_build = []
+    monkeypatch.setattr(
+        FusedAdamBuilder, "load", lambda *_, **__: at_build.append(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    )
+    ops._build("fused_adam")
+    assert at_build == [seen] and os.environ.get("TORCH_CUDA_ARCH_LIST") == given
+
+
+def test_an_architecture_that_deepspeed_cannot_read_is_a_users_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+
+    def load(*_, **__):
+        raise ValueError("invalid literal for int() with base 10: 'Hopper'")
+
+    monkeypatch.setattr(FusedAdamBuilder, "load", load)
+    with pytest.raises(UserError, match="fused_adam cannot be built: .*'Hopper'"):
+        ops._build("fused_adam")

@@ -244,7 +244,8 @@ def test_the_smallest_visible_gpu_counts(gpu, monkeypatch):
 
 
 MEASURED = {
-    "predicted_bytes": 10 * GB, "allocated_bytes": 11 * GB, "reserved_bytes": 12 * GB, "reserved_at_end_bytes": 12 * GB,
+    "predicted_bytes": 10 * GB, "library_bytes": GB // 2, "allocated_bytes": 11 * GB,
+    "reserved_bytes": 12 * GB, "reserved_at_end_bytes": 12 * GB,
     "used_bytes": 14 * GB, "device": "Test GPU", "device_bytes": 80 * GB,
 }  # fmt: skip
 
@@ -258,7 +259,7 @@ def test_calibration_is_kept_and_used(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "memory-calibration.json" in captured.err and "brave-otter-1" in captured.err
     overhead = load_overhead()
-    assert overhead.fixed_bytes == GB and overhead.outside_bytes == 2 * GB
+    assert overhead.fixed_bytes == 1.5 * GB and overhead.outside_bytes == 2 * GB
     assert overhead.ratio == pytest.approx(12 / 11)
     row = json.loads(captured.out)["plans"][0]
     assert row["peak_bytes"] == before.memory.peak_bytes
@@ -337,17 +338,18 @@ def test_cpu_ranks_are_warned_only(make_config, monkeypatch, capsys):
 def test_predicted_and_measured_are_told_once_and_kept(caplog):
     memory = Memory(
         depth="quick",
-        device={"parameters": 10 * GB},
+        device={"parameters": 9.5 * GB},
         resident_bytes=GB,
-        phases={"initialization": 1, "forward_backward": 10 * GB, "step": GB},
+        phases={"initialization": 1, "forward_backward": 9.5 * GB, "step": GB},
         host_bytes=0,
         nvme_bytes=0,
         checkpoint_bytes=0,
     )
-    measured = {key: value for key, value in MEASURED.items() if key != "predicted_bytes"}
+    measured = {key: value for key, value in MEASURED.items() if key not in ("predicted_bytes", "library_bytes")}
     said, kept = [], []
     check = MemoryCheck(
         memory,
+        library_bytes=GB // 2,
         measure=lambda: MeasuredMemory(**measured),
         say=lambda text, *values: said.append(text % values),
         record=kept.append,

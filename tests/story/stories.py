@@ -115,7 +115,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
     """The environment of a user: nothing that another test's launcher may have set."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE", "OMP_NUM_THREADS")
     kept = {key: value for key, value in os.environ.items() if key not in ours}
-    return kept | {"PYTHONPATH": str(REPOSITORY)} | extra
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(paths)} | extra
 
 
 def metrics(run: Path) -> list[dict]:
