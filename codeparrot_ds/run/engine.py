@@ -49,6 +49,7 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
             _guard_bare_optimizer(engine)
         else:
             _undo_construction_step(engine)
+            _scale_the_loss_at_stage0(engine)
     _check_unchecked_gradients(engine)
     _bound_stage3_norms(engine)
     _drop_offloaded_sums(engine)
@@ -79,6 +80,34 @@ def _undo_construction_step(engine: Any) -> None:
         state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
         state["exp_avg"].zero_()
         state["exp_avg_sq"].zero_()
+
+
+def _scale_the_loss_at_stage0(engine: Any) -> None:
+    """Multiplies fp16's loss by the loss scale at stage 0, where DeepSpeed only divides the gradients by it.
+
+    ``engine.backward`` scales the loss for ZeRO's optimizers alone. Unscaled, small gradients vanish in fp16, and the
+    step takes what is left for 65,536 times as small as it is: it never clips, and Adam's epsilon weighs. Beside
+    torch's optimizers (``FP16_UnfusedOptimizer``) it also keeps the norm as it was before the division.
+    """
+    optimizer = engine.optimizer
+    scaling = optimizer.loss_scale_config
+    if not scaling.use_grad_scaling:  # bf16
+        return
+    plain_backward = engine.backward
+
+    def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        scale = scaling.cur_scale
+        return plain_backward(loss.float() * scale, *args, **kwargs) / scale
+
+    engine.backward = backward
+    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":
+        plain_unscale = optimizer.unscale_and_clip_grads
+
+        def unscale(total_norm: Any, *args: Any, **kwargs: Any) -> Any:
+            optimizer._global_grad_norm = total_norm / scaling.cur_scale
+            return plain_unscale(total_norm, *args, **kwargs)
+
+        optimizer.unscale_and_clip_grads = unscale
 
 
 def _guard_bare_optimizer(engine: Any) -> None:

@@ -213,8 +213,8 @@ def too_many(folder: str) -> dict:
 
 
 def loss_scaling(name: str, folder: str) -> dict:
-    """fp16 from a loss scale that is too large for its gradient, and then with nothing left to lower."""
-    scale = {"fp16": {"loss_scale": 0, "initial_scale_power": 30, "hysteresis": 1, "min_loss_scale": 2.0**28}}
+    """fp16 with a gradient that overflows at every loss scale, until there is nothing left to lower."""
+    scale = {"fp16": {"loss_scale": 0, "initial_scale_power": 8, "hysteresis": 1, "min_loss_scale": 2.0**6}}
     trainer = Trainer(name, folder, limit=2, changes=scale)
     said, scales = [], []
     for _ in range(3):
