@@ -733,6 +733,7 @@ def _add_checkpoint_import(actions: Any) -> None:
         help=_default("row of the run's data to go on with; those before are read once to find it", 0),
     )  # fmt: skip
     add_config_arguments(action)
+    _take_positionals_anywhere(action)
 
 
 def _run_checkpoint_import(arguments: argparse.Namespace) -> int:

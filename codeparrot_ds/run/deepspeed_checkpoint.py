@@ -167,8 +167,16 @@ class _Parts:
         if owner is None:
             return None
         buffers = model.get("buffer_names") or ()
-        named = {name: weight for name, weight in model["module"].items() if name not in buffers}
-        names = _Names(named, expected, {})
+        named: dict[str, torch.Tensor] = {}
+        shared: dict[str, str] = {}
+        first_names: dict[int, str] = {}  # by address: a tied weight is in the file once, under both its names
+        for name, weight in model["module"].items():
+            first = first_names.setdefault(weight.data_ptr(), name)
+            if first != name:
+                shared[name] = first
+            elif name not in buffers:
+                named[name] = weight
+        names = _Names(named, expected, shared)
         weights = names.own(named)
         state = _base_state(file, owner.get("optimizer_state_dict", owner), {})
         return cls(
@@ -234,14 +242,6 @@ class _Names:
             alias = self._aliases.get(name, name)
             own, other = name.removeprefix(self.prefix), alias.removeprefix(self.prefix)
             found[other if own not in self._shapes and other in self._shapes else own] = value
-        for name in [name for name in found if name not in self._shapes]:
-            value = found[name]
-            if torch.is_tensor(value) and any(
-                value.shape == other.shape and torch.equal(value, other)
-                for key, other in found.items()
-                if key in self._shapes
-            ):
-                del found[name]  # stage 0 saves the module, where a tied weight has both its names
         return found
 
 
@@ -249,10 +249,12 @@ def _check_model(path: Path, found: Mapping[str, Sequence[int]], shapes: Shapes)
     different = [name for name in [*shapes, *found] if list(found.get(name, ())) != list(shapes.get(name, ()))]
     if different:
         first = different[0]
-        there, here = (f"has shape {list(which[first])}" if first in which else "is not" for which in (found, shapes))
+        there, here = (
+            f"has shape {list(which[first])}" if first in which else "is missing" for which in (found, shapes)
+        )
         raise UserError(
             f"{path} belongs to another model: {first} {there} there and {here} here "
-            f"({len(set(different))} parameters differ): set model, and the tokenizer of its vocabulary"
+            f"({len(set(different))} of {len(shapes)} parameters differ): set --model, and its tokenizer"
         )
 
 

@@ -52,6 +52,30 @@ PAIRS += [
         ("zero1_fp32_large@2", "zero3_infinity@1"),
     )
 ]
+# What DeepSpeed itself saved, imported and reopened.
+NATIVE_PAIRS = [
+    (Layout.parse(f"native:{source}"), Layout.parse(target))
+    for source, target in (
+        ("zero0_fp32@2", "zero2_fp32@1"),
+        ("zero1_fp32@2", "zero3_fp32@3"),
+        ("zero2_fp32@3", "zero0_fp32@2"),
+        ("zero3_fp32@2", "zero1_fp32@1"),
+        ("zero0@1", "zero1@2"),
+        ("zero1@2", "zero2@3"),
+        ("zero2@3", "zero3@2"),
+        ("zero3@3", "zero0@1"),
+        # fp16 with its loss scale; at stage 0 DeepSpeed's trains otherwise than at the others.
+        ("zero0_fp16@1", "zero0_fp16@2"),
+        ("zero1_fp16@2", "zero3_fp16@1"),
+        ("zero3_fp16@2", "zero2_fp16@1"),
+        # Other classes and orders of the same state.
+        ("zero0_torch_adam@2", "zero2_torch_adam@1"),
+        ("zero1_fp32_accumulation@2", "zero3@1"),
+        ("zero2_round_robin@3", "zero1_round_robin@2"),
+        ("zero2_offload_bf16_masters@2", "zero1@1"),
+    )
+]
+PAIRS += NATIVE_PAIRS
 EXACT = [Layout(name, 2) for name in [*STAGES, *OFFLOADED, "zero1_fp32_accumulation", "zero2_offload_bf16_masters"]]
 EXACT += [Layout("zero2_fp32", 3), Layout("zero3", 1), Layout("zero3_bf16_states", 2), Layout("zero3_nvme", 1)]
 ON_DISK = Layout("zero3_nvme", 1)
