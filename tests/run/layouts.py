@@ -27,6 +27,7 @@ import copy
 import dataclasses
 import errno
 import gc
+import itertools
 import json
 import os
 import random
@@ -50,7 +51,7 @@ from codeparrot_ds.run.deepspeed_checkpoint import read_deepspeed_checkpoint
 from codeparrot_ds.run.engine import create_engine
 from codeparrot_ds.run.export import DTYPES, Export
 from codeparrot_ds.run.fragment_files import fragment_file_name
-from codeparrot_ds.run.fragments import MASTER, MOMENTS, optimizer_step_count, owned_fragments
+from codeparrot_ds.run.fragments import MASTER, MOMENTS, Fragment, optimizer_step_count, owned_fragments
 from codeparrot_ds.run.ranks import Ranks, join_ranks, leave_ranks
 from codeparrot_ds.schedule import learning_rate_factor
 from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, precision, resolve_ds_config, zero_stage
@@ -225,12 +226,17 @@ def gathered_state(engine: Any, ranks: Ranks) -> State:
     for fragments in owned_fragments(engine):
         for fragment in fragments:
             tensors = {kind: tensor.detach().clone() for kind, tensor in fragment.tensors.items()}
-            mine.append((fragment.name, fragment.start, tensors))
+            mine.append(Fragment(name=fragment.name, start=fragment.start, tensors=tensors))
+    return assembled(fragment for fragments in ranks.gather(mine) for fragment in fragments)
+
+
+def assembled(fragments: Iterable[Fragment]) -> State:
+    """Whole parameters from fragments in any order; every value must be there once."""
     state: State = {}
     pieces: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = {}
-    for name, start, tensors in (entry for entries in ranks.gather(mine) for entry in entries):
-        for kind, tensor in tensors.items():
-            pieces.setdefault((name, kind), []).append((start, tensor))
+    for fragment in fragments:
+        for kind, tensor in fragment.tensors.items():
+            pieces.setdefault((fragment.name, kind), []).append((fragment.start, tensor))
     for (name, kind), found in pieces.items():
         found.sort(key=lambda piece: piece[0])
         ends = [start + tensor.numel() for start, tensor in found]
@@ -312,6 +318,38 @@ def _import(folder: Path, layout: Layout, step: int) -> None:
     state, export = _state_and_export(folder, layout, step)
     assert (found, source.step) == (state.layout, step)
     write_imported(source, folder, state, export)
+
+
+def read_native(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict[str, Any]:
+    """What the import reads of a checkpoint that DeepSpeed wrote, against the engine that it is of."""
+    engine = build(layout, run_config(layout.world_size), nvme, seed=1)
+    train(engine, ranks, range(2))
+    state = gathered_state(engine, ranks)
+    engine.save_checkpoint(str(folder))
+    scaler = {"cur_scale": 65536.0, "cur_iter": 2} if layout.precision == "fp16" else {}
+    expected = {
+        "world_size": layout.world_size,
+        "zero_stage": zero_stage(ds_config_of(layout.name)),
+        "precision": layout.precision,
+        "step": 2,
+        "samples": 24,
+        "skipped_steps": 0,
+        "optimizer_step": optimizer_step_count(engine),
+        "learning_rate": engine.basic_optimizer.param_groups[0]["lr"],
+    }
+    destroy(engine)
+
+    def compare() -> dict[str, Any]:
+        source = read_deepspeed_checkpoint(folder, parameter_shapes(layout.shape))
+        found = assembled(itertools.chain.from_iterable(source.shards))
+        differences = [f"{key} is {getattr(source, key)}" for key in expected if getattr(source, key) != expected[key]]
+        if not scaler.items() <= source.loss_scaler.items() or bool(scaler) != bool(source.loss_scaler):
+            differences.append(f"loss_scaler is {source.loss_scaler}")
+        dtypes = {kinds[kind].dtype == state[name][kind].dtype for name, kinds in found.items() for kind in kinds}
+        assert dtypes == {True}
+        return {"differing": differing_state(found, state) + differences}
+
+    return ranks.on_main(compare)
 
 
 def check_export(export: Path, weights: dict[str, torch.Tensor], evaluation: float) -> dict[str, Any]:
@@ -644,6 +682,11 @@ def exact_job(layout: Layout) -> dict[str, str]:
     return {"do": "exact", "layout": str(layout)}
 
 
+def native_job(layout: Layout) -> dict[str, str]:
+    """Save as DeepSpeed does and read that."""
+    return {"do": "native", "layout": str(layout)}
+
+
 def failing_job(layout: Layout) -> dict[str, str]:
     """Fail to save and go on."""
     return {"do": "failing", "layout": str(layout)}
@@ -757,6 +800,8 @@ def _do(job: dict[str, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
     layout, nvme = Layout.parse(job["layout"]), folder / "nvme" / job["layout"]
     if job["do"] == "save":
         return save_layout(ranks, layout, source_folder(folder, layout), nvme)
+    if job["do"] == "native":
+        return read_native(ranks, layout, folder / f"read-{layout}", nvme)
     if job["do"] == "failing":
         return failing_save(ranks, layout, folder / f"failing-{layout}", nvme)
     if job["do"] == "exact":

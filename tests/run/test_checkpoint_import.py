@@ -375,6 +375,8 @@ def test_stage_0_finds_the_names_of_what_it_does_not_name(only_rank, tmp_path, g
     engine = engine_of(model, groups(model), bf16={"enabled": bf16})
     source = read_deepspeed_checkpoint(train_and_save(engine, tmp_path), parameter_shapes(SHAPE))
     assert (source.zero_stage, source.precision) == (0, "bf16" if bf16 else "fp32")
+    # DeepSpeed makes a step while it builds the bf16 engine; `create_engine` takes it back, a user's own loop does not.
+    assert (source.step, source.optimizer_step) == (2, 3 if bf16 else 2)
     assert {fragment.name: fragment.tensors for fragment in source.shards[0]}.keys() == parameter_shapes(SHAPE).keys()
     if not bf16:
         for fragment in source.shards[0]:
