@@ -1,20 +1,14 @@
-"""What a checkpoint of DeepSpeed's own says: masters and Adam's moments as fragments under parameter names, counters.
+"""A checkpoint that DeepSpeed's ``engine.save_checkpoint`` wrote, read, checked, and under this project's names.
 
-Where the pieces lie, by what wrote them (0.19.8; ``deepspeed/utils/zero_to_fp32.py`` reads the masters alike):
-
-- stages 1 and 2 (``DeepSpeedZeroOptimizer``, ``BF16_Optimizer``): each group's parameters in the order of
-  ``param_shapes``, with ``param_alignment_paddings`` behind them, cut into equal partitions; what a rank's partition
-  has of padding at its end (``group_paddings``) is not saved of the masters;
-- stage 3: each sub-group's parameters in the order of ``param_shapes``, a ``ceil(numel / ranks)`` of each a rank;
-- stage 0: everything in the one file, and no names. The optimizer's groups are matched with the model's parameters by
-  their sizes, and where masters lie beside working weights these must be equal to them, rounded.
+Which files there are and how they are read without running them is :mod:`codeparrot_ds.run.deepspeed_files`; where the
+optimizer's state lies in them, :mod:`codeparrot_ds.run.deepspeed_optimizer`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,13 +17,19 @@ import torch
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.deepspeed_files import find_tag, load_file, model_states_file, optimizer_files
-from codeparrot_ds.run.fragments import MASTER, MOMENTS, Fragment
-
-Shapes = Mapping[str, Sequence[int]]
+from codeparrot_ds.run.deepspeed_optimizer import (
+    AdamState,
+    Shapes,
+    adam_state,
+    loss_scaler,
+    rank_optimizer,
+    stage0_fragments,
+    stage3_fragments,
+    stage12_fragments,
+)
+from codeparrot_ds.run.fragments import MASTER, Fragment
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Of the object that looks for fp16's loss scale.
-SCALER_FIELDS = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def read_deepspeed_checkpoint(folder: Path, shapes: Shapes, *, tag: str | None =
     _check_kind(model_file, model)
     try:
         return _understand(path, model_file, model, shapes)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, AttributeError, ValueError) as error:  # something is missing, or of another length
         version = model.get("ds_version", "unknown")
         raise UserError(
             f"{path} is not laid out as DeepSpeed 0.19 does it (its version: {version}; "
@@ -122,12 +122,13 @@ def _check_kind(file: Path, model: Mapping[str, Any]) -> None:
 def _understand(path: Path, file: Path, model: Mapping[str, Any], expected: Shapes) -> DeepSpeedCheckpoint:
     precision = _precision(file, model["module"])
     world_size = int(model.get("dp_world_size", 1))
-    parts = _Parts.of_stage0(file, model, expected)
+    parts = _Parts.ofstage0_fragments(file, model, expected)
     if parts is None:
         files = optimizer_files(path, world_size, bf16=precision == "bf16")
         parts = _Parts.of_shards(file, model, files, expected)
     _check_model(path, parts.shapes, expected)
     _check_whole(path, parts.shards, parts.shapes)
+    _check_weights(path, parts.shards, parts.weights)
     state = parts.state
     learning_rate = state.groups[0].get("lr")
     return DeepSpeedCheckpoint(
@@ -141,7 +142,7 @@ def _understand(path: Path, file: Path, model: Mapping[str, Any], expected: Shap
         samples=int(model.get("global_samples", 0)),
         optimizer_step=state.step,
         learning_rate=None if learning_rate is None else float(learning_rate),
-        loss_scaler=_loss_scaler(parts.owner) if precision == "fp16" else {},
+        loss_scaler=loss_scaler(parts.owner) if precision == "fp16" else {},
         shapes={name: list(shape) for name, shape in expected.items()},
         shards=parts.shards,
         ds_config=_ds_config(file, model.get("ds_config"), state.groups, parts.zero_stage, precision),
@@ -155,13 +156,14 @@ class _Parts:
 
     zero_stage: int
     owner: Mapping[str, Any]  # the state of DeepSpeed's optimizer, of the first rank
-    state: _AdamState  # of the first rank
+    state: AdamState  # of the first rank
     shards: list[list[Fragment]]
     shapes: dict[str, list[int]]
+    weights: Mapping[str, torch.Tensor]  # the working ones; none at stage 3, which does not save them
     prefix: str
 
     @classmethod
-    def of_stage0(cls, file: Path, model: Mapping[str, Any], expected: Shapes) -> _Parts | None:
+    def ofstage0_fragments(cls, file: Path, model: Mapping[str, Any], expected: Shapes) -> _Parts | None:
         """Where the optimizer is in the file of the model, as it is at stage 0; None elsewhere."""
         owner = model.get("optimizer")
         if owner is None:
@@ -178,13 +180,14 @@ class _Parts:
                 named[name] = weight
         names = _Names(named, expected, shared)
         weights = names.own(named)
-        state = _base_state(file, owner.get("optimizer_state_dict", owner), {})
+        state = adam_state(file, owner.get("optimizer_state_dict", owner), {})
         return cls(
             zero_stage=0,
             owner=owner,
             state=state,
-            shards=[_stage0(file, owner, state, weights)],
+            shards=[stage0_fragments(file, owner, state, weights)],
             shapes={name: list(weight.shape) for name, weight in weights.items()},
+            weights=weights,
             prefix=names.prefix,
         )
 
@@ -196,10 +199,12 @@ class _Parts:
             raise UserError(f"{file} does not say which parameters the optimizer's state is of (param_shapes)")
         names = _Names([*chain.from_iterable(groups)], expected, model.get("shared_params") or {})
         groups = [names.own(group) for group in groups]
-        owners = [_optimizer_of(path, len(files)) for path in files]
+        owners = [rank_optimizer(path, len(files)) for path in files]
         stage = int(owners[0].get("zero_stage", 1))  # BF16_Optimizer does not say; it is stage 1's
-        base, cut = ("optimizer_state_dict", _stage3) if stage == 3 else ("base_optimizer_state", _stage12)
-        states = [_base_state(path, owner.get(base), owner) for path, owner in zip(files, owners, strict=True)]
+        base, cut = (
+            ("optimizer_state_dict", stage3_fragments) if stage == 3 else ("base_optimizer_state", stage12_fragments)
+        )
+        states = [adam_state(path, owner.get(base), owner) for path, owner in zip(files, owners, strict=True)]
         steps = [state.step for state in states]
         if min(steps) != max(steps):
             raise UserError(
@@ -215,6 +220,7 @@ class _Parts:
                 for rank, (path, owner, state) in enumerate(zip(files, owners, states, strict=True))
             ],
             shapes={name: list(shape) for group in groups for name, shape in group.items()},
+            weights={} if stage == 3 else names.own(model["module"]),
             prefix=names.prefix,
         )
 
@@ -270,57 +276,21 @@ def _check_whole(path: Path, shards: Sequence[Sequence[Fragment]], shapes: Shape
             raise UserError(f"{path} does not hold every value of {name} once: its layout is not one that is known")
 
 
+def _check_weights(path: Path, shards: Sequence[Sequence[Fragment]], weights: Mapping[str, torch.Tensor]) -> None:
+    """The working weights are the masters, rounded: names and places are right, and all files are of one save."""
+    for fragment in chain.from_iterable(shards):
+        weight = weights.get(fragment.name)
+        if weight is not None:
+            piece = weight.reshape(-1)[fragment.start : fragment.start + fragment.numel]
+            if not torch.equal(fragment.tensors[MASTER].to(piece.dtype), piece):
+                raise UserError(
+                    f"{path}: the masters of {fragment.name} are not its weights: its files are of several saves, or "
+                    "its layout is not one that is known"
+                )
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# Optimizer
-
-
-@dataclasses.dataclass(frozen=True)
-class _AdamState:
-    """A base optimizer's state: moments by the place of a tensor in its groups, and the groups' settings."""
-
-    moments: list[dict[str, torch.Tensor]]
-    groups: list[dict[str, Any]]
-    step: int
-
-
-def _optimizer_of(file: Path, world_size: int) -> dict[str, Any]:
-    owner = load_file(file).get("optimizer_state_dict")
-    if not isinstance(owner, dict):
-        raise UserError(f"{file} is not what an engine of DeepSpeed's saves: it has no optimizer_state_dict")
-    counts = owner.get("partition_count", world_size)
-    counts = set(counts if isinstance(counts, list) else [counts])
-    if counts != {world_size}:
-        raise UserError(f"{file} is one of {max(counts)} partitions and the checkpoint was saved by {world_size} ranks")
-    return owner
-
-
-def _base_state(file: Path, base: Any, owner: Mapping[str, Any]) -> _AdamState:
-    """Adam's state out of the base optimizer's, or a sentence on what it is instead."""
-    if isinstance(base, list):  # elastic_checkpoint
-        states, groups = dict(enumerate(base)), [{"params": [i]} for i in range(len(base))]
-        counters = [owner.get("base_optimizer_state_step")]
-    elif isinstance(base, dict) and isinstance(base.get("param_groups"), list):
-        states, groups = base.get("state", {}), base["param_groups"]
-        counters = [group.get("step") for group in groups]
-    else:
-        raise UserError(f"{file} has no state of a base optimizer that is known")
-    foreign = {key for state in states.values() for key in state} - {"step", *MOMENTS}
-    # Of the update: LAMB's moments are named like Adam's.
-    foreign |= {key for group in groups for key in ("max_coeff", "amsgrad") if group.get(key)}
-    if foreign:
-        raise UserError(f"{file} has the state of another optimizer than Adam or AdamW: it has {sorted(foreign)[0]!r}")
-    moments = []
-    for index in chain.from_iterable(group["params"] for group in groups):
-        state = states.get(index, {})
-        if any(not torch.is_tensor(state.get(moment)) for moment in MOMENTS):
-            raise UserError(
-                f"{file} has no exp_avg and exp_avg_sq of every parameter: the optimizer is another than Adam or "
-                "AdamW, or it has made no step yet"
-            )
-        moments.append({moment: state[moment] for moment in MOMENTS})
-    # FusedAdam counts in one tensor's state of a group alone, hence the maximum.
-    counters += [state.get("step") for state in states.values()]
-    return _AdamState(moments, groups, max((int(counter) for counter in counters if counter is not None), default=0))
+# Settings
 
 
 def _ds_config(
@@ -349,14 +319,6 @@ def _ds_config(
     return config
 
 
-def _loss_scaler(owner: Mapping[str, Any]) -> dict[str, Any]:
-    """The place of dynamic loss scaling: ZeRO's optimizers save the object, stage 0's its values."""
-    values = vars(owner["loss_scaler"]) if "loss_scaler" in owner else owner
-    if not owner.get("dynamic_loss_scale"):
-        return {}
-    return {key: kind(values[key]) for key, kind in SCALER_FIELDS.items() if key in values}
-
-
 def _precision(file: Path, module: Mapping[str, Any]) -> str:
     dtypes = {value.dtype for value in module.values() if torch.is_tensor(value) and value.is_floating_point()}
     if len(dtypes) != 1 or not dtypes <= PRECISIONS.keys():
@@ -364,142 +326,3 @@ def _precision(file: Path, module: Mapping[str, Any]) -> str:
             f"{file} has weights in {sorted(map(str, dtypes))}: one of {list(PRECISIONS.values())} is known"
         )
     return PRECISIONS[dtypes.pop()]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Fragments
-
-
-def _stage12(
-    file: Path,
-    owner: Mapping[str, Any],
-    state: _AdamState,
-    groups: Sequence[Shapes],
-    rank: int,
-    world_size: int,
-) -> Iterator[Fragment]:
-    masters = _tensors(file, owner, "single_partition_of_fp32_groups", len(groups), state)
-    paddings = owner.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
-    # BF16_Optimizer leaves its padding where it is.
-    cut_off = owner["group_paddings"] if "zero_stage" in owner else [0] * len(groups)
-    for i, group in enumerate(groups):
-        begin = rank * (masters[i].numel() + cut_off[i])
-        end, offset = begin + masters[i].numel(), 0
-        for (name, shape), padding in zip(group.items(), paddings[i], strict=True):
-            low, high = max(begin, offset), min(end, offset + math.prod(shape))
-            if low < high:  # otherwise other ranks have all of it
-                yield _fragment(file, name, low - offset, masters[i], state.moments[i], low - begin, high - low)
-            offset += math.prod(shape) + padding
-
-
-def _stage3(
-    file: Path,
-    owner: Mapping[str, Any],
-    state: _AdamState,
-    groups: Sequence[Shapes],
-    rank: int,
-    world_size: int,
-) -> Iterator[Fragment]:
-    masters = _tensors(file, owner, "fp32_flat_groups", len(groups), state)
-    for i, group in enumerate(groups):
-        offset = 0
-        for name, shape in group.items():
-            numel = math.prod(shape)
-            share = -(-numel // world_size)
-            start = rank * share
-            owned = min(share, numel - start)  # the last partition is padded
-            if owned > 0:
-                yield _fragment(file, name, start, masters[i], state.moments[i], offset, owned)
-            offset += share
-        if offset != masters[i].numel():
-            raise UserError(f"{file} has {masters[i].numel()} values in group {i} where its parameters take {offset}")
-
-
-def _tensors(file: Path, owner: Mapping[str, Any], key: str, count: int, state: _AdamState) -> list[torch.Tensor]:
-    tensors = owner.get(key)
-    if not isinstance(tensors, list) or not len(tensors) == count == len(state.moments):
-        raise UserError(f"{file} has not the same number of groups in {key}, the moments and param_shapes ({count})")
-    return tensors
-
-
-def _fragment(
-    file: Path,
-    name: str,
-    start: int,
-    master: torch.Tensor,
-    moments: Mapping[str, torch.Tensor],
-    offset: int,
-    numel: int,
-) -> Fragment:
-    tensors = {MASTER: master, **moments}
-    for kind, tensor in tensors.items():
-        if tensor.numel() < offset + numel:
-            raise UserError(f"{file} holds {tensor.numel()} values of {kind} where {name} takes {offset + numel}")
-    views = {kind: tensor.detach().reshape(-1).narrow(0, offset, numel) for kind, tensor in tensors.items()}
-    return Fragment(name=name, start=start, tensors=views)
-
-
-def _stage0(
-    file: Path, owner: Mapping[str, Any], state: _AdamState, weights: Mapping[str, torch.Tensor]
-) -> list[Fragment]:
-    if "fp32_groups_flat" in owner:  # FP16_Optimizer: a tensor a group
-        masters = owner["fp32_groups_flat"]
-        sizes = [(master.numel(),) for master in masters]
-    elif "fp32_groups" in owner:  # FP16_UnfusedOptimizer: a tensor a parameter
-        masters = list(chain.from_iterable(owner["fp32_groups"]))
-        sizes = [tuple(master.shape) for master in masters]
-    else:  # the bare optimizer: the weights are the masters
-        masters = None
-        sizes = [tuple(moments["exp_avg"].shape) for moments in state.moments]
-    flat = "fp32_groups_flat" in owner
-    bounds = [len(group["params"]) for group in state.groups]
-    named = next((groups for groups in _groupings(weights, state) if _fits(groups, bounds, sizes, weights, flat)), None)
-    if named is None:
-        raise UserError(
-            f"{file}: stage 0 saves no names, and its optimizer's groups ({', '.join(map(str, bounds))} tensors) are "
-            "neither all parameters in the model's order nor these split into decayed and not decayed ones: continue "
-            "the run at stage 1 for a step and save it there"
-        )
-    fragments = []
-    for index, names in enumerate(named if flat else [[name] for group in named for name in group]):
-        offset = 0
-        for name in names:
-            weight = weights[name]
-            source = weight if masters is None else masters[index]
-            fragment = _fragment(file, name, 0, source, state.moments[index], offset, weight.numel())
-            if not torch.equal(fragment.tensors[MASTER].to(weight.dtype), weight.reshape(-1)):
-                raise UserError(f"{file}: the master of {name} is not its weight: the optimizer's groups are not known")
-            fragments.append(fragment)
-            offset += weight.numel()
-    return fragments
-
-
-def _groupings(weights: Mapping[str, torch.Tensor], state: _AdamState) -> Iterator[list[list[str]]]:
-    """The ways in which parameters are handed to an optimizer: by name, all in order, or split by decay."""
-    if all(group.get("param_names") for group in state.groups):
-        yield [list(group["param_names"]) for group in state.groups]
-    yield [list(weights)]
-    decays: tuple[Callable[[str], bool], ...] = (
-        lambda name: weights[name].dim() > 1,  # get_grouped_params, transformers' Trainer, nanoGPT
-        lambda name: "bias" not in name and "LayerNorm.weight" not in name,  # the recipe's, as it stands
-    )
-    for is_decayed in decays:
-        split = [[name for name in weights if is_decayed(name) is decayed] for decayed in (True, False)]
-        yield split
-        yield split[::-1]
-
-
-def _fits(
-    groups: Sequence[Sequence[str]],
-    bounds: Sequence[int],
-    sizes: Sequence[tuple[int, ...]],
-    weights: Mapping[str, torch.Tensor],
-    flat: bool,
-) -> bool:
-    """Whether groups of parameters have the sizes of the optimizer's tensors."""
-    if any(name not in weights for name in chain.from_iterable(groups)):
-        return False
-    if flat:
-        return [(sum(weights[name].numel() for name in group),) for group in groups] == list(sizes)
-    shapes = [tuple(weights[name].shape) for name in chain.from_iterable(groups)]
-    return [len(group) for group in groups] == list(bounds) and shapes == list(sizes)

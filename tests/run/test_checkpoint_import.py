@@ -221,6 +221,10 @@ def of_another_layout(folder):
     change(folder / "global_step4" / SHARD, lambda state: state["optimizer_state_dict"].pop("group_paddings"))
 
 
+def of_two_saves(folder):
+    shutil.copy(folder / "global_step2" / MODEL, folder / "global_step4" / MODEL)
+
+
 def not_begun(folder):
     change(folder / "global_step4" / MODEL, lambda state: state.update(global_steps=0))
 
@@ -248,6 +252,7 @@ def change(path, work):
         (short, "does not hold every value of transformer.ln_f.bias once: its layout is not one that is known"),
         (without_shapes, "does not say which parameters the optimizer's state is of (param_shapes)"),
         (of_another_layout, "is not laid out as DeepSpeed 0.19 does it"),
+        (of_two_saves, "the masters of transformer.wte.weight are not its weights: its files are of several saves, or"),
         (not_begun, "is of a run that has made no step: there is nothing to continue"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
