@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import assembled, differing_state, gathered_state
 from torch import nn
 
 from codeparrot_ds import durable
@@ -395,6 +396,16 @@ def test_stage_0_finds_the_names_of_what_it_does_not_name(only_rank, tmp_path, g
         for fragment in source.shards[0]:
             weight = engine.module.get_parameter(fragment.name)
             assert torch.equal(fragment.tensors["fp32"].bfloat16(), weight.view(-1))
+
+
+def test_a_checkpoint_that_was_made_elastic(only_rank, tmp_path):
+    """DeepSpeed then saves Adam's states alone, without the optimizer's settings and without padding."""
+    model = fresh()
+    zero = {"stage": 1, "elastic_checkpoint": True}
+    engine = engine_of(model, get_grouped_params(model), zero_optimization=zero, bf16={"enabled": True})
+    source = read_deepspeed_checkpoint(train_and_save(engine, tmp_path), parameter_shapes(SHAPE))
+    assert differing_state(assembled(source.shards[0]), gathered_state(engine, only_rank)) == []
+    assert (source.optimizer_step, source.learning_rate) == (2, None)
 
 
 def test_stage_0_with_groups_of_its_own_is_refused(only_rank, tmp_path):
