@@ -710,6 +710,52 @@ def _add_checkpoint(commands: Any) -> None:
     )
     action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     action.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
+    _add_checkpoint_import(actions)
+
+
+def _add_checkpoint_import(actions: Any) -> None:
+    action = _command(
+        actions,
+        "import",
+        _run_checkpoint_import,
+        "begins a run from a checkpoint that DeepSpeed's engine.save_checkpoint wrote",
+        usage=f"{PROGRAM} checkpoint import DEEPSPEED_FOLDER RUN_FOLDER [PRESET] [--config FILE] [options]",
+        epilog="Nothing in the checkpoint is run: it is read as tensors and plain values, and refused where it asks "
+        "for more. The other options say what the run is, as for `train`, whose config it keeps.",
+    )
+    action.add_argument(
+        "deepspeed_folder", type=Path, metavar="DEEPSPEED_FOLDER", help="what engine.save_checkpoint was given"
+    )
+    action.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="folder of the run to make")
+    action.add_argument("--tag", metavar="TAG", help="which checkpoint, as global_step500 (default: the latest)")
+    action.add_argument(
+        "--first-row", type=_index, default=0, metavar="K",
+        help=_default("row of the run's data to go on with; those before are read once to find it", 0),
+    )  # fmt: skip
+    add_config_arguments(action)
+    _take_positionals_anywhere(action)
+
+
+def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
+    for field in ("output_dir", "run_name"):
+        if hasattr(arguments, field):
+            option = "--" + field.replace("_", "-")
+            raise UserError(f"{option} does not go with RUN_FOLDER, which says where the run is and what its name is")
+    config = config_from_arguments(arguments)
+
+    from codeparrot_ds.run.checkpoint_import import describe, import_deepspeed
+
+    with _progress("rows") as progress:
+        imported = import_deepspeed(
+            arguments.deepspeed_folder,
+            arguments.run_folder,
+            config,
+            tag=arguments.tag,
+            first_row=arguments.first_row,
+            progress=progress,
+        )
+    print("\n".join(describe(imported, config)))
+    return 0
 
 
 def _run_checkpoint_list(arguments: argparse.Namespace) -> int:

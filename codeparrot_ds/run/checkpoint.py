@@ -270,11 +270,9 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
     step = saved.state.step
 
     def prepare() -> Path:
-        checkpoint_files.recover(checkpoints)  # from a save or a removal that failed
-        _check_space(checkpoints, saved)
-        staging = checkpoint_files.staging_folder(checkpoints, step)
-        durable.make_folder(staging)
-        return staging
+        parameters = sum(torch.Size(shape).numel() for shape in saved.engine_state["parameters"].values())
+        itemsize = getattr(torch, saved.export.dtype).itemsize
+        return begin_checkpoint(checkpoints, step, parameters * (saved.engine_state["bytes_a_parameter"] + itemsize))
 
     def write_own_files() -> dict[str, dict[str, Any]]:
         entries = {}
@@ -287,17 +285,7 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
 
     def complete(tables: list[dict[str, dict[str, Any]]]) -> int:
         files = {name: entry for table in tables for name, entry in table.items()}
-        state = dataclasses.asdict(saved.state)
-        files[DATA] = durable.write_file(staging / DATA, [durable.json_bytes(state.pop("data"))])
-        files[STATE] = durable.write_file(staging / STATE, [durable.json_bytes(state | saved.engine_state)])
-        shapes = saved.engine_state["parameters"]
-        reader = FragmentReader(staging, files)
-        dtype = getattr(torch, saved.export.dtype)
-        durable.make_folder(staging / checkpoint_files.EXPORT)
-        exported = write_export(staging / checkpoint_files.EXPORT, saved.export, shapes, reader.weights(shapes, dtype))
-        files |= {f"{checkpoint_files.EXPORT}/{name}": entry for name, entry in exported.items()}
-        checkpoint_files.publish(staging, step, files)
-        return sum(entry["bytes"] for entry in files.values())
+        return complete_checkpoint(staging, saved.state, saved.engine_state, saved.export, files)
 
     try:
         staging = ranks.on_main(prepare)
@@ -312,14 +300,52 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
         ) from error
 
 
-def _check_space(checkpoints: Path, saved: _Save) -> None:
-    """Refuses a save that the disk has no room for, before it fills the disk for everybody else."""
-    parameters = sum(torch.Size(shape).numel() for shape in saved.engine_state["parameters"].values())
-    itemsize = getattr(torch, saved.export.dtype).itemsize
-    needed = parameters * (saved.engine_state["bytes_a_parameter"] + itemsize) + BYTES_BESIDE
-    free = shutil.disk_usage(checkpoints).free
+def begin_checkpoint(checkpoints: Path, step: int, num_bytes: int) -> Path:
+    """Puts the folder in order and makes the hidden one that a checkpoint is written into.
+
+    Raises:
+        UserError: the disk has no room for it: refused before it is filled for everybody else.
+    """
+    checkpoint_files.recover(checkpoints)  # from a save or a removal that failed
+    needed, free = num_bytes + BYTES_BESIDE, shutil.disk_usage(checkpoints).free
     if free < needed:
         raise UserError(f"{checkpoints} has {free / 1e9:.2f} GB free and it takes {needed / 1e9:.2f} GB")
+    staging = checkpoint_files.staging_folder(checkpoints, step)
+    durable.make_folder(staging)
+    return staging
+
+
+def complete_checkpoint(
+    staging: Path,
+    state: RunState,
+    engine_state: dict[str, Any],
+    export: Export,
+    files: dict[str, dict[str, Any]],
+) -> int:
+    """Writes what one process writes beside the fragments, and makes the hidden folder a checkpoint.
+
+    Args:
+        staging: from ``begin_checkpoint``, with the files of fragments and generators in it.
+        state: of the run.
+        engine_state: what ``load_checkpoint`` reads: ``parameters`` (shapes by name), ``optimizer_step``,
+            ``scheduler_step``, ``global_steps``, ``global_samples``, ``skipped_steps``, ``loss_scaler``.
+        export: what the Hugging Face folder is made of, but for the weights.
+        files: ``bytes`` and ``sha256`` of the files that are there.
+
+    Returns:
+        The bytes of all files.
+    """
+    written = dataclasses.asdict(state)
+    files[DATA] = durable.write_file(staging / DATA, [durable.json_bytes(written.pop("data"))])
+    files[STATE] = durable.write_file(staging / STATE, [durable.json_bytes(written | engine_state)])
+    shapes = engine_state["parameters"]
+    reader = FragmentReader(staging, files)
+    durable.make_folder(staging / checkpoint_files.EXPORT)
+    weights = reader.weights(shapes, getattr(torch, export.dtype))
+    exported = write_export(staging / checkpoint_files.EXPORT, export, shapes, weights)
+    files |= {f"{checkpoint_files.EXPORT}/{name}": entry for name, entry in exported.items()}
+    checkpoint_files.publish(staging, state.step, files)
+    return sum(entry["bytes"] for entry in files.values())
 
 
 def load_checkpoint(engine: Any, ranks: Ranks, checkpoint: Path) -> RunState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ from typing import Any
 import torch
 
 from codeparrot_ds import durable
+from codeparrot_ds.config import RunConfig
+from codeparrot_ds.hub.card import model_card
 from codeparrot_ds.run.tensor_file import TensorEntry, write_tensor_file
+from codeparrot_ds.zero.ds_config import precision
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TRAINING_STATE = "training_state.json"
 WEIGHTS = "model.safetensors"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Of an export, by a run's precision."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,69 @@ class Export:
     dtype: str
     card: str
     training_state: dict[str, Any]
+
+
+def run_export(
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    *,
+    model_config: Any,
+    name: str,
+    num_parameters: int,
+    step: int,
+    tokens: int,
+    evaluations: Sequence[Mapping[str, Any]],
+    versions: Mapping[str, Any],
+) -> Export:
+    """What goes with the weights of a run after a step: its card, and what ``evaluate`` needs to see its rows again.
+
+    Args:
+        config: of the run.
+        ds_config: its DeepSpeed config, for the precision.
+        model_config: the model's ``transformers`` config.
+        name: of the run.
+        num_parameters: of the model.
+        step: optimizer steps done.
+        tokens: tokens trained on.
+        evaluations: rows of the evaluations so far.
+        versions: package to version.
+    """
+    last = dict(evaluations[-1]) if evaluations else {}
+    corpus = Path(config.data) / "corpus.json"
+    card = {
+        "name": name,
+        "model": config.model,
+        "num_parameters": num_parameters,
+        "dtype": precision(ds_config),
+        "step": step,
+        "tokens": tokens,
+        **{key: last.get(key) for key in ("eval_loss", "perplexity", "bits_per_byte", "eval_tokens")},
+        "history": evaluations,
+        "config": dataclasses.asdict(config),
+        "ds_config": ds_config,
+        "corpus": json.loads(corpus.read_text(encoding="utf-8")) if corpus.is_file() else None,
+        "versions": versions,
+    }
+    evaluated_with = {
+        "seq_length": config.seq_length,
+        "num_lanes": config.num_lanes,
+        "batch_size": config.micro_batch_size,
+        "max_eval_steps": config.max_eval_steps,
+        "intra_document_masking": config.intra_document_masking,
+    }
+    return Export(
+        model_config=model_config,
+        tokenizer=Path(config.tokenizer),
+        dtype=DTYPES[precision(ds_config)],
+        card=model_card(card),
+        training_state={
+            "run": name,
+            "step": step,
+            "tokens": tokens,
+            "evaluation": last,
+            "evaluated_with": evaluated_with,
+        },
+    )
 
 
 def write_export(

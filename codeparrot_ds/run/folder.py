@@ -217,7 +217,7 @@ def open_run(
     starts = folder.record.get("starts", [])
     starts.append({"time": now, "world_size": world_size, "command": shlex.join(sys.argv), "hosts": sorted(set(hosts))})
     folder.update(
-        versions={"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        versions=package_versions(),
         git_commit=_git_commit(),
         hosts=sorted(set(hosts)),
         starts=starts,
@@ -239,6 +239,11 @@ def _take_lock(folder: RunFolder) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     folder._lock = file
+
+
+def package_versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a run's result depends on."""
+    return {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -36,7 +35,6 @@ from codeparrot_ds.data.stream import Dataset, StreamConfig, check_world_size, s
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, token_losses
-from codeparrot_ds.hub.card import model_card
 from codeparrot_ds.hub.queue import PushQueue, hub_push, start_drain
 from codeparrot_ds.hub.repository import open_repository
 from codeparrot_ds.model.gpt2 import build_model, document_inputs
@@ -46,7 +44,7 @@ from codeparrot_ds.run.bad_steps import BadSteps
 from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
 from codeparrot_ds.run.device_memory import load_overhead
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
-from codeparrot_ds.run.export import Export
+from codeparrot_ds.run.export import run_export
 from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
 from codeparrot_ds.run.hardware import peak_flops
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
@@ -69,8 +67,6 @@ from codeparrot_ds.zero.lint import check_ds_config
 from codeparrot_ds.zero.resolution import sources_as_json
 
 logger = logging.getLogger("codeparrot_ds.session")
-
-EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -311,12 +307,16 @@ class Session:
                 "ds_config": self.ds_config,
             },
         )
-        export = Export(
+        export = run_export(
+            self.config,
+            self.ds_config,
             model_config=self.engine.module.config,
-            tokenizer=Path(self.config.tokenizer),
-            dtype=EXPORT_DTYPES[precision(self.ds_config)],
-            card=self._card(step, tokens) if self.ranks.is_main else "",
-            training_state=self._training_state(step, tokens),
+            name=self.folder.name,
+            num_parameters=num_parameters(self.shape),
+            step=step,
+            tokens=tokens,
+            evaluations=self.evaluations,
+            versions=self.folder.record["versions"],
         )
         self.saver.save(state, export)
         self.meter.pause(time.perf_counter() - started)
@@ -408,45 +408,6 @@ class Session:
             }
             for outcome in self.saver.outcomes
         ]
-
-    def _card(self, step: int, tokens: int) -> str:
-        corpus = Path(self.config.data) / "corpus.json"
-        figures = {
-            key: self.last_evaluation.get(key) for key in ("eval_loss", "perplexity", "bits_per_byte", "eval_tokens")
-        }
-        return model_card(
-            {
-                "name": self.folder.name,
-                "model": self.config.model,
-                "num_parameters": num_parameters(self.shape),
-                "dtype": precision(self.ds_config),
-                "step": step,
-                "tokens": tokens,
-                **figures,
-                "history": self.evaluations,
-                "config": dataclasses.asdict(self.config),
-                "ds_config": self.ds_config,
-                "corpus": json.loads(corpus.read_text(encoding="utf-8")) if corpus.is_file() else None,
-                "versions": self.folder.record["versions"],
-            }
-        )
-
-    def _training_state(self, step: int, tokens: int) -> dict[str, Any]:
-        """What the exported model is, and what ``evaluate`` needs to see the same rows again."""
-        config = self.config
-        return {
-            "run": self.folder.name,
-            "step": step,
-            "tokens": tokens,
-            "evaluation": self.last_evaluation,
-            "evaluated_with": {
-                "seq_length": config.seq_length,
-                "num_lanes": config.num_lanes,
-                "batch_size": config.micro_batch_size,
-                "max_eval_steps": config.max_eval_steps,
-                "intra_document_masking": config.intra_document_masking,
-            },
-        }
 
     def _data_account(self) -> dict[str, Any]:
         """What all ranks read since the stream began; collective."""

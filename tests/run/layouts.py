@@ -27,6 +27,7 @@ import copy
 import dataclasses
 import errno
 import gc
+import itertools
 import json
 import os
 import random
@@ -41,14 +42,16 @@ from typing import Any
 import torch
 
 from codeparrot_ds.config import RunConfig
-from codeparrot_ds.model.gpt2 import build_model, get_grouped_params, hugging_face_config
+from codeparrot_ds.model.gpt2 import build_model, get_grouped_params, hugging_face_config, parameter_shapes
 from codeparrot_ds.model.shapes import GPT2Shape
 from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, load_checkpoint
 from codeparrot_ds.run.checkpoint_files import EXPORT, step_folder, verify_checkpoint
+from codeparrot_ds.run.checkpoint_import import write_imported
+from codeparrot_ds.run.deepspeed_checkpoint import read_deepspeed_checkpoint
 from codeparrot_ds.run.engine import create_engine
-from codeparrot_ds.run.export import Export
+from codeparrot_ds.run.export import DTYPES, Export
 from codeparrot_ds.run.fragment_files import fragment_file_name
-from codeparrot_ds.run.fragments import MASTER, MOMENTS, optimizer_step_count, owned_fragments
+from codeparrot_ds.run.fragments import MASTER, MOMENTS, Fragment, optimizer_step_count, owned_fragments
 from codeparrot_ds.run.ranks import Ranks, join_ranks, leave_ranks
 from codeparrot_ds.schedule import learning_rate_factor
 from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, precision, resolve_ds_config, zero_stage
@@ -68,6 +71,7 @@ BF16_BAND = 5e-3
 Plans = dict[int, list[dict[str, str]]]  # jobs by world size
 State = dict[str, dict[str, torch.Tensor]]  # by parameter and kind: fp32, exp_avg, exp_avg_sq
 
+NATIVE = "native:"
 WORLD_SIZES = (1, 2, 3)
 STAGES = [f"zero{stage}{suffix}" for suffix in ("", "_fp32") for stage in range(4)]
 OFFLOADED = ["zero2_offload", "zero3_offload", "zero2_offload_fp32", "zero3_offload_fp32"]
@@ -75,18 +79,22 @@ OFFLOADED = ["zero2_offload", "zero3_offload", "zero2_offload_fp32", "zero3_offl
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A DeepSpeed config at a world size, written ``zero2_fp32@3``."""
+    """A DeepSpeed config at a world size, written ``zero2_fp32@3``.
+
+    A ``native`` one, ``native:zero2_fp32@3``, is saved by ``engine.save_checkpoint``, and the checkpoint imported.
+    """
 
     name: str
     world_size: int
+    native: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        name, _, world_size = text.partition("@")
-        return cls(name, int(world_size))
+        name, _, world_size = text.removeprefix(NATIVE).partition("@")
+        return cls(name, int(world_size), text.startswith(NATIVE))
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.world_size}"
+        return f"{NATIVE if self.native else ''}{self.name}@{self.world_size}"
 
     @property
     def precision(self) -> str:
@@ -218,12 +226,17 @@ def gathered_state(engine: Any, ranks: Ranks) -> State:
     for fragments in owned_fragments(engine):
         for fragment in fragments:
             tensors = {kind: tensor.detach().clone() for kind, tensor in fragment.tensors.items()}
-            mine.append((fragment.name, fragment.start, tensors))
+            mine.append(Fragment(name=fragment.name, start=fragment.start, tensors=tensors))
+    return assembled(fragment for fragments in ranks.gather(mine) for fragment in fragments)
+
+
+def assembled(fragments: Iterable[Fragment]) -> State:
+    """Whole parameters from fragments in any order; every value must be there once."""
     state: State = {}
     pieces: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = {}
-    for name, start, tensors in (entry for entries in ranks.gather(mine) for entry in entries):
-        for kind, tensor in tensors.items():
-            pieces.setdefault((name, kind), []).append((start, tensor))
+    for fragment in fragments:
+        for kind, tensor in fragment.tensors.items():
+            pieces.setdefault((fragment.name, kind), []).append((fragment.start, tensor))
     for (name, kind), found in pieces.items():
         found.sort(key=lambda piece: piece[0])
         ends = [start + tensor.numel() for start, tensor in found]
@@ -270,7 +283,11 @@ def save(engine: Any, ranks: Ranks, folder: Path, layout: Layout, step: int) -> 
         published=lambda path, state: None,
         report=lambda outcome: None,
     )
-    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[layout.precision]
+    saver.save(*_state_and_export(folder, layout, step))
+    return saver
+
+
+def _state_and_export(folder: Path, layout: Layout, step: int) -> tuple[RunState, Export]:
     state = RunState(
         step=step,
         tokens=step * 12 * SEQ_LENGTH,
@@ -283,9 +300,56 @@ def save(engine: Any, ranks: Ranks, folder: Path, layout: Layout, step: int) -> 
         extra={},
     )
     config = hugging_face_config(layout.shape, eos_token_id=0)
+    dtype = DTYPES[layout.precision]
     export = Export(model_config=config, tokenizer=folder, dtype=dtype, card="", training_state={"step": step})
-    saver.save(state, export)
-    return saver
+    return state, export
+
+
+def save_natively(engine: Any, ranks: Ranks, folder: Path, layout: Layout, step: int) -> None:
+    """Saves as DeepSpeed does, and imports that."""
+    engine.save_checkpoint(str(folder.parent / "deepspeed"))
+    ranks.on_main(lambda: _import(folder, layout, step))
+
+
+def _import(folder: Path, layout: Layout, step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    source = read_deepspeed_checkpoint(folder.parent / "deepspeed", parameter_shapes(layout.shape))
+    found = {"world_size": source.world_size, "zero_stage": source.zero_stage, "precision": source.precision}
+    state, export = _state_and_export(folder, layout, step)
+    assert (found, source.step) == (state.layout, step)
+    write_imported(source, folder, state, export)
+
+
+def read_native(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict[str, Any]:
+    """What the import reads of a checkpoint that DeepSpeed wrote, against the engine that it is of."""
+    engine = build(layout, run_config(layout.world_size), nvme, seed=1)
+    train(engine, ranks, range(2))
+    state = gathered_state(engine, ranks)
+    engine.save_checkpoint(str(folder))
+    scaler = {"cur_scale": 65536.0, "cur_iter": 2} if layout.precision == "fp16" else {}
+    expected = {
+        "world_size": layout.world_size,
+        "zero_stage": zero_stage(ds_config_of(layout.name)),
+        "precision": layout.precision,
+        "step": 2,
+        "samples": 24,
+        "skipped_steps": 0,
+        "optimizer_step": optimizer_step_count(engine),
+        "learning_rate": engine.basic_optimizer.param_groups[0]["lr"],
+    }
+    destroy(engine)
+
+    def compare() -> dict[str, Any]:
+        source = read_deepspeed_checkpoint(folder, parameter_shapes(layout.shape))
+        found = assembled(itertools.chain.from_iterable(source.shards))
+        differences = [f"{key} is {getattr(source, key)}" for key in expected if getattr(source, key) != expected[key]]
+        if not scaler.items() <= source.loss_scaler.items() or bool(scaler) != bool(source.loss_scaler):
+            differences.append(f"loss_scaler is {source.loss_scaler}")
+        dtypes = {kinds[kind].dtype == state[name][kind].dtype for name, kinds in found.items() for kind in kinds}
+        assert dtypes == {True}
+        return {"differing": differing_state(found, state) + differences}
+
+    return ranks.on_main(compare)
 
 
 def check_export(export: Path, weights: dict[str, torch.Tensor], evaluation: float) -> dict[str, Any]:
@@ -307,10 +371,15 @@ def save_layout(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict[
     engine = build(layout, run_config(layout.world_size), nvme, seed=1)
     losses = train(engine, ranks, range(SAVED_AT))
     state, weights, evaluation = gathered_state(engine, ranks), working_weights(engine), evaluate(engine)
-    saver = save(engine, ranks, folder / "checkpoints", layout, SAVED_AT)
+    saver = None
+    if layout.native:
+        save_natively(engine, ranks, folder / "checkpoints", layout, SAVED_AT)
+    else:
+        saver = save(engine, ranks, folder / "checkpoints", layout, SAVED_AT)
     next_losses = train(engine, ranks, range(SAVED_AT, SAVED_AT + COMPARED_STEPS))
-    outcome = saver.wait()
-    assert outcome is not None and outcome.error is None, outcome
+    if saver is not None:
+        outcome = saver.wait()
+        assert outcome is not None and outcome.error is None, outcome
     result = {"losses": losses, "next_losses": next_losses}
     destroy(engine)
     if ranks.is_main:
@@ -539,7 +608,7 @@ class Results:
         """What is wrong with what a layout exported, in words."""
         export = self.of(save_job(source))["export"]
         problems = [f"export differs in {name}" for name in export["differing"]]
-        dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[source.precision]
+        dtype = f"torch.{DTYPES[source.precision]}"
         if export["dtypes"] != [dtype]:
             problems.append(f"export is in {export['dtypes']}, not {dtype}")
         if export["evaluation_difference"] > 1e-6:
@@ -611,6 +680,11 @@ def reopen_job(source: Layout, target: Layout) -> dict[str, str]:
 def exact_job(layout: Layout) -> dict[str, str]:
     """Stop and go on at the same layout, with dropout."""
     return {"do": "exact", "layout": str(layout)}
+
+
+def native_job(layout: Layout) -> dict[str, str]:
+    """Save as DeepSpeed does and read that."""
+    return {"do": "native", "layout": str(layout)}
 
 
 def failing_job(layout: Layout) -> dict[str, str]:
@@ -726,6 +800,8 @@ def _do(job: dict[str, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
     layout, nvme = Layout.parse(job["layout"]), folder / "nvme" / job["layout"]
     if job["do"] == "save":
         return save_layout(ranks, layout, source_folder(folder, layout), nvme)
+    if job["do"] == "native":
+        return read_native(ranks, layout, folder / f"read-{layout}", nvme)
     if job["do"] == "failing":
         return failing_save(ranks, layout, folder / f"failing-{layout}", nvme)
     if job["do"] == "exact":
@@ -742,8 +818,11 @@ def _do(job: dict[str, str], ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    from deepspeed.accelerator import get_accelerator
+
     from codeparrot_ds.run.ops import build_operators, use_operators_folder
 
+    get_accelerator().is_fp16_supported = lambda: True  # torch's CPU kernels know it; DeepSpeed minds their speed
     plan, answers = map(Path, sys.argv[1:])
     jobs = json.loads(plan.read_text())
     use_operators_folder(os.environ)

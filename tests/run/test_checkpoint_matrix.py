@@ -1,7 +1,8 @@
 """Engines saved at one layout and reopened at another; all pairs are in ``benchmarks/checkpoint_matrix.py``.
 
 Every stage at every world size in both precisions, and each with its optimizer or all of it offloaded, is saved once
-and reopened once. What is compared, and with what, is told in ``layouts.py``.
+and reopened once, and so are checkpoints that DeepSpeed itself wrote. What is compared, and with what, is told in
+``layouts.py``.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from layouts import (
     Layout,
     exact_job,
     failing_job,
+    native_job,
     plain_job,
     plans_of,
     run_plans,
@@ -52,6 +54,27 @@ PAIRS += [
         ("zero1_fp32_large@2", "zero3_infinity@1"),
     )
 ]
+# What DeepSpeed itself saved, imported and reopened.
+PAIRS += [
+    (Layout.parse(f"native:{source}"), Layout.parse(target))
+    for source, target in (
+        ("zero0_fp32@2", "zero2_fp32@1"),
+        ("zero1_fp32@2", "zero3_fp32@3"),
+        ("zero2_fp32@3", "zero0_fp32@2"),
+        ("zero3_fp32@2", "zero1_fp32@1"),
+        ("zero2@3", "zero3@2"),
+        ("zero3_fp16@2", "zero1_fp16@1"),
+    )
+]
+# The same, read only. In fp16 with a loss scale; the last ones have other classes and orders of the same state.
+NATIVE = [
+    Layout.parse(text)
+    for text in (
+        *("zero0@2", "zero1@2", "zero2@1", "zero3@3", "zero3@1", "zero0_fp16@1", "zero1_fp16@2", "zero2_fp16@1"),
+        *("zero1_fp32@3", "zero2_fp32@1", "zero3_fp32@1", "zero0_fp32_torch_adam@2", "zero0_torch_adam@1"),
+        *("zero1_fp32_accumulation@2", "zero2_round_robin@3", "zero2_offload_bf16_masters@2", "zero3_offload@2"),
+    )
+]
 EXACT = [Layout(name, 2) for name in [*STAGES, *OFFLOADED, "zero1_fp32_accumulation", "zero2_offload_bf16_masters"]]
 EXACT += [Layout("zero2_fp32", 3), Layout("zero3", 1), Layout("zero3_bf16_states", 2), Layout("zero3_nvme", 1)]
 ON_DISK = Layout("zero3_nvme", 1)
@@ -62,6 +85,7 @@ DAMAGED = (Layout("zero3_fp32", 2), Layout("zero2", 3))
 def results(tmp_path_factory):
     """All jobs, on the ranks of all three world sizes at once."""
     others = [exact_job(layout) for layout in EXACT] + [failing_job(ON_DISK)]
+    others += [native_job(layout) for layout in NATIVE]
     others += [plain_job(source, source, control) for source in DAMAGED for control in ("", *CONTROLS)]
     return run_plans(plans_of(PAIRS, others), tmp_path_factory.mktemp("matrix"), timeout=280)
 
@@ -74,6 +98,11 @@ def test_a_checkpoint_reopens_at_another_layout(results, source, target):
 @pytest.mark.parametrize("source", dict.fromkeys(source for source, _ in PAIRS), ids=str)
 def test_an_export_is_the_model_in_plain_transformers(results, source):
     assert results.problems_of_source(source) == []
+
+
+@pytest.mark.parametrize("layout", NATIVE, ids=str)
+def test_what_deepspeed_saved_is_read_bit_for_bit(results, layout):
+    assert results.of(native_job(layout))["differing"] == []
 
 
 @pytest.mark.parametrize("layout", EXACT, ids=str)

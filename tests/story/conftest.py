@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from stories import COMPARED, OTHERS, STEPS, Workshop, train_in_turn
+from stories import COMPARED, OTHERS, STEPS, Workshop, run_here, train_in_turn
 
 from codeparrot_ds.data.corpus import build_corpus
 from codeparrot_ds.data.tokenizer import train_tokenizer
@@ -43,14 +43,27 @@ def on_two_ranks(workshop) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def on_one_rank(workshop) -> dict[str, Path]:
-    """The fp32 runs again, on one rank: two launches at a time, a core for each."""
+def on_one_rank(workshop, on_two_ranks) -> dict[str, Path]:
+    """The fp32 runs again, on one rank: two launches at a time, a core for each.
+
+    And ``imported``: what the engine of ``zero3_fp32`` saved on two ranks after ten steps, which goes on at stage 1.
+    """
     names = [f"zero{stage}_fp32" for stage in range(4)]
     runs = [workshop.options("--run-name", f"{name}-on-1", "--deepspeed", name, *STEPS) for name in names]
+    imported = workshop.runs / "imported"
+    options = workshop.options("--deepspeed", "zero1_fp32", *STEPS)
+    place = options.index("--output-dir")
+    del options[place : place + 2]  # the folder says it
+    answer = run_here(
+        *("checkpoint", "import", str(on_two_ranks["zero3_fp32"] / "deepspeed"), str(imported)),
+        *("--tag", "global_step10", "--first-row", "80", *options),
+    )
+    assert answer.returncode == 0, answer.stderr
+    runs.append(["--config", str(imported / "config.yaml")])
     with concurrent.futures.ThreadPoolExecutor() as pool:
         launches = pool.map(lambda part: train_in_turn(part, ranks=1), (runs[:2], runs[2:]))
         outcomes = [outcome for launch in launches for outcome in launch]
-    return {name: Path(outcome["run"]) for name, outcome in zip(names, outcomes, strict=True)}
+    return {name: Path(outcome["run"]) for name, outcome in zip([*names, "imported"], outcomes, strict=True)}
 
 
 @pytest.fixture(scope="session")

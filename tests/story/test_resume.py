@@ -64,6 +64,15 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_drop
     assert losses(run) == losses(with_dropout)
 
 
+def test_a_checkpoint_of_deepspeeds_own_goes_on_at_another_stage_and_world_size(on_two_ranks, on_one_rank):
+    """Saved by the engine at stage 3 on two ranks, imported, trained at stage 1 on one: the next rows and losses."""
+    whole, imported = losses(on_two_ranks["zero3_fp32"]), losses(on_one_rank["imported"])
+    assert "resumed from step 10" in log(on_one_rank["imported"])
+    assert list(imported) == list(range(11, 21))
+    assert all(abs(loss - whole[step]) <= 2e-6 for step, loss in imported.items())
+    assert json.loads((on_one_rank["imported"] / "run.json").read_text())["outcome"]["status"] == "finished"
+
+
 def test_a_run_that_goes_back_to_an_older_checkpoint_sets_the_later_one_aside(on_two_ranks, continued):
     run = continued["back"]
     assert "step-00000020 was set aside as aside-step-00000020" in log(run)
