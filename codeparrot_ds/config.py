@@ -119,7 +119,9 @@ class RunConfig:
         None, "saving", "save, end and exit 0 at the first step boundary after so many hours (none: no limit)"
     )
     resume: str = _setting("auto", "saving", "auto (the newest valid checkpoint), never, or a checkpoint's path")
-    hub: str = _setting("local", "saving", "branch of checkpoints: local, off, or the path of a bare git repository")
+    hub: str = _setting(
+        "local", "saving", "branch of checkpoints: local, off, a bare git repository's path, or org/name on the Hub"
+    )
 
     log_steps: int = _setting(10, "logging", "optimizer steps between lines of metrics", minimum=1)
     wandb: str = _setting(

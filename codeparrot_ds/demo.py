@@ -75,7 +75,7 @@ def run_demo(
 
 def _finish(run: Path, started: float, continuation: str) -> None:
     from codeparrot_ds.evaluation.complete import complete_code, load_generator
-    from codeparrot_ds.hub.queue import hub_publish
+    from codeparrot_ds.hub.queue import hub_publish, read_destination
     from codeparrot_ds.run.report import write_report
 
     _say(4, "branch: every checkpoint is a commit on the run's branch, now merged into main")
@@ -84,12 +84,12 @@ def _finish(run: Path, started: float, continuation: str) -> None:
     complete_code(load_generator(run), PROMPT, max_length=96)
     report = write_report([run])
     first, last = _evaluations(run)
-    hub = json.loads((run / "run.json").read_text(encoding="utf-8"))["hub"]
+    _, repository = read_destination(run)
     _say(6, f"done in {duration(time.monotonic() - started)}")
     print(f"validation loss   {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}")
     print(f"perplexity        {first['perplexity']:,.0f} -> {last['perplexity']:,.1f}")
     print(f"report            {report}")
-    print(f"branch            {run.name} of {hub}   (git clone -b {run.name} {hub})")
+    print(f"branch            {run.name} of {repository}   ({repository.how_to_get(run.name)})")
     print(f"logs              {run / 'log'}, {run / 'metrics.jsonl'}, {run / 'tensorboard'}, {run / 'wandb'}")
     print("\nNext:")
     print(f"  codeparrot-ds complete {run} 'import os'")

@@ -13,7 +13,7 @@ On disk, below ``<run>/hub/``::
     lock                             held by the one process that drains
 
 Two fields of ``<run>/run.json`` (written by training) say where the entries go: ``name`` is the branch, ``hub`` what
-``open_repository`` takes: ``local`` (``hub.git`` beside the run folder), the absolute path of a repository, or ``off``.
+``open_repository`` takes: the absolute path of a git repository, ``org/name`` on the Hub, or null for none.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pathlib import Path
 
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.repository import LocalRepository, folder_files, open_repository
+from codeparrot_ds.hub.repository import Repository, folder_files, open_repository
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 
@@ -147,7 +147,7 @@ class PushQueue:
         """Returns one sentence for each entry that was found damaged."""
         return [path.read_text().strip() for path in sorted((self.folder / "refused").glob("*/reason.txt"))]
 
-    def drain(self, repository: LocalRepository, branch: str) -> DrainResult:
+    def drain(self, repository: Repository, branch: str) -> DrainResult:
         """Commits every waiting entry to the branch, oldest step first, until none is left.
 
         Waits while another process drains. An entry is deleted after its push is on record; a push whose record was
@@ -166,7 +166,7 @@ class PushQueue:
                     self._push_one(path, repository, branch, result)
         return result
 
-    def _push_one(self, path: Path, repository: LocalRepository, branch: str, result: DrainResult) -> None:
+    def _push_one(self, path: Path, repository: Repository, branch: str, result: DrainResult) -> None:
         entry = _read_entry(path)
         problem = entry if isinstance(entry, str) else _damage(entry)
         if isinstance(entry, str) or problem:
@@ -179,7 +179,7 @@ class PushQueue:
         path.rename(removing)
         shutil.rmtree(removing)
 
-    def _commit(self, entry: Entry, repository: LocalRepository, branch: str) -> Pushed:
+    def _commit(self, entry: Entry, repository: Repository, branch: str) -> Pushed:
         committed = [
             commit.id
             for commit in repository.commits(branch)
@@ -286,7 +286,7 @@ def hub_publish(run_dir: str | os.PathLike[str]) -> str:
     return f"{said}\nmain of {repository} is now {merged}: commit {commit[:10]}"
 
 
-def read_destination(run_dir: str | os.PathLike[str]) -> tuple[str, LocalRepository]:
+def read_destination(run_dir: str | os.PathLike[str]) -> tuple[str, Repository]:
     """Returns a run's branch name and repository, from its ``run.json``."""
     path = Path(run_dir) / "run.json"
     try:

@@ -25,7 +25,8 @@ from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.repository import open_repository
+from codeparrot_ds.hub.hugging_face import require_token
+from codeparrot_ds.hub.repository import is_remote, open_repository
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
@@ -129,7 +130,8 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     check_continuation(config, run)
     changed = check_ds_continuation(config, run, resolved)
     _check_data(config, run, stream_of(config, datasets, encoder))
-    open_repository(config.hub, config.output_dir)
+    if open_repository(config.hub, config.output_dir) is not None and is_remote(config.hub):
+        require_token(config.hub)
     _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
     for finding in warnings:
         print(finding, file=sys.stderr)

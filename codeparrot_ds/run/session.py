@@ -523,7 +523,7 @@ def _open_folder(config: RunConfig, resolved: Resolved, ranks: Ranks) -> RunFold
         if repository is not None:
             repository.create()
             repository.create_branch(mine.name)
-        mine.update(hub=None if repository is None else str(repository.path))
+        mine.update(hub=None if repository is None else repository.spec)
 
     ranks.on_main(open_on_main)
     if not ranks.is_main:

@@ -48,13 +48,16 @@ def contents(folder):
         (("--max-train-steps", "ten"), ["max-train-steps", "ten"]),
         (("--config", "absent.yaml"), ["absent.yaml"]),
         (("--hostfile", "absent.txt"), ["absent.txt"]),
-        (("--hub", "org/name"), ["org/name", "local"]),
+        (("--hub", "org/name"), ["org/name", "HF_TOKEN is not set"]),
+        (("--hub", "org/name/x"), ["org/name/x", "local"]),
+        (("--hub", "https://user:secret@example.org/x"), ["hub: a URL is not taken"]),
         (("--run-name", "a b"), ["a b"]),
         (("--data", "absent"), ["absent"]),
         (("--tokenizer", "absent"), ["absent"]),
     ],
 )
-def test_wrong_options(workshop, tmp_path, arguments, words):
+def test_wrong_options(workshop, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     refused(workshop.refuse(*arguments, output_dir=tmp_path / "runs"), *words)
     assert not list(tmp_path.iterdir())
 
