@@ -766,13 +766,32 @@ def _add_hub(commands: Any) -> None:
         action = _command(actions, name, _run_hub, text)
         action.set_defaults(action=name)
         action.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+        if name == "publish":
+            action.add_argument(
+                "--checkpoint", choices=("last", "best"), default="last",
+                help=_default("which; best is that with the lowest evaluation loss", "last"),
+            )  # fmt: skip
+            action.add_argument("--tag", metavar="NAME", help="name of the release (default: RUN-step-N)")
+            action.add_argument(
+                "--overwrite", action="store_true",
+                help="also where others committed to main, which its history keeps (default: refuse)",
+            )  # fmt: skip
 
 
 def _run_hub(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.hub.queue import hub_publish, hub_push, hub_status
+    from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status
 
-    action = {"status": hub_status, "push": hub_push, "publish": hub_publish}[arguments.action]
-    print(action(arguments.run_folder))
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    run = arguments.run_folder
+    if arguments.action == "status":
+        print(hub_status(run))
+    elif arguments.action == "push":
+        print(hub_push(run, say=say))
+    else:
+        options = {"checkpoint": arguments.checkpoint, "tag": arguments.tag, "overwrite": arguments.overwrite}
+        print(hub_publish(run, say=say, **options))
     return 0
 
 

@@ -122,6 +122,12 @@ class RunConfig:
     hub: str = _setting(
         "local", "saving", "branch of checkpoints: local, off, a bare git repository's path, or org/name on the Hub"
     )
+    hub_queue_gb: float = _setting(
+        100.0,
+        "saving",
+        "gigabytes of exports that only wait to be pushed; past it the oldest go",
+        minimum=0,
+    )
 
     log_steps: int = _setting(10, "logging", "optimizer steps between lines of metrics", minimum=1)
     wandb: str = _setting(

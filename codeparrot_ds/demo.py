@@ -75,7 +75,8 @@ def run_demo(
 
 def _finish(run: Path, started: float, continuation: str) -> None:
     from codeparrot_ds.evaluation.complete import complete_code, load_generator
-    from codeparrot_ds.hub.queue import hub_publish, read_destination
+    from codeparrot_ds.hub.commands import hub_publish
+    from codeparrot_ds.hub.worker import read_destination
     from codeparrot_ds.run.report import write_report
 
     _say(4, "branch: every checkpoint is a commit on the run's branch, now merged into main")
@@ -84,7 +85,7 @@ def _finish(run: Path, started: float, continuation: str) -> None:
     complete_code(load_generator(run), PROMPT, max_length=96)
     report = write_report([run])
     first, last = _evaluations(run)
-    _, repository = read_destination(run)
+    repository = read_destination(run).repository
     _say(6, f"done in {duration(time.monotonic() - started)}")
     print(f"validation loss   {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}")
     print(f"perplexity        {first['perplexity']:,.0f} -> {last['perplexity']:,.1f}")

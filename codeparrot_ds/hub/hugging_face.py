@@ -32,14 +32,16 @@ NEEDED = ["*.json", "*.txt", "*.safetensors", "README.md"]
 """What is downloaded: nothing that would be loaded as code."""
 ATTRIBUTES = ".gitattributes"  # the Hub's own, without which git shows pointers
 # Worth another attempt: timeouts, conflicts with another writer, a moved parent, rate limits.
+_last_request = ""
 _TEMPORARY = {408, 409, 412, 423, 425, 429}
 
 
 class HubRepository:
     """A model repository ``org/name``; nothing is asked of the Hub before a method is called."""
 
-    def __init__(self, repo_id: str):
+    def __init__(self, repo_id: str, *, timeout_seconds: float | None = None):
         self.repo_id = repo_id
+        self._timeout = timeout_seconds or float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT_SECONDS))
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
     def __str__(self) -> str:
@@ -213,7 +215,7 @@ class HubRepository:
         """Gives an ``HfApi``, and turns what goes wrong into one sentence that says whether to try again."""
         import huggingface_hub
 
-        _set_timeouts()
+        _set_timeouts(self._timeout)
         with warnings.catch_warnings(), _quiet(huggingface_hub):
             warnings.simplefilter("ignore")
             try:
@@ -224,6 +226,8 @@ class HubRepository:
                 told = self._explain(error, doing)
                 if told is None:
                     raise
+                if isinstance(told, UnavailableError):
+                    told.request = _last_request
                 raise told from error
 
     def _explain(self, error: Exception, doing: str) -> UserError | None:
@@ -290,21 +294,24 @@ def _check_branch_name(name: str) -> None:
         raise UserError(f"'{name}' is not a branch name that git accepts; use letters, digits and '-'")
 
 
-def _set_timeouts() -> None:
+def _set_timeouts(seconds: float) -> None:
     """Gives every connection a limit to its silence: without one a Hub that hangs would hang the upload for ever."""
     from huggingface_hub import get_session, set_client_factory
 
-    seconds = float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT_SECONDS))
     session = get_session()
     if session.timeout.read == seconds:
         return
     client, hooks = type(session), session.event_hooks
 
-    def limit(request: Any) -> None:  # some calls of the library ask for no limit, which overrides the client's
+    def limit_silence(request: Any) -> None:
+        global _last_request
+        _last_request = f"{request.method} {request.url.path}"
+        # Some calls of the library ask for no limit, which overrides the client's.
         if request.extensions.get("timeout", {}).get("read") is None:
             request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
 
-    hooks = {**hooks, "request": [*hooks.get("request", []), limit]}
+    others = [hook for hook in hooks.get("request", []) if hook.__name__ != limit_silence.__name__]
+    hooks = {**hooks, "request": [*others, limit_silence]}
     set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=seconds))
 
 

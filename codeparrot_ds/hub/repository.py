@@ -64,12 +64,13 @@ class Commit:
 class UnavailableError(UserError):
     """The place does not answer, or asks for another attempt; nothing is known to be wrong with what was asked.
 
-    ``retry_after`` is what the place asked to wait, in seconds.
+    ``retry_after`` is what the place asked to wait, in seconds; ``request`` names what it did not answer, so that
+    two failures of one request can be told from an outage's end.
     """
 
-    def __init__(self, message: str, retry_after: float | None = None):
+    def __init__(self, message: str, retry_after: float | None = None, request: str = ""):
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.request = retry_after, request
 
 
 class Repository(Protocol):

@@ -25,8 +25,10 @@ from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.commands import prepare_branch
 from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.repository import is_remote, open_repository
+from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
@@ -76,6 +78,10 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     environment = rank_environment(device, ranks)
     if not are_built(needed_operators(ds_config, device)):
         _build_operators(ds_config, device, environment)
+    if config.hub != "off":
+        outage = prepare_branch(config.hub, output_dir, name)
+        if outage is not None:
+            print(f"warning: {outage}; checkpoints are queued and pushed when it answers", file=sys.stderr)
     command = _launcher_command(launch, ranks, [*arguments, "--run-name", name])
     environment[LAUNCHED_AT] = str(started)
     environment.pop(LEADS, None)
@@ -97,6 +103,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     Raises:
         UserError: the first thing that is wrong, or all findings of the config check.
     """
+    check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
     check_run_name(str(config.run_name))
     for field in ("data", "tokenizer"):
         if not getattr(config, field):
@@ -104,6 +111,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
                 f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
             )
     file = read_ds_config(find_ds_config(config.deepspeed))
+    check_for_secrets(json.dumps(file.config), str(file.path))
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
     warnings = check_ds_config(

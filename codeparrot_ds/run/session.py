@@ -37,8 +37,10 @@ from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, token_losses
 from codeparrot_ds.hub.card import model_card
-from codeparrot_ds.hub.queue import PushQueue, hub_push, start_drain
-from codeparrot_ds.hub.repository import open_repository
+from codeparrot_ds.hub.commands import settle
+from codeparrot_ds.hub.queue import PushQueue
+from codeparrot_ds.hub.repository import is_remote, open_repository
+from codeparrot_ds.hub.worker import start_drain
 from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
@@ -69,6 +71,8 @@ from codeparrot_ds.zero.resolution import sources_as_json
 
 logger = logging.getLogger("codeparrot_ds.session")
 
+HUB_SECONDS = 60.0
+"""That the end of a run waits for the Hub; the worker goes on after that."""
 EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -374,15 +378,16 @@ class Session:
         if self.folder.record.get("hub") is None:
             return
         evaluations = state.extra["evaluations"]
-        title = f"Step {state.step}"
+        title, eval_loss = f"Step {state.step}", None
         if evaluations:
             evaluation = evaluations[-1]
+            eval_loss = evaluation["eval_loss"] if evaluation["step"] == state.step else None
             title += f": loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['perplexity']:.2f}"
             if evaluation["step"] != state.step:
                 title += f" (at step {evaluation['step']})"
         files = checkpoint_files.read_manifest(path)["files"]
         exported = checkpoint_files.EXPORT + "/"
-        PushQueue(self.folder.path).enqueue(
+        dropped = PushQueue(self.folder.path).enqueue(
             state.step,
             path / checkpoint_files.EXPORT,
             title,
@@ -392,7 +397,11 @@ class Session:
                 for name, entry in files.items()
                 if name.startswith(exported)
             },
+            eval_loss=eval_loss,
+            max_bytes=self.config.hub_queue_gb * 1e9,
         )
+        for drop in dropped:
+            self.progress.say("error: not pushed: %s", drop)
         start_drain(self.folder.path)
 
     def _saves(self) -> list[dict[str, Any]]:
@@ -472,8 +481,8 @@ class Session:
             self.folder.update(outcome=outcome, data=data, saves=self._saves())
             self.progress.say("data: %s", data["summary"])
             if self.folder.record.get("hub") is not None:
-                hub_push(self.folder.path)
-                self.progress.say("branch %s of %s has every checkpoint", self.folder.name, self.folder.record["hub"])
+                wait = HUB_SECONDS if is_remote(self.config.hub) else math.inf
+                self.progress.say("%s", settle(self.folder.path, wait_seconds=wait))
             self.progress.say("run %s %s at step %d: %s", self.folder.name, status, step, self.folder.path)
 
         self.ranks.on_main(conclude)
@@ -520,7 +529,7 @@ def _open_folder(config: RunConfig, resolved: Resolved, ranks: Ranks) -> RunFold
         nonlocal mine
         repository = open_repository(config.hub, Path(config.output_dir))
         mine = open_run(config, resolved.config, ranks.world_size, hosts, sources_as_json(resolved))
-        if repository is not None:
+        if repository is not None and not is_remote(config.hub):  # on the Hub its worker does: training waits for none
             repository.create()
             repository.create_branch(mine.name)
         mine.update(hub=None if repository is None else repository.spec)
