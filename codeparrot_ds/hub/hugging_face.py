@@ -17,19 +17,25 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.repository import MAIN, PUBLISHED, PUBLISHED_COMMIT, Commit, UnavailableError, folder_files
+from codeparrot_ds.hub.repository import (
+    MAIN,
+    NEEDED,
+    PUBLISHED,
+    PUBLISHED_COMMIT,
+    Commit,
+    UnavailableError,
+    folder_files,
+)
 
 TOKEN_VARIABLE = "HF_TOKEN"
 TIMEOUT_SECONDS = 60.0
 """Of silence on a connection; the library's own is none at all."""
 TIMEOUT_VARIABLE = "CODEPARROT_HUB_TIMEOUT_SECONDS"
-NEEDED = ["*.json", "*.txt", "*.safetensors", "README.md"]
-"""What is downloaded: nothing that would be loaded as code."""
 ATTRIBUTES = ".gitattributes"  # the Hub's own, without which git shows pointers
 # Worth another attempt: timeouts, conflicts with another writer, a moved parent, rate limits.
 _last_request = ""
@@ -144,10 +150,10 @@ class HubRepository:
         with self._asking(f"reading '{path}' at '{revision}'") as api:
             return Path(api.hf_hub_download(self.repo_id, path, revision=revision)).read_bytes()
 
-    def download(self, revision: str, folder: Path) -> Path:
-        """Returns the library's cached folder with the weights, config, tokenizer and card of a revision."""
+    def download(self, revision: str, folder: Path, *, only: Sequence[str] = NEEDED) -> Path:
+        """Returns the library's cached folder with files of a revision."""
         with self._asking(f"downloading '{revision}'") as api:
-            return Path(api.snapshot_download(self.repo_id, revision=revision, allow_patterns=NEEDED))
+            return Path(api.snapshot_download(self.repo_id, revision=revision, allow_patterns=list(only)))
 
     def resolve(self, revision: str) -> str:
         """Returns the commit id of a branch, a tag or a commit."""

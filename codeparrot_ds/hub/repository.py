@@ -8,13 +8,14 @@ a folder that ``transformers`` loads.
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,8 @@ from codeparrot_ds.errors import UserError
 MAIN = "main"
 PUBLISHED = "Published"  # trailer of the commits that merge() makes on main: the branch
 PUBLISHED_COMMIT = "Published-Commit"  # and the commit of it
+NEEDED = ("*.json", "*.txt", "*.safetensors", "README.md")
+"""What a model needs to be loaded, and nothing that could be loaded as code."""
 HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # org/name
 _MARKER = "codeparrot-ds.repository"
 _STALE_LOCK_SECONDS = 2.0
@@ -126,8 +129,11 @@ class Repository(Protocol):
     def resolve(self, revision: str) -> str:
         """Returns the commit id of a branch, a tag or a commit."""
 
-    def download(self, revision: str, folder: Path) -> Path:
-        """Returns a folder with the files of a revision; it is ``folder``, or a cache of the place's own."""
+    def download(self, revision: str, folder: Path, *, only: Sequence[str] = NEEDED) -> Path:
+        """Returns a folder with the files of a revision whose names match a pattern of ``only``.
+
+        It is ``folder``, or a cache of the place's own.
+        """
 
     def merge(self, branch: str, *, commit: str | None = None, overwrite: bool = False) -> str:
         """Makes main show a commit of a branch, its tip by default, and returns the id of main's commit.
@@ -249,11 +255,12 @@ class LocalRepository:
             raise UserError(f"{self} has no file '{path}' at '{revision}'; it has {', '.join(filter(None, files))}")
         return found.stdout
 
-    def download(self, revision: str, folder: Path) -> Path:
-        """Writes the files of a revision into a folder, streamed; returns it."""
+    def download(self, revision: str, folder: Path, *, only: Sequence[str] = NEEDED) -> Path:
+        """Writes files of a revision into a folder, streamed; returns it."""
         self._check()
         commit = self._resolve(revision)
-        for name in filter(None, self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0")):
+        names = self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0")
+        for name in (name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in only)):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "wb") as handle:

@@ -139,7 +139,8 @@ def test_a_revision_is_written_to_a_folder(repository, tmp_path):
     repository.create_branch("run-a")
     weights = os.urandom(3 << 20)
     commit = repository.commit_folder("run-a", export(tmp_path / "a", weights=weights, sub__x=b"x"), "step 1")
-    assert repository.download(commit, tmp_path / "out") == tmp_path / "out"
+    assert repository.download(commit, tmp_path / "out", only=["*"]) == tmp_path / "out"
+    assert not repository.download(commit, tmp_path / "none").exists()  # no name of a model's file
     assert (tmp_path / "out" / "weights").read_bytes() == weights
     assert (tmp_path / "out" / "sub" / "x").read_bytes() == b"x"
 
