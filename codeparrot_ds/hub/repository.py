@@ -259,7 +259,7 @@ class LocalRepository:
         """Writes files of a revision into a folder, streamed; returns it."""
         self._check()
         commit = self._resolve(revision)
-        names = self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0")
+        names = filter(None, self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0"))
         for name in (name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in only)):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
