@@ -672,7 +672,9 @@ def _run_complete(arguments: argparse.Namespace) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="MODEL", help="a run, a checkpoint, an exported folder, or a Hub model's name"
+        "source",
+        metavar="MODEL",
+        help="a run, a checkpoint, an exported folder, a Hub model's name (org/name@BRANCH), or REPO.git@BRANCH",
     )
     group = parser.add_argument_group("device")
     group.add_argument(

@@ -75,6 +75,12 @@ class RunConfig:
     )
 
     model: str = _setting("gpt2", "model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, or a GPT-2 config.json")
+    init_from: str = _setting(
+        "",
+        "model",
+        "begin with the weights and tokenizer of a run, a model folder, org/name@BRANCH on the Hub, or REPO.git@BRANCH "
+        "(default: random weights)",
+    )
     dropout: float = _setting(0.0, "model", "probability of residual, embedding and attention dropout", minimum=0.0)
     intra_document_masking: bool = _setting(
         False, "model", "attend inside a document only, with positions that restart; costs a dense mask"

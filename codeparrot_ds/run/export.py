@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from codeparrot_ds import durable
+from codeparrot_ds.run.checkpoint_files import TOKENIZER_FILES, WEIGHTS
 from codeparrot_ds.run.tensor_file import TensorEntry, write_tensor_file
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TRAINING_STATE = "training_state.json"
-WEIGHTS = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

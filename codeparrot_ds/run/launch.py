@@ -39,6 +39,7 @@ from codeparrot_ds.run.folder import (
     new_run_name,
     recorded_pins,
 )
+from codeparrot_ds.run.initial import with_initial_model
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
 from codeparrot_ds.run.parent_end import LEADS, signal_at_parents_end
 from codeparrot_ds.run.plan import predict, why_too_large
@@ -71,7 +72,9 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     ranks = launch.num_gpus or local_ranks(device)
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
-    config = dataclasses.replace(config, run_name=name)
+    config = with_initial_model(dataclasses.replace(config, run_name=name))
+    if config.init_from:  # as resolved: a branch may move
+        arguments = [*arguments, "--init-from", config.init_from, "--tokenizer", config.tokenizer]
     ds_config = check_run(config, device=device, world_size=None if launch.hostfile else ranks)
     if not launch.hostfile:
         check_memory(config, ds_config, device=device, ranks=ranks, refuse=not launch.ignore_memory_plan)

@@ -50,6 +50,7 @@ from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import Export
 from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
 from codeparrot_ds.run.hardware import peak_flops
+from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
@@ -124,7 +125,7 @@ class Session:
         ranks = join_ranks()
         startup.lap("DeepSpeed import and process group")
         stop = StopSignal(ranks, config.max_hours)
-        config = ranks.on_main(lambda: _named(config))
+        config = ranks.on_main(lambda: with_initial_model(_named(config)))
         resolved, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
         ds_config = resolved.config
         startup.lap("config and tokenizer")
@@ -150,6 +151,7 @@ class Session:
             zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
             device=ranks.device,
         )
+        load_initial_weights(model, config, ranks, partitioned=zero_stage(ds_config) == 3)
         startup.lap("model")
         engine = create_engine(model, ds_config, config)
         startup.lap("DeepSpeed engine")

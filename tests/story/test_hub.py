@@ -9,8 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from stories import clean_environment, evaluations
+from stories import clean_environment, evaluations, train_in_turn
 
+from codeparrot_ds.config import load_config
+from codeparrot_ds.evaluation.complete import run_complete
 from codeparrot_ds.evaluation.perplexity import evaluate_model
 from tests.hub.model_hub import TOKEN, running_hub
 
@@ -81,6 +83,37 @@ def test_every_checkpoint_is_a_commit_and_its_download_has_the_logged_loss(works
         assert (state["step"], state["evaluation"]["eval_loss"]) == (step, pytest.approx(logged[step]))
         loss = evaluate_model(folder, data=workshop.corpus, device="cpu")["loss"]
         assert loss == pytest.approx(logged[step], rel=1e-3)
+
+
+def test_other_runs_begin_with_its_weights_at_every_stage(workshop, pushed, monkeypatch, tmp_path):
+    """The first evaluation of a run that begins with a branch's weights is the last one of that branch's run."""
+    run, hub, environment, _, _ = pushed
+    for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HOME"):
+        monkeypatch.setenv(name, environment[name])
+    steps = ("--max-train-steps", "1", "--init-from", f"{REPO}@{run.name}")
+    outcomes = train_in_turn(
+        [
+            workshop.options("--run-name", name, "--deepspeed", name, *steps, output_dir=tmp_path)
+            for name in ("zero0_fp32", "zero2", "zero3")
+        ],
+        ranks=2,
+    )
+    logged, commit = evaluations(run)[8], hub.find(REPO, run.name)
+    for outcome in outcomes:
+        begun = Path(outcome["run"])
+        assert evaluations(begun)[0] == pytest.approx(logged, rel=1e-3)
+        assert load_config(begun / "config.yaml").init_from == f"{REPO}@{commit}"
+
+
+def test_evaluate_and_complete_take_a_branch(workshop, pushed, monkeypatch, tmp_path, capsys):
+    run, hub, environment, _, _ = pushed
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    result = evaluate_model(f"{REPO}@{run.name}", data=workshop.corpus, device="cpu")
+    assert result["loss"] == pytest.approx(evaluations(run)[8], rel=1e-3)
+    run_complete(f"{REPO}@{run.name}", ["def f(x):"], max_length=24, num_completions=1, device="cpu")
+    assert capsys.readouterr().out.startswith("def f(x):")
 
 
 def test_no_token_gets_into_a_file_an_argument_or_a_commit(pushed):
