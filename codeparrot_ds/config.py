@@ -43,6 +43,13 @@ def _setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Identifiers that the Hub takes in a model card; any other would make it refuse every checkpoint.
+LICENSES = (
+    "other", "agpl-3.0", "apache-2.0", "bigcode-openrail-m", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0",
+    "cc0-1.0", "gpl-2.0", "gpl-3.0", "isc", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "unlicense",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run's settings; the defaults are the recipe's 111M model (preset ``small``).
@@ -128,6 +135,7 @@ class RunConfig:
     hub: str = _setting(
         "local", "saving", "branch of checkpoints: local, off, a bare git repository's path, or org/name on the Hub"
     )
+    license: str = _setting("other", "saving", "licence of the weights, for the model card", choices=LICENSES)
     hub_queue_gb: float = _setting(
         100.0,
         "saving",

@@ -72,6 +72,8 @@ from codeparrot_ds.zero.resolution import sources_as_json
 
 logger = logging.getLogger("codeparrot_ds.session")
 
+CURVE_POINTS = 24
+"""Of the training loss in a model card."""
 HUB_SECONDS = 60.0
 """That the end of a run waits for the Hub; the worker goes on after that."""
 EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -316,12 +318,13 @@ class Session:
                 "ds_config": self.ds_config,
             },
         )
+        losses = self.tracker.metrics.losses(CURVE_POINTS) if self.ranks.is_main else []
         export = Export(
             model_config=self.engine.module.config,
             tokenizer=Path(self.config.tokenizer),
             dtype=EXPORT_DTYPES[precision(self.ds_config)],
-            card=self._card(step, tokens) if self.ranks.is_main else "",
-            training_state=self._training_state(step, tokens),
+            card=self._card(step, tokens, losses) if self.ranks.is_main else "",
+            training_state=self._training_state(step, tokens, losses),
         )
         self.saver.save(state, export)
         self.meter.pause(time.perf_counter() - started)
@@ -383,7 +386,8 @@ class Session:
         title, eval_loss = f"Step {state.step}", None
         if evaluations:
             evaluation = evaluations[-1]
-            eval_loss = evaluation["eval_loss"] if evaluation["step"] == state.step else None
+            is_of_now = evaluation["step"] == state.step and math.isfinite(evaluation["eval_loss"])
+            eval_loss = evaluation["eval_loss"] if is_of_now else None
             title += f": loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['perplexity']:.2f}"
             if evaluation["step"] != state.step:
                 title += f" (at step {evaluation['step']})"
@@ -419,7 +423,7 @@ class Session:
             for outcome in self.saver.outcomes
         ]
 
-    def _card(self, step: int, tokens: int) -> str:
+    def _card(self, step: int, tokens: int, losses: list[tuple[int, float]]) -> str:
         corpus = Path(self.config.data) / "corpus.json"
         figures = {
             key: self.last_evaluation.get(key) for key in ("eval_loss", "perplexity", "bits_per_byte", "eval_tokens")
@@ -432,23 +436,30 @@ class Session:
                 "dtype": precision(self.ds_config),
                 "step": step,
                 "tokens": tokens,
+                "loss": losses[-1][1] if losses else None,
                 **figures,
                 "history": self.evaluations,
+                "losses": losses,
                 "config": dataclasses.asdict(self.config),
                 "ds_config": self.ds_config,
                 "corpus": json.loads(corpus.read_text(encoding="utf-8")) if corpus.is_file() else None,
+                "fingerprint": self.fingerprint,
+                "hub_name": self.folder.record.get("hub") if is_remote(self.config.hub) else None,
+                "license": self.config.license,
                 "versions": self.folder.record["versions"],
             }
         )
 
-    def _training_state(self, step: int, tokens: int) -> dict[str, Any]:
+    def _training_state(self, step: int, tokens: int, losses: list[tuple[int, float]]) -> dict[str, Any]:
         """What the exported model is, and what ``evaluate`` needs to see the same rows again."""
         config = self.config
         return {
             "run": self.folder.name,
             "step": step,
             "tokens": tokens,
+            "losses": losses,
             "evaluation": self.last_evaluation,
+            "evaluations": [dict(row) for row in self.evaluations],
             "evaluated_with": {
                 "seq_length": config.seq_length,
                 "num_lanes": config.num_lanes,

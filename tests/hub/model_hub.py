@@ -26,6 +26,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
 
+from codeparrot_ds.config import LICENSES
+
 TOKEN = "hf_" + "TheTokenOfTheTests" + "0" * 16
 READER = "hf_" + "ReadsAndNeverWrites" + "0" * 15
 LFS_SUFFIXES = (".safetensors", ".bin")
@@ -33,7 +35,6 @@ LFS_SIZE = 5 << 20
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {size}\n"
 _POINTER = re.compile(POINTER.format(oid=r"(?P<oid>[0-9a-f]{64})", size=r"(?P<size>\d+)").encode())
 ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
-LICENSES = {"apache-2.0", "mit", "gpl-3.0", "bsd-3-clause", "bigcode-openrail-m", "openrail", "cc-by-4.0", "other"}
 PIECE = 1 << 20
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _API = re.compile(rf"/api/(?P<kind>model|dataset|space)s/{_REPO}(/(?P<what>[a-z-]+)(/(?P<rest>.*))?)?")
@@ -626,7 +627,7 @@ def _card_problems(content: str) -> list[str]:
         return ["the metadata is not a mapping"]
     problems = []
     if "license" in metadata and metadata["license"] not in LICENSES:
-        problems.append(f'"license" must be one of {sorted(LICENSES)}')
+        problems.append(f'"license" must be one of {LICENSES}')
     for name in ("library_name", "pipeline_tag"):
         if name in metadata and not isinstance(metadata[name], str):
             problems.append(f'"{name}" must be a string')
