@@ -45,9 +45,9 @@ def _setting(
 
 # Identifiers that the Hub takes in a model card; any other would make it refuse every checkpoint.
 LICENSES = (
-    "other", "agpl-3.0", "apache-2.0", "bigcode-openrail-m", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0",
-    "cc0-1.0", "gpl-2.0", "gpl-3.0", "isc", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "unlicense",
-)  # fmt: skip
+    *("other", "agpl-3.0", "apache-2.0", "bigcode-openrail-m", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0"),
+    *("gpl-2.0", "gpl-3.0", "isc", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "unlicense"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
