@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,31 +18,14 @@ from codeparrot_ds.hub.queue import PushQueue, file_sha256
 from codeparrot_ds.hub.repository import UnavailableError
 from codeparrot_ds.hub.worker import Pauses, drain, read_destination, start_drain
 from tests.hub.model_hub import READER, TOKEN, Fault, ModelHub
+from tests.hub.pushing import REPO, branch_problems, chaos, enqueue, make_run
 
 NAME = "brave-fox-1"
-REPO = "org/model"
-
-
-def make_run(runs: Path, name: str = NAME, run_id: str | None = None) -> Path:
-    folder = runs / name
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"name": name, "hub": REPO, "id": run_id or f"{name}-abc"}))
-    return folder
 
 
 @pytest.fixture
 def run(hub, tmp_path):
-    return make_run(tmp_path / "runs")
-
-
-def enqueue(run: Path, *steps: int, **options) -> None:
-    for step in steps:
-        export = run / "checkpoints" / f"step-{step:08d}" / "export"
-        export.mkdir(parents=True, exist_ok=True)
-        (export / "model.safetensors").write_bytes(b"weights of step %d;" % step * 100)
-        (export / "config.json").write_text("{}")
-        (export / "README.md").write_text(f"---\nlicense: other\n---\n# Step {step}\n")
-        PushQueue(run).enqueue(step, export, f"Step {step}: loss 3.21", f"Tokens: {step}", **options)
+    return make_run(tmp_path / "runs", NAME)
 
 
 def quick(patience: float = 60) -> Pauses:
@@ -55,17 +36,8 @@ def push(run: Path, **options):
     return drain(PushQueue(run), read_destination(run), **{"pauses": quick(), **options})
 
 
-def check_branch(hub: ModelHub, run: Path, *steps: int, name: str = NAME) -> None:
-    """Every step is on the branch exactly once, in order, and with the bytes that were exported."""
-    commits = [commit for commit in reversed(hub.commits(REPO, name)) if "Run: " in commit["message"]]
-    assert [commit["title"] for commit in commits] == [f"Step {step}: loss 3.21" for step in steps]
-    for commit, step in zip(commits, steps, strict=True):
-        files = sorted((run / "checkpoints" / f"step-{step:08d}" / "export").iterdir())
-        listed = hub.text(REPO, "ls-tree", "-r", "--name-only", commit["id"]).split()
-        assert sorted(listed) == sorted([".gitattributes", *(path.name for path in files)])
-        for path in files:
-            assert hub.content(REPO, commit["id"], path.name) == path.read_bytes(), (step, path.name)
-    assert [row.step for row in PushQueue(run).pushed()] == list(steps) and PushQueue(run).pending() == []
+def check_branch(hub: ModelHub, run: Path, *steps: int) -> None:
+    assert branch_problems(hub, run, steps) == []
 
 
 def test_pushes_in_order_and_says_what_waits(hub, run):
@@ -74,29 +46,6 @@ def test_pushes_in_order_and_says_what_waits(hub, run):
     assert f"pushed step 1000 to branch {NAME} of {hub.endpoint}/{REPO}" in hub_push(run)
     check_branch(hub, run, 500, 1000)
     assert "waiting  0" in hub_status(run) and "up to date" in hub_push(run)
-
-
-# The library waits a second and more before it repeats one of these itself.
-REPEATED_BY_THE_LIBRARY = ("preupload", "objects/batch", "/store/", "/verify", "/commits/")
-
-
-def chaos(seed: int, share: float, share_of_repeated: float):
-    """Faults for a share of all requests, of every kind that an attempt can get over."""
-    draw = random.Random(seed)
-    lock = threading.Lock()
-
-    def inject(request: str) -> Fault | None:
-        with lock:
-            repeated = any(part in request for part in REPEATED_BY_THE_LIBRARY)
-            if draw.random() >= (share_of_repeated if repeated else share):
-                return None
-            kinds = ["reset", "lost", "status", "status", "hang"] + ["corrupt"] * ("PUT" in request)
-            kind = draw.choice(kinds)
-            status = draw.choice([500, 502, 503, 504, 429, 409, 412])
-            headers = {"Retry-After": "0"} if status == 429 else {}
-            return Fault(kind, status=status, headers=headers, seconds=0.3)
-
-    return inject
 
 
 def test_every_checkpoint_arrives_once_through_faults_in_half_of_the_requests(hub, run, monkeypatch):
@@ -196,7 +145,7 @@ def test_the_end_of_a_run_says_what_is_left_and_a_worker_goes_on(hub, run):
 def test_a_branch_of_another_run_is_left_alone(hub, run, tmp_path):
     enqueue(run, 500)
     push(run)
-    other = make_run(tmp_path / "elsewhere", run_id="another-id")
+    other = make_run(tmp_path / "elsewhere", NAME, run_id="another-id")
     enqueue(other, 20)
     with pytest.raises(UserError, match="another run with that name.*Step 500.*choose another --run-name"):
         push(other)
@@ -281,7 +230,7 @@ def test_publish_shows_last_or_best_with_a_tag(hub, run):
 
 
 def test_the_queue_is_bounded_and_says_what_it_drops(run):
-    size = len(b"weights of step 1;") * 100
+    size = 2000
     enqueue(run, 1, eval_loss=1.0)
     enqueue(run, 2, 3, 4, eval_loss=2.0)
     for step in (1, 2, 3, 4):  # retention has removed the checkpoints
@@ -290,7 +239,7 @@ def test_the_queue_is_bounded_and_says_what_it_drops(run):
             path.unlink()
     export = run / "checkpoints" / "step-00000005" / "export"
     export.mkdir(parents=True)
-    (export / "model.safetensors").write_bytes(b"weights of step 5;" * 100)
+    (export / "model.safetensors").write_bytes(bytes(size))
     dropped = PushQueue(run).enqueue(5, export, "Step 5", max_bytes=2.5 * size, eval_loss=2.0)
     # The best and the newest stay, and 5 takes nothing as long as its checkpoint has it.
     assert [drop.step for drop in dropped] == [2, 3]
