@@ -7,19 +7,17 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository, require_token
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import MAIN, Commit, Repository, UnavailableError, is_remote, open_repository
-from codeparrot_ds.hub.worker import Destination, Pauses, check_owner, drain, read_destination, start_drain
+from codeparrot_ds.hub.worker import Answer, Destination, Pauses, check_owner, drain, read_destination, start_drain
 
 PATIENCE_SECONDS = 300.0
 """How long a command goes on without a success while the place is not available."""
 START_SECONDS = 15.0
 """Of silence that a start of a run bears with the Hub."""
-Answer = TypeVar("Answer")
 
 
 def prepare_branch(hub: str, output_dir: str | os.PathLike[str], name: str) -> str | None:
@@ -139,19 +137,12 @@ def hub_publish(
     pauses = pauses or Pauses(PATIENCE_SECONDS)
     said = hub_push(run_dir, pauses=pauses, say=say)
 
+    def failed(error: UnavailableError, pause: float | None) -> None:
+        if pause is not None:
+            say(f"{error}; trying again in {pause:.1f} s")
+
     def patiently(ask: Callable[[], Answer]) -> Answer:
-        while True:
-            try:
-                answer = ask()
-            except UnavailableError as error:
-                pause = pauses.next(error)
-                if pause is None:
-                    raise
-                say(f"{error}; trying again in {pause:.1f} s")
-                time.sleep(pause)
-            else:
-                pauses.reset()
-                return answer
+        return pauses.patiently(ask, failed)
 
     if not PushQueue(run_dir).pushed():
         raise _nothing_yet(destination)

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
@@ -31,6 +32,9 @@ FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 300.0
 WORKER_PATIENCE_SECONDS = 6 * 3600.0
 """Without one success; the next checkpoint starts another worker anyway."""
+
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,25 @@ class Pauses:
         self._next = min(2 * self._next, self._longest)
         return None if time.monotonic() + pause > self._end else pause
 
+    def patiently(self, ask: Callable[[], Answer], failed: Callable[[UnavailableError, float | None], None]) -> Answer:
+        """Calls until there is an answer, with pauses; raises the last failure when patience is at its end.
+
+        Args:
+            ask: may be called again after a failure.
+            failed: is told each failure and the seconds until the next attempt, None without one.
+        """
+        while True:
+            try:
+                answer = ask()
+            except UnavailableError as error:
+                pause = self.next(error)
+                failed(error, pause)
+                if pause is None:
+                    raise
+                time.sleep(pause)
+            else:
+                return answer
+
 
 def drain(
     queue: PushQueue,
@@ -101,72 +124,83 @@ def drain(
     Raises:
         UserError: something that the user must mend, or patience is at its end; the entries stay in the queue.
     """
-    result, pauses = DrainResult(), pauses or Pauses(0.0)
+    work = _Drain(queue, destination, pauses or Pauses(0.0), say)
     with queue.lock() as mine:
-        while mine and queue.entry_folders():
-            try:
-                _drain_once(queue, destination, result, pauses)
-            except UnavailableError as error:
-                pause = pauses.next(error)
-                queue.note_problem(str(error), None if pause is None else time.time() + pause)
-                if pause is None:
-                    raise
-                say(f"{error}; trying again in {pause:.1f} s")
-                time.sleep(pause)
-            except UserError as error:
-                queue.note_problem(str(error))
-                raise
-    return result
+        try:
+            if mine:
+                work.run()
+        except UnavailableError:
+            raise
+        except UserError as error:
+            queue.note_problem(str(error))
+            raise
+    return work.result
 
 
-def _drain_once(queue: PushQueue, destination: Destination, result: DrainResult, pauses: Pauses) -> None:
-    if not queue.pushed():
-        destination.repository.create()
-        destination.repository.create_branch(destination.branch)
-    # Read again until empty: training may have added an entry during the last push.
-    while folders := queue.entry_folders():
-        for path in folders:
-            _push_one(queue, path, destination, result)
-            pauses.reset()
+@dataclass
+class _Drain:
+    """One process's work on a queue, under its lock."""
 
+    queue: PushQueue
+    destination: Destination
+    pauses: Pauses
+    say: Callable[[str], None]
+    result: DrainResult = field(default_factory=DrainResult)
 
-def _push_one(queue: PushQueue, path: Path, destination: Destination, result: DrainResult) -> None:
-    entry = read_entry(path)
-    problem = entry if isinstance(entry, str) else damage(entry)
-    if isinstance(entry, str) or problem:
-        if path.exists():  # else it was dropped to make room
-            result.refused.append(queue.refuse(path, str(problem)))
-        return
-    if not any((known.step, known.digest) == (entry.step, entry.digest) for known in queue.pushed()):
-        commit = _commit(queue, entry, destination)
-        push = Pushed(
-            step=entry.step,
-            digest=entry.digest,
-            commit=commit,
-            branch=destination.branch,
-            title=entry.title,
-            time=time.time(),
-        )
-        queue.record_push(push)
-        result.pushed.append(push)
-    queue.remove(path)
-    queue.note_problem(None)
+    def run(self) -> None:
+        if self.queue.entry_folders() and not self.queue.pushed():
+            repository = self.destination.repository
+            self._ask(repository.create)
+            self._ask(lambda: repository.create_branch(self.destination.branch))
+        # Read again until empty: training may have added an entry during the last push.
+        while folders := self.queue.entry_folders():
+            for path in folders:
+                self._push_one(path)
+                self.queue.note_problem(None)
+                self.pauses.reset()
 
+    def _ask(self, call: Callable[[], Answer]) -> Answer:
+        return self.pauses.patiently(call, self._failed)
 
-def _commit(queue: PushQueue, entry: Entry, destination: Destination) -> str:
-    """Commits an entry, or finds the commit that an earlier attempt made; returns its id."""
-    branch, repository = destination.branch, destination.repository
-    head, pushed = repository.head(branch), queue.pushed()
-    if not pushed or pushed[-1].commit != head:
-        history = repository.commits(branch)
-        check_owner(history, destination)
-        wanted = entry.trailers(branch, destination.run_id)
-        for commit in history:
-            if all(commit.trailer(key) == value for key, value in wanted.items()):
-                return commit.id
-        head = history[0].id
-    body = entry.message_body(branch, destination.run_id)
-    return repository.commit_folder(branch, entry.files, entry.title, body, parent=head, sha256=entry.sha256)
+    def _failed(self, error: UnavailableError, pause: float | None) -> None:
+        self.queue.note_problem(str(error), None if pause is None else time.time() + pause)
+        if pause is not None:
+            self.say(f"{error}; trying again in {pause:.1f} s")
+
+    def _push_one(self, path: Path) -> None:
+        queue, entry = self.queue, read_entry(path)
+        problem = entry if isinstance(entry, str) else damage(entry)
+        if isinstance(entry, str) or problem:
+            if path.exists():  # else it was dropped to make room
+                self.result.refused.append(queue.refuse(path, str(problem)))
+            return
+        if not any((known.step, known.digest) == (entry.step, entry.digest) for known in queue.pushed()):
+            push = Pushed(
+                step=entry.step,
+                digest=entry.digest,
+                commit=self._ask(lambda: self._commit(entry)),
+                branch=self.destination.branch,
+                title=entry.title,
+                time=time.time(),
+            )
+            queue.record_push(push)
+            self.result.pushed.append(push)
+        queue.remove(path)
+
+    def _commit(self, entry: Entry) -> str:
+        """Commits an entry, or finds the commit that an earlier attempt made; returns its id."""
+        branch, run_id, repository = self.destination.branch, self.destination.run_id, self.destination.repository
+        head, pushed = self._ask(lambda: repository.head(branch)), self.queue.pushed()
+        if not pushed or pushed[-1].commit != head:
+            history = self._ask(lambda: repository.commits(branch))
+            check_owner(history, self.destination)
+            wanted = entry.trailers(branch, run_id)
+            for commit in history:
+                if all(commit.trailer(key) == value for key, value in wanted.items()):
+                    return commit.id
+            head = history[0].id
+        body = entry.message_body(branch, run_id)
+        return repository.commit_folder(branch, entry.files, entry.title, body, parent=head, sha256=entry.sha256)
 
 
 def check_owner(history: list[Commit], destination: Destination) -> None:
