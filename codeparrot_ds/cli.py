@@ -150,6 +150,9 @@ def _add_demo(commands: Any) -> None:
         help="ranks (default: one a GPU, or 2 without)",
     )  # fmt: skip
     parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed JSON (default: the preset's)")
+    parser.add_argument(
+        "--hub", metavar="PLACE", help="of the branch: org/name on the Hub, or a REPO.git (default: DIR/runs/hub.git)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds a demo")
 
 
@@ -161,6 +164,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         max_train_steps=arguments.max_train_steps,
         num_gpus=arguments.num_gpus,
         deepspeed=arguments.deepspeed,
+        hub=arguments.hub,
         overwrite=arguments.overwrite,
     )
 

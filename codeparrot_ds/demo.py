@@ -28,6 +28,7 @@ def run_demo(
     max_train_steps: int | None = None,
     num_gpus: int | None = None,
     deepspeed: str | None = None,
+    hub: str | None = None,
     overwrite: bool = False,
 ) -> int:
     """Runs corpus → tokenizer → training → branch → merge → completions → report in ``workdir``; returns the exit code.
@@ -39,6 +40,7 @@ def run_demo(
         max_train_steps: optimizer steps, the preset's by default.
         num_gpus: ranks; one a GPU, or two on a CPU, by default.
         deepspeed: DeepSpeed JSON, the preset's by default.
+        hub: place of the branch, a git repository beside the runs by default.
         overwrite: start afresh in a folder that holds a demo.
     """
     started = time.monotonic()
@@ -51,7 +53,7 @@ def run_demo(
     _say(2, f"tokenizer: byte-level BPE with {VOCAB_SIZE:,} tokens")
     print(f"{_tokenizer(corpus, tokenizer):.2f} characters a token, in {tokenizer}")
 
-    overrides = {"max_train_steps": max_train_steps, "deepspeed": deepspeed}
+    overrides = {"max_train_steps": max_train_steps, "deepspeed": deepspeed, "hub": hub}
     config = RunConfig(
         **{**PRESETS["demo"], **{key: value for key, value in overrides.items() if value is not None}},
         data=str(corpus),

@@ -251,6 +251,9 @@ class HubRepository:
                 return UnavailableError(f"{self}: no answer while {doing} ({type(cause).__name__})")
             if isinstance(cause, json.JSONDecodeError):  # a proxy's page, with any status
                 return UnavailableError(f"{self}: an answer that is not JSON while {doing}")
+        for cause in chain:
+            if isinstance(cause, OSError) and cause.errno is not None:  # of this machine: a file that is gone, say
+                return UserError(f"{self}: {doing} failed: {cause.strerror}: {cause.filename}")
         if isinstance(error, ValueError):  # what the library itself says about a card, or about a server's words
             return UserError(f"{self}: {doing} failed: {_one_line(str(error))}")
         if isinstance(error, OSError) and error.errno is None:  # LocalEntryNotFoundError, OfflineModeIsEnabled

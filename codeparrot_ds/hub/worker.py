@@ -175,10 +175,16 @@ class _Drain:
                 self.result.refused.append(queue.refuse(path, str(problem)))
             return
         if not any((known.step, known.digest) == (entry.step, entry.digest) for known in queue.pushed()):
+            try:
+                commit = self._ask(lambda: self._commit(entry))
+            except UserError:
+                if path.exists():
+                    raise
+                return  # training has dropped it meanwhile, to make room
             push = Pushed(
                 step=entry.step,
                 digest=entry.digest,
-                commit=self._ask(lambda: self._commit(entry)),
+                commit=commit,
                 branch=self.destination.branch,
                 title=entry.title,
                 time=time.time(),

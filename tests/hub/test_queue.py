@@ -218,6 +218,44 @@ def test_runs_without_anything_to_push_say_so(run, tmp_path):
         PushQueue(run).enqueue(1, tmp_path / "empty", "t")
 
 
+OFFLINE = """
+import json, sys, time
+from pathlib import Path
+from codeparrot_ds.hub.commands import hub_publish, hub_status, prepare_branch, settle
+from codeparrot_ds.hub.queue import PushQueue
+runs, name, export = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def timed(call):
+    started = time.monotonic()
+    call()
+    spent.append(time.monotonic() - started)
+spent = []
+timed(lambda: prepare_branch("local", runs, name))
+for step in (1, 2):
+    timed(lambda: PushQueue(runs / name).enqueue(step, export, f"Step {step}", f"{step}"))
+    timed(lambda: settle(runs / name, wait_seconds=60))
+timed(lambda: hub_status(runs / name))
+timed(lambda: hub_publish(runs / name))
+print(json.dumps(spent), PushQueue(runs / name).dropped())
+"""
+
+
+def test_the_local_place_needs_no_network(run, repository):
+    """In a network namespace with no interface up, all that a run does with its branch, each step within a second."""
+    probe = ["unshare", "--net", "--map-root-user"]
+    if subprocess.run([*probe, "true"], capture_output=True, check=False).returncode:
+        assert not os.environ.get("CI"), "CI must be able to make a network namespace"
+        pytest.skip("no network namespace can be made here")
+    connect = "import socket; socket.create_connection(('192.0.2.1', 80))"
+    unreachable = subprocess.run([*probe, sys.executable, "-c", connect], capture_output=True, text=True, check=False)
+    assert "unreachable" in unreachable.stderr
+    command = [*probe, sys.executable, "-c", OFFLINE, str(run.parent), NAME, str(make_export(run, 1))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert max(json.loads(done.stdout.split("]")[0] + "]")) < 1 + 1  # a start of Python is in some
+    assert repository.read_file("main", "config.json") == b"{}"
+    assert [commit.title for commit in repository.commits(NAME)][:2] == ["Step 2", "Step 1"]
+
+
 def test_a_full_disk_leaves_the_queue_as_it_was(run, monkeypatch):
     queue = enqueue(run, 500)
 

@@ -248,6 +248,19 @@ def test_the_queue_is_bounded_and_says_what_it_drops(run):
     assert PushQueue(run).enqueue(5, export, "Step 5") == []
 
 
+def test_an_export_that_is_dropped_while_it_is_pushed_holds_nothing_up(hub, run):
+    enqueue(run, 1, 2)
+    first = PushQueue(run).pending()[0]
+
+    def drop(request: str) -> None:
+        if "preupload" in request and first.path.exists():
+            PushQueue(run).remove(first.path)
+
+    hub.inject = drop
+    push(run)
+    check_branch(hub, run, 2)
+
+
 def test_an_export_with_a_secret_is_not_queued(run, monkeypatch):
     export = run / "checkpoints" / "step-00000500" / "export"
     export.mkdir(parents=True)
