@@ -327,15 +327,15 @@ def _set_timeouts(seconds: float) -> None:
 @contextlib.contextmanager
 def _quiet(library: Any) -> Iterator[None]:
     """Keeps the library's warnings out of the log, whose URLs are signed, and its bars off what is no terminal."""
-    verbosity = library.logging.get_verbosity()
+    verbosity = library.utils.logging.get_verbosity()
     hides_bars = not sys.stderr.isatty() and not library.utils.are_progress_bars_disabled()
-    library.logging.set_verbosity_error()
+    library.utils.logging.set_verbosity_error()
     if hides_bars:
         library.utils.disable_progress_bars()
     try:
         yield
     finally:
-        library.logging.set_verbosity(verbosity)
+        library.utils.logging.set_verbosity(verbosity)
         if hides_bars:
             library.utils.enable_progress_bars()
 

@@ -22,7 +22,9 @@ def find_secret(text: str) -> str | None:
     ``WANDB_API_KEY``), or a key in one of the formats that secret scanners look for.
     """
     for name, value in os.environ.items():
-        if name.upper().endswith(_NAMES) and len(value.strip()) >= _LEAST_LENGTH and value.strip() in text:
+        value = value.strip()
+        is_secret = name.upper().endswith(_NAMES) and len(value) >= _LEAST_LENGTH and not value.startswith("/")
+        if is_secret and value in text:  # a path is where a secret lies, and is none
             return f"the value of {name}"
     kind = find_key(text)
     return None if kind is None else f"what looks like a secret ({kind.lower().replace('_', ' ')})"

@@ -40,6 +40,7 @@ from codeparrot_ds.hub.card import model_card
 from codeparrot_ds.hub.commands import settle
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import is_remote, open_repository
+from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.hub.worker import start_drain
 from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
@@ -540,6 +541,8 @@ def _open_folder(config: RunConfig, resolved: Resolved, ranks: Ranks) -> RunFold
 
     def open_on_main() -> None:
         nonlocal mine
+        check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
+        check_for_secrets(json.dumps(resolved.config), "the DeepSpeed config")
         repository = open_repository(config.hub, Path(config.output_dir))
         mine = open_run(config, resolved.config, ranks.world_size, hosts, sources_as_json(resolved))
         if repository is not None and not is_remote(config.hub):  # on the Hub its worker does: training waits for none
