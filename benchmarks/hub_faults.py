@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def through_kills(base: Path, kills: int, seed: int) -> dict[str, Any]:
                 moments[next((part for part in MOMENTS if part in last), "other")] += 1
             worker.wait()
         left = len(PushQueue(run).pending())
-        unrecorded = len(hub.commits(REPO, run.name)) - 1 - len(PushQueue(run).pushed())
+        recorded = len(PushQueue(run).pushed())
+        unrecorded = len(hub.commits(REPO, run.name)) - 1 - recorded if recorded else 0
         hub.inject = lambda request: None
         drain(PushQueue(run), read_destination(run), pauses=Pauses(60))
         return {
@@ -218,7 +220,8 @@ def measured(code: str, run: Path, export: Path) -> tuple[int, int]:
 def report(faults: dict[str, Any], kills: dict[str, Any], large: dict[str, Any]) -> str:
     share = faults["failed_requests"] / faults["requests"]
     lines = [
-        "The real huggingface_hub client against the tests' local Hub (bare git repository, LFS by SHA-256), all on "
+        f"The real huggingface_hub client ({version('huggingface_hub')}) against the tests' local Hub (bare git "
+        "repository, LFS by SHA-256), all on "
         "one machine that had other work to do. A problem would be: a checkpoint missing, doubled or out of order on "
         "its branch, a file whose SHA-256 is not the local one's, an entry left in the queue.",
         "",
