@@ -143,8 +143,8 @@ def test_the_librarys_own_retries_honour_retry_after(hub, repository, tmp_path):
         (Fault("hang"), None),
     ],
 )
-def test_what_may_succeed_later_says_so(hub, repository, monkeypatch, fault, seconds):
-    monkeypatch.setenv("CODEPARROT_HUB_TIMEOUT_SECONDS", "0.3")
+def test_what_may_succeed_later_says_so(hub, fault, seconds):
+    repository = HubRepository("org/model", timeout_seconds=0.3)
     hub.faults = [fault]
     for call in (
         repository.create,
