@@ -150,6 +150,9 @@ def _add_demo(commands: Any) -> None:
         help="ranks (default: one a GPU, or 2 without)",
     )  # fmt: skip
     parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed JSON (default: the preset's)")
+    parser.add_argument(
+        "--hub", metavar="PLACE", help="of the branch: org/name on the Hub, or a REPO.git (default: DIR/runs/hub.git)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder that holds a demo")
 
 
@@ -161,6 +164,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         max_train_steps=arguments.max_train_steps,
         num_gpus=arguments.num_gpus,
         deepspeed=arguments.deepspeed,
+        hub=arguments.hub,
         overwrite=arguments.overwrite,
     )
 
@@ -672,7 +676,9 @@ def _run_complete(arguments: argparse.Namespace) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="MODEL", help="a run, a checkpoint, an exported folder, or a Hub model's name"
+        "source",
+        metavar="MODEL",
+        help="a run, a checkpoint, an exported folder, a Hub model's name (org/name@BRANCH), or REPO.git@BRANCH",
     )
     group = parser.add_argument_group("device")
     group.add_argument(
@@ -812,13 +818,32 @@ def _add_hub(commands: Any) -> None:
         action = _command(actions, name, _run_hub, text)
         action.set_defaults(action=name)
         action.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+        if name == "publish":
+            action.add_argument(
+                "--checkpoint", choices=("last", "best"), default="last",
+                help=_default("which; best is that with the lowest evaluation loss", "last"),
+            )  # fmt: skip
+            action.add_argument("--tag", metavar="NAME", help="name of the release (default: RUN-step-N)")
+            action.add_argument(
+                "--overwrite", action="store_true",
+                help="also where others committed to main, which its history keeps (default: refuse)",
+            )  # fmt: skip
 
 
 def _run_hub(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.hub.queue import hub_publish, hub_push, hub_status
+    from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status
 
-    action = {"status": hub_status, "push": hub_push, "publish": hub_publish}[arguments.action]
-    print(action(arguments.run_folder))
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    run = arguments.run_folder
+    if arguments.action == "status":
+        print(hub_status(run))
+    elif arguments.action == "push":
+        print(hub_push(run, say=say))
+    else:
+        options = {"checkpoint": arguments.checkpoint, "tag": arguments.tag, "overwrite": arguments.overwrite}
+        print(hub_publish(run, say=say, **options))
     return 0
 
 

@@ -43,6 +43,13 @@ def _setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Identifiers that the Hub takes in a model card; any other would make it refuse every checkpoint.
+LICENSES = (
+    *("other", "agpl-3.0", "apache-2.0", "bigcode-openrail-m", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0"),
+    *("gpl-2.0", "gpl-3.0", "isc", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "unlicense"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run's settings; the defaults are the recipe's 111M model (preset ``small``).
@@ -75,6 +82,12 @@ class RunConfig:
     )
 
     model: str = _setting("gpt2", "model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, or a GPT-2 config.json")
+    init_from: str = _setting(
+        "",
+        "model",
+        "begin with the weights and tokenizer of a run, a model folder, org/name@BRANCH on the Hub, or REPO.git@BRANCH "
+        "(default: random weights)",
+    )
     dropout: float = _setting(0.0, "model", "probability of residual, embedding and attention dropout", minimum=0.0)
     intra_document_masking: bool = _setting(
         False, "model", "attend inside a document only, with positions that restart; costs a dense mask"
@@ -119,7 +132,16 @@ class RunConfig:
         None, "saving", "save, end and exit 0 at the first step boundary after so many hours (none: no limit)"
     )
     resume: str = _setting("auto", "saving", "auto (the newest valid checkpoint), never, or a checkpoint's path")
-    hub: str = _setting("local", "saving", "branch of checkpoints: local, off, or the path of a bare git repository")
+    hub: str = _setting(
+        "local", "saving", "branch of checkpoints: local, off, a bare git repository's path, or org/name on the Hub"
+    )
+    license: str = _setting("other", "saving", "licence of the weights, for the model card", choices=LICENSES)
+    hub_queue_gb: float = _setting(
+        100.0,
+        "saving",
+        "gigabytes of exports that only wait to be pushed; past it the oldest go",
+        minimum=0,
+    )
 
     log_steps: int = _setting(10, "logging", "optimizer steps between lines of metrics", minimum=1)
     wandb: str = _setting(

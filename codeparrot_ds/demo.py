@@ -28,6 +28,7 @@ def run_demo(
     max_train_steps: int | None = None,
     num_gpus: int | None = None,
     deepspeed: str | None = None,
+    hub: str | None = None,
     overwrite: bool = False,
 ) -> int:
     """Runs corpus → tokenizer → training → branch → merge → completions → report in ``workdir``; returns the exit code.
@@ -39,6 +40,7 @@ def run_demo(
         max_train_steps: optimizer steps, the preset's by default.
         num_gpus: ranks; one a GPU, or two on a CPU, by default.
         deepspeed: DeepSpeed JSON, the preset's by default.
+        hub: place of the branch, a git repository beside the runs by default.
         overwrite: start afresh in a folder that holds a demo.
     """
     started = time.monotonic()
@@ -51,7 +53,7 @@ def run_demo(
     _say(2, f"tokenizer: byte-level BPE with {VOCAB_SIZE:,} tokens")
     print(f"{_tokenizer(corpus, tokenizer):.2f} characters a token, in {tokenizer}")
 
-    overrides = {"max_train_steps": max_train_steps, "deepspeed": deepspeed}
+    overrides = {"max_train_steps": max_train_steps, "deepspeed": deepspeed, "hub": hub}
     config = RunConfig(
         **{**PRESETS["demo"], **{key: value for key, value in overrides.items() if value is not None}},
         data=str(corpus),
@@ -75,7 +77,8 @@ def run_demo(
 
 def _finish(run: Path, started: float, continuation: str) -> None:
     from codeparrot_ds.evaluation.complete import complete_code, load_generator
-    from codeparrot_ds.hub.queue import hub_publish
+    from codeparrot_ds.hub.commands import hub_publish
+    from codeparrot_ds.hub.worker import read_destination
     from codeparrot_ds.run.report import write_report
 
     _say(4, "branch: every checkpoint is a commit on the run's branch, now merged into main")
@@ -84,12 +87,12 @@ def _finish(run: Path, started: float, continuation: str) -> None:
     complete_code(load_generator(run), PROMPT, max_length=96)
     report = write_report([run])
     first, last = _evaluations(run)
-    hub = json.loads((run / "run.json").read_text(encoding="utf-8"))["hub"]
+    repository = read_destination(run).repository
     _say(6, f"done in {duration(time.monotonic() - started)}")
     print(f"validation loss   {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}")
     print(f"perplexity        {first['perplexity']:,.0f} -> {last['perplexity']:,.1f}")
     print(f"report            {report}")
-    print(f"branch            {run.name} of {hub}   (git clone -b {run.name} {hub})")
+    print(f"branch            {run.name} of {repository}   ({repository.how_to_get(run.name)})")
     print(f"logs              {run / 'log'}, {run / 'metrics.jsonl'}, {run / 'tensorboard'}, {run / 'wandb'}")
     print("\nNext:")
     print(f"  codeparrot-ds complete {run} 'import os'")

@@ -80,6 +80,18 @@ def redact(text: str) -> tuple[str, Counter[str]]:
     return text, counts
 
 
+def find_key(text: str) -> str | None:
+    """The kind of the first secret key in a well-known format; None where there is none."""
+    return next(
+        (
+            kind
+            for kind, pattern in _PATTERNS.items()
+            if any(hint in text for hint in _HINTS[kind]) and pattern.search(text)
+        ),
+        None,
+    )
+
+
 def _replace(
     pattern: re.Pattern[str], kind: str, text: str, counts: Counter[str], wanted: Callable[[re.Match[str]], bool]
 ) -> str:

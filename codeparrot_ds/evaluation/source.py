@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.revision import fetch, parse_revision
 from codeparrot_ds.run.checkpoint_files import newest_export
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -15,9 +16,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def find_model(source: str | Path) -> str:
     """Returns what ``from_pretrained`` takes: the folder of the weights, or a name on the Hub.
 
-    A run stands for its newest complete checkpoint, a checkpoint for its export.
+    A run stands for its newest complete checkpoint, a checkpoint for its export; ``org/name@branch`` and
+    ``hub.git@branch`` are downloaded first.
     """
     path = Path(source).expanduser()
+    if not (path / "config.json").is_file() and (revision := parse_revision(source)) is not None:
+        return str(fetch(revision))
     if path.is_dir():
         if (path / "config.json").is_file():
             return str(path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 # The run config's fields that tell how the model came to be; paths and places of one machine stay out of a public card.
@@ -38,10 +41,11 @@ def model_card(info: Mapping[str, Any]) -> str:
     Args:
         info: ``name`` of the run (required); ``model`` (shape) and ``num_parameters``; ``dtype`` of the weights;
             ``step``, ``tokens``, ``loss`` (training, nats a token), ``eval_loss``, ``perplexity``, ``bits_per_byte``,
-            ``eval_tokens``; ``history``, rows of ``step``, ``eval_loss``, ``perplexity``; ``config``, the run config's
-            fields; ``ds_config``, the resolved DeepSpeed config; ``corpus``, the contents of corpus.json; ``dataset``,
-            a name on the Hub; ``repository``, what ``git clone`` takes; ``license`` of the weights (a Hub identifier,
-            ``other`` by default); ``versions``, package to version.
+            ``eval_tokens``; ``history``, rows of ``step``, ``eval_loss``, ``perplexity``; ``losses``, pairs of step and
+            training loss; ``config``, the run config's fields; ``ds_config``, the resolved DeepSpeed config;
+            ``corpus``, the contents of corpus.json; ``fingerprint`` of the training stream; ``hub_name``, the model's
+            name on the Hub; ``license`` of the weights (a Hub identifier, ``other`` by default); ``versions``, package
+            to version.
     """
     parts = [
         _metadata(info),
@@ -52,6 +56,7 @@ def model_card(info: Mapping[str, Any]) -> str:
         _deepspeed(info),
         _data(info),
         _LIMITS,
+        _license(info),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -66,19 +71,20 @@ def _metadata(info: Mapping[str, Any]) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["code", "code-generation", "gpt2", "deepspeed", "codeparrot-ds"],
     }
-    if info.get("dataset"):
-        metadata["datasets"] = [info["dataset"]]
+    datasets = [name.partition("@")[0] for name in _hub_datasets(info)]
+    if datasets:
+        metadata["datasets"] = datasets
     metadata["metrics"] = ["perplexity"]
     perplexity = info.get("perplexity")
     if perplexity is not None and math.isfinite(perplexity):
-        dataset = info.get("dataset") or "held-out source files"
+        dataset = {"name": "held-out source files", "type": "code"}
         metadata["model-index"] = [
             {
                 "name": info["name"],
                 "results": [
                     {
                         "task": {"type": "text-generation"},
-                        "dataset": {"name": dataset, "type": dataset if info.get("dataset") else "code"},
+                        "dataset": {"name": datasets[0], "type": datasets[0]} if datasets else dataset,
                         "metrics": [{"type": "perplexity", "value": round(float(perplexity), 6)}],
                     }
                 ],
@@ -89,7 +95,8 @@ def _metadata(info: Mapping[str, Any]) -> str:
 
 def _introduction(info: Mapping[str, Any]) -> str:
     size = f"{info['num_parameters']:,} parameters" if info.get("num_parameters") else None
-    about = ", ".join(filter(None, [f"shape `{info['model']}`" if info.get("model") else None, size]))
+    shape = f"shape `{_without_path(info['model'])}`" if info.get("model") else None
+    about = ", ".join(filter(None, [shape, size]))
     at = f"This commit holds the weights after step {info['step']:,}." if info.get("step") is not None else ""
     return (
         f"# {info['name']}\n\n"
@@ -99,11 +106,12 @@ def _introduction(info: Mapping[str, Any]) -> str:
 
 
 def _usage(info: Mapping[str, Any]) -> str:
-    clone = f"git clone -b {info['name']} {info['repository']} model\n" if info.get("repository") else ""
-    shell = f"```bash\n{clone}```\n\n" if clone else ""
+    name, branch = info.get("hub_name"), info["name"]
+    model = f'"{name}", revision="{branch}"' if name else '"model"'
+    where = "or revision=..., a tag or a commit" if name else "the folder of this file"
     return (
-        f"## How to load\n\n{shell}```python\nfrom transformers import pipeline\n\n"
-        f'generate = pipeline("text-generation", model="model")  # the folder of this file\n'
+        f"## How to load\n\n```python\nfrom transformers import pipeline\n\n"
+        f'generate = pipeline("text-generation", model={model})  # {where}\n'
         f'print(generate("def fibonacci(n):", max_new_tokens=64)[0]["generated_text"])\n```'
     )
 
@@ -123,12 +131,13 @@ def _figures(info: Mapping[str, Any]) -> str:
         (_whole(row["step"]), _real(row["eval_loss"]), _real(row["perplexity"])) for row in info.get("history") or []
     ]
     course = _table(("step", "validation loss", "perplexity"), history)
-    return "\n\n".join(filter(None, [_section("Training", _table(("figure", "value"), rows)), course]))
+    losses = _table(("step", "training loss"), [(_whole(step), _real(loss)) for step, loss in info.get("losses") or []])
+    return "\n\n".join(filter(None, [_section("Training", _table(("figure", "value"), rows)), course, losses]))
 
 
 def _hyperparameters(info: Mapping[str, Any]) -> str:
     config = info.get("config") or {}
-    rows = [(f"`{name}`", config[name]) for name in _HYPERPARAMETERS if config.get(name) is not None]
+    rows = [(f"`{name}`", _without_path(config[name])) for name in _HYPERPARAMETERS if config.get(name) is not None]
     rows += [(f"`{package}`", version) for package, version in (info.get("versions") or {}).items()]
     return _section("Hyperparameters", _table(("setting", "value"), rows))
 
@@ -136,7 +145,7 @@ def _hyperparameters(info: Mapping[str, Any]) -> str:
 def _deepspeed(info: Mapping[str, Any]) -> str:
     if not info.get("ds_config"):
         return ""
-    text = json.dumps(info["ds_config"], indent=2, default=str)
+    text = json.dumps(_without_path(info["ds_config"]), indent=2, default=str)
     return f"<details><summary>Resolved DeepSpeed config</summary>\n\n```json\n{text}\n```\n\n</details>"
 
 
@@ -152,12 +161,55 @@ def _data(info: Mapping[str, Any]) -> str:
     ]
     licenses = [(name, _whole(count)) for name, count in (corpus.get("licenses") or {}).items()]
     tables = [
-        f"Dataset: `{info['dataset']}`." if info.get("dataset") else "",
+        _table(("data set on the Hub",), [(f"`{name}`",) for name in _hub_datasets(info)]),
         _table(("split", "files", "bytes"), splits),
         _table(("cleaning step", "files before", "files after", "bytes after"), steps),
         _table(("licence", "files"), licenses),
+        _fingerprint(info.get("fingerprint")),
     ]
     return _section("Data", "\n\n".join(filter(None, tables)))
+
+
+def _hub_datasets(info: Mapping[str, Any]) -> list[str]:
+    """The data sets on the Hub that the run reads, each with its commit; a local one's name is a path."""
+    names = [part["name"] for part in (info.get("fingerprint") or {}).get("datasets", [])]
+    return [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", name)]
+
+
+def _fingerprint(fingerprint: Mapping[str, Any] | None) -> str:
+    """The identity of the training stream: equal numbers mean the same documents in the same order."""
+    if not fingerprint:
+        return ""
+    content = {
+        "datasets": [[part["weight"], sorted(map(list, part["shards"].values()))] for part in fingerprint["datasets"]],
+        "rest": {key: value for key, value in fingerprint.items() if key != "datasets"},
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    shards = [size for part in fingerprint["datasets"] for size, _ in part["shards"].values()]
+    rows = [
+        ("training shards", f"{len(shards):,}"),
+        ("their bytes", _whole(sum(size for size in shards if size is not None))),
+        ("tokenizer.json, SHA-256", fingerprint["tokenizer"]),
+        ("stream (shards, tokenizer, rows, order), SHA-256", digest),
+    ]
+    return _table(("fingerprint", "value"), rows)
+
+
+def _license(info: Mapping[str, Any]) -> str:
+    name = info.get("license") or "other"
+    chosen = "No licence was chosen for these weights" if name == "other" else f"These weights come under `{name}`"
+    return f"## Licence\n\n{chosen}. The files that they were trained on have licences of their own."
+
+
+def _without_path(value: Any) -> Any:
+    """The value with the place on one machine cut off every path in it: it tells about its user and nothing else."""
+    if isinstance(value, Mapping):
+        return {key: _without_path(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_path(part) for part in value]
+    if isinstance(value, str) and value.startswith(("/", "~", ".")):
+        return PurePath(value).name
+    return value
 
 
 def _section(title: str, content: str) -> str:

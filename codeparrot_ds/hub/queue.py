@@ -1,48 +1,47 @@
-"""A run's push queue: training leaves finished exports here and goes on; another process commits each once, in order.
-
-``python -m codeparrot_ds.hub.queue RUN`` drains the queue of a run folder. Training starts it with ``start_drain``
-after each checkpoint, so that a push never blocks a step; ``codeparrot-ds hub push`` finishes what a killed run left.
+"""A run's push queue on disk: training leaves finished exports here and goes on; a worker commits each once, in order.
 
 On disk, below ``<run>/hub/``::
 
-    queue/step-00000500/entry.json   step, title, body, {path: SHA-256} of the files, their digest
-    queue/step-00000500/files/       the export, hard-linked where the file system allows it
-    pushed.jsonl                     one object a push: step, digest, commit, branch, title, time
-    refused/                         entries whose files no longer match their hashes, each with a reason.txt
-    push.log                         what the draining processes said
-    lock                             held by the one process that drains
+    queue/000001-step-00000500/entry.json   step, title, body, {path: SHA-256} of the files, their digest
+    queue/000001-step-00000500/files/       the export, hard-linked where the file system allows it
+    pushed.jsonl     one object a push: step, digest, commit, branch, title, time
+    dropped.jsonl    one object an export that will not be pushed, with the reason
+    refused/         entries whose files no longer match their hashes, each with a reason.txt
+    problem.json     why the last attempt failed, and when the next one is; absent while all is well
+    push.log         what the workers said
+    lock, waiting    held by the one worker that drains, and by the one that waits for it
 
-Two fields of ``<run>/run.json`` (written by training) say where the entries go: ``name`` is the branch, ``hub`` what
-``open_repository`` takes: ``local`` (``hub.git`` beside the run folder), the absolute path of a repository, or ``off``.
+Disk use is bounded: hard links take nothing as long as the checkpoint keeps its export. Where the exports that the
+queue alone keeps exceed its limit, the oldest ones go, but neither the newest nor the one with the lowest evaluation
+loss, and each is recorded in ``dropped.jsonl`` and told.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.repository import LocalRepository, folder_files, open_repository
+from codeparrot_ds.hub.repository import folder_files
+from codeparrot_ds.hub.secrets import check_export
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """An export that waits to be pushed; ``digest`` names its contents."""
+    """An export that waits to be pushed; ``digest`` names its contents, ``eval_loss`` is None where it has none."""
 
     step: int
     title: str
@@ -50,15 +49,25 @@ class Entry:
     sha256: dict[str, str]
     digest: str
     path: Path
+    eval_loss: float | None = None
 
     @property
     def files(self) -> Path:
         """The folder that is committed."""
         return self.path / "files"
 
-    def message_body(self, run: str) -> str:
-        """Returns the commit's body: what training said, and the trailers by which a push is recognised afterwards."""
-        return f"{self.body}\n\nRun: {run}\nStep: {self.step}\nDigest: {self.digest}".strip()
+    def trailers(self, run: str, run_id: str | None) -> dict[str, str]:
+        """Returns what a push is recognised by afterwards, as lines of its commit's message."""
+        trailers = {"Run": run, "Run-Id": run_id, "Step": str(self.step), "Digest": self.digest}
+        return {key: value for key, value in trailers.items() if value is not None}
+
+    def message_body(self, run: str, run_id: str | None) -> str:
+        """Returns the commit's body: what training said, and the trailers."""
+        trailers = self.trailers(run, run_id)
+        if self.eval_loss is not None:
+            trailers["Eval-Loss"] = repr(self.eval_loss)
+        lines = "\n".join(f"{key}: {value}" for key, value in trailers.items())
+        return f"{self.body}\n\n{lines}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +82,18 @@ class Pushed:
     time: float
 
 
-@dataclass(kw_only=True)
-class DrainResult:
-    """What one drain did: pushes made, and one sentence for each refused entry."""
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """An export that was not pushed and will not be; ``time`` in seconds since 1970."""
 
-    pushed: list[Pushed] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    step: int
+    digest: str
+    title: str
+    reason: str
+    time: float
+
+    def __str__(self) -> str:
+        return f"step {self.step} ({self.title}): {self.reason}"
 
 
 class PushQueue:
@@ -88,6 +103,8 @@ class PushQueue:
         self.folder = Path(run_dir) / "hub"
         self._queue = self.folder / "queue"
         self._pushed = self.folder / "pushed.jsonl"
+        self._dropped = self.folder / "dropped.jsonl"
+        self._problem = self.folder / "problem.json"
 
     def enqueue(
         self,
@@ -97,12 +114,29 @@ class PushQueue:
         body: str = "",
         *,
         sha256: Mapping[str, str] | None = None,
-    ) -> None:
+        eval_loss: float | None = None,
+        max_bytes: float | None = None,
+    ) -> list[Dropped]:
         """Adds a finished export, complete or not at all; enqueuing the same export again changes nothing.
 
         Files are hard-linked, so this takes no space and the checkpoint may be deleted before it is pushed. Pass the
         files' SHA-256 by relative path where they are known already (a checkpoint's manifest): hashing an export of
         hundreds of MB takes a second.
+
+        Args:
+            step: optimizer step.
+            export_dir: a Hugging Face folder.
+            title: the commit's first line.
+            body: the rest of its message.
+            sha256: of files by relative path.
+            eval_loss: nats a token, where the run was evaluated at this step.
+            max_bytes: that the exports which the queue alone keeps may take; None for no limit.
+
+        Returns:
+            What had to go to keep the limit.
+
+        Raises:
+            UserError: the export is empty, holds a secret, or the disk is full; it says that the step was not queued.
         """
         export = Path(export_dir)
         names = folder_files(export)
@@ -110,10 +144,12 @@ class PushQueue:
             raise UserError(f"{export}: no files to push")
         hashes = {name: (sha256 or {}).get(name) or file_sha256(export / name) for name in names}
         digest = _digest(hashes)
-        known = [(entry.step, entry.digest) for entry in self.pending()]
-        known += [(push.step, push.digest) for push in self.pushed()]
+        known = {(entry.step, entry.digest) for entry in self.pending()}
+        known |= {(push.step, push.digest) for push in self.pushed()}
+        known |= {(drop.step, drop.digest) for drop in self._dropped_for_good()}
         if (step, digest) in known:
-            return
+            return []
+        check_export(export, names)
         staging = self._queue / f".staging-{step:08d}"
         try:
             shutil.rmtree(staging, ignore_errors=True)
@@ -126,79 +162,67 @@ class PushQueue:
             for folder in sorted({(staging / "files" / name).parent for name in names}):
                 durable.sync_folder(folder)
             entry = {"step": step, "title": title, "body": body, "sha256": hashes, "digest": digest}
-            durable.write_json(staging / "entry.json", entry)
-            staging.rename(self._free_name(step))
+            durable.write_json(staging / "entry.json", entry | {"eval_loss": eval_loss})
+            staging.rename(self._next_place(step))
             durable.sync_folder(self._queue)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
+            reason = f"it was not queued: {error.strerror}"
+            with contextlib.suppress(OSError):  # the disk is full: the sentence below says the same
+                self._drop(Dropped(step=step, digest=digest, title=title, reason=reason, time=time.time()))
             raise UserError(f"{self._queue}: step {step} was not queued: {error.strerror}") from error
+        return [] if max_bytes is None else self._make_room(max_bytes)
 
     def pending(self) -> list[Entry]:
-        """Returns the entries that wait, oldest step first, without the damaged ones."""
-        return [entry for path in self._entry_folders() if not isinstance(entry := _read_entry(path), str)]
+        """Returns the entries that wait, in the order of pushing, without the damaged ones."""
+        return [entry for path in self.entry_folders() if not isinstance(entry := read_entry(path), str)]
 
     def pushed(self) -> list[Pushed]:
         """Returns the pushes on record, in order."""
-        if not self._pushed.exists():
-            return []
-        return [Pushed(**json.loads(line)) for line in self._pushed.read_text().splitlines()]
+        return [Pushed(**row) for row in _rows(self._pushed)]
+
+    def dropped(self) -> list[Dropped]:
+        """Returns what was not pushed and will not be."""
+        done = {(entry.step, entry.digest) for entry in self.pending()}
+        done |= {(push.step, push.digest) for push in self.pushed()}
+        return [drop for drop in self._all_dropped() if (drop.step, drop.digest) not in done]
 
     def refused(self) -> list[str]:
         """Returns one sentence for each entry that was found damaged."""
         return [path.read_text().strip() for path in sorted((self.folder / "refused").glob("*/reason.txt"))]
 
-    def drain(self, repository: LocalRepository, branch: str) -> DrainResult:
-        """Commits every waiting entry to the branch, oldest step first, until none is left.
+    def problem(self) -> dict[str, Any] | None:
+        """Returns why the last attempt failed: ``problem``, ``time``, and ``retry_at`` or None where nobody retries."""
+        try:
+            return json.loads(self._problem.read_text())
+        except (OSError, ValueError):
+            return None
 
-        Waits while another process drains. An entry is deleted after its push is on record; a push whose record was
-        lost (the process died in between) is recognised by the trailers of the branch's commits. Damaged entries move
-        to ``refused/`` and the others go on. Raises what the repository raises; the entry then stays in the queue.
-        """
-        result = DrainResult()
-        with self._lock():
-            for leftover in self._queue.glob(".removing-*"):
-                shutil.rmtree(leftover)
-            repository.create()
-            repository.create_branch(branch)
-            # Read again until empty: training may have added an entry during the last push.
-            while folders := self._entry_folders():
-                for path in folders:
-                    self._push_one(path, repository, branch, result)
-        return result
+    def note_problem(self, problem: str | None, retry_at: float | None = None) -> None:
+        """Records why an attempt failed, for whoever asks; None when one has succeeded."""
+        if problem is not None:
+            durable.write_json(self._problem, {"problem": problem, "time": time.time(), "retry_at": retry_at})
+        else:
+            self._problem.unlink(missing_ok=True)
 
-    def _push_one(self, path: Path, repository: LocalRepository, branch: str, result: DrainResult) -> None:
-        entry = _read_entry(path)
-        problem = entry if isinstance(entry, str) else _damage(entry)
-        if isinstance(entry, str) or problem:
-            result.refused.append(self._refuse(path, str(problem)))
-            return
-        if not any((known.step, known.digest) == (entry.step, entry.digest) for known in self.pushed()):
-            result.pushed.append(self._commit(entry, repository, branch))
+    def entry_folders(self) -> list[Path]:
+        """Returns the folders of the entries, in the order of pushing, damaged ones among them."""
+        return sorted(self._queue.glob("[0-9]*-step-*"))
+
+    def record_push(self, push: Pushed) -> None:
+        """Adds a push to the record; on the disk before its entry is removed."""
+        _write_rows(self._pushed, [*map(asdict, self.pushed()), asdict(push)])
+
+    def remove(self, path: Path) -> None:
+        """Removes an entry; it may be gone already, when it was dropped meanwhile."""
         # Renamed first: a kill halfway through the deletion must not leave something that looks like a damaged entry.
         removing = path.with_name(f".removing-{path.name}")
-        path.rename(removing)
-        shutil.rmtree(removing)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(removing)
+        shutil.rmtree(removing, ignore_errors=True)
 
-    def _commit(self, entry: Entry, repository: LocalRepository, branch: str) -> Pushed:
-        committed = [
-            commit.id
-            for commit in repository.commits(branch)
-            if (commit.trailer("Run"), commit.trailer("Step"), commit.trailer("Digest"))
-            == (branch, str(entry.step), entry.digest)
-        ]
-        commit = (
-            committed[0]
-            if committed
-            else repository.commit_folder(branch, entry.files, entry.title, entry.message_body(branch))
-        )
-        push = Pushed(
-            step=entry.step, digest=entry.digest, commit=commit, branch=branch, title=entry.title, time=time.time()
-        )
-        lines = [json.dumps(asdict(row)) + "\n" for row in [*self.pushed(), push]]
-        durable.replace_file(self._pushed, ["".join(lines).encode()])
-        return push
-
-    def _refuse(self, path: Path, problem: str) -> str:
+    def refuse(self, path: Path, problem: str) -> str:
+        """Moves a damaged entry aside, with the reason, and returns the reason."""
         target = self.folder / "refused" / path.name
         attempt = 1
         while target.exists():
@@ -210,96 +234,72 @@ class PushQueue:
         path.rename(target)
         return sentence
 
-    def _entry_folders(self) -> list[Path]:
-        return sorted(self._queue.glob("step-*"))
-
-    def _free_name(self, step: int) -> Path:
-        # A run that went back to an older checkpoint may reach a step again with other weights: both are history.
-        path, attempt = self._queue / f"step-{step:08d}", 1
-        while path.exists():
-            attempt += 1
-            path = self._queue / f"step-{step:08d}.{attempt}"
-        return path
-
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[bool]:
+        """Holds the right to drain, waiting for it; gives False where another process waits for it already.
+
+        That one reads the queue once it has the lock, and so finds whatever was there before this call.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel releases it when the process ends, however it ends
-            yield
+        with open(self.folder / "lock", "w") as lock, open(self.folder / "waiting", "w") as waiting:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                try:
+                    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield False
+                    return
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                fcntl.flock(waiting, fcntl.LOCK_UN)
+            for leftover in self._queue.glob(".removing-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield True  # the kernel releases the locks when the process ends, however it ends
 
+    def is_draining(self) -> bool:
+        """Whether a process holds the lock."""
+        try:
+            with open(self.folder / "lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
-def start_drain(run_dir: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
-    """Starts a process that drains the run's queue and returns it; its words go to ``<run>/hub/push.log``.
+    def _make_room(self, max_bytes: float) -> list[Dropped]:
+        entries = self.pending()
+        sizes = {entry.path: _bytes_of_its_own(entry.files) for entry in entries}
+        judged = [entry for entry in entries if entry.eval_loss is not None]
+        best = min(judged, key=lambda entry: entry.eval_loss or 0.0, default=None)
+        dropped = []
+        for entry in entries[:-1]:
+            if sum(sizes.values()) <= max_bytes:
+                break
+            if entry is best or not sizes[entry.path]:
+                continue
+            reason = f"the queue may keep {max_bytes / 1e9:.3g} GB; it was dropped as the oldest that waited"
+            drop = Dropped(step=entry.step, digest=entry.digest, title=entry.title, reason=reason, time=time.time())
+            self._drop(drop)
+            self.remove(entry.path)
+            del sizes[entry.path]
+            dropped.append(drop)
+        return dropped
 
-    It has a session of its own, so Ctrl-C and signals to the training's process group do not reach it.
-    """
-    log = Path(run_dir) / "hub" / "push.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    package_parent = str(Path(__file__).resolve().parents[2])
-    search_path = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-    with open(log, "ab") as handle:
-        return subprocess.Popen(
-            [sys.executable, "-m", "codeparrot_ds.hub.queue", str(run_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
-        )
+    def _drop(self, drop: Dropped) -> None:
+        _write_rows(self._dropped, [*map(asdict, self._all_dropped()), asdict(drop)])
 
+    def _all_dropped(self) -> list[Dropped]:
+        return [Dropped(**row) for row in _rows(self._dropped)]
 
-def hub_status(run_dir: str | os.PathLike[str]) -> str:
-    """Returns what of a run is pushed, waiting and refused, as lines of text."""
-    name, repository = read_destination(run_dir)
-    queue = PushQueue(run_dir)
-    pushed, pending, refused = queue.pushed(), queue.pending(), queue.refused()
-    lines = [f"branch {name} of {repository}", f"pushed   {len(pushed)}"]
-    lines += [f"  step {push.step:>8}  {push.commit[:10]}  {push.title}" for push in pushed]
-    lines += [f"waiting  {len(pending)}"]
-    lines += [f"  step {entry.step:>8}  {entry.title}" for entry in pending]
-    lines += [f"refused  {len(refused)}"] if refused else []
-    lines += [f"  {sentence}" for sentence in refused]
-    lines += [f"push them with: codeparrot-ds hub push {run_dir}"] if pending else []
-    return "\n".join(lines)
+    def _dropped_for_good(self) -> list[Dropped]:
+        """Those that made room; what a full disk kept out may be offered again."""
+        return [drop for drop in self._all_dropped() if "not queued" not in drop.reason]
 
-
-def hub_push(run_dir: str | os.PathLike[str]) -> str:
-    """Drains a run's queue and returns what was pushed; raises ``UserError`` when an entry was refused."""
-    name, repository = read_destination(run_dir)
-    result = PushQueue(run_dir).drain(repository, name)
-    if result.refused:
-        raise UserError("; ".join([f"pushed {len(result.pushed)} to branch {name}", *result.refused]))
-    lines = [f"pushed step {push.step} to branch {name} of {repository}: {push.title}" for push in result.pushed]
-    return "\n".join(lines) or f"nothing waits: branch {name} of {repository} is up to date"
-
-
-def hub_publish(run_dir: str | os.PathLike[str]) -> str:
-    """Drains a run's queue, merges its branch into main, and returns what was merged."""
-    name, repository = read_destination(run_dir)
-    said = hub_push(run_dir)
-    (tip, *_) = repository.commits(name)
-    if tip.trailer("Run") != name:
-        raise UserError(f"branch {name} of {repository} has no checkpoint yet; there is nothing to publish")
-    commit = repository.merge(name)
-    merged = f"{name} at step {tip.trailer('Step')} ({tip.title})"
-    return f"{said}\nmain of {repository} is now {merged}: commit {commit[:10]}"
-
-
-def read_destination(run_dir: str | os.PathLike[str]) -> tuple[str, LocalRepository]:
-    """Returns a run's branch name and repository, from its ``run.json``."""
-    path = Path(run_dir) / "run.json"
-    try:
-        run = json.loads(path.read_text())
-        name, hub = str(run["name"]), str(run.get("hub") or "off")
-    except FileNotFoundError:
-        raise UserError(f"{run_dir} is not a run folder: it has no run.json") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: not a run's record ({error})") from None
-    repository = open_repository(hub, path.absolute().parent.parent)
-    if repository is None:
-        raise UserError(f"{path}: this run was trained with hub off, so nothing was queued")
-    return name, repository
+    def _next_place(self, step: int) -> Path:
+        # Numbered as they come: a run that went back to an older checkpoint reaches a step again, and both are history.
+        last = max((int(path.name.split("-")[0]) for path in self.entry_folders()), default=0)
+        return self._queue / f"{last + 1:06d}-step-{step:08d}"
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -311,11 +311,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _digest(sha256: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()[:20]
-
-
-def _read_entry(path: Path) -> Entry | str:
+def read_entry(path: Path) -> Entry | str:
     """Returns the entry in a folder, or what is wrong with it."""
     try:
         return Entry(path=path, **json.loads((path / "entry.json").read_text()))
@@ -323,7 +319,8 @@ def _read_entry(path: Path) -> Entry | str:
         return f"entry.json cannot be read ({error})"
 
 
-def _damage(entry: Entry) -> str | None:
+def damage(entry: Entry) -> str | None:
+    """Returns which files of an entry are not what they were when it was queued; None when all are."""
     try:
         names = folder_files(entry.files)
         changed = set(names) ^ set(entry.sha256)
@@ -331,6 +328,24 @@ def _damage(entry: Entry) -> str | None:
     except (OSError, UserError) as error:
         return str(error)
     return f"{', '.join(sorted(changed))} changed after it was queued" if changed else None
+
+
+def _digest(sha256: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    durable.replace_file(path, ["".join(json.dumps(row) + "\n" for row in rows).encode()])
+
+
+def _bytes_of_its_own(folder: Path) -> int:
+    """Bytes of the files that have no other name: what removing them would free."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -343,24 +358,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
         with open(target, "rb") as handle:
             os.fsync(handle.fileno())
-
-
-def main(arguments: list[str]) -> int:
-    """Drains the queue of the run folder named in ``arguments``; 0 when nothing is left, 2 when something is."""
-
-    def say(text: str) -> None:
-        stamp = datetime.datetime.now().isoformat(timespec="seconds")
-        print("\n".join(f"{stamp} {line}" for line in text.splitlines()), flush=True)
-
-    os.nice(10)  # the training's steps come first
-    try:
-        (run_dir,) = arguments
-        say(hub_push(run_dir))
-    except UserError as error:
-        say(f"error: {error}")
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,24 +1,33 @@
-"""The place that a run's checkpoints are pushed to: a branch a run, a commit a checkpoint.
+"""The places that a run's checkpoints are pushed to: a branch a run, a commit a checkpoint.
 
-The place is a bare git repository on this machine, written through git's plumbing: no work tree, no index and no copy
-of the weights beside git's own object. ``git clone -b BRANCH PATH`` gives a folder that ``transformers`` loads.
+Both have one interface, :class:`Repository`: a bare git repository on this machine, in this module, and a model
+repository on the Hugging Face Hub, in :mod:`codeparrot_ds.hub.hugging_face`. The local one is written through git's
+plumbing: no work tree, no index and no copy of the weights beside git's own object. ``git clone -b BRANCH PATH`` gives
+a folder that ``transformers`` loads.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from codeparrot_ds.errors import UserError
 
 MAIN = "main"
-PUBLISHED = "Published"  # trailer of the merge commits that merge() makes
+PUBLISHED = "Published"  # trailer of the commits that merge() makes on main: the branch
+PUBLISHED_COMMIT = "Published-Commit"  # and the commit of it
+NEEDED = ("*.json", "*.txt", "*.safetensors", "README.md")
+"""What a model needs to be loaded, and nothing that could be loaded as code."""
+HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # org/name
 _MARKER = "codeparrot-ds.repository"
 _STALE_LOCK_SECONDS = 2.0
 _README = """# Checkpoints
@@ -55,6 +64,90 @@ class Commit:
         return values[-1].strip() if values else None
 
 
+class UnavailableError(UserError):
+    """The place does not answer, or asks for another attempt; nothing is known to be wrong with what was asked.
+
+    ``retry_after`` is what the place asked to wait, in seconds; ``request`` names what it did not answer, so that
+    two failures of one request can be told from an outage's end.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None, request: str = ""):
+        super().__init__(message)
+        self.retry_after, self.request = retry_after, request
+
+
+class Repository(Protocol):
+    """A place for branches of checkpoints.
+
+    Every method raises ``UserError`` for what the user must mend, and ``UnavailableError`` where the same call may
+    succeed later; a method that was interrupted, or whose answer was lost, may be called again.
+    """
+
+    @property
+    def spec(self) -> str:
+        """What ``open_repository`` takes to open it again, on this machine."""
+
+    def create(self) -> None:
+        """Makes the repository with a branch main; does nothing where it exists."""
+
+    def create_branch(self, name: str, *, exist_ok: bool = True) -> None:
+        """Starts a branch at main's tip."""
+
+    def head(self, branch: str) -> str:
+        """Returns the id of a branch's newest commit."""
+
+    def commit_folder(
+        self,
+        branch: str,
+        folder: str | os.PathLike[str],
+        title: str,
+        body: str = "",
+        *,
+        parent: str | None = None,
+        sha256: Mapping[str, str] | None = None,
+    ) -> str:
+        """Makes the folder's files the content of a branch, all of them or none, and returns the commit's id.
+
+        Args:
+            branch: exists.
+            folder: plain files, also in folders below it.
+            title: the commit's first line.
+            body: the rest of its message.
+            parent: the commit that the branch must still be at; its tip by default.
+            sha256: of the files by relative path, as far as they are known.
+        """
+
+    def branches(self) -> list[str]:
+        """Returns the names of the branches, main among them."""
+
+    def commits(self, branch: str) -> list[Commit]:
+        """Returns a branch's commits, newest first, down to the repository's first."""
+
+    def read_file(self, revision: str, path: str) -> bytes:
+        """Returns a file's bytes at a revision: a branch, a tag or a commit id."""
+
+    def resolve(self, revision: str) -> str:
+        """Returns the commit id of a branch, a tag or a commit."""
+
+    def download(self, revision: str, folder: Path, *, only: Sequence[str] = NEEDED) -> Path:
+        """Returns a folder with the files of a revision whose names match a pattern of ``only``.
+
+        It is ``folder``, or a cache of the place's own.
+        """
+
+    def merge(self, branch: str, *, commit: str | None = None, overwrite: bool = False) -> str:
+        """Makes main show a commit of a branch, its tip by default, and returns the id of main's commit.
+
+        Refuses to hide what others committed on main, unless told to ``overwrite`` it.
+        """
+
+    def tag(self, name: str, commit: str) -> None:
+        """Names a commit for good; refuses a name that another commit has."""
+
+    def how_to_get(self, revision: str) -> str:
+        """Returns the command that gives a folder with the files of a branch or tag."""
+
+
 class LocalRepository:
     """A bare git repository on this machine, made by ``create()``.
 
@@ -68,6 +161,13 @@ class LocalRepository:
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def spec(self) -> str:
+        return str(self.path)
+
+    def how_to_get(self, revision: str) -> str:
+        return f"git clone -b {revision} {self.path} model"
 
     def create(self) -> None:
         """Makes the repository with a first commit on main; does nothing where it exists and is ours."""
@@ -104,7 +204,11 @@ class LocalRepository:
             if exist_ok:
                 return
             raise UserError(f"{self}: branch '{name}' exists already; choose another run name")
-        self._git("update-ref", f"refs/heads/{name}", self.head(MAIN), "0" * 40)
+        try:
+            self._git("update-ref", f"refs/heads/{name}", self.head(MAIN), "0" * 40)
+        except UserError:  # another process was faster, or the disk is full
+            if not exist_ok or self._find(f"refs/heads/{name}") is None:
+                raise
 
     def head(self, branch: str) -> str:
         """Returns the id of a branch's newest commit."""
@@ -114,12 +218,21 @@ class LocalRepository:
             raise UserError(f"{self} has no branch '{branch}'; it has {', '.join(self.branches()) or 'none'}")
         return commit
 
-    def commit_folder(self, branch: str, folder: str | os.PathLike[str], title: str, body: str = "") -> str:
+    def commit_folder(
+        self,
+        branch: str,
+        folder: str | os.PathLike[str],
+        title: str,
+        body: str = "",
+        *,
+        parent: str | None = None,
+        sha256: Mapping[str, str] | None = None,
+    ) -> str:
         """Commits exactly the files of a folder (recursively) on top of a branch and returns the commit's id.
 
         Raises ``UserError`` for a folder without files, for links in it, and when another writer moved the branch.
         """
-        parent = self.head(branch)
+        parent = parent or self.head(branch)
         tree = self._write_tree(Path(folder))
         return self._commit(branch, tree, [parent], title, body)
 
@@ -133,38 +246,78 @@ class LocalRepository:
         return self._log(self.head(branch))
 
     def read_file(self, revision: str, path: str) -> bytes:
-        """Returns a file's bytes at a revision: a branch's name or a commit id."""
+        """Returns a file's bytes at a revision: a branch, a tag or a commit id."""
         self._check()
-        commit = self._find(f"refs/heads/{revision}") or self._find(revision)
-        if commit is None:
-            raise UserError(f"{self} has no branch or commit '{revision}'; branches: {', '.join(self.branches())}")
+        commit = self._resolve(revision)
         found = self._run("cat-file", "blob", f"{commit}:{path}")
         if found.returncode:
             files = self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0")
             raise UserError(f"{self} has no file '{path}' at '{revision}'; it has {', '.join(filter(None, files))}")
         return found.stdout
 
-    def merge(self, branch: str, into: str = MAIN) -> str:
-        """Merges a run's branch and returns the id of the merge commit.
+    def download(self, revision: str, folder: Path, *, only: Sequence[str] = NEEDED) -> Path:
+        """Writes files of a revision into a folder, streamed; returns it."""
+        self._check()
+        commit = self._resolve(revision)
+        names = filter(None, self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0"))
+        for name in (name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in only)):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "wb") as handle:
+                done = self._run("cat-file", "blob", f"{commit}:{name}", stdout=handle.fileno())
+            if done.returncode:
+                raise UserError(f"{self}: '{name}' at '{revision}' cannot be read: {_last_line(done.stderr)}")
+        return folder
 
-        ``into`` shows the run published last: the merge commit has both tips as parents and the branch's tree. That is
-        safe as long as ``into`` holds nothing but what the branch grew from and earlier merges by this method; a commit
-        that somebody else made there would vanish from view, so it is refused by name. A branch merged before and not
-        moved since is left alone.
-        """
-        head, target = self.head(branch), self.head(into)
-        if self._run("merge-base", "--is-ancestor", head, target).returncode == 0:
-            return target
-        since = self._log("--first-parent", target, f"^{head}")
-        foreign = [commit for commit in since if commit.trailer(PUBLISHED) is None]
-        if foreign:
+    def resolve(self, revision: str) -> str:
+        """Returns the commit id of a branch, a tag or a commit."""
+        self._check()
+        return self._resolve(revision)
+
+    def _resolve(self, revision: str) -> str:
+        commit = self._find(f"refs/heads/{revision}") or self._find(f"refs/tags/{revision}") or self._find(revision)
+        if commit is None:
             raise UserError(
-                f"{self}: '{into}' moved on by commit {foreign[0].id[:10]} ({foreign[0].title}), which '{branch}' does "
-                f"not contain and the merge would hide; merge '{into}' into '{branch}' with git first"
+                f"{self} has no branch, tag or commit '{revision}'; branches: {', '.join(self.branches()) or 'none'}"
             )
-        (tip,) = self._log("-1", head)
-        tree = self._git("rev-parse", f"{head}^{{tree}}").strip()
-        return self._commit(into, tree, [target, head], f"Merge {branch}: {tip.title}", f"{PUBLISHED}: {branch}")
+        return commit
+
+    def merge(self, branch: str, *, commit: str | None = None, overwrite: bool = False) -> str:
+        """Merges a run's branch into main, up to a commit of it, and returns the id of the merge commit.
+
+        Main shows the run published last: the merge commit has both tips as parents and the commit's tree. That is
+        safe as long as main holds nothing but what the branch grew from and earlier merges by this method; a commit
+        that somebody else made there would vanish from view, so it is refused by name, or overwritten when told so.
+        A commit that main shows already is left alone.
+        """
+        chosen, target = commit or self.head(branch), self.head(MAIN)
+        tree, shown = (self._git("rev-parse", f"{revision}^{{tree}}").strip() for revision in (chosen, target))
+        contained = self._run("merge-base", "--is-ancestor", chosen, target).returncode == 0
+        if contained and tree == shown:
+            return target
+        since = self._log("--first-parent", target, f"^{self.head(branch)}")
+        foreign = [other for other in since if other.trailer(PUBLISHED) is None]
+        if foreign and not overwrite:
+            raise UserError(
+                f"{self}: '{MAIN}' moved on by commit {foreign[0].id[:10]} ({foreign[0].title}), which '{branch}' does "
+                f"not contain and the merge would hide; merge '{MAIN}' into '{branch}' with git first, or publish with "
+                "--overwrite (its history keeps the commit)"
+            )
+        (tip,) = self._log("-1", chosen)
+        body = f"{PUBLISHED}: {branch}\n{PUBLISHED_COMMIT}: {chosen}"
+        parents = [target] if contained else [target, chosen]
+        return self._commit(MAIN, tree, parents, f"Merge {branch}: {tip.title}", body)
+
+    def tag(self, name: str, commit: str) -> None:
+        """Makes a tag; the same again changes nothing."""
+        self._check()
+        if self._run("check-ref-format", f"refs/tags/{name}").returncode or name.startswith("-"):
+            raise UserError(f"'{name}' is not a tag that git accepts; use letters, digits, '.' and '-'")
+        found = self._find(f"refs/tags/{name}")
+        if found is None:
+            self._git("update-ref", f"refs/tags/{name}", commit, "0" * 40)
+        elif found != commit:
+            raise UserError(f"{self}: tag '{name}' names commit {found[:10]} already; choose another with --tag")
 
     def _log(self, *arguments: str) -> list[Commit]:
         log = self._git("log", "-z", "--format=%H%x1f%ct%x1f%s%x1f%b", *arguments)
@@ -249,12 +402,15 @@ class LocalRepository:
             raise UserError(f"{self}: git {arguments[0]} failed: {_last_line(done.stderr)}")
         return done.stdout.decode("utf-8", errors="surrogateescape")
 
-    def _run(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[bytes]:
+    def _run(
+        self, *arguments: str, stdin: str = "", stdout: int = subprocess.PIPE
+    ) -> subprocess.CompletedProcess[bytes]:
         try:
             return subprocess.run(
                 ["git", f"--git-dir={self.path}", *arguments],
                 input=stdin.encode("utf-8", errors="surrogateescape"),
-                capture_output=True,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
                 env=_git_environment(),
                 check=False,
             )
@@ -262,23 +418,34 @@ class LocalRepository:
             raise UserError("git is not installed; install it, or train with --hub off") from None
 
 
-def open_repository(hub: str, output_dir: str | os.PathLike[str]) -> LocalRepository | None:
+def open_repository(hub: str, output_dir: str | os.PathLike[str]) -> Repository | None:
     """Returns the repository that a run config's ``hub`` names; touches nothing.
 
-    ``local`` is ``<output_dir>/hub.git``, a path ending in ``.git`` is that repository, ``off`` is None.
+    ``local`` is ``<output_dir>/hub.git``, a path ending in ``.git`` is that repository, ``org/name`` a model repository
+    on the Hugging Face Hub, ``off`` is None.
     """
     if hub == "off":
         return None
     if hub == "local":
         return LocalRepository(Path(output_dir) / "hub.git")
-    if hub.endswith(".git") and "://" not in hub:
-        return LocalRepository(hub)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", hub) or "://" in hub:
+    if "://" in hub:
+        # What a URL holds besides may be a token: it is not repeated.
         raise UserError(
-            f"hub: '{hub}' is on another machine, and this version pushes to local git repositories only; "
-            "use local, off, or a path ending in .git"
+            "hub: a URL is not taken; give org/name of a model repository on the Hub, local, off, or a path ending in "
+            ".git, and the token as HF_TOKEN in the environment"
         )
-    raise UserError(f"hub: '{hub}' is none of local, off, or a path ending in .git")
+    if hub.endswith(".git"):
+        return LocalRepository(hub)
+    if re.fullmatch(HUB_NAME, hub):
+        from codeparrot_ds.hub.hugging_face import HubRepository
+
+        return HubRepository(hub)
+    raise UserError(f"hub: '{hub}' is none of local, off, org/name on the Hub, or a path ending in .git")
+
+
+def is_remote(hub: str) -> bool:
+    """Whether a run config's ``hub`` is on another machine."""
+    return hub not in ("local", "off") and not hub.endswith(".git")
 
 
 def folder_files(folder: str | os.PathLike[str]) -> list[str]:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -189,6 +190,29 @@ def _normal(parameter: torch.Tensor, std: float, seed: int, name: str) -> torch.
     return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device).normal_(
         0.0, std, generator=generator
     )
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: Path | None, *, partitioned: bool) -> None:
+    """Fills a model from a safetensors file, one parameter at a time, rounded to the model's precision; collective.
+
+    Args:
+        model: on every rank of the process group, if there is one.
+        path: of the file, with a tensor for each of ``model.named_parameters()``; None on all ranks but rank 0, who
+            hands the values to them.
+        partitioned: whether the parameters are ZeRO-3's.
+    """
+    from safetensors import safe_open
+
+    is_distributed = torch.distributed.is_initialized()
+    with contextlib.ExitStack() as stack:
+        file = None if path is None else stack.enter_context(safe_open(path, framework="pt"))
+        for name, parameter in model.named_parameters():
+            with _whole(parameter, partitioned) as writable:
+                if writable and file is not None:
+                    parameter.copy_(file.get_tensor(name))
+            if is_distributed and not partitioned:
+                torch.distributed.broadcast(parameter.data, 0)
 
 
 @contextlib.contextmanager

@@ -274,5 +274,8 @@ def _export(
         step=state.step,
         tokens=state.tokens,
         evaluations=[],
+        losses=[],
+        fingerprint=state.data["fingerprint"],
+        hub_name=None,
         versions=versions,
     )

@@ -13,12 +13,11 @@ import torch
 from codeparrot_ds import durable
 from codeparrot_ds.config import RunConfig
 from codeparrot_ds.hub.card import model_card
+from codeparrot_ds.run.checkpoint_files import TOKENIZER_FILES, WEIGHTS
 from codeparrot_ds.run.tensor_file import TensorEntry, write_tensor_file
 from codeparrot_ds.zero.ds_config import precision
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 TRAINING_STATE = "training_state.json"
-WEIGHTS = "model.safetensors"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Of an export, by a run's precision."""
 
@@ -52,6 +51,9 @@ def run_export(
     step: int,
     tokens: int,
     evaluations: Sequence[Mapping[str, Any]],
+    losses: Sequence[tuple[int, float]],
+    fingerprint: Mapping[str, Any] | None,
+    hub_name: str | None,
     versions: Mapping[str, Any],
 ) -> Export:
     """What goes with the weights of a run after a step: its card, and what ``evaluate`` needs to see its rows again.
@@ -65,6 +67,9 @@ def run_export(
         step: optimizer steps done.
         tokens: tokens trained on.
         evaluations: rows of the evaluations so far.
+        losses: training losses by step, a few.
+        fingerprint: of the training stream.
+        hub_name: the model's name on the Hub, where its branch is there.
         versions: package to version.
     """
     last = dict(evaluations[-1]) if evaluations else {}
@@ -76,11 +81,16 @@ def run_export(
         "dtype": precision(ds_config),
         "step": step,
         "tokens": tokens,
+        "loss": losses[-1][1] if losses else None,
         **{key: last.get(key) for key in ("eval_loss", "perplexity", "bits_per_byte", "eval_tokens")},
         "history": evaluations,
+        "losses": losses,
         "config": dataclasses.asdict(config),
         "ds_config": ds_config,
         "corpus": json.loads(corpus.read_text(encoding="utf-8")) if corpus.is_file() else None,
+        "fingerprint": fingerprint,
+        "hub_name": hub_name,
+        "license": config.license,
         "versions": versions,
     }
     evaluated_with = {
@@ -99,7 +109,9 @@ def run_export(
             "run": name,
             "step": step,
             "tokens": tokens,
+            "losses": losses,
             "evaluation": last,
+            "evaluations": [dict(row) for row in evaluations],
             "evaluated_with": evaluated_with,
         },
     )

@@ -25,7 +25,10 @@ from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.repository import open_repository
+from codeparrot_ds.hub.commands import prepare_branch
+from codeparrot_ds.hub.hugging_face import require_token
+from codeparrot_ds.hub.repository import is_remote, open_repository
+from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
@@ -36,6 +39,7 @@ from codeparrot_ds.run.folder import (
     new_run_name,
     recorded_pins,
 )
+from codeparrot_ds.run.initial import with_initial_model
 from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
 from codeparrot_ds.run.parent_end import LEADS, signal_at_parents_end
 from codeparrot_ds.run.plan import predict, why_too_large
@@ -68,13 +72,19 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
     ranks = launch.num_gpus or local_ranks(device)
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
-    config = dataclasses.replace(config, run_name=name)
+    config = with_initial_model(dataclasses.replace(config, run_name=name))
+    if config.init_from:  # as resolved: a branch may move
+        arguments = [*arguments, "--init-from", config.init_from, "--tokenizer", config.tokenizer]
     ds_config = check_run(config, device=device, world_size=None if launch.hostfile else ranks)
     if not launch.hostfile:
         check_memory(config, ds_config, device=device, ranks=ranks, refuse=not launch.ignore_memory_plan)
     environment = rank_environment(device, ranks)
     if not are_built(needed_operators(ds_config, device)):
         _build_operators(ds_config, device, environment)
+    if config.hub != "off":
+        outage = prepare_branch(config.hub, output_dir, name)
+        if outage is not None:
+            print(f"warning: {outage}; checkpoints are queued and pushed when it answers", file=sys.stderr)
     command = _launcher_command(launch, ranks, [*arguments, "--run-name", name])
     environment[LAUNCHED_AT] = str(started)
     environment.pop(LEADS, None)
@@ -96,6 +106,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     Raises:
         UserError: the first thing that is wrong, or all findings of the config check.
     """
+    check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
     check_run_name(str(config.run_name))
     for field in ("data", "tokenizer"):
         if not getattr(config, field):
@@ -103,6 +114,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
                 f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
             )
     file = read_ds_config(find_ds_config(config.deepspeed))
+    check_for_secrets(json.dumps(file.config), str(file.path))
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
     warnings = check_ds_config(
@@ -129,7 +141,8 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     check_continuation(config, run)
     changed = check_ds_continuation(config, run, resolved)
     _check_data(config, run, stream_of(config, datasets, encoder))
-    open_repository(config.hub, config.output_dir)
+    if open_repository(config.hub, config.output_dir) is not None and is_remote(config.hub):
+        require_token(config.hub)
     _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
     for finding in warnings:
         print(finding, file=sys.stderr)

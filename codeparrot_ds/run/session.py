@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -35,8 +36,11 @@ from codeparrot_ds.data.stream import Dataset, StreamConfig, check_world_size, s
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, token_losses
-from codeparrot_ds.hub.queue import PushQueue, hub_push, start_drain
-from codeparrot_ds.hub.repository import open_repository
+from codeparrot_ds.hub.commands import settle
+from codeparrot_ds.hub.queue import PushQueue
+from codeparrot_ds.hub.repository import is_remote, open_repository
+from codeparrot_ds.hub.secrets import check_for_secrets
+from codeparrot_ds.hub.worker import start_drain
 from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
@@ -47,6 +51,7 @@ from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import run_export
 from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
 from codeparrot_ds.run.hardware import peak_flops
+from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
@@ -67,6 +72,11 @@ from codeparrot_ds.zero.lint import check_ds_config
 from codeparrot_ds.zero.resolution import sources_as_json
 
 logger = logging.getLogger("codeparrot_ds.session")
+
+CURVE_POINTS = 24
+"""Of the training loss in a model card."""
+HUB_SECONDS = 60.0
+"""That the end of a run waits for the Hub; the worker goes on after that."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -117,7 +127,7 @@ class Session:
         ranks = join_ranks()
         startup.lap("DeepSpeed import and process group")
         stop = StopSignal(ranks, config.max_hours)
-        config = ranks.on_main(lambda: _named(config))
+        config = ranks.on_main(lambda: with_initial_model(_named(config)))
         resolved, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
         ds_config = resolved.config
         startup.lap("config and tokenizer")
@@ -143,6 +153,7 @@ class Session:
             zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
             device=ranks.device,
         )
+        load_initial_weights(model, config, ranks, partitioned=zero_stage(ds_config) == 3)
         startup.lap("model")
         engine = create_engine(model, ds_config, config)
         startup.lap("DeepSpeed engine")
@@ -317,6 +328,9 @@ class Session:
             tokens=tokens,
             evaluations=self.evaluations,
             versions=self.folder.record["versions"],
+            losses=self.tracker.metrics.losses(CURVE_POINTS) if self.ranks.is_main else [],
+            fingerprint=self.fingerprint,
+            hub_name=self.folder.record.get("hub") if is_remote(self.config.hub) else None,
         )
         self.saver.save(state, export)
         self.meter.pause(time.perf_counter() - started)
@@ -375,15 +389,17 @@ class Session:
         if self.folder.record.get("hub") is None:
             return
         evaluations = state.extra["evaluations"]
-        title = f"Step {state.step}"
+        title, eval_loss = f"Step {state.step}", None
         if evaluations:
             evaluation = evaluations[-1]
+            is_of_now = evaluation["step"] == state.step and math.isfinite(evaluation["eval_loss"])
+            eval_loss = evaluation["eval_loss"] if is_of_now else None
             title += f": loss {evaluation['eval_loss']:.4f}, perplexity {evaluation['perplexity']:.2f}"
             if evaluation["step"] != state.step:
                 title += f" (at step {evaluation['step']})"
         files = checkpoint_files.read_manifest(path)["files"]
         exported = checkpoint_files.EXPORT + "/"
-        PushQueue(self.folder.path).enqueue(
+        dropped = PushQueue(self.folder.path).enqueue(
             state.step,
             path / checkpoint_files.EXPORT,
             title,
@@ -393,7 +409,11 @@ class Session:
                 for name, entry in files.items()
                 if name.startswith(exported)
             },
+            eval_loss=eval_loss,
+            max_bytes=self.config.hub_queue_gb * 1e9,
         )
+        for drop in dropped:
+            self.progress.say("error: not pushed: %s", drop)
         start_drain(self.folder.path)
 
     def _saves(self) -> list[dict[str, Any]]:
@@ -434,8 +454,8 @@ class Session:
             self.folder.update(outcome=outcome, data=data, saves=self._saves())
             self.progress.say("data: %s", data["summary"])
             if self.folder.record.get("hub") is not None:
-                hub_push(self.folder.path)
-                self.progress.say("branch %s of %s has every checkpoint", self.folder.name, self.folder.record["hub"])
+                wait = HUB_SECONDS if is_remote(self.config.hub) else math.inf
+                self.progress.say("%s", settle(self.folder.path, wait_seconds=wait))
             self.progress.say("run %s %s at step %d: %s", self.folder.name, status, step, self.folder.path)
 
         self.ranks.on_main(conclude)
@@ -480,12 +500,14 @@ def _open_folder(config: RunConfig, resolved: Resolved, ranks: Ranks) -> RunFold
 
     def open_on_main() -> None:
         nonlocal mine
+        check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
+        check_for_secrets(json.dumps(resolved.config), "the DeepSpeed config")
         repository = open_repository(config.hub, Path(config.output_dir))
         mine = open_run(config, resolved.config, ranks.world_size, hosts, sources_as_json(resolved))
-        if repository is not None:
+        if repository is not None and not is_remote(config.hub):  # on the Hub its worker does: training waits for none
             repository.create()
             repository.create_branch(mine.name)
-        mine.update(hub=None if repository is None else str(repository.path))
+        mine.update(hub=None if repository is None else repository.spec)
 
     ranks.on_main(open_on_main)
     if not ranks.is_main:

@@ -17,6 +17,7 @@ from codeparrot_ds.evaluation.complete import (
 from codeparrot_ds.evaluation.source import find_model
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import LocalRepository
+from codeparrot_ds.hub.worker import Destination, drain
 
 AREA = EXAMPLE_PROMPTS[0][0]
 
@@ -106,7 +107,8 @@ def test_a_drained_branch_cloned_with_plain_git_generates_the_same(run_folder, t
 
     queue = PushQueue(run_folder)
     queue.enqueue(1000, find_model(run_folder), "step 1000")
-    queue.drain(LocalRepository(tmp_path / "hub.git"), "brave-fox-1")
+    repository = LocalRepository(tmp_path / "hub.git")
+    drain(queue, Destination(branch="brave-fox-1", run_id=None, repository=repository))
     subprocess.run(["git", "clone", "-q", "-b", "brave-fox-1", tmp_path / "hub.git", tmp_path / "clone"], check=True)
     here = complete_code(load_generator(run_folder), "def f(x):")
     assert complete_code(load_generator(tmp_path / "clone"), "def f(x):") == here

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.queue import PushQueue, file_sha256, hub_publish, hub_push, hub_status, start_drain
+from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status
+from codeparrot_ds.hub.queue import PushQueue, file_sha256
 from codeparrot_ds.hub.repository import LocalRepository
+from codeparrot_ds.hub.worker import drain, read_destination, start_drain
 
 NAME = "brave-fox-1"
 
@@ -22,7 +24,7 @@ NAME = "brave-fox-1"
 def run(tmp_path):
     folder = tmp_path / "runs" / NAME
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"name": NAME, "hub": "local"}))
+    (folder / "run.json").write_text(json.dumps({"name": NAME, "hub": "local", "id": f"{NAME}-abc"}))
     return folder
 
 
@@ -52,15 +54,15 @@ def titles(repository: LocalRepository) -> list[str]:
 
 def test_entries_are_pushed_in_order_and_once(run, repository):
     queue = enqueue(run, 500, 1000, 20)
-    assert [entry.step for entry in queue.pending()] == [20, 500, 1000]
-    result = queue.drain(repository, NAME)
-    assert [push.step for push in result.pushed] == [20, 500, 1000]
-    assert titles(repository) == [f"step {step}: loss 3.21" for step in (20, 500, 1000)]
-    assert queue.pending() == [] and [push.step for push in queue.pushed()] == [20, 500, 1000]
+    assert [entry.step for entry in queue.pending()] == [500, 1000, 20]  # as they came
+    result = drain(queue, read_destination(run))
+    assert [push.step for push in result.pushed] == [500, 1000, 20]
+    assert titles(repository) == [f"step {step}: loss 3.21" for step in (500, 1000, 20)]
+    assert queue.pending() == [] and [push.step for push in queue.pushed()] == [500, 1000, 20]
     assert list((run / "hub" / "queue").iterdir()) == []
     head = repository.commits(NAME)[0]
-    assert (head.trailer("Run"), head.trailer("Step"), head.trailer("tokens")) == (NAME, "1000", "1000000")
-    assert queue.drain(repository, NAME).pushed == []
+    assert (head.trailer("Run"), head.trailer("Step"), head.trailer("tokens")) == (NAME, "20", "20000")
+    assert drain(queue, read_destination(run)).pushed == []
     enqueue(run, 500)  # a resumed run may offer a checkpoint again
     assert queue.pending() == [] and len(titles(repository)) == 3
 
@@ -71,7 +73,7 @@ def test_the_queue_takes_no_space_and_outlives_the_checkpoint(run, repository):
     export = run / "checkpoints" / "step-00000500" / "export"
     assert (entry.files / "model.safetensors").stat().st_ino == (export / "model.safetensors").stat().st_ino
     shutil.rmtree(run / "checkpoints")
-    queue.drain(repository, NAME)
+    drain(queue, read_destination(run))
     assert repository.read_file(NAME, "model.safetensors") == b"weights 500 "
 
 
@@ -96,7 +98,7 @@ def test_a_step_reached_again_with_other_weights_is_a_second_commit(run, reposit
     shutil.rmtree(run / "checkpoints")
     queue.enqueue(500, make_export(run, 500, "again"), "step 500 again")
     assert len(queue.pending()) == 2
-    queue.drain(repository, NAME)
+    drain(queue, read_destination(run))
     assert titles(repository) == ["step 500: loss 3.21", "step 500 again"]
 
 
@@ -104,7 +106,7 @@ def test_a_push_whose_record_was_lost_is_not_repeated(run, repository):
     """The process died between the commit and the record, or the answer never came: entry and commit both exist."""
     queue = enqueue(run, 500, 1000)
     shutil.copytree(run / "hub" / "queue", run / "hub" / "saved")
-    queue.drain(repository, NAME)
+    drain(queue, read_destination(run))
     pushed = queue.pushed()
     for lost in (1, 2):  # the last record, then all of them
         (run / "hub" / "pushed.jsonl").write_text(
@@ -112,7 +114,7 @@ def test_a_push_whose_record_was_lost_is_not_repeated(run, repository):
         )
         shutil.rmtree(run / "hub" / "queue")
         shutil.copytree(run / "hub" / "saved", run / "hub" / "queue")
-        queue.drain(repository, NAME)
+        drain(queue, read_destination(run))
         assert len(titles(repository)) == 2
         assert [push.commit for push in queue.pushed()] == [push.commit for push in pushed]
         assert queue.pending() == []
@@ -144,12 +146,12 @@ def test_a_damaged_entry_is_refused_by_name_and_the_others_go_on(run, repository
     weights.write_text("weightz 2 ")
     (entries[3].path / "entry.json").write_text('{"step": 3')
     assert [entry.step for entry in queue.pending()] == [1, 2, 4]
-    damage = r"pushed 2.*step-00000002: model.safetensors changed.*step-00000003: entry.json"
+    damage = r"pushed 2.*000002-step-00000002: model.safetensors changed.*000003-step-00000003: entry.json"
     with pytest.raises(UserError, match=damage):
         hub_push(run)
     assert titles(repository) == ["step 1: loss 3.21", "step 4: loss 3.21"]
     assert len(queue.refused()) == 2 and queue.pending() == []
-    assert (run / "hub" / "refused" / "step-00000002" / "files" / "model.safetensors").exists()
+    assert (run / "hub" / "refused" / "000002-step-00000002" / "files" / "model.safetensors").exists()
     assert "refused  2" in hub_status(run)
     enqueue(run, 2)  # offered again whole, it goes through
     hub_push(run)
@@ -176,7 +178,7 @@ def test_two_drains_at_once_push_everything_once(run, repository):
 def test_the_draining_process_imports_no_torch_and_logs(run, repository):
     enqueue(run, 500)
     probe = (
-        "import sys; from codeparrot_ds.hub.queue import main; code = main(sys.argv[1:]);"
+        "import sys; from codeparrot_ds.hub.worker import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules); sys.exit(code or len(heavy))"
     )
     assert subprocess.run([sys.executable, "-c", probe, str(run)], check=False).returncode == 0
@@ -216,6 +218,44 @@ def test_runs_without_anything_to_push_say_so(run, tmp_path):
         PushQueue(run).enqueue(1, tmp_path / "empty", "t")
 
 
+OFFLINE = """
+import json, sys, time
+from pathlib import Path
+from codeparrot_ds.hub.commands import hub_publish, hub_status, prepare_branch, settle
+from codeparrot_ds.hub.queue import PushQueue
+runs, name, export = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def timed(call):
+    started = time.monotonic()
+    call()
+    spent.append(time.monotonic() - started)
+spent = []
+timed(lambda: prepare_branch("local", runs, name))
+for step in (1, 2):
+    timed(lambda: PushQueue(runs / name).enqueue(step, export, f"Step {step}", f"{step}"))
+    timed(lambda: settle(runs / name, wait_seconds=60))
+timed(lambda: hub_status(runs / name))
+timed(lambda: hub_publish(runs / name))
+print(json.dumps(spent), PushQueue(runs / name).dropped())
+"""
+
+
+def test_the_local_place_needs_no_network(run, repository):
+    """In a network namespace with no interface up, all that a run does with its branch, each step within a second."""
+    probe = ["unshare", "--net", "--map-root-user"]
+    if subprocess.run([*probe, "true"], capture_output=True, check=False).returncode:
+        assert not os.environ.get("CI"), "CI must be able to make a network namespace"
+        pytest.skip("no network namespace can be made here")
+    connect = "import socket; socket.create_connection(('192.0.2.1', 80))"
+    unreachable = subprocess.run([*probe, sys.executable, "-c", connect], capture_output=True, text=True, check=False)
+    assert "unreachable" in unreachable.stderr
+    command = [*probe, sys.executable, "-c", OFFLINE, str(run.parent), NAME, str(make_export(run, 1))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert max(json.loads(done.stdout.split("]")[0] + "]")) < 1 + 1  # a start of Python is in some
+    assert repository.read_file("main", "config.json") == b"{}"
+    assert [commit.title for commit in repository.commits(NAME)][:2] == ["Step 2", "Step 1"]
+
+
 def test_a_full_disk_leaves_the_queue_as_it_was(run, monkeypatch):
     queue = enqueue(run, 500)
 
@@ -226,4 +266,4 @@ def test_a_full_disk_leaves_the_queue_as_it_was(run, monkeypatch):
     with pytest.raises(UserError, match="step 1000 was not queued: No space left"):
         enqueue(run, 1000)
     assert [entry.step for entry in queue.pending()] == [500]
-    assert [path.name for path in (run / "hub" / "queue").iterdir()] == ["step-00000500"]
+    assert [path.name for path in (run / "hub" / "queue").iterdir()] == ["000001-step-00000500"]

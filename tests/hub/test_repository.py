@@ -117,6 +117,34 @@ def test_merge_of_another_run_follows_an_earlier_publication(repository, tmp_pat
     assert repository.read_file("main", "weights") == b"3"
 
 
+def test_an_earlier_commit_can_be_merged_and_tagged(repository, tmp_path):
+    first = checkpoint(repository, "run-a", tmp_path / "a", 1)
+    checkpoint(repository, "run-a", tmp_path / "a", 2)
+    repository.merge("run-a", commit=first)
+    assert repository.read_file("main", "weights") == b"1"
+    repository.merge("run-a")
+    assert repository.read_file("main", "weights") == b"2"
+    merged = repository.merge("run-a", commit=first)  # back to one that main contains
+    assert repository.read_file("main", "weights") == b"1" == repository.read_file(merged, "weights")
+    repository.tag("v1", first)
+    repository.tag("v1", first)
+    assert repository.resolve("v1") == first and repository.read_file("v1", "weights") == b"1"
+    with pytest.raises(UserError, match="'v1' names commit"):
+        repository.tag("v1", merged)
+    with pytest.raises(UserError, match="not a tag that git accepts"):
+        repository.tag("a b", first)
+
+
+def test_a_revision_is_written_to_a_folder(repository, tmp_path):
+    repository.create_branch("run-a")
+    weights = os.urandom(3 << 20)
+    commit = repository.commit_folder("run-a", export(tmp_path / "a", weights=weights, sub__x=b"x"), "step 1")
+    assert repository.download(commit, tmp_path / "out", only=["*"]) == tmp_path / "out"
+    assert not repository.download(commit, tmp_path / "none").exists()  # no name of a model's file
+    assert (tmp_path / "out" / "weights").read_bytes() == weights
+    assert (tmp_path / "out" / "sub" / "x").read_bytes() == b"x"
+
+
 def test_merge_refuses_to_hide_a_foreign_commit_on_main(repository, tmp_path):
     checkpoint(repository, "run-a", tmp_path / "a", 1)
     git("clone", "-q", repository.path, tmp_path / "clone")
@@ -129,6 +157,8 @@ def test_merge_refuses_to_hide_a_foreign_commit_on_main(repository, tmp_path):
     with pytest.raises(UserError, match=r"Notes by hand.*merge 'main' into 'run-a'"):
         repository.merge("run-a")
     assert repository.head("main") == before
+    assert repository.read_file(repository.merge("run-a", overwrite=True), "weights") == b"1"
+    git("--git-dir", repository.path, "update-ref", "refs/heads/main", before)
     # Done as told, the merge goes through.
     git("-C", tmp_path / "clone", "checkout", "-q", "run-a")
     git("-C", tmp_path / "clone", *identity, "merge", "-q", "-m", "Take main in", "main")
@@ -179,7 +209,7 @@ def test_what_cannot_be_read_or_committed_is_named(repository, tmp_path):
         repository.commits("run-b")
     with pytest.raises(UserError, match=r"no file 'x' at 'main'; it has README.md"):
         repository.read_file("main", "x")
-    with pytest.raises(UserError, match="no branch or commit '--help'"):
+    with pytest.raises(UserError, match="no branch, tag or commit '--help'"):
         repository.read_file("--help", "x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no files to commit"):
@@ -200,9 +230,7 @@ def test_open_repository_reads_the_hub_field(tmp_path):
     assert open_repository("off", tmp_path) is None
     assert open_repository("local", tmp_path).path == tmp_path / "hub.git"
     assert open_repository(str(tmp_path / "x.git"), "runs").path == tmp_path / "x.git"
-    for place in ("org/name", "https://example.org/x.git"):
-        with pytest.raises(UserError, match="local git repositories only"):
+    for place in ("/srv/models", "a/b/c", "one"):
+        with pytest.raises(UserError, match="none of local, off, org/name on the Hub, or a path ending in .git"):
             open_repository(place, tmp_path)
-    with pytest.raises(UserError, match="none of local, off, or a path ending in .git"):
-        open_repository("/srv/models", tmp_path)
     assert list(tmp_path.glob("*.git")) == []

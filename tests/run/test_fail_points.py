@@ -127,7 +127,7 @@ class Bench:
         files = checkpoint_files.read_manifest(checkpoint)["files"]
         exported = {name[7:]: entry["sha256"] for name, entry in files.items() if name.startswith("export/")}
         assert [entry.sha256 for entry in pending].count(exported) == 1
-        assert [queue._damage(entry) for entry in pending] == [None] * len(pending)
+        assert [queue.damage(entry) for entry in pending] == [None] * len(pending)
 
 
 def replace(folder: Path, source: Path) -> None:

@@ -54,6 +54,16 @@ def test_metrics_are_rows_at_once(tmp_path):
     assert [row["step"] for row in rows(metrics)] == [1, 2]
 
 
+def test_the_curve_of_losses_is_thin_and_ends_with_the_last(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    assert metrics.losses(4) == []
+    for step in range(1, 11):
+        metrics.append({"step": step, "loss": step / 2})
+        metrics.append({"step": step, "eval_loss": 1.0})
+    assert metrics.losses(4) == [(1, 0.5), (4, 2.0), (7, 3.5), (10, 5.0)]
+    assert len(metrics.losses(100)) == 10
+
+
 def test_numbers_that_json_has_no_word_for(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl")
     metrics.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "low": -math.inf})

@@ -48,13 +48,17 @@ def contents(folder):
         (("--max-train-steps", "ten"), ["max-train-steps", "ten"]),
         (("--config", "absent.yaml"), ["absent.yaml"]),
         (("--hostfile", "absent.txt"), ["absent.txt"]),
-        (("--hub", "org/name"), ["org/name", "local"]),
+        (("--hub", "org/name"), ["org/name", "HF_TOKEN is not set"]),
+        (("--data", "https://user:hf_" + "x" * 34 + "@example.org"), ["the run config holds", "hugging face token"]),
+        (("--hub", "org/name/x"), ["org/name/x", "local"]),
+        (("--hub", "https://user:secret@example.org/x"), ["hub: a URL is not taken"]),
         (("--run-name", "a b"), ["a b"]),
         (("--data", "absent"), ["absent"]),
         (("--tokenizer", "absent"), ["absent"]),
     ],
 )
-def test_wrong_options(workshop, tmp_path, arguments, words):
+def test_wrong_options(workshop, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     refused(workshop.refuse(*arguments, output_dir=tmp_path / "runs"), *words)
     assert not list(tmp_path.iterdir())
 
@@ -72,6 +76,16 @@ def test_mistyped_deepspeed_key(workshop, tmp_path):
     process = workshop.train("--deepspeed", str(file), output_dir=tmp_path / "runs")
     refused(process, f"{file}:1", "zero_optimisation", "zero_optimization")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_token_in_a_deepspeed_json_is_refused_without_its_words(workshop, tmp_path, monkeypatch):
+    secret = "a-token-of-no-known-form"
+    monkeypatch.setenv("SOME_API_KEY", secret)
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "wandb": {"team": secret}}))
+    process = workshop.refuse("--deepspeed", str(file), output_dir=tmp_path / "runs")
+    line = refused(process, f"{file} holds the value of SOME_API_KEY", "HF_TOKEN")
+    assert secret not in line and list(tmp_path.iterdir()) == [file]
 
 
 def test_unwritable_and_mistaken_run_folders(workshop, tmp_path):

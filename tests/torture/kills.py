@@ -206,7 +206,7 @@ class Start:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 ours = process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE
-                if ours and "codeparrot_ds.hub.queue" not in process.cmdline():
+                if ours and "codeparrot_ds.hub.worker" not in process.cmdline():
                     found.append(process)
         return found
 

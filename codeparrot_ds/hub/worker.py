@@ -1,0 +1,289 @@
+"""Drains a run's push queue: every export is committed to the run's branch once, in order, through outages and kills.
+
+``python -m codeparrot_ds.hub.worker RUN`` is the process that training starts with ``start_drain`` after each
+checkpoint, so that a push never blocks a step. It tries again while the place does not answer, with growing pauses;
+what only the user can mend ends it, is recorded in the queue and told when the run ends. A later start, or
+``codeparrot-ds hub push``, goes on from what is there.
+
+A push may have succeeded although its answer was lost, or its process was killed before the record was written: its
+commit is then found on the branch by the trailers of its message. A commit names its parent, so that an attempt that
+arrives late cannot add a second one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
+from codeparrot_ds.hub.repository import Commit, Repository, UnavailableError, open_repository
+
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 300.0
+WORKER_PATIENCE_SECONDS = 6 * 3600.0
+"""Without one success; the next checkpoint starts another worker anyway."""
+
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where a run's checkpoints go: the branch and the repository, and the id that tells two runs of one name apart."""
+
+    branch: str
+    run_id: str | None
+    repository: Repository
+
+
+@dataclass(kw_only=True)
+class DrainResult:
+    """What one drain did: pushes made, and one sentence for each refused entry."""
+
+    pushed: list[Pushed] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+class Pauses:
+    """The pauses between attempts: longer with each failure of the same request, and random to a half.
+
+    A failure of another request than before shows that the place is up: the pauses begin small again. Randomness keeps
+    many runs from coming in step.
+    """
+
+    def __init__(
+        self,
+        patience_seconds: float,
+        *,
+        first_seconds: float = FIRST_PAUSE_SECONDS,
+        longest_seconds: float = LONGEST_PAUSE_SECONDS,
+    ):
+        self.patience_seconds, self._first, self._longest = patience_seconds, first_seconds, longest_seconds
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins anew after a success."""
+        self._next, self._request, self._end = self._first, "", time.monotonic() + self.patience_seconds
+
+    def next(self, error: UnavailableError) -> float | None:
+        """Returns the seconds to wait, not less than what the place asked for; None when patience is at its end."""
+        if error.request != self._request:
+            self._next, self._request = self._first, error.request
+        pause = max(self._next * random.uniform(0.5, 1.0), error.retry_after or 0.0)
+        self._next = min(2 * self._next, self._longest)
+        return None if time.monotonic() + pause > self._end else pause
+
+    def patiently(self, ask: Callable[[], Answer], failed: Callable[[UnavailableError, float | None], None]) -> Answer:
+        """Calls until there is an answer, with pauses; raises the last failure when patience is at its end.
+
+        Args:
+            ask: may be called again after a failure.
+            failed: is told each failure and the seconds until the next attempt, None without one.
+        """
+        while True:
+            try:
+                answer = ask()
+            except UnavailableError as error:
+                pause = self.next(error)
+                failed(error, pause)
+                if pause is None:
+                    raise
+                time.sleep(pause)
+            else:
+                return answer
+
+
+def drain(
+    queue: PushQueue,
+    destination: Destination,
+    *,
+    pauses: Pauses | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> DrainResult:
+    """Commits every waiting entry to the branch until none is left, and returns what was done.
+
+    Waits while another process drains, or leaves it to the one that waits already. Damaged entries move to
+    ``refused/`` and the others go on.
+
+    Args:
+        queue: of the run.
+        destination: of the run.
+        pauses: between attempts while the place is not available; none without, the first failure is raised.
+        say: takes a line whenever an attempt fails.
+
+    Raises:
+        UserError: something that the user must mend, or patience is at its end; the entries stay in the queue.
+    """
+    work = _Drain(queue, destination, pauses or Pauses(0.0), say)
+    with queue.lock() as mine:
+        try:
+            if mine:
+                work.run()
+        except UnavailableError:
+            raise
+        except UserError as error:
+            queue.note_problem(str(error))
+            raise
+    return work.result
+
+
+@dataclass
+class _Drain:
+    """One process's work on a queue, under its lock."""
+
+    queue: PushQueue
+    destination: Destination
+    pauses: Pauses
+    say: Callable[[str], None]
+    result: DrainResult = field(default_factory=DrainResult)
+
+    def run(self) -> None:
+        if self.queue.entry_folders() and not self.queue.pushed():
+            repository = self.destination.repository
+            self._ask(repository.create)
+            self._ask(lambda: repository.create_branch(self.destination.branch))
+        # Read again until empty: training may have added an entry during the last push.
+        while folders := self.queue.entry_folders():
+            for path in folders:
+                self._push_one(path)
+                self.queue.note_problem(None)
+                self.pauses.reset()
+
+    def _ask(self, call: Callable[[], Answer]) -> Answer:
+        return self.pauses.patiently(call, self._failed)
+
+    def _failed(self, error: UnavailableError, pause: float | None) -> None:
+        self.queue.note_problem(str(error), None if pause is None else time.time() + pause)
+        if pause is not None:
+            self.say(f"{error}; trying again in {pause:.1f} s")
+
+    def _push_one(self, path: Path) -> None:
+        queue, entry = self.queue, read_entry(path)
+        problem = entry if isinstance(entry, str) else damage(entry)
+        if isinstance(entry, str) or problem:
+            if path.exists():  # else it was dropped to make room
+                self.result.refused.append(queue.refuse(path, str(problem)))
+            return
+        if not any((known.step, known.digest) == (entry.step, entry.digest) for known in queue.pushed()):
+            try:
+                commit = self._ask(lambda: self._commit(entry))
+            except UserError:
+                if path.exists():
+                    raise
+                return  # training has dropped it meanwhile, to make room
+            push = Pushed(
+                step=entry.step,
+                digest=entry.digest,
+                commit=commit,
+                branch=self.destination.branch,
+                title=entry.title,
+                time=time.time(),
+            )
+            queue.record_push(push)
+            self.result.pushed.append(push)
+        queue.remove(path)
+
+    def _commit(self, entry: Entry) -> str:
+        """Commits an entry, or finds the commit that an earlier attempt made; returns its id."""
+        branch, run_id, repository = self.destination.branch, self.destination.run_id, self.destination.repository
+        head, pushed = self._ask(lambda: repository.head(branch)), self.queue.pushed()
+        if not pushed or pushed[-1].commit != head:
+            history = self._ask(lambda: repository.commits(branch))
+            check_owner(history, self.destination)
+            wanted = entry.trailers(branch, run_id)
+            for commit in history:
+                if all(commit.trailer(key) == value for key, value in wanted.items()):
+                    return commit.id
+            head = history[0].id
+        body = entry.message_body(branch, run_id)
+        return repository.commit_folder(branch, entry.files, entry.title, body, parent=head, sha256=entry.sha256)
+
+
+def check_owner(history: list[Commit], destination: Destination) -> None:
+    """Refuses a branch that has checkpoints of another run with this name.
+
+    Raises:
+        UserError: it says which.
+    """
+    for commit in history:
+        if commit.trailer("Run") == destination.branch and commit.trailer("Run-Id") != destination.run_id:
+            raise UserError(
+                f"{destination.repository}: branch '{destination.branch}' has checkpoints of another run with that "
+                f"name (commit {commit.id[:10]}: {commit.title}); choose another --run-name or another --hub"
+            )
+
+
+def read_destination(run_dir: str | os.PathLike[str]) -> Destination:
+    """Returns where a run's checkpoints go, from its ``run.json``: ``name``, ``id`` and ``hub``.
+
+    Raises:
+        UserError: the folder is no run, or one without a branch.
+    """
+    path = Path(run_dir) / "run.json"
+    try:
+        run = json.loads(path.read_text())
+        name, run_id, hub = str(run["name"]), run.get("id"), str(run.get("hub") or "off")
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} is not a run folder: it has no run.json") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: not a run's record ({error})") from None
+    repository = open_repository(hub, path.absolute().parent.parent)
+    if repository is None:
+        raise UserError(f"{path}: this run was trained with hub off, so nothing was queued")
+    return Destination(branch=name, run_id=run_id, repository=repository)
+
+
+def start_drain(run_dir: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
+    """Starts a process that drains the run's queue and returns it; its words go to ``<run>/hub/push.log``.
+
+    It has a session of its own, so Ctrl-C and signals to the training's process group do not reach it.
+    """
+    log = Path(run_dir) / "hub" / "push.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    package_parent = str(Path(__file__).resolve().parents[2])
+    search_path = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    with open(log, "ab") as handle:
+        return subprocess.Popen(
+            [sys.executable, "-m", "codeparrot_ds.hub.worker", str(run_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """Drains the queue of the run folder named in ``arguments``; 0 when nothing is left, 2 when something is."""
+
+    def say(text: str) -> None:
+        stamp = datetime.datetime.now().isoformat(timespec="seconds")
+        print("\n".join(f"{stamp} {line}" for line in text.splitlines()), flush=True)
+
+    os.nice(10)  # the training's steps come first
+    try:
+        (run_dir,) = arguments
+        pauses = Pauses(WORKER_PATIENCE_SECONDS)
+        result = drain(PushQueue(run_dir), read_destination(run_dir), pauses=pauses, say=say)
+    except UserError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    for push in result.pushed:
+        say(f"pushed step {push.step} to branch {push.branch}: {push.title}")
+    for sentence in result.refused:
+        say(f"error: {sentence}")
+    return UserError.exit_code if result.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
