@@ -1,8 +1,8 @@
 """Engines saved at one layout and reopened at another; all pairs are in ``benchmarks/checkpoint_matrix.py``.
 
-Every stage in both precisions is saved by two and by three ranks and reopened by three and by two; so are those with their optimizer
-or all of it offloaded, and checkpoints that DeepSpeed itself wrote. What is compared, and with what, is told in
-``layouts.py``.
+Every stage in both precisions is saved by two and by three ranks and reopened by three and by two; the rest of the list
+has offloading, other classes of optimizer, other precisions of its state, one rank, the disk, and what DeepSpeed itself
+wrote. What is compared, and with what, is told in ``layouts.py``.
 """
 
 import itertools
