@@ -78,8 +78,9 @@ class Worker:
         self._read: int | None = None
         self._pid: int | None = None
         bad = BadDocuments(config.max_bad_documents)
-        # A lock that another thread holds at the moment of a fork stays locked in the child for ever. Python's own are
-        # made anew there, but up to 3.11 not before one of them is taken: rarely, a child hangs before its first line.
+        # A lock that another thread holds at the moment of a fork stays locked in the child for ever. Seen with Python
+        # 3.11, which takes one of its own before it has made them anew (_PyThreadState_DeleteExcept): rarely, a child
+        # hangs before its first line.
         for _ in range(START_ATTEMPTS):
             if self._fork(lambda: BlockMaker(config, lanes, states, bad), bad, others):
                 break

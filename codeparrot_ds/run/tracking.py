@@ -71,11 +71,11 @@ class Metrics:
         durable.replace_file(self.path, ["".join(f"{line}\n" for line in kept).encode()])
 
     def losses(self, points: int) -> list[tuple[int, float]]:
-        """The training losses so far by step, thinned evenly to so many; the last is among them."""
+        """The training losses so far by step that are finite, thinned evenly to so many; the last is among them."""
         if not self.path.is_file():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "loss" in row]
+        rows = [row for row in map(json.loads, lines) if "loss" in row and math.isfinite(float(row["loss"]))]
         chosen = rows[:: -max(1, math.ceil(len(rows) / points))][::-1]
         return [(row["step"], float(row["loss"])) for row in chosen]
 

@@ -18,6 +18,15 @@ TEMPORARY = (500, 502, 503, 504, 429, 409, 412)
 REPEATED_BY_THE_LIBRARY = ("preupload", "objects/batch", "/store/", "/verify", "/commits/")
 
 
+def export(folder: Path, **files: bytes) -> Path:
+    """A folder with these files; ``__`` in a name is a slash."""
+    for name, content in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
 def make_run(runs: Path, name: str, run_id: str | None = None) -> Path:
     """The folder of a run that has not pushed yet."""
     folder = runs / name

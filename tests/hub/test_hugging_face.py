@@ -13,6 +13,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository
 from codeparrot_ds.hub.repository import UnavailableError, open_repository
 from tests.hub.model_hub import READER, Fault
+from tests.hub.pushing import export
 
 CARD = b"---\nlicense: other\ntags: [code]\n---\n# A card\n"
 
@@ -23,14 +24,6 @@ def repository(hub):
     repository.create()
     repository.create_branch("brave-fox-1")
     return repository
-
-
-def export(folder: Path, **files: bytes) -> Path:
-    for name, content in files.items():
-        path = folder / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
 
 
 def checkpoint(folder: Path, step: int) -> Path:

@@ -8,6 +8,7 @@ import pytest
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.repository import LocalRepository, open_repository
+from tests.hub.pushing import export
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +33,6 @@ def git(*arguments: str | Path) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     done = subprocess.run(["git", *map(str, arguments)], capture_output=True, text=True, env=environment, check=True)
     return done.stdout.strip()
-
-
-def export(folder: Path, **files: bytes) -> Path:
-    for name, content in files.items():
-        path = folder / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
 
 
 def checkpoint(repository: LocalRepository, branch: str, folder: Path, step: int) -> str:

@@ -158,7 +158,7 @@ def test_deepspeed_still_steps_while_it_builds_stage_0(build, optimizer):
 
 @pytest.mark.parametrize("optimizer", [{}, {"torch_adam": True}], ids=["DeepSpeed's Adam", "torch's Adam"])
 def test_the_loss_of_stage_0_in_fp16_is_scaled(build, fp16, optimizer):
-    """When the second assertion fails, DeepSpeed has mended it: remove ``_scale_the_loss_at_stage0``."""
+    """When the last assertion fails, DeepSpeed has mended it: remove ``_scale_the_loss_at_stage0``."""
     norms = []
     for name, mended in (("zero1_fp16", True), ("zero0_fp16", True), ("zero0_fp16", False)):
         engine = build(name, optimizer=optimizer, mended=mended)

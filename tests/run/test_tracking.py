@@ -60,6 +60,7 @@ def test_the_curve_of_losses_is_thin_and_ends_with_the_last(tmp_path):
     for step in range(1, 11):
         metrics.append({"step": step, "loss": step / 2})
         metrics.append({"step": step, "eval_loss": 1.0})
+    metrics.append({"step": 11, "loss": float("nan")})  # no number of JSON, for a card or training_state.json
     assert metrics.losses(4) == [(1, 0.5), (4, 2.0), (7, 3.5), (10, 5.0)]
     assert len(metrics.losses(100)) == 10
 
