@@ -50,15 +50,17 @@ from codeparrot_ds.zero.memory import Memory
 
 BYTES_A_PARAMETER = 16  # a checkpoint: three fp32 numbers for the optimizer, the export, and room for the rest
 DEFAULT_CPU_RANKS = 2
+RANK = "codeparrot_ds.train"
 
 
-def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -> int:
+def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *, module: str = RANK) -> int:
     """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
 
     Args:
         config: the run config, resolved from ``arguments``.
         launch: where the ranks run.
         arguments: the options of ``train`` as typed, without the launcher's own; every rank parses them again.
+        module: what a rank runs.
 
     Raises:
         UserError: anything that can be known to be wrong before a rank starts.
@@ -85,7 +87,7 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
         outage = prepare_branch(config.hub, output_dir, name)
         if outage is not None:
             print(f"warning: {outage}; checkpoints are queued and pushed when it answers", file=sys.stderr)
-    command = _launcher_command(launch, ranks, [*arguments, "--run-name", name])
+    command = _launcher_command(launch, ranks, [*arguments, "--run-name", name], module)
     environment[LAUNCHED_AT] = str(started)
     environment.pop(LEADS, None)
     if "deepspeed.launcher.launch" in command:  # and not the runner, which starts it on each host
@@ -287,14 +289,14 @@ def _build_operators(ds_config: dict[str, Any], device: str, environment: dict[s
         raise UserError(lines[-1].removeprefix("codeparrot-ds: error: ") if lines else "building operators failed")
 
 
-def _launcher_command(launch: LaunchOptions, ranks: int, arguments: list[str]) -> list[str]:
+def _launcher_command(launch: LaunchOptions, ranks: int, arguments: list[str], module: str = RANK) -> list[str]:
     """The command of DeepSpeed's launcher: the whole of it for hosts and filters, its per-node half for this machine.
 
     On one machine the first half (``deepspeed``, the runner) only starts the second; it costs an import of torch, and
     it reports success when the second is killed.
     """
     port = str(launch.master_port or _free_port())
-    ranks_command = ["--module", "codeparrot_ds.train", *arguments]
+    ranks_command = ["--module", module, *arguments]
     if not (launch.hostfile or launch.include or launch.exclude):
         world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
         node = [f"--world_info={world}", f"--master_addr={launch.master_addr or '127.0.0.1'}", f"--master_port={port}"]
