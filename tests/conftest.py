@@ -38,6 +38,7 @@ def _launching(item: pytest.Item) -> int | None:
     return next((place for place, begin in enumerate(LAUNCHING) if path.startswith(begin)), None)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist writes the groups into the names next
 def pytest_collection_modifyitems(items):
     """Launching tests are one group and come first; every other module is a group of its own."""
     for item in items:
