@@ -641,6 +641,7 @@ def _add_compare(commands: Any) -> None:
         "--hang-limit", type=_count, default=300, metavar="SECONDS",
         help=_default("end a trial that writes nothing for so long", 300),
     )  # fmt: skip
+    group.add_argument("--retry-failed", action="store_true", help="when going on, run again what did not finish")
     group.add_argument(
         "--out", type=Path, default=Path("comparison"), metavar="DIR", help=_default("folder", "./comparison")
     )
@@ -665,7 +666,13 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         parts_steps=arguments.parts_steps,
         checkpoint=arguments.checkpoint,
     )
-    return run_comparison(request, arguments.out, hang_seconds=arguments.hang_limit, say=_say)
+    return run_comparison(
+        request,
+        arguments.out,
+        hang_seconds=arguments.hang_limit,
+        retry_failed=arguments.retry_failed,
+        say=_say,
+    )
 
 
 def _say(line: str) -> None:

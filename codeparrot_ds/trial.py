@@ -239,7 +239,11 @@ def _write_failure(path: Path, error: BaseException, phase: str, step: int) -> N
     """What this rank broke of, for ``compare``; the error itself goes its way."""
     from codeparrot_ds.run.trial_failure import describe_failure
 
-    write_json(path, describe_failure(error, phase, step, resident_bytes("VmHWM")))
+    torch = sys.modules.get("torch")  # what fails before it is imported has used no device
+    on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+    device_peak = torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None
+    peak = resident_bytes("VmHWM")
+    write_json(path, describe_failure(error, phase, step, resident_peak_bytes=peak, device_peak_bytes=device_peak))
 
 
 def _device_name(session: Session) -> str:

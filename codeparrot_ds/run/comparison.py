@@ -33,10 +33,11 @@ from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_g
 from codeparrot_ds.run.launch import check_run
 from codeparrot_ds.run.ops import are_built
 from codeparrot_ds.run.plan import predict
-from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
+from codeparrot_ds.zero.ds_config import find_ds_config, precision, read_ds_config, resolve_ds_config, zero_stage
 from codeparrot_ds.zero.imported import import_ds_config
 from codeparrot_ds.zero.lint import libaio_installed, lint
 from codeparrot_ds.zero.memory import Memory
+from codeparrot_ds.zero.verdict import coarser
 
 # What all candidates of a comparison share; the rest of the run config may differ from one to the next.
 SHARED = (
@@ -45,6 +46,7 @@ SHARED = (
 )
 NOT_OPTIONS = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps")
 SENSITIVITY = "sensitivity"
+RESULT, FINISHED = "result.json", "finished"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,12 +333,90 @@ def open_folder(folder: Path, request: Request) -> None:
         raise UserError(f"{folder} holds another comparison ({'; '.join(differing)}): choose another --out")
 
 
-def read_result(folder: Path, trial: Trial) -> dict[str, Any] | None:
-    """What became of a trial; None while it has not been run to its end."""
-    try:
-        return dict(json.loads((folder / "trials" / trial.name / "result.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+class Results:
+    """What became of the trials of a comparison, read from its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of(self, trial: Trial) -> dict[str, Any] | None:
+        """``result.json`` of a trial; None while it has not been run to its end."""
+        try:
+            return dict(json.loads((self.folder / "trials" / trial.name / RESULT).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def status(self, trial: Trial) -> str | None:
+        """How a trial ended; None while it has not."""
+        result = self.of(trial)
+        return None if result is None else str(result["status"])
+
+    def has_failed(self, candidate: Candidate, repeats: int) -> bool:
+        """Whether a trial of a candidate did not finish; its other trials would hardly say more."""
+        statuses = [self.status(Trial(candidate=candidate, repeat=repeat)) for repeat in range(repeats)]
+        return any(status not in (None, FINISHED) for status in statuses)
+
+
+def forget_failures(folder: Path) -> None:
+    """Removes the results of the trials that did not finish, so that they are run again."""
+    for path in folder.glob(f"trials/*/{RESULT}"):
+        if json.loads(path.read_text(encoding="utf-8"))["status"] != FINISHED:
+            path.unlink()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is run, in which order
+
+
+def left_to_run(request: Request, candidates: Sequence[Candidate], results: Results) -> list[Trial]:
+    """The trials without a result, in the order of running; none of candidates of which one failed."""
+    ready = [candidate for candidate in candidates if candidate.skipped is None]
+    failed = {candidate.name for candidate in ready if results.has_failed(candidate, request.repeats)}
+    reference = reference_of(candidates, results)
+    return [
+        trial
+        for trial in all_trials(request, ready, reference)
+        if trial.candidate.name not in failed and results.status(trial) is None
+    ]
+
+
+def all_trials(request: Request, ready: Sequence[Candidate], reference: Candidate) -> list[Trial]:
+    """Every trial in the order of running: forwards and backwards by turns, sensitivity runs after the first."""
+    in_order = sorted(ready, key=lambda candidate: candidate != reference)  # the others keep their order
+    trials = []
+    for repeat in range(request.repeats):
+        turn = in_order if repeat % 2 == 0 else in_order[::-1]
+        trials += [Trial(candidate=candidate, repeat=repeat) for candidate in turn]
+    return [trials[0], *sensitivity_trials(ready, reference), *trials[1:]]
+
+
+def sensitivity_trials(ready: Sequence[Candidate], reference: Candidate) -> list[Trial]:
+    """The reference once more for each precision that another config is judged in."""
+    own = precision(reference.resolved)
+    others = [candidate for candidate in ready if candidate != reference]
+    needed = {coarser(precision(candidate.resolved), own) for candidate in others}
+    return [Trial(candidate=reference, repeat=0, perturbed=name) for name in sorted(needed)]
+
+
+def reference_of(candidates: Sequence[Candidate], results: Results) -> Candidate:
+    """The config that losses are compared with: fp32 at stage 0 on the fewest ranks where given, else the first.
+
+    One whose first trial did not finish leaves that to the next; where none did, it is the first after all.
+    """
+    ready = [candidate for candidate in candidates if candidate.skipped is None]
+    ready.sort(key=lambda each: (not _is_plain(each), each.world_size if _is_plain(each) else 0))
+    for candidate in ready:
+        if results.status(Trial(candidate=candidate, repeat=0)) in (None, FINISHED):
+            return candidate
+    return ready[0]
+
+
+def _is_plain(candidate: Candidate) -> bool:
+    return precision(candidate.resolved) == "fp32" and zero_stage(candidate.resolved) == 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
 def check_data(config: RunConfig, folder: Path, *, device: str, world_size: int) -> None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from codeparrot_ds.run.comparison import FINISHED
 from codeparrot_ds.run.comparison_report import WAITING, Findings, Outcome, differences, figures_of
 from codeparrot_ds.run.plots import THEMES, number
 from codeparrot_ds.run.report_page import CSS, NOTHING
@@ -161,7 +162,7 @@ def _ranking(findings: Findings) -> Table:
 def _left_out(findings: Findings) -> Table | None:
     rows = []
     for each in findings.outcomes:
-        if each.status == "finished" or (each.status == WAITING and each.speed is not None and not each.reason):
+        if each.status == FINISHED or (each.status == WAITING and each.speed is not None and not each.reason):
             continue
         figures = figures_of(each, findings.request)
         rows.append(

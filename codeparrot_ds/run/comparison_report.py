@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
-from codeparrot_ds.run.comparison import Candidate, Request, Trial, read_result
+from codeparrot_ds.run.comparison import FINISHED, Candidate, Request, Results, Trial
 from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_gpu
 from codeparrot_ds.run.initial_weights_folder import fingerprints
 from codeparrot_ds.zero.ds_config import leaves, precision, zero_stage
@@ -217,13 +217,13 @@ def _on_ranks(candidate: Candidate) -> str:
 
 def judge_all(
     request: Request,
-    folder: Path,
+    results: Results,
     candidates: Sequence[Candidate],
     reference: Candidate,
     tried: Sequence[str] = (),
 ) -> Findings:
     """Reads every result, and judges it against the reference, or the first that has losses where that has none."""
-    outcomes = [_outcome(request, folder, candidate) for candidate in candidates]
+    outcomes = [_outcome(request, results, candidate) for candidate in candidates]
     with_losses = [each for each in outcomes if each.rows]
     chosen = next((each for each in with_losses if each.name == reference.name), None)
     chosen = chosen or next(iter(with_losses), None)
@@ -232,11 +232,11 @@ def judge_all(
     if chosen is not None:
         base = trace_of(chosen)
         for name in ROUNDOFF:
-            result = read_result(folder, Trial(candidate=chosen.candidate, repeat=0, perturbed=name))
+            result = results.of(Trial(candidate=chosen.candidate, repeat=0, perturbed=name))
             if result is not None and (result.get("found") or {}).get("rows"):
-                twin = Outcome(candidate=chosen.candidate, results=[result], status="finished", found=result["found"])
+                twin = Outcome(candidate=chosen.candidate, results=[result], status=FINISHED, found=result["found"])
                 sensitivity[name] = sensitivity_of(base, trace_of(twin), name)
-    expected = fingerprints(folder / "initial")
+    expected = fingerprints(results.folder / "initial")
     for each in with_losses:
         if chosen is not None and base is not None:
             verdict = judge(trace_of(each), base, sensitivity, expected)
@@ -252,24 +252,24 @@ def judge_all(
     )
 
 
-def _outcome(request: Request, folder: Path, candidate: Candidate) -> Outcome:
+def _outcome(request: Request, results: Results, candidate: Candidate) -> Outcome:
     if candidate.skipped is not None:
         return Outcome(candidate=candidate, results=[], status="skipped", reason=candidate.skipped)
     trials = [Trial(candidate=candidate, repeat=repeat) for repeat in range(request.repeats)]
-    results = [result for trial in trials if (result := read_result(folder, trial)) is not None]
-    broken = next((result for result in results if result["status"] != "finished"), None)
-    status = WAITING if len(results) < request.repeats else "finished"
-    outcome = Outcome(candidate=candidate, results=results, status=broken["status"] if broken else status)
+    done = [result for trial in trials if (result := results.of(trial)) is not None]
+    broken = next((result for result in done if result["status"] != FINISHED), None)
+    status = WAITING if len(done) < request.repeats else FINISHED
+    outcome = Outcome(candidate=candidate, results=done, status=broken["status"] if broken else status)
     outcome.reason = broken["reason"] if broken else None
-    if status == WAITING and not broken and results:
-        outcome.reason = f"{len(results)} of {request.repeats} trials"
+    if status == WAITING and not broken and done:
+        outcome.reason = f"{len(done)} of {request.repeats} trials"
     steps = [
         [float(row["tokens_per_second"]) for row in result["found"]["rows"][request.warmup_steps :]]
-        for result in results
-        if result["status"] == "finished" and result.get("found")
+        for result in done
+        if result["status"] == FINISHED and result.get("found")
     ]
     outcome.speed = speed_of(steps)
-    outcome.found = next((result["found"] for result in results if (result.get("found") or {}).get("rows")), {})
+    outcome.found = next((result["found"] for result in done if (result.get("found") or {}).get("rows")), {})
     return outcome
 
 

@@ -14,18 +14,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
 from codeparrot_ds.config import save_config
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.comparison import Trial
+from codeparrot_ds.run.comparison import FINISHED, RESULT, Request, Trial
 from codeparrot_ds.run.device_memory import gigabytes
 from codeparrot_ds.run.parent_end import signal_at_parents_end
+from codeparrot_ds.run.trial_failure import OUT_OF_MEMORY, REFUSED, processes_killed_for_memory
 
+FOUND = "found.json"
+HUNG, CRASHED = "hung", "crashed"
 POLL_SECONDS = 0.2
+PROGRAM = (sys.executable, "-m", "codeparrot_ds.trial")
 SAMPLE_SECONDS = 1.0
 """Between two looks at the memory of all processes: for a trial that is killed before it can say."""
 
@@ -38,6 +42,7 @@ def run_trial(
     orders: dict[str, Any],
     hang_seconds: float,
     progress: Callable[[int], None],
+    program: Sequence[str] = PROGRAM,
 ) -> dict[str, Any]:
     """Runs a trial to its end and writes its ``result.json``; what an earlier, interrupted try left is removed.
 
@@ -48,6 +53,7 @@ def run_trial(
         orders: ``steps``, ``parts_steps`` and ``checkpoint`` of ``trial.Orders``.
         hang_seconds: a trial that writes nothing for so long is ended.
         progress: told of the steps done, now and then.
+        program: the command, less its options.
 
     Raises:
         KeyboardInterrupt: the user's; all its processes are gone and there is no result.
@@ -68,12 +74,12 @@ def run_trial(
     )
     save_config(config, place / "config.yaml")
     durable.write_json(place / "orders.json", orders | {"folder": str(place.absolute())})
-    command = [sys.executable, "-m", "codeparrot_ds.trial", "--config", str(place / "config.yaml")]
+    command = [*program, "--config", str(place / "config.yaml")]
     command += ["--num-gpus", str(trial.candidate.world_size), "--ignore-memory-plan"]
     environment = os.environ | {"CODEPARROT_DS_TRIAL": str((place / "orders.json").absolute())}
     package_parent = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
-    started = time.monotonic()
+    started, killed_before = time.monotonic(), processes_killed_for_memory()
     with (place / "output.log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -89,12 +95,24 @@ def run_trial(
             hung = watch.wait()
         finally:
             end_processes(process)
-    result = judge_end(process.returncode, hung, place, watch.peak_bytes)
+    killed = processes_killed_for_memory() > killed_before
+    result = judge_end(process.returncode, hung, place, sampled_peak_bytes=watch.peak_bytes, killed_for_memory=killed)
     result |= {"name": trial.name, "repeat": trial.repeat, "seconds": round(time.monotonic() - started, 2)}
-    result["found"] = _read(place / "found.json")
-    durable.write_json(place / "result.json", result)
+    result["found"] = _read(place / FOUND)
+    durable.write_json(place / RESULT, result)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # measured, and of no further use
     return result
+
+
+def orders_of(request: Request, trial: Trial) -> dict[str, Any]:
+    """What a trial does: parts and a checkpoint are measured once for each candidate."""
+    first = trial.repeat == 0 and not trial.perturbed
+    return {
+        "steps": request.steps,
+        "parts_steps": request.parts_steps if first else 0,
+        "checkpoint": request.checkpoint and first,
+        "noise": trial.perturbed,
+    }
 
 
 class _Watch:
@@ -135,7 +153,7 @@ class _Watch:
         """The steps done and the sizes of what a trial writes: they grow while it lives."""
         metrics = self._run / "metrics.jsonl"
         steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-        files = [self._place / "output.log", self._place / "phase", self._place / "found.json"]
+        files = [self._place / "output.log", self._place / "phase", self._place / FOUND]
         return (steps, *(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
 
 
@@ -173,8 +191,17 @@ def end_processes(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(everything, timeout=10)
 
 
-def judge_end(code: int, hung: bool, place: Path, sampled_peak_bytes: int) -> dict[str, Any]:
+def judge_end(
+    code: int, hung: bool, place: Path, *, sampled_peak_bytes: int, killed_for_memory: bool = False
+) -> dict[str, Any]:
     """What became of a trial, from its exit code and what its ranks wrote.
+
+    Args:
+        code: of its first process.
+        hung: it was ended for writing nothing.
+        place: its folder.
+        sampled_peak_bytes: the most that all its processes were seen to have resident.
+        killed_for_memory: the system killed some process meanwhile because memory ran out.
 
     Returns:
         ``status`` (one of finished, out of memory, crashed, hung, refused), ``reason`` in one sentence, ``phase`` and
@@ -182,36 +209,34 @@ def judge_end(code: int, hung: bool, place: Path, sampled_peak_bytes: int) -> di
     """
     failures = [failure for path in sorted(place.glob("failure-*.json")) if (failure := _read(path)) is not None]
     phase = (place / "phase").read_text(encoding="utf-8") if (place / "phase").is_file() else "start"
-    if code == 0 and not hung:
-        return {"status": "finished", "reason": None, "phase": phase, "step": None, "peak_bytes": None}
+    if code == 0 and not hung and (place / FOUND).is_file():
+        return {"status": FINISHED, "reason": None, "phase": phase, "step": None, "peak_bytes": None}
     result: dict[str, Any] = {"phase": phase, "step": _last_step(place), "peak_bytes": sampled_peak_bytes}
-    peaks = [failure["device_peak_bytes"] or failure["resident_peak_bytes"] for failure in failures]
-    memory = next((failure for failure in failures if failure["kind"] == "out of memory"), None)
+    memory = next((failure for failure in failures if failure["kind"] == OUT_OF_MEMORY), None)
     failed = memory or next((failure for failure in failures if failure["type"] != "SharedError"), None)
     failed = failed or next(iter(failures), None)
     if failed is not None:
-        result |= {"phase": failed["phase"], "step": failed["step"]}
-    if peaks:
-        result["peak_bytes"] = max(peaks)
+        peaks = [failure["device_peak_bytes"] or failure["resident_peak_bytes"] for failure in failures]
+        result |= {"phase": failed["phase"], "step": failed["step"], "peak_bytes": max(peaks)}
+    where = f"in step {result['step']}" if result["phase"] == "steps" else f"in its {result['phase']} phase"
     if hung:
-        where = f"after step {result['step']}" if result["step"] else f"in its {phase} phase"
-        return result | {"status": "hung", "reason": f"wrote nothing for too long {where} and was ended"}
+        after = f"after step {result['step']}" if result["step"] else where
+        return result | {"status": HUNG, "reason": f"wrote nothing for too long {after} and was ended"}
     if memory is not None:
-        peak = gigabytes(result["peak_bytes"])
-        return result | {
-            "status": "out of memory",
-            "reason": f"out of memory in step {memory['step']}, at a peak of {peak}: {memory['message']}",
-        }
-    if failed is not None and failed["kind"] == "refused":
-        return result | {"status": "refused", "reason": failed["message"]}
+        reason = f"out of memory {where}, at a peak of {gigabytes(result['peak_bytes'])}: {memory['message']}"
+        return result | {"status": OUT_OF_MEMORY, "reason": reason}
     log = (place / "output.log").read_text(encoding="utf-8", errors="replace")
+    if "exits with return code = -9" in log or code in (-9, 137):  # what other ranks say is of their lost peer
+        if killed_for_memory:
+            reason = f"the system ran out of memory {where}, at a peak of {gigabytes(sampled_peak_bytes)} in all"
+            return result | {"status": OUT_OF_MEMORY, "reason": reason, "peak_bytes": sampled_peak_bytes}
+        return result | {"status": CRASHED, "reason": f"a process was killed (SIGKILL) {where}"}
+    if failed is not None and failed["kind"] == REFUSED:
+        return result | {"status": REFUSED, "reason": failed["message"]}
     if failed is None and code == UserError.exit_code:
-        return result | {"status": "refused", "reason": _last_error(log)}
-    if failed is None and ("exits with return code = -9" in log or code in (-9, 137)):
-        reason = f"a process was killed (SIGKILL) in its {phase} phase; the system does so when memory runs out"
-        return result | {"status": "crashed", "reason": reason}
+        return result | {"status": REFUSED, "reason": _last_error(log)}
     what = f"{failed['type']}: {failed['message']}" if failed is not None else _last_error(log)
-    return result | {"status": "crashed", "reason": f"{what} (exit code {code}; see {place / 'output.log'})"}
+    return result | {"status": CRASHED, "reason": f"{what} ({where}; exit code {code}; see {place / 'output.log'})"}
 
 
 def _last_step(place: Path) -> int | None:
