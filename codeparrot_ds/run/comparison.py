@@ -370,14 +370,13 @@ def forget_failures(folder: Path) -> None:
 
 def left_to_run(request: Request, candidates: Sequence[Candidate], results: Results) -> list[Trial]:
     """The trials without a result, in the order of running; none of candidates of which one failed."""
-    ready = [candidate for candidate in candidates if candidate.skipped is None]
-    failed = {candidate.name for candidate in ready if results.has_failed(candidate, request.repeats)}
-    reference = reference_of(candidates, results)
-    return [
-        trial
-        for trial in all_trials(request, ready, reference)
-        if trial.candidate.name not in failed and results.status(trial) is None
+    going = [
+        candidate
+        for candidate in candidates
+        if candidate.skipped is None and not results.has_failed(candidate, request.repeats)
     ]
+    trials = all_trials(request, going, reference_of(candidates, results)) if going else []
+    return [trial for trial in trials if results.status(trial) is None]
 
 
 def all_trials(request: Request, ready: Sequence[Candidate], reference: Candidate) -> list[Trial]:

@@ -42,7 +42,9 @@ def test_a_trainers_config_loses_its_schedule_and_resolves_without_auto():
     assert given == TRAINER  # what was given stays as it was
     assert imported.micro_batch_size is None and imported.notes == []
     assert "scheduler" not in imported.config
-    resolved = resolve_ds_config(imported.config, RUN, world_size=2, source="test", model_hidden_size=256, nvme_path="n")
+    resolved = resolve_ds_config(
+        imported.config, RUN, world_size=2, source="test", model_hidden_size=256, nvme_path="n"
+    )
     assert "auto" not in str(resolved)
     assert resolved["train_batch_size"] == 16 and resolved["gradient_accumulation_steps"] == 2
     assert resolved["optimizer"]["params"]["lr"] == 1e-3

@@ -33,5 +33,11 @@ def test_the_ranking_falls_and_names_ties():
 
 
 def test_the_front_has_what_no_other_beats_in_both():
-    points = {"small": (1.0, 50.0), "fast": (3.0, 100.0), "beaten": (3.0, 90.0), "equal": (1.0, 50.0), "big": (9.0, 99.0)}
+    points = {
+        "small": (1.0, 50.0),
+        "fast": (3.0, 100.0),
+        "beaten": (3.0, 90.0),
+        "equal": (1.0, 50.0),
+        "big": (9.0, 99.0),
+    }
     assert pareto(points) == ["small", "equal", "fast"]
