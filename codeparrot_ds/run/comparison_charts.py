@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codeparrot_ds.run.comparison_report import Findings, Outcome, trace_of
-from codeparrot_ds.run.plots import MARKERS, THEMES, Chart, Series, draw, number
+from codeparrot_ds.run.plots import THEMES, Chart, Series, draw, marker_of, number
 from codeparrot_ds.zero.verdict import loss_bands
 
 PARTS = ("forward", "backward", "communication", "optimizer", "data")
@@ -34,7 +34,8 @@ def pictures_of(findings: Findings) -> list[Picture]:
     for chart in (_losses(findings), _differences(findings), _scaling(findings)):
         if chart is not None:
             images = {theme: draw(chart, theme) for theme in THEMES}
-            pictures.append(Picture(name=chart.name, alternative=_in_words(chart), images=images))
+            height = round(160 * chart.height)
+            pictures.append(Picture(name=chart.name, alternative=_in_words(chart), images=images, height=height))
     return [picture for picture in (_pareto(findings), _bars(findings)) if picture is not None] + pictures
 
 
@@ -58,7 +59,10 @@ def _losses(findings: Findings) -> Chart | None:
     ]
     if not series:
         return None
-    return Chart(name="losses", title="Training loss", unit="nats a token", x_label="step", series=tuple(series))
+    return Chart(
+        name="losses", title="Training loss", unit="nats a token", x_label="step", series=tuple(series),
+        height=_height(len(series)),
+    )  # fmt: skip
 
 
 def _differences(findings: Findings) -> Chart | None:
@@ -86,6 +90,7 @@ def _differences(findings: Findings) -> Chart | None:
         x_label="step",
         series=tuple(series),
         log=True,
+        height=_height(len(series)),
     )
 
 
@@ -107,6 +112,11 @@ def _scaling(findings: Findings) -> Chart | None:
     return Chart(
         name="scaling", title="Scaling", unit="tokens/s", x_label="ranks", series=tuple(series), from_zero=True
     )
+
+
+def _height(entries: int) -> float:
+    """Inches of a picture whose legend has so many entries, three a line."""
+    return 3.6 + 0.2 * math.ceil(entries / 3)
 
 
 def _in_words(chart: Chart) -> str:
@@ -135,32 +145,42 @@ def _pareto(findings: Findings) -> Picture | None:
         name="memory-speed",
         alternative=f"Memory of a rank against tokens/s: {words}",
         images={theme: _draw_pareto(findings, points, theme) for theme in THEMES},
+        height=round(160 * _height(len(points))),
     )
 
 
 def _draw_pareto(findings: Findings, points: list[Outcome], theme: str) -> bytes:
     colours = THEMES[theme]
-    figure, axes = _figure(theme, 4.0)
+    figure, axes = _figure(theme, _height(len(points)))
     front = findings.front
+    places = {name: place for place, (name, _) in enumerate(findings.ranking, 1)}
     line = [(each.memory_bytes or 0, each.speed.median) for each in points if each.speed and each.name in front]
     line.sort()
     axes.plot([m / 1e9 for m, _ in line], [s for _, s in line], color=colours["faint"], linewidth=1, zorder=1)
     for index, each in enumerate(points):
         assert each.speed is not None and each.memory_bytes is not None
         colour = colours["palette"][index % len(colours["palette"])]
-        marker = MARKERS[index % len(MARKERS)]
         x, speed = each.memory_bytes / 1e9, each.speed
         error = [[speed.median - min(speed.low, speed.median)], [max(speed.high, speed.median) - speed.median]]
         face = colour if each.name in front else "none"
         axes.errorbar(
-            x, speed.median, yerr=error, fmt=marker, color=colour, markerfacecolor=face, markersize=7,
+            x, speed.median, yerr=error, fmt=marker_of(index), color=colour, markerfacecolor=face, markersize=7,
             elinewidth=1, capsize=2, label=each.name,
+        )  # fmt: skip
+        axes.annotate(
+            str(places[each.name]), (x, speed.median), xytext=(6, 4), textcoords="offset points", fontsize=8,
+            color=colours["ink"],
         )  # fmt: skip
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     kind = "tensors on the device" if points[0].device_bytes is not None else "resident, beside the libraries"
     axes.set_xlabel(f"GB a rank ({kind})", color=colours["faint"], fontsize=9)
-    _title(axes, "Memory and speed", "tokens/s; bars: spread; filled and joined: no other is better in both", colours)
+    _title(
+        axes,
+        "Memory and speed",
+        "tokens/s; numbers: rank; bars: spread; filled, joined: no other is better in both",
+        colours,
+    )
     _legend(figure, colours)
     return _png(figure, theme)
 
@@ -177,7 +197,7 @@ def _bars(findings: Findings) -> Picture | None:
         each.name + " " + ", ".join(f"{part} {number(each.found['parts']['seconds'][part])}" for part in PARTS)
         for each in shown
     )
-    height = 1.9 + 0.32 * len(shown)
+    height = 2.1 + 0.32 * len(shown)
     return Picture(
         name="parts",
         alternative=f"Parts of a step in seconds: {words}",
@@ -212,7 +232,7 @@ def _draw_bars(findings: Findings, shown: list[Outcome], theme: str, height: flo
     axes.grid(axis="x", color=colours["grid"], linewidth=0.8)
     axes.set_xlabel("seconds", color=colours["faint"], fontsize=9)
     _title(axes, "Parts of a step", "seconds, one after the other; a scored step overlaps them", colours)
-    _legend(figure, colours, columns=6)
+    _legend(figure, colours)
     return _png(figure, theme)
 
 
@@ -251,10 +271,8 @@ def _title(axes: Any, title: str, unit: str, colours: dict[str, Any]) -> None:
     note.set_color(colours["faint"])
 
 
-def _legend(figure: Any, colours: dict[str, Any], columns: int = 3) -> None:
-    legend = figure.legend(
-        loc="outside lower left", ncols=columns, frameon=False, fontsize=9, labelcolor=colours["ink"]
-    )
+def _legend(figure: Any, colours: dict[str, Any]) -> None:
+    legend = figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9, labelcolor=colours["ink"])
     for text in legend.get_texts():
         text.set_parse_math(False)
 

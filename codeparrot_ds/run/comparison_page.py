@@ -6,6 +6,7 @@ import base64
 import html
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds.run.comparison import FINISHED
@@ -25,7 +26,7 @@ _CSS = """
   padding: 1rem 1.2rem; margin-top: 1.5rem; font-size: 1.15rem; font-weight: 600; overflow-wrap: anywhere; }
 .warning { border-left-color: #d55e00; }
 tr.best > * { font-weight: 650; }
-td.number { text-align: right; }
+td.number, th.number { text-align: right; }
 td.different { color: #b03a00; font-weight: 600; }
 @media screen and (prefers-color-scheme: dark) { td.different { color: #ff9254; } }
 td small, th small { color: var(--faint); font-weight: 400; display: block; }
@@ -112,7 +113,12 @@ def markdown_page(findings: Findings, pictures: Sequence[Picture]) -> str:
 def _title(findings: Findings) -> str:
     count = len({each.candidate.label for each in findings.outcomes})
     ranks = sorted({each.candidate.world_size for each in findings.outcomes})
-    return f"{count} DeepSpeed config{'s' * (count != 1)} on {' and '.join(map(str, ranks))} rank(s)"
+    return f"{count} DeepSpeed config{'s' * (count != 1)} on {_listed(ranks)} rank{'s' * (ranks != [1])}"
+
+
+def _listed(values: Sequence[Any]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _subtitle(findings: Findings) -> str:
@@ -120,7 +126,7 @@ def _subtitle(findings: Findings) -> str:
     config = request.config
     rows = f"{config.global_batch_size} × {config.seq_length:,} tokens a step"
     trials = f"{request.repeats} trial{'s' * (request.repeats != 1)} of {request.steps} steps each"
-    facts = [config.model, rows, trials, f"{request.warmup_steps} of them warm-up", findings.device]
+    facts = [Path(config.model).stem, rows, trials, f"{request.warmup_steps} of them warm-up", findings.device]
     return " · ".join(fact for fact in facts if fact)
 
 
@@ -295,7 +301,11 @@ def _lists(findings: Findings) -> list[tuple[str, Sequence[str]]]:
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    heads = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in head)
+    classes = [cell[1] for cell in rows[0]] if rows else [""] * len(head)
+    heads = "".join(
+        f'<th scope="col"{" class=number" * ("number" in kind)}>{html.escape(text)}</th>'
+        for text, kind in zip(head, classes, strict=True)
+    )
     body = ""
     for row in rows:
         body += "<tr>" + "".join(map(_html_cell, row)) + "</tr>"
