@@ -90,7 +90,7 @@ def compare(
     results = Results(folder)
     with TrialProgress(request, candidates, results, say) as progress:
         try:
-            while left := left_to_run(request, candidates, results):
+            while left := left_to_run(candidates, results):
                 trial = left[0]
                 result = run_trial(
                     trial,

@@ -148,7 +148,7 @@ def test_what_failed_is_run_again_when_that_is_asked_for(start):
     _, said = start({})
     assert said == []  # a crash is a result
     forget_failures(start.folder)
-    assert len(left_to_run(start.request, start.candidates, Results(start.folder))) == 2
+    assert len(left_to_run(start.candidates, Results(start.folder))) == 2
     findings, _ = start({})
     assert findings.complete and outcomes(start.folder)["b on 1"] == ("finished", None)
 
