@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
-from codeparrot_ds.config import FIELDS, RunConfig, did_you_mean
+from codeparrot_ds.config import FIELDS, SET_BY_COMPARE, RunConfig, did_you_mean
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
@@ -44,7 +44,6 @@ SHARED = (
     *("model", "tokenizer", "data", "seq_length", "global_batch_size", "init_from", "output_dir", "run_name"),
     *("deepspeed", "resume", "hub", "wandb"),
 )
-NOT_OPTIONS = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps")
 SENSITIVITY = "sensitivity"
 RESULT, FINISHED = "result.json", "finished"
 
@@ -87,7 +86,7 @@ class Request:
     def same(self) -> dict[str, Any]:
         """What must not change when a comparison goes on."""
         shared = dataclasses.asdict(self.config)
-        kept = {name: value for name, value in shared.items() if name not in NOT_OPTIONS}
+        kept = {name: value for name, value in shared.items() if name not in SET_BY_COMPARE}
         return {"steps": self.steps, "warmup_steps": self.warmup_steps, "config": kept}
 
 
