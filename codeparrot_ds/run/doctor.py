@@ -140,6 +140,7 @@ def examine(hosts: list[Host], wanted: Wanted) -> Examination:
     _find_meeting_place(examination, wanted)
     if wanted.build is not None:
         _build_missing(examination, wanted)
+    _name_missing_operators(examination)
     if wanted.links:
         _look_at_links(examination, wanted)
     examination.findings.sort(key=lambda finding: finding.warning)
@@ -158,6 +159,7 @@ def _request(host: Host, hosts: list[Host], wanted: Wanted, folder: Path, data: 
     }
     if host is hosts[0]:
         request["port"] = wanted.master_port or 0
+    request["link_port"] = wanted.links
     if host.name in wanted.environments:
         request["environment"] = wanted.environments[host.name]
     return request
@@ -206,9 +208,10 @@ def _judge(
             yield finding("data", f"{path} holds other files than here: copy it again")
     if reply["memory_bytes"] < MIN_MEMORY_BYTES:
         yield finding("memory", f"only {reply['memory_bytes'] / 1e9:.2f} GB are available", warning=True)
-    skew = max(answer.asked - reply["clock"], reply["clock"] - answer.answered, 0.0)
-    if skew > CLOCK_SECONDS:
-        yield finding("clock", f"it is {skew:.0f} s off: synchronise it (timedatectl set-ntp true)", warning=True)
+    if abs(_skew(answer)) > CLOCK_SECONDS:
+        yield finding(
+            "clock", f"it is {abs(_skew(answer)):.0f} s off: synchronise it (timedatectl set-ntp true)", warning=True
+        )
     for lock in reply.get("stale_locks", ()):
         if not wanted.clear_locks:
             yield finding(
@@ -217,6 +220,12 @@ def _judge(
                 "codeparrot-ds doctor --clear-locks",
                 warning=True,  # our own builds know it for stale
             )
+
+
+def _skew(answer: Answer) -> float:
+    """Seconds that a host's clock is ahead of the time in which it answered; negative behind it."""
+    clock = answer.reply["clock"]
+    return max(clock - answer.answered, 0.0) + min(clock - answer.asked, 0.0)
 
 
 def _judge_devices(host: Host, reply: dict[str, Any], device: str) -> Iterator[Finding]:
@@ -264,67 +273,65 @@ def _build_missing(examination: Examination, wanted: Wanted) -> None:
             examination.answers[host].reply["operators_missing"] = []
 
 
+def _name_missing_operators(examination: Examination) -> None:
+    for host, answer in examination.answers.items():
+        names = answer.reply.get("operators_missing")
+        if names and not any(f.host == host and f.check == "operators" for f in examination.findings):
+            detail = (
+                f"{', '.join(names)} not built there yet: codeparrot-ds doctor --build does it on all hosts at once"
+            )
+            examination.findings.append(Finding(host=host, check="operators", detail=detail, warning=True))
+
+
 def _look_at_links(examination: Examination, wanted: Wanted) -> None:
-    """Finds each host's interface toward the first one, and sends around the ring of hosts."""
-    names = [host.name for host in examination.hosts if examination.answers[host.name].problem is None]
-    if len(names) < 2 or examination.master_addr is None:
-        return
-    request = {"toward": examination.master_addr, "port": 0, "variables": wanted.variables}
-    places = ask_all({name: request for name in names})
-    addresses = {}
-    for name, answer in places.items():
+    """Sends around the ring of hosts, over the addresses that their ranks will use."""
+    addresses, ports = {}, {}
+    for host in examination.hosts:
+        answer = examination.answers[host.name]
         if answer.problem is not None:
-            examination.findings.append(Finding(host=name, check="ssh", detail=answer.problem))
-            return
-        examination.answers[name].reply.update(
-            {key: answer.reply.get(key) for key in ("interface", "address", "interface_chosen", "address_chosen")}
-        )
-        chosen = answer.reply["interface_chosen"]
-        addresses[name] = answer.reply["address_chosen"] if chosen else answer.reply["address"]
-        if addresses[name] is None or (addresses[name].startswith("127.") and len(names) > 1):
-            what = f"interface {chosen!r} of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME" if chosen else "no interface"
-            address = f" (address {addresses[name]})" if addresses[name] else " exists there" if chosen else ""
-            detail = f"{what}{address}: other hosts cannot reach it; its interface toward {examination.master_addr} is "
-            detail += f"{answer.reply['interface']} ({answer.reply['address']})"
-            examination.findings.append(Finding(host=name, check="interface", detail=detail))
-    ring = [name for name in names if not any(f.host == name and f.check == "interface" for f in examination.findings)]
+            continue
+        reply = answer.reply
+        chosen, address = reply["interface_chosen"], reply["address_chosen"]
+        reached_by = reply["ssh_connection"][2] if len(reply["ssh_connection"]) == 4 else "127.0.0.1"
+        if chosen is None:
+            address = reached_by
+        elif address is None or address.startswith("127."):
+            has = f"has the address {address}" if address else "does not exist there"
+            detail = f"{chosen!r}, of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, {has}: other hosts cannot reach it; "
+            detail += f"leave the variable out, or name the interface of {reached_by}"
+            examination.findings.append(Finding(host=host.name, check="interface", detail=detail))
+            continue
+        addresses[host.name], ports[host.name] = address, reply["link_port"]
+    ring = list(addresses)
     if len(ring) < 2:
         return
-    _measure_ring(examination, ring, addresses, {name: places[name].reply["port"] for name in ring}, wanted)
-
-
-def _measure_ring(
-    examination: Examination,
-    ring: list[str],
-    addresses: dict[str, str],
-    ports: dict[str, int],
-    wanted: Wanted,
-) -> None:
     following = dict(zip(ring, ring[1:] + ring[:1], strict=True))
     requests = {
         name: {
             "variables": wanted.variables,
-            "link": {
-                "address": addresses[name],
-                "port": ports[name],
-                "to": [addresses[following[name]], ports[following[name]]],
-            },
+            "toward": examination.master_addr or addresses[ring[0]],
+            "link": {"port": ports[name], "to": [addresses[following[name]], ports[following[name]]]},
         }
         for name in ring
     }
     for name, answer in ask_all(requests).items():
         link = answer.reply.get("link") or {"problem": answer.problem}
         examination.links[name] = link | {"to": following[name]}
+        examination.answers[name].reply.update({key: answer.reply.get(key) for key in ("interface", "address")})
         if link.get("problem"):
             detail = f"to {following[name]}: {link['problem']}: look at firewalls and routes between the two"
             examination.findings.append(Finding(host=name, check="link", detail=detail))
+    _name_slow_links(examination)
+
+
+def _name_slow_links(examination: Examination) -> None:
     speeds = {name: link["bits_per_second"] for name, link in examination.links.items() if "bits_per_second" in link}
     for name, speed in speeds.items():
-        others = [other for key, other in speeds.items() if key != name]
-        if others and speed * SLOW_LINK < statistics.median(others):
+        others = statistics.median([other for key, other in speeds.items() if key != name] or [speed])
+        if speed * SLOW_LINK < others:
             detail = (
-                f"{speed / 1e6:,.0f} Mbit/s to {following[name]}, and {statistics.median(others) / 1e6:,.0f} between "
-                "the others: look at its cable, port and driver; every all-reduce goes at this pace"
+                f"{speed / 1e6:,.0f} Mbit/s to {examination.links[name]['to']}, and {others / 1e6:,.0f} between the "
+                "others: look at its cable, port and driver; every all-reduce goes at this pace"
             )
             examination.findings.append(Finding(host=name, check="slow link", detail=detail, warning=True))
 
@@ -361,7 +368,6 @@ def table(examination: Examination) -> str:
             continue
         reply, link = answer.reply, examination.links.get(host.name, {})
         devices = f"{len(reply['gpus'])} x {reply['gpus'][0]}" if reply["gpus"] else f"{reply['cores']} cores"
-        middle = (answer.asked + answer.answered) / 2
         speed = (
             f"{link['bits_per_second'] / 1e9:.2f} Gbit/s, {link['round_trip_seconds'] * 1e6:.0f} us"
             if ("bits_per_second" in link)
@@ -375,7 +381,7 @@ def table(examination: Examination) -> str:
                 devices,
                 f"{reply['memory_bytes'] / 1e9:.1f} GB",
                 f"{min(facts['free_bytes'] for facts in reply['folders'].values()) / 1e9:.1f} GB",
-                f"{reply['clock'] - middle:+.1f} s",
+                f"{_skew(answer):+.1f} s",
                 f"{interface} {reply.get('address_chosen') or reply.get('address') or ''}".strip(),
                 speed,
             )
@@ -387,6 +393,16 @@ def table(examination: Examination) -> str:
         slowest = min(speeds, key=lambda name: speeds[name])
         lines.append(f"slowest link: {slowest} to {examination.links[slowest]['to']}")
     return "\n".join(lines)
+
+
+def describe(examination: Examination) -> str:
+    """The table, what is wrong on which host, and a last line that sums it up."""
+    lines = [table(examination), ""]
+    lines += [f"{'warning' if finding.warning else 'error'}: {finding}" for finding in examination.findings]
+    count, hosts = len(examination.findings), len(examination.hosts)
+    found = f"{count} finding(s)" if count else "nothing is wrong"
+    where = f"; ranks meet at {examination.master_addr}:{examination.master_port}" if hosts > 1 else ""
+    return "\n".join([*lines, f"{hosts} host(s) in {examination.seconds:.1f} s: {found}{where}"])
 
 
 def local_paths(*sources: str) -> list[str]:

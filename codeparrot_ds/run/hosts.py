@@ -53,6 +53,8 @@ def ask_all(requests: dict[str, dict[str, Any]], *, seconds: float = 60.0) -> di
     Raises:
         UserError: there is no ssh.
     """
+    if not requests:
+        return {}
     if shutil.which("ssh") is None and any(host != "localhost" for host in requests):
         raise UserError("there is no ssh on PATH: install openssh-client, or use --no-ssh on each host")
     with concurrent.futures.ThreadPoolExecutor(min(len(requests), MAX_AT_ONCE)) as pool:

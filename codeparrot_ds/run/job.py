@@ -135,9 +135,13 @@ def _ask_hosts(
         master_addr=launch.master_addr,
         master_port=launch.master_port,
         environments=_environments(job, hosts, server, base, arguments),
-        variables=_shared_variables(job),
+        variables=shared_variables(job.device),
     )
-    examination = examine(hosts, wanted)
+    try:
+        examination = examine(hosts, wanted)
+    except BaseException:
+        _forget(_paths(hosts, base, launch))
+        raise
     missing = examination.unreachable
     left = {name: path for name, path in _paths(hosts, base, launch).items() if name not in missing}
     errors = [finding for finding in examination.findings if not finding.warning]
@@ -168,14 +172,13 @@ def _check_world_size(job: Job, hosts: list[Host]) -> None:
         raise UserError(f"the run cannot go on with {names} alone: {error}") from error
 
 
-def _shared_variables(job: Job) -> dict[str, str]:
+def shared_variables(device: str) -> dict[str, str]:
     """What every rank gets of this process's environment, and what the user's ``.deepspeed_env`` sets."""
     variables = carried(os.environ) | read_deepspeed_env([Path.home(), Path.cwd()])
-    variables[LAUNCHED_AT] = str(job.started)
     variables.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         variables["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
-    if job.device == "cpu":
+    if device == "cpu":
         variables["DS_ACCELERATOR"] = "cpu"
     for name in ("PYTHONPATH", "PYTHONHOME"):  # the launcher exports them
         variables.pop(name, None)
@@ -186,7 +189,8 @@ def _environments(
     job: Job, hosts: list[Host], server: ControlServer, base: str, arguments: list[str]
 ) -> dict[str, dict[str, Any]]:
     """The file with environment and arguments, for each host."""
-    variables = _shared_variables(job) | {TOKEN: server.token, ADDRESS: f"{socket.gethostname()}:{server.port}"}
+    variables = shared_variables(job.device) | {TOKEN: server.token, LAUNCHED_AT: str(job.started)}
+    variables[ADDRESS] = f"{socket.gethostname()}:{server.port}"
     return {
         name: {
             "path": path,

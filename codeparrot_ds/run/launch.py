@@ -29,6 +29,7 @@ from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
+from codeparrot_ds.run.doctor import Wanted, local_paths
 from codeparrot_ds.run.folder import (
     check_continuation,
     check_ds_continuation,
@@ -36,8 +37,9 @@ from codeparrot_ds.run.folder import (
     new_run_name,
     recorded_pins,
 )
+from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.initial import with_initial_model
-from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, cores, rank_environment, run_job
+from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, cores, rank_environment, run_job, shared_variables
 from codeparrot_ds.run.launcher import hosts_of, is_local
 from codeparrot_ds.run.ops import are_built, build_apart, needed_operators
 from codeparrot_ds.run.plan import predict, why_too_large
@@ -207,6 +209,33 @@ def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:
             resume_stream(saved, stream_fingerprint(stream), on_data_change=config.on_data_change)
         except UserError as error:
             raise UserError(f"{run}: {error}") from None
+
+
+def wanted_of(config: RunConfig, launch: LaunchOptions, *, build: bool, clear_locks: bool) -> tuple[list[Host], Wanted]:
+    """What ``doctor`` looks at: the hosts, and what a run of this config would need of them.
+
+    Args:
+        config: of the run; any field may be at its default.
+        launch: where it would run.
+        build: build missing operators.
+        clear_locks: remove the locks of killed builds.
+    """
+    device = local_device(hostfile=launch.hostfile is not None)
+    hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
+    file = read_ds_config(find_ds_config(config.deepspeed))
+    wanted = Wanted(
+        device=device,
+        output_dir=Path(config.output_dir),
+        data=local_paths(config.data, config.validation_data or "", config.tokenizer),
+        operators=needed_operators(file.config, device),
+        build=file.config if build else None,
+        clear_locks=clear_locks,
+        master_addr=launch.master_addr,
+        master_port=launch.master_port,
+        links=not is_local(hosts),
+        variables={} if is_local(hosts) else shared_variables(device),
+    )
+    return hosts, wanted
 
 
 def local_device(*, hostfile: bool = False) -> str:

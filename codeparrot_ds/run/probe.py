@@ -40,8 +40,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         request: any of ``environment`` (``path`` and ``content`` of a file to write for this user alone),
             ``variables`` that the ranks will have, ``facts`` (true for all below), ``folders``, ``data`` (paths),
             ``operators`` (names), ``clear_locks``, ``build`` (a DeepSpeed config and a device), ``toward`` (an address
-            that the ranks connect to), ``port`` (to look at; 0 for a free one), ``forget`` (a file to remove),
-            ``link`` (see `measure_link`).
+            that the ranks connect to), ``port`` (to look at; 0 for a free one), ``link_port`` (true for a free one),
+            ``forget`` (a file to remove), ``link`` (see `measure_link`).
     """
     reply: dict[str, Any] = {"hostname": socket.gethostname(), "clock": time.time()}
     reply["ssh_connection"] = os.environ.get("SSH_CONNECTION", "").split()
@@ -58,6 +58,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     use_operators_folder(os.environ)
     if request.get("facts"):
         reply |= _facts()
+        chosen = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
+        reply["interface_chosen"], reply["address_chosen"] = chosen, address_of(chosen) if chosen else None
     reply["folders"] = {path: folder_facts(Path(path)) for path in request.get("folders", ())}
     reply["data"] = {path: data_fingerprint(Path(path)) for path in request.get("data", ())}
     if "operators" in request:
@@ -69,12 +71,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         reply["operators_missing"] = [name for name in names if not are_built([name])]
     if "toward" in request:
         reply["interface"], reply["address"] = interface_toward(request["toward"])
-        chosen = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
-        reply["interface_chosen"] = chosen
-        if chosen is not None:
-            reply["address_chosen"] = address_of(chosen)
     if "port" in request:
         reply["port"] = free_port(request["port"])
+    if request.get("link_port"):
+        reply["link_port"] = free_port()
     if "link" in request:
         reply["link"] = measure_link(**request["link"])
     return reply
@@ -165,11 +165,10 @@ def free_port(wanted: int = 0) -> int | None:
         return probe.getsockname()[1]
 
 
-def measure_link(*, address: str | None, port: int, to: tuple[str, int], seconds: float = LINK_SECONDS) -> dict:
+def measure_link(*, port: int, to: tuple[str, int], seconds: float = LINK_SECONDS) -> dict[str, Any]:
     """Sends to the next host while the one before sends here, as in a ring's all-reduce.
 
     Args:
-        address: to listen on, which is this host's on the interface that the ranks use.
         port: to listen on.
         to: address and port of the next host.
         seconds: to send for.
@@ -180,14 +179,14 @@ def measure_link(*, address: str | None, port: int, to: tuple[str, int], seconds
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((address or "", port))
+        listener.bind(("", port))
     except OSError as error:
-        return {"problem": f"cannot listen on {address}:{port}: {error.strerror}"}
+        return {"problem": f"cannot listen on port {port}: {error.strerror}"}
     listener.listen(1)
     listener.settimeout(PATIENCE_SECONDS)
     receiver = threading.Thread(target=_receive, args=(listener,), daemon=True)
     receiver.start()
-    result = _send(to, seconds, bind_to=address)
+    result = _send(to, seconds)
     receiver.join(PATIENCE_SECONDS)
     listener.close()
     return result
@@ -207,11 +206,11 @@ def _receive(listener: socket.socket) -> None:
                     connection.sendall(b"!")
 
 
-def _send(to: tuple[str, int], seconds: float, bind_to: str | None) -> dict[str, Any]:
+def _send(to: tuple[str, int], seconds: float) -> dict[str, Any]:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:  # the other may not listen yet
         try:
-            connection = socket.create_connection((to[0], to[1]), timeout=2, source_address=(bind_to or "", 0))
+            connection = socket.create_connection((to[0], to[1]), timeout=2)
             break
         except OSError as error:
             if time.monotonic() > deadline:
