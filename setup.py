@@ -64,7 +64,10 @@ setup(
     ],
     extras_require={
         # accelerate is the peer that benchmarks measure against.
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "accelerate>=1.6"],
+        "test": [
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"),
+            "accelerate>=1.6",
+        ],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -1,4 +1,4 @@
-"""Builds DeepSpeed's operators in the background while the unit tests run, for the whole stories that come after."""
+"""The order of the whole suite: what launches ranks on one worker, the rest beside it, operators in the background."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 # The Hubs of the tests speak LFS, not Xet; the client reads this when it is imported.
 os.environ["HF_HUB_DISABLE_XET"] = "1"
@@ -21,10 +23,40 @@ from codeparrot_ds.zero.catalogue import catalogue
 for name in ("zero2", "zero2_offload", "zero3_nvme"):
     build_operators(catalogue()[name].config, "cpu")
 """
+# Each starts two or three ranks at a time: one after another, and those that need no operator of the disk first.
+LAUNCHING = ("torture", "story", "run/test_bad_steps.py", "run/test_checkpoint_matrix.py")
 _builder: list[subprocess.Popen] = []
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Two workers for the whole suite; none for chosen tests, which start sooner and can be debugged."""
+    return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
+def _place(nodeid: str) -> int:
+    """Where a test's kind comes in the order: those of LAUNCHING, then all others."""
+    path = nodeid.partition("::")[0].removeprefix("tests/")
+    return next((place for place, begin in enumerate(LAUNCHING) if path.startswith(begin)), len(LAUNCHING))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """All launching tests to the first worker, the other modules to the second, and to whoever has nothing left."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "launching" if _place(nodeid) < len(LAUNCHING) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _place(item.nodeid))
+
+
 def pytest_collection_finish(session):
+    if os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+        return  # one worker builds for both
     wanted = any("story" in item.path.parts for item in session.items) and not are_built(OPERATORS)
     if wanted and not session.config.option.collectonly:
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}

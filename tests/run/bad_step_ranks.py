@@ -172,7 +172,6 @@ class Trainer:
     def close(self) -> None:
         self.loader.close()
         self.engine.destroy()
-        gc.collect()
 
 
 def equal(left: dict, right: dict) -> bool:
@@ -234,7 +233,11 @@ for name in ("zero2", "zero2_offload", "zero3_nvme"):
 gc.freeze()  # DeepSpeed collects garbage several times an engine: what the imports made need not be looked through
 with tempfile.TemporaryDirectory() as scratch:
     folder = ranks.broadcast(scratch)
-    answer: dict = {name: poisoned_and_clean(name, f"{folder}/{name}") for name in only or CONFIGS}
+    answer: dict = {}
+    for name in only or CONFIGS:
+        answer[name] = poisoned_and_clean(name, f"{folder}/{name}")
+        gc.collect()
+        gc.freeze()  # what was imported for the first of a kind is not looked through again with each
     answer["too many"] = too_many(folder)
     answer["scaling"] = {name: loss_scaling(name, folder) for name in ("zero0_fp16", "zero2_fp16", "zero3_fp16")}
     ranks.gather(None)  # the folder is rank 0's

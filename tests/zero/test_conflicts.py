@@ -83,6 +83,7 @@ from codeparrot_ds.run.ops import build_operators
 # DeepSpeed's own loading would compile them again with other flags, and the next run once more with ours.
 for device in ("none", "cpu"):
     build_operators({"zero_optimization": {"offload_optimizer": {"device": device}}}, "cpu")
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as join_ranks does: it would be compiled
 deepspeed.init_distributed("gloo")
 refused = {}
 for name, config in json.load(sys.stdin).items():
