@@ -84,6 +84,7 @@ class RankView:
         pid: of the process that trains.
         place: where it was when its guard last spoke.
         state: of the process, as ``/proc`` has it: ``R``, ``S``, ``D``, ``T`` (stopped) …
+        stopped: since when its guard has seen it as a stopped process (``T``); None while it runs or waits.
         heard: when its guard last spoke.
         gone: when the connection ended without a word about the rank's end.
         exit_code: of the rank; negative for a signal; None while it lives.
@@ -93,6 +94,7 @@ class RankView:
     pid: int
     place: Place | None = None
     state: str = "?"
+    stopped: float | None = None
     heard: float = 0.0
     gone: float | None = None
     exit_code: int | None = None
@@ -128,6 +130,10 @@ class ControlServer:
         self._standing.append(message)
         for line in list(self._lines.values()):
             line.send(message)
+
+    def listening(self) -> bool:
+        """Whether any guard is still connected."""
+        return bool(self._lines)
 
     def turn(self, seconds: float) -> None:
         """Hears what the guards say, for at most so long if nobody speaks."""
@@ -168,6 +174,7 @@ class ControlServer:
             view.heard = time.monotonic()
             if "place" in message:
                 view.place, view.state = Place(**message["place"]), message["state"]
+                view.stopped = (view.stopped or view.heard) if view.state == "T" else None
             if "ended" in message:
                 view.exit_code = message["ended"]
         if messages is None:

@@ -11,6 +11,7 @@ import secrets
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.run.supervise import End, run_to_the_end
 from codeparrot_ds.run.watchdog import FAILED, HUNG, LOST
 
+RETURN_SECONDS = 120.0
+"""That a restart waits for a host that does not answer, unless ``--min-hosts`` lets it go on without."""
+ASK_AGAIN_SECONDS = 1.0
 BYTES_A_PARAMETER = 16
 """Of a checkpoint: three fp32 numbers for the optimizer, the export, and room for the rest."""
 
@@ -63,8 +67,15 @@ class Job:
 def run_job(job: Job) -> int:
     """Starts a run's ranks, again after a loss as often as it may; returns the exit code."""
     hosts = job.hosts
+    end = End(code=FAILED)
     for start in range(job.launch.max_restarts + 1):
-        end, hosts = _start(job, hosts, again=start > 0)
+        try:
+            end, hosts = _start(job, hosts, again=start > 0)
+        except UserError as error:
+            if start == 0:
+                raise
+            print(f"codeparrot-ds train: it cannot start again: {error}", file=sys.stderr, flush=True)
+            break
         if end.asked or end.code not in (FAILED, LOST, HUNG) or start == job.launch.max_restarts:
             break
         print(
@@ -88,7 +99,8 @@ def _start(job: Job, hosts: list[Host], *, again: bool) -> tuple[End, list[Host]
         return run_to_the_end(command, environment, job.run, **options), hosts
     with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as folder:
         base = f"/tmp/codeparrot-ds-{os.getuid()}-{secrets.token_hex(8)}"
-        examination, hosts = _ask_hosts(job, hosts, server, base, arguments)
+        patience = RETURN_SECONDS if again and job.launch.min_hosts is None else 0.0
+        examination, hosts = _ask_hosts(job, hosts, server, base, arguments, patience)
         addr, port = examination.master_addr, examination.master_port
         assert addr is not None and port is not None
         try:
@@ -115,9 +127,11 @@ def _on_this_host(job: Job, hosts: list[Host], arguments: list[str]) -> tuple[li
 
 
 def _ask_hosts(
-    job: Job, hosts: list[Host], server: ControlServer, base: str, arguments: list[str]
+    job: Job, hosts: list[Host], server: ControlServer, base: str, arguments: list[str], patience_seconds: float = 0.0
 ) -> tuple[Examination, list[Host]]:
     """Asks the hosts whether all is well there and brings them the environment; leaves out those that may be missing.
+
+    Asks again for so long while hosts do not answer.
 
     Raises:
         UserError: what is wrong on which host, with the remedy.
@@ -139,6 +153,10 @@ def _ask_hosts(
     )
     try:
         examination = examine(hosts, wanted)
+        deadline = time.monotonic() + patience_seconds
+        while examination.unreachable and time.monotonic() < deadline:
+            time.sleep(ASK_AGAIN_SECONDS)
+            examination = examine(hosts, wanted)
     except BaseException:
         _forget(_paths(hosts, base, launch))
         raise

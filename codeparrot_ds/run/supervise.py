@@ -24,8 +24,11 @@ from codeparrot_ds.run.watchdog import HUNG, LOST, Verdict, Watchdog
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DUMP_SECONDS = 2.0
 """Until the ranks' stacks are in their logs."""
+LAST_WORDS_SECONDS = 1.0
 KILLED_SECONDS = 10.0
 """Until the launcher has noticed that its ranks were ended."""
+NOTICED_SECONDS = 1.5
+"""The same, where only hosts that do not answer keep it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,12 +117,23 @@ class _Supervisor:
             while True:
                 code = self.process.poll()
                 if code is not None:
+                    self._last_words()
                     return code
                 if len(self.asked) > self._passed_on:
                     self._passed_on += 1
                     self._stop(first=self._passed_on == 1)
                 self.server.turn(0.1)
                 self._watch()
+
+    def _last_words(self) -> None:
+        """Hears what the guards said before the launcher ended, which may be why it did."""
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while self.server.listening() and time.monotonic() < deadline:
+            self.server.turn(0.05)
+        if self.verdict is None and self._passed_on < 2:  # the second signal kills
+            self.verdict = self.watchdog.judge(self.server.ranks)
+            if self.verdict is not None:
+                self._say(self.verdict)
 
     @contextlib.contextmanager
     def _woken_by_its_end(self) -> Iterator[None]:
@@ -148,6 +162,8 @@ class _Supervisor:
             self._all_there = True
             self.server.tell({"do": "forget environment"})
         if self._kill_at is not None:
+            if self._only_the_lost_are_left():
+                self._kill_at = min(self._kill_at, time.monotonic() + NOTICED_SECONDS)
             if time.monotonic() > self._kill_at:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
@@ -166,10 +182,22 @@ class _Supervisor:
             while time.monotonic() < deadline and self.process.poll() is None:
                 self.server.turn(0.1)
             stacks = f"; every rank's Python stacks are in {self.run / 'log'}"
-        kind = {LOST: "rank lost", HUNG: "hang"}.get(verdict.code, "failed")
-        print(f"codeparrot-ds train: {kind}: {verdict.sentence}{stacks}", file=sys.stderr, flush=True)
+        self._say(verdict, stacks)
         self.server.tell({"do": "kill", "code": verdict.code})
         self._kill_at = time.monotonic() + KILLED_SECONDS
+
+    def _say(self, verdict: Verdict, stacks: str = "") -> None:
+        kind = {LOST: "rank lost", HUNG: "hang"}.get(verdict.code, "failed")
+        print(f"codeparrot-ds train: {kind}: {verdict.sentence}{stacks}", file=sys.stderr, flush=True)
+
+    def _only_the_lost_are_left(self) -> bool:
+        """Whether every rank but those of hosts that do not answer has ended: the launcher would wait for the rest."""
+        lost = self.verdict.hosts if self.verdict is not None else ()
+        return bool(lost) and all(
+            view.exit_code is not None or view.gone is not None
+            for view in self.server.ranks.values()
+            if view.host not in lost
+        )
 
 
 def _starts_and_status(run: Path) -> tuple[int, str | None]:

@@ -2,7 +2,7 @@
 
 The limits are learned: ten times the longest that any rank stayed in one place of a step (a micro-batch's forward pass,
 say) since its first step, at least `FLOOR_SECONDS` and at most the ceiling. A start, an evaluation, a save and the end
-of a run have a limit of their own.
+of a run have a limit of their own. A process that somebody has stopped gets no further by itself: `FLOOR_SECONDS`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Watchdog:
     """Judges the ranks.
 
     Args:
-        ceiling_seconds: the most that a rank may stay in one place of a step, an evaluation or a save.
+        ceiling_seconds: the most that a rank may stay in one place of a step, an evaluation or a save; also the most
+            that a rank may be stopped and a guard be silent.
     """
 
     def __init__(self, ceiling_seconds: float) -> None:
@@ -59,7 +60,8 @@ class Watchdog:
     def judge(self, ranks: dict[int, RankView], now: float | None = None) -> Verdict | None:
         """The first thing that is wrong with the ranks; None while they are well."""
         now = time.monotonic() if now is None else now
-        return self._ended(ranks, now) or _silent(ranks, now) or self._stuck(ranks, now)
+        silence = min(SILENCE_SECONDS, self.ceiling_seconds)
+        return self._ended(ranks, now) or _silent(ranks, now, silence) or self._stuck(ranks, now)
 
     def limit_seconds(self, ranks: dict[int, RankView], place: Place) -> float:
         """How long a rank may stay in a place."""
@@ -102,7 +104,11 @@ class Watchdog:
         stuck = {}
         for rank, view in living.items():
             assert view.place is not None
-            if view.place.seconds + now - view.heard > self.limit_seconds(living, view.place):
+            stopped_seconds = 0.0 if view.stopped is None else now - view.stopped
+            if (
+                view.place.seconds + now - view.heard > self.limit_seconds(living, view.place)
+                or stopped_seconds > min(FLOOR_SECONDS, self.ceiling_seconds)
+            ):
                 stuck[rank] = view
         # A rank that is further on waits for the others, and may have got there later than they hang.
         if not stuck:
@@ -110,11 +116,11 @@ class Watchdog:
         return _name_the_stuck(living, max(view.place.seconds for view in stuck.values() if view.place))
 
 
-def _silent(ranks: dict[int, RankView], now: float) -> Verdict | None:
+def _silent(ranks: dict[int, RankView], now: float, limit_seconds: float) -> Verdict | None:
     silent = {
         rank: view
         for rank, view in ranks.items()
-        if view.exit_code is None and view.gone is None and now - view.heard > SILENCE_SECONDS
+        if view.exit_code is None and view.gone is None and now - view.heard > limit_seconds
     }
     if not silent:
         return None
@@ -136,7 +142,7 @@ def _silent(ranks: dict[int, RankView], now: float) -> Verdict | None:
 
 def _name_the_stuck(living: dict[int, RankView], seconds: float) -> Verdict:
     """The sentence for a hang: the culprit is a stopped process, or who is furthest behind."""
-    stopped = [rank for rank, view in living.items() if view.state in ("T", "t")]
+    stopped = [rank for rank, view in living.items() if view.stopped is not None]
     places = {rank: view.place for rank, view in living.items() if view.place is not None}
     last = min(place.changes for place in places.values())
     behind = [rank for rank, place in places.items() if place.changes == last]

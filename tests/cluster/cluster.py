@@ -132,10 +132,16 @@ class Cluster:
     def cut(self, name: str) -> None:
         """Takes a host off the network."""
         self.ip(name, "link", "set", "eth0", "down")
+        self.ip("login", "neigh", "flush", "dev", "bridge")  # else it is believed in for some seconds more
 
     def mend(self, name: str) -> None:
         """Puts it back."""
         self.ip(name, "link", "set", "eth0", "up")
+
+    def rename_interface(self, name: str, old: str, new: str) -> None:
+        self.ip(name, "link", "set", old, "down")
+        self.ip(name, "link", "set", old, "name", new)
+        self.ip(name, "link", "set", new, "up")
 
     def slow(self, name: str, rate: str) -> None:
         """Limits what a host can send."""
