@@ -93,6 +93,7 @@ def build_parser() -> ArgumentParser:
         _add_complete,
         _add_check,
         _add_plan,
+        _add_compare,
         _add_checkpoint,
         _add_hub,
         _add_report,
@@ -637,6 +638,90 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
         arguments.out.write_bytes(draw_plan(plan))
     return 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# compare
+
+
+def _add_compare(commands: Any) -> None:
+    from codeparrot_ds.run.comparison import NOT_OPTIONS
+
+    parser = _command(
+        commands,
+        "compare",
+        _run_compare,
+        "trains several DeepSpeed configs on the same weights and rows, and says which serves best",
+        usage=f"{PROGRAM} compare DS_JSON[,FIELD=VALUE ...] ... [--preset NAME] [options]",
+        epilog="Each config runs in fresh processes through the deepspeed launcher. The same command goes on where an "
+        "interrupted one stopped. The report is DIR/report.html, .md and .json.",
+    )
+    parser.add_argument(
+        "ds_configs", nargs="*", metavar="DS_JSON",
+        help="files or shipped names; zero2,micro_batch_size=4 changes a field of the run config for this one",
+    )  # fmt: skip
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--world-sizes", type=_counts, metavar="N,...", help="numbers of ranks (default: all that this machine offers)"
+    )
+    group.add_argument(
+        "--micro-batches", type=_counts, metavar="N,...", help="rows a rank a forward pass (default: each config's own)"
+    )
+    group.add_argument("--steps", type=_count, default=30, metavar="N", help=_default("optimizer steps a trial", 30))
+    group.add_argument(
+        "--warmup-steps", type=_index, default=5, metavar="N", help=_default("of them, not scored for speed", 5)
+    )
+    group.add_argument(
+        "--repeats", type=_count, default=2, metavar="N", help=_default("trials of each config, in turn", 2)
+    )
+    group.add_argument(
+        "--parts-steps", type=_index, default=3, metavar="N",
+        help=_default("further steps that are taken apart; 0 for none", 3),
+    )  # fmt: skip
+    group.add_argument(
+        "--checkpoint", action=argparse.BooleanOptionalAction, default=True,
+        help="also measure a checkpoint of each (default: on)",
+    )  # fmt: skip
+    group.add_argument(
+        "--hang-limit", type=_count, default=300, metavar="SECONDS",
+        help=_default("end a trial that writes nothing for so long", 300),
+    )  # fmt: skip
+    group.add_argument("--retry-failed", action="store_true", help="when going on, run again what did not finish")
+    group.add_argument(
+        "--out", type=Path, default=Path("comparison"), metavar="DIR", help=_default("folder", "./comparison")
+    )
+    add_config_arguments(parser, preset="--preset", without=NOT_OPTIONS)
+
+
+def _run_compare(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.compare import run_comparison
+    from codeparrot_ds.run.comparison import Request
+    from codeparrot_ds.run.launch import local_device, local_ranks
+
+    if not arguments.ds_configs:
+        raise UserError("nothing to compare: name DeepSpeed JSONs, such as zero1 zero2 zero3")
+    request = Request(
+        configs=arguments.ds_configs,
+        config=config_from_arguments(arguments),
+        world_sizes=arguments.world_sizes or (local_ranks(local_device()),),
+        micro_batch_sizes=arguments.micro_batches,
+        steps=arguments.steps,
+        warmup_steps=arguments.warmup_steps,
+        repeats=arguments.repeats,
+        parts_steps=arguments.parts_steps,
+        checkpoint=arguments.checkpoint,
+    )
+    return run_comparison(
+        request,
+        arguments.out,
+        hang_seconds=arguments.hang_limit,
+        retry_failed=arguments.retry_failed,
+        say=_say,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -451,14 +451,25 @@ def _spellings(name: str) -> list[str]:
     return [dashed] if "_" not in name else [dashed, "--" + name]
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """PRESET, ``--config FILE`` and one option a field; `config_from_arguments` reads them."""
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"starting values: {PRESET_HELP}")
+def add_config_arguments(
+    parser: argparse.ArgumentParser, *, preset: str = "preset", without: Iterable[str] = ()
+) -> None:
+    """PRESET, ``--config FILE`` and one option a field; `config_from_arguments` reads them.
+
+    Args:
+        parser: gets the arguments.
+        preset: ``preset`` for a positional argument, ``--preset`` for an option.
+        without: fields that get no option.
+    """
+    optional: dict[str, Any] = {} if preset.startswith("-") else {"nargs": "?"}
+    parser.add_argument(preset, metavar="PRESET", help=f"starting values: {PRESET_HELP}", **optional)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of fields; options win over it")
     # The deepspeed launcher hands this to every rank.
     parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for field in FIELDS.values():
+        if field.name in without:
+            continue
         group = groups.get(field.group)
         if group is None:
             group = groups[field.group] = parser.add_argument_group(field.group)
