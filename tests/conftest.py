@@ -33,18 +33,25 @@ def pytest_xdist_auto_num_workers(config):
     return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
 
 
-def _launching(item: pytest.Item) -> int | None:
-    path = item.path.relative_to(REPOSITORY / "tests").as_posix()
-    return next((place for place, begin in enumerate(LAUNCHING) if path.startswith(begin)), None)
+def _place(nodeid: str) -> int:
+    """Where a test's kind comes in the order: those of LAUNCHING, then all others."""
+    path = nodeid.partition("::")[0].removeprefix("tests/")
+    return next((place for place, begin in enumerate(LAUNCHING) if path.startswith(begin)), len(LAUNCHING))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist writes the groups into the names next
+def pytest_xdist_make_scheduler(config, log):
+    """All launching tests to the first worker, the other modules to the second, and to whoever has nothing left."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "launching" if _place(nodeid) < len(LAUNCHING) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Launching tests are one group and come first; every other module is a group of its own."""
-    for item in items:
-        module = item.path.relative_to(REPOSITORY).as_posix()
-        item.add_marker(pytest.mark.xdist_group("launching" if _launching(item) is not None else module))
-    items.sort(key=lambda item: len(LAUNCHING) if (place := _launching(item)) is None else place)
+    items.sort(key=lambda item: _place(item.nodeid))
 
 
 def pytest_collection_finish(session):

@@ -12,6 +12,7 @@ arrives late cannot add a second one.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -31,6 +32,7 @@ from codeparrot_ds.hub.repository import Commit, Repository, UnavailableError, o
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 300.0
 WORKER_PATIENCE_SECONDS = 6 * 3600.0
+NICENESS = 10
 """Without one success; the next checkpoint starts another worker anyway."""
 
 
@@ -263,6 +265,14 @@ def start_drain(run_dir: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
         )
 
 
+def _let_training_go_first() -> None:
+    os.nice(NICENESS)
+    # A kernel that groups processes by session weighs a process against those of its own session only, and the worker
+    # has one to itself: the session needs the same (sched(7), "The autogroup feature").
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(f"{NICENESS}")
+
+
 def main(arguments: list[str]) -> int:
     """Drains the queue of the run folder named in ``arguments``; 0 when nothing is left, 2 when something is."""
 
@@ -270,7 +280,7 @@ def main(arguments: list[str]) -> int:
         stamp = datetime.datetime.now().isoformat(timespec="seconds")
         print("\n".join(f"{stamp} {line}" for line in text.splitlines()), flush=True)
 
-    os.nice(10)  # the training's steps come first
+    _let_training_go_first()
     try:
         (run_dir,) = arguments
         pauses = Pauses(WORKER_PATIENCE_SECONDS)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from codeparrot_ds.errors import UserError
@@ -200,6 +201,22 @@ def test_status_and_publish_tell_what_is_where(run, repository):
     assert repository.read_file("main", "model.safetensors") == b"weights 1000 "
     assert "pushed   2" in hub_status(run) and "waiting  0" in hub_status(run)
     assert "up to date" in hub_push(run)
+
+
+def test_a_background_worker_lets_training_go_first(run, repository):
+    queue = enqueue(run, 500)
+    with queue.lock():  # the worker waits for it, so that it can be looked at
+        worker = start_drain(run)
+        process, deadline = psutil.Process(worker.pid), time.monotonic() + 60
+        while process.nice() != 10:
+            assert worker.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        # Where the kernel weighs sessions, the worker's own weighs as little. The file is absent elsewhere.
+        group = Path(f"/proc/{worker.pid}/autogroup")
+        while group.exists() and group.read_text().split()[-1] != "10":
+            assert worker.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    assert worker.wait(timeout=60) == 0 and titles(repository) == ["step 500: loss 3.21"]
 
 
 def test_runs_without_anything_to_push_say_so(run, tmp_path):
