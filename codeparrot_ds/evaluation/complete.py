@@ -11,7 +11,9 @@ from typing import Any
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.source import context_length, load_model
 
-_BLOCK_ENDS = re.compile(r"\nclass|\ndef|\n#|\n@|\nprint|\nif")
+BLOCK_STARTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
+"""Each starts another block at the left margin, which ends the one before."""
+_BLOCK_ENDS = re.compile("|".join(BLOCK_STARTS))
 _SEPARATOR = "\n" + "=" * 80 + "\n"
 
 # Each with the recipe's length in tokens, the prompt's own included.

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,10 +34,18 @@ KINDS = ("passed", "failed", "error", "syntax", "timeout", "memory", "output", "
 """Of verdicts: an assertion failed; an exception; no Python; too slow; too large; too talkative; ended by itself."""
 
 _START_SECONDS = 60.0  # of a sandbox, on a machine that is very busy
-_FIRST_USER = 61184  # to 65519: users that systemd keeps for services without one, which nothing else has
-_NUM_USERS = 4336
+_STOP_SECONDS = 1.0  # of a problem's tests, which do nothing more
+# Users that systemd keeps for services without one, which nothing else has. Spread, so that two programs of two hosts'
+# processes hardly ever share one: they would only share the limit on their number.
+_FIRST_USER, _NUM_USERS, _SPREAD = 61184, 4336, 2654435761
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _START = "import sys,marshal;exec(marshal.loads(bytes.fromhex(sys.argv[1])));main(eval(sys.argv[2]))"
+_ENDS = (
+    (b'["memory"', "memory", ""),
+    (b'["exit"', "exited", "SystemExit"),
+    (b'["syntax"', "syntax", ""),
+    (b'["output"', "output", "a result is too large"),
+)
 _CPU_LIMIT_REACHED = 128 + 24  # SIGXCPU, as bubblewrap hands it on
 
 
@@ -131,19 +140,23 @@ def check_sandbox() -> None:
             "Ubuntu: apt-get install bubblewrap"
         )
     try:
-        verdict = Judge(Limits(seconds=30), 0).once("def answer():\n    return 1", Check(tests=("assert answer() == 1",)))
-    except _SandboxError as error:
+        verdict = Judge(Limits(seconds=30), 0).once(
+            "def answer():\n    return 1", Check(tests=("assert answer() == 1",))
+        )
+    except SandboxError as error:
         advice = "run as another user than root, or allow" if os.geteuid() == 0 else "allow"
         raise UserError(
             f"generated programs run in a sandbox only, and bubblewrap cannot make one here ({error}); {advice} it to "
             "create namespaces"
         ) from error
     if not verdict.passed:
-        raise UserError(f"the sandbox does not work here: a right program's verdict was {verdict.kind} {verdict.detail}")
+        raise UserError(
+            f"the sandbox does not work here: a right program's verdict was {verdict.kind} {verdict.detail}"
+        )
 
 
-class _SandboxError(Exception):
-    """The sandbox itself did not start or died; says nothing about a program."""
+class SandboxError(UserError):
+    """The sandbox itself did not start; says nothing about a program."""
 
 
 class _Ended(Exception):
@@ -196,54 +209,74 @@ class Judge:
     ) -> tuple[str, str]:
         """Returns kind and detail of the verdict; raises ``_Ended`` where it is not the checker's."""
         candidate.send(program.encode("utf-8", "surrogatepass").hex().encode(), deadline)
-        _read_reply(candidate.receive(deadline))
+        reply = candidate.receive(deadline)
+        _check_reply(reply)
+        if reply.startswith(b'["error"'):
+            raise _Ended("error", _name_of(reply))
         try:
+            checker.printed_bytes = 0
             message = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
             checker.send(json.dumps(message).encode(), deadline)
-            for _ in range(self.limits.calls + 1):
-                request = checker.receive(deadline)
-                if request.startswith(b'["done"'):
-                    _, kind, detail, _ = json.loads(request)
-                    return kind, bytes.fromhex(detail).decode("utf-8", "replace")
-                try:
-                    candidate.send(request, deadline)
-                    reply = candidate.receive(deadline)
-                    _read_reply(reply)
-                except _Ended:
-                    self._stop(checker)
-                    raise
-                checker.send(reply, deadline)
-            raise _Ended("timeout", f"more than {self.limits.calls:,} calls")
+            return self._carry(candidate, checker, deadline)
         except BaseException:
             # Whatever state the tests are in, the next problem begins with a checker of its own.
-            if not checker.idle:
-                self.close()
+            self.close()
             raise
 
-    def _stop(self, checker: _Inside) -> None:
-        """Ends the tests that wait for an answer; leaves the checker for the next problem."""
-        soon = time.monotonic() + 1.0
-        checker.send(b'["stop"]', soon)
-        checker.idle = checker.receive(soon).startswith(b'["done"')
+    def _carry(self, candidate: _Inside, checker: _Inside, deadline: float) -> tuple[str, str]:
+        """Carries the tests' calls to the program and its answers back, until the checker has its verdict."""
+        for _ in range(self.limits.calls + 1):
+            request = checker.receive(deadline)
+            if request.startswith(b'["done"'):
+                _, kind, detail, _ = json.loads(request)
+                return kind, bytes.fromhex(detail).decode("utf-8", "replace")
+            try:
+                candidate.send(request, deadline)
+                reply = candidate.receive(deadline)
+                _check_reply(reply)
+            except _Ended as end:
+                if not _stops(checker):
+                    self.close()
+                return end.kind, end.detail
+            checker.send(reply, deadline)
+        raise _Ended("timeout", f"more than {self.limits.calls:,} calls")
 
 
-def _read_reply(reply: bytes) -> None:
+def _check_reply(reply: bytes) -> None:
     """Raises ``_Ended`` for what ends a program before its tests have decided; an exception in a call is the tests'."""
-    for kind, start in (("memory", b'["memory"'), ("exited", b'["exit"'), ("syntax", b'["syntax"')):
+    for start, kind, detail in _ENDS:
         if reply.startswith(start):
-            raise _Ended(kind, "SystemExit" if kind == "exited" else "")
+            raise _Ended(kind, detail)
+
+
+def _name_of(reply: bytes) -> str:
+    """The exception's name in a program's reply, as far as it holds one."""
+    try:
+        return bytes.fromhex(json.loads(reply)[2])[:64].decode("utf-8", "replace")
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+
+
+def _stops(checker: _Inside) -> bool:
+    """Tells a problem's tests, which wait for an answer, to end; whether they do, and the checker can go on."""
+    soon = time.monotonic() + _STOP_SECONDS
+    try:
+        checker.send(b'["stop"]', soon)
+        return checker.receive(soon).startswith(b'["done"')
+    except _Ended:
+        return False
 
 
 class _Inside:
     """A process in a sandbox and its pipes."""
 
     def __init__(self, side: str, limits: Limits, user: int) -> None:
-        self.side, self.limits, self.idle = side, limits, False
-        self._received, self._printed = b"", 0
+        self.side, self.limits = side, limits
+        self._received, self.printed_bytes = b"", 0
         read_end, inner_write = os.pipe()
         self._from_inside = read_end
         settings = _settings(side, limits, user, inner_write)
-        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), _START, _code(), repr(settings)]
+        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, _code(), repr(settings)]
         try:
             self.process = subprocess.Popen(
                 command,
@@ -282,9 +315,9 @@ class _Inside:
             hello = self.receive(time.monotonic() + _START_SECONDS)
         except _Ended as end:
             lines = self._first_output.decode("utf-8", "replace").strip().splitlines()
-            raise _SandboxError(lines[-1] if lines else end.kind) from end
+            raise SandboxError(f"it did not start: {lines[-1] if lines else end.kind}") from end
         if hello != b'["hello"]':
-            raise _SandboxError(f"its {self.side} began with {hello[:80]!r}")
+            raise SandboxError(f"its {self.side} began with {hello[:80]!r}")
 
     def send(self, line: bytes, deadline: float) -> None:
         data = memoryview(line + b"\n")
@@ -337,10 +370,10 @@ class _Inside:
             part = os.read(self._output, 1 << 16)
         except BlockingIOError:
             return True
-        self._printed += len(part)
+        self.printed_bytes += len(part)
         if len(self._first_output) < 4096:
             self._first_output += part
-        if self._printed > self.limits.output_bytes:
+        if self.printed_bytes > self.limits.output_bytes:
             raise _Ended("output", f"more than {self.limits.output_bytes:,} bytes")
         return bool(part)
 
@@ -354,10 +387,8 @@ class _Inside:
 
     def _drain(self) -> None:
         """Reads what was printed last, for the message of a sandbox that did not start."""
-        try:
+        with suppress(BlockingIOError):
             self._first_output += os.read(self._output, 4096)
-        except BlockingIOError:
-            pass
 
 
 _code_lock = threading.Lock()
@@ -382,12 +413,13 @@ def _settings(side: str, limits: Limits, user: int, write_to: int) -> dict[str, 
         "side": side,
         "write_to": write_to,
         "message_bytes": limits.message_bytes,
-        "user": _FIRST_USER + (2 * os.getpid() + user) % _NUM_USERS if os.geteuid() == 0 else 0,
+        "user": _FIRST_USER + (os.getpid() * _SPREAD + user) % _NUM_USERS if os.geteuid() == 0 else 0,
         "limits": {
             "AS": (limits.memory_bytes,) * 2,
             "CPU": cpu,
             "FSIZE": (limits.scratch_bytes,) * 2,
-            "NPROC": (limits.processes,) * 2,
+            # Kernels before 5.14 count all of a user's processes here: the checker, who is trusted, must still fork.
+            **({"NPROC": (limits.processes,) * 2} if side == "candidate" else {}),
             "NOFILE": (64, 64),
             "CORE": (0, 0),
         },
@@ -416,6 +448,7 @@ def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
         for path in (base / "bin", base / "lib", base / "lib64"):
             if path.exists():
                 command += _read_only(path)
+    command += ["--perms", "0755", "--dir", "/dev"]
     for name in _DEVICES:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp", "--remount-ro", "/"]
@@ -431,4 +464,9 @@ def _read_only(path: Path) -> list[str]:
 
 def _interpreter() -> tuple[str, ...]:
     executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
-    return (str(executable), "-I", "-S", "-E", "-B", "-c")
+    return (str(executable), "-I", "-S", "-E", "-B")
+
+
+def bare_command(limits: Limits) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The commands that make a sandbox and start the interpreter in it: what a verdict costs at least."""
+    return _bubblewrap(limits.scratch_bytes), _interpreter()

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import posix
 import sys
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own, without the import, which would take half the time of a start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_NO_MEMORY = 12  # ENOMEM
 
 MAX_DEPTH = 64
 """Of nested values. Python's own parser ends at 200 brackets."""
@@ -18,6 +23,10 @@ MAX_DEPTH = 64
 
 class TransferError(Exception):
     """A value that cannot cross: too deep, too large, or of a type that only one side has."""
+
+
+class TooLarge(TransferError):
+    """A message that no limit allows."""
 
 
 class Stopped(BaseException):
@@ -46,7 +55,7 @@ class Messages:
         _write_json(message, parts)
         data = "".join(parts).encode("ascii") + b"\n"
         if len(data) > self.max_bytes:
-            raise TransferError("too large")
+            raise TooLarge
         while data:
             data = data[posix.write(self.write_to, data) :]
 
@@ -97,7 +106,7 @@ def encode(value: Any, other: Callable[[Any], list[Any]], depth: int = 0) -> lis
         return ["d", *(encode(part, other, depth + 1) for pair in dict.items(value) for part in pair)]
     for kind, tag in ((list, "l"), (tuple, "t"), (set, "S"), (frozenset, "F")):
         if isinstance(value, kind):
-            return [tag, *(encode(part, other, depth + 1) for part in kind.__iter__(value))]
+            return [tag, *(encode(part, other, depth + 1) for part in value)]
     if type(value) is range:
         return ["r", hex(value.start), hex(value.stop), hex(value.step)]
     if type(value).__name__ == "deque" and type(value).__module__ == "collections":
@@ -192,30 +201,41 @@ def run_candidate(messages: Messages) -> None:
         return ["h", str(len(objects) - 1)]
 
     def from_handle(tag: str, text: str) -> Any:
-        return objects[int(text)] if tag == "h" else _global(module, text)
+        return objects[int(text)] if tag == "h" else _global(module, text_from_hex(text))
 
-    def call(name: str, arguments: Any, keywords: Any) -> list[Any]:
+    def value(result: Any) -> list[Any]:
+        return ["value", encode(result, to_handle)]
+
+    def call(tag: str, text: str, arguments: Any, keywords: Any) -> list[Any]:
         arguments, keywords = decode(arguments, from_handle), decode(keywords, from_handle)
-        function = _global(module, name)
-        value = encode(function(*arguments, **keywords), to_handle)
-        return ["value", value, encode(list(arguments), to_handle)]
+        result = encode(from_handle(tag, text)(*arguments, **keywords), to_handle)
+        return ["value", result, encode(list(arguments), to_handle)]
 
-    def begin(handle: str) -> list[Any]:
-        return ["value", to_handle(iter(objects[int(handle)]))]
+    def assign(tag: str, text: str, name: str, new: Any) -> list[Any]:
+        setattr(from_handle(tag, text), text_from_hex(name), decode(new, from_handle))
+        return ["value", ["n"]]
 
-    def advance(handle: str) -> list[Any]:
-        for value in objects[int(handle)]:
-            return ["value", encode(value, to_handle)]
+    def advance(tag: str, text: str) -> list[Any]:
+        for item in from_handle(tag, text):
+            return value(item)
         return ["end"]
 
-    operations: dict[str, Callable[..., list[Any]]] = {"call": call, "iter": begin, "next": advance}
+    operations: dict[str, Callable[..., list[Any]]] = {
+        "call": call,
+        "get": lambda tag, text, name: value(getattr(from_handle(tag, text), text_from_hex(name))),
+        "set": assign,
+        "item": lambda tag, text, key: value(from_handle(tag, text)[decode(key, from_handle)]),
+        "length": lambda tag, text: value(len(from_handle(tag, text))),
+        "iterate": lambda tag, text: ["value", to_handle(iter(from_handle(tag, text)))],
+        "next": advance,
+    }
     while True:
         operation, *parts = eval(messages.receive())  # the checker's own lists of strings
         reply = _attempt(lambda: operations[operation](*parts))  # noqa: B023
         try:
             messages.send(reply)
-        except TransferError as error:
-            messages.send(_failure(error))
+        except TooLarge:
+            messages.send(["output"])
 
 
 def _define(program: str, namespace: dict[str, Any]) -> list[Any]:
@@ -243,7 +263,7 @@ def _attempt(action: Callable[[], list[Any]]) -> list[Any]:
     except SystemExit:
         return ["exit"]
     except BaseException as error:
-        return _failure(error)
+        return ["memory"] if getattr(error, "errno", None) == _NO_MEMORY else _failure(error)
 
 
 def _failure(error: BaseException) -> list[Any]:
@@ -251,7 +271,7 @@ def _failure(error: BaseException) -> list[Any]:
     built_in = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
     try:
         text = str(error)[:500]
-    except Exception:  # a __str__ of the program's own
+    except BaseException:  # a __str__ of the program's own
         text = ""
     name = "".join(letter for letter in type(error).__name__[:64] if letter.isalnum() or letter == "_")
     return ["error", built_in, text_to_hex(name), text_to_hex(text)]
@@ -263,6 +283,8 @@ def _failure(error: BaseException) -> list[Any]:
 
 def run_checker(messages: Messages) -> None:
     """Runs the tests of one problem after another, each in a child of its own."""
+    import ast  # noqa: F401 (its children find it loaded)
+    import collections  # noqa: F401
     import json
 
     while True:
@@ -281,26 +303,46 @@ def run_checker(messages: Messages) -> None:
 
 
 class Remote:
-    """What the checker has of the candidate's: a name to call, or an object that equals nothing but itself."""
+    """What the checker has of the candidate's: a name, or an object that equals nothing but itself.
 
-    def __init__(self, candidate: Any, tag: str, text: str) -> None:
-        self._candidate, self._tag, self._text = candidate, tag, text
+    No operator reaches the program, which could answer ``result - expected`` with what the tests wish for.
+    """
+
+    __slots__ = ("_candidate", "_place")
+
+    def __init__(self, candidate: Candidate, tag: str, text: str) -> None:
+        object.__setattr__(self, "_candidate", candidate)
+        object.__setattr__(self, "_place", (tag, text))
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        if self._tag != "g":
-            raise TypeError("an object of the program's cannot be called")
-        return self._candidate.call(self._text, arguments, keywords)
+        return self._candidate.call(self._place, arguments, keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._candidate.value("get", *self._place, text_to_hex(name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._candidate.value("set", *self._place, text_to_hex(name), encode(value, _encode_remote))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._candidate.value("item", *self._place, encode(key, _encode_remote))
+
+    def __len__(self) -> int:
+        return int(self._candidate.value("length", *self._place))
+
+    def __bool__(self) -> bool:
+        return True
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and (self._tag, self._text) == (other._tag, other._text)
+        return isinstance(other, Remote) and self._place == other._place
 
     def __hash__(self) -> int:
-        return hash((self._tag, self._text))
+        return hash(self._place)
 
     def __iter__(self) -> Any:
-        _, handle = self._candidate.ask("iter", self._text)
-        iterator = self._candidate.decode(handle)
-        while (reply := self._candidate.ask("next", iterator._text))[0] != "end":
+        iterator = self._candidate.value("iterate", *self._place)
+        while (reply := self._candidate.ask("next", *iterator._place))[0] != "end":
             yield self._candidate.decode(reply[1])
 
 
@@ -317,16 +359,24 @@ class Candidate:
         self.messages, self.loads = messages, json.loads
 
     def ask(self, *request: Any) -> list[Any]:
+        """Returns the program's reply, ``["value", …]`` or ``["end"]``; raises what it says that it raised."""
         self.messages.send(list(request))
         reply = self.loads(self.messages.receive())
+        if not isinstance(reply, list) or not reply:
+            raise TransferError("no reply")
         if reply[0] == "stop":
             raise Stopped
         if reply[0] == "error":
             raise _exception(reply)
-        return list(reply)
+        if reply[0] not in ("value", "end"):
+            raise TransferError("no reply")
+        return reply
 
-    def call(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        reply = self.ask("call", name, encode(list(arguments), _encode_remote), encode(keywords, _encode_remote))
+    def value(self, *request: Any) -> Any:
+        return self.decode(self.ask(*request)[1])
+
+    def call(self, place: tuple[str, str], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        reply = self.ask("call", *place, encode(list(arguments), _encode_remote), encode(keywords, _encode_remote))
         for argument, after in zip(arguments, self.decode(reply[2]), strict=True):
             _update(argument, after)
         return self.decode(reply[1])
@@ -337,7 +387,7 @@ class Candidate:
 
 def _encode_remote(value: Any) -> list[Any]:
     if isinstance(value, Remote):
-        return [value._tag, value._text]
+        return [*value._place]
     raise TransferError(f"a test hands over a {type(value).__name__}, which cannot leave the checker")
 
 
@@ -345,11 +395,12 @@ def _exception(reply: list[Any]) -> Exception:
     import builtins
 
     _, built_in, own_name, text = reply
-    kind = getattr(builtins, built_in, None)
+    kind: Any = getattr(builtins, built_in, None)
+    error: Exception
     try:
         if not issubclass(kind, Exception):
             raise TypeError(built_in)
-        error: Exception = kind(text_from_hex(text))
+        error = kind(text_from_hex(text))
     except TypeError:  # none that can be raised with a text alone
         error = CandidateError(text_from_hex(text))
     error._candidate = text_from_hex(own_name)  # type: ignore[attr-defined]
@@ -382,12 +433,12 @@ def _run_tests(check: dict[str, Any], messages: Messages) -> list[Any]:
     """Returns ``["done", kind, detail, text]`` of one problem; all but the kind are hexadecimal."""
     candidate = Candidate(messages)
     names = _names_used("\n".join([check["setup"], *check["tests"]]))
-    namespace: dict[str, Any] = {name: Remote(candidate, "g", name) for name in names}
+    namespace: dict[str, Any] = {name: Remote(candidate, "g", text_to_hex(name)) for name in names}
     namespace["__name__"] = "checker"
     try:
         exec(compile(check["setup"], "<setup>", "exec", dont_inherit=True), namespace)
         if check["entry_point"]:
-            namespace[check["entry_point"]] = Remote(candidate, "g", check["entry_point"])
+            namespace[check["entry_point"]] = Remote(candidate, "g", text_to_hex(check["entry_point"]))
         for test in check["tests"]:
             exec(compile(test, "<tests>", "exec", dont_inherit=True), namespace)
     except Stopped:
