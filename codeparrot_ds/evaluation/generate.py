@@ -303,6 +303,8 @@ def sample(log_probabilities: torch.Tensor, draws: torch.Tensor, *, temperature:
 class _RoomyLayer(DynamicLayer):
     """A layer of the cache that copies what it has only now and then, not for every token."""
 
+    keys: Any
+    values: Any
     _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
