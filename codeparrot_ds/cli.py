@@ -88,6 +88,7 @@ def build_parser() -> ArgumentParser:
         _add_train,
         _add_evaluate,
         _add_complete,
+        _add_humaneval,
         _add_check,
         _add_plan,
         _add_checkpoint,
@@ -674,6 +675,103 @@ def _run_complete(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_humaneval(commands: Any) -> None:
+    parser = _command(
+        commands, "humaneval", _run_humaneval, "share of programming problems that a model's programs solve (pass@k)"
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--allow-execution", action="store_true",
+        help="run the programs that the model writes, in a sandbox; without it nothing is run (default: off)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--generate-only", action="store_true", help="keep the completions and run none of them (default: off)"
+    )
+    group = parser.add_argument_group("problems")
+    group.add_argument(
+        "--problems", default="humaneval", metavar="SRC",
+        help=_default(
+            "humaneval, mbpp, a .jsonl or .jsonl.gz file in the schema of either, or org/name[:split]", "humaneval"
+        ),
+    )  # fmt: skip
+    group.add_argument("--limit", type=_count, metavar="N", help="only the first N problems (default: all)")
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--num-samples", type=_count, default=20, metavar="N", help=_default("completions of each problem", 20)
+    )
+    group.add_argument(
+        "--temperatures", type=_temperature, nargs="+", default=(0.2, 0.6, 0.8), metavar="T",
+        help=_default("temperatures, of which the best counts; 0 is greedy", "0.2 0.6 0.8"),
+    )  # fmt: skip
+    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help=_default("of the probability", 0.95))
+    group.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help=_default("at most", 256))
+    group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+    group.add_argument("--batch-size", type=_count, default=32, metavar="N", help=_default("rows at once", 32))
+    group.add_argument(
+        "--num-gpus", "--num-processes", type=_count, dest="num_processes", metavar="N",
+        help="processes that generate, a GPU each (default: all GPUs, or one process without)",
+    )  # fmt: skip
+    group = parser.add_argument_group("judging")
+    group.add_argument("--k", type=_counts, default=(1, 10, 100), metavar="K,K", help=_default("of pass@k", "1,10,100"))
+    group.add_argument(
+        "--seconds", type=float, default=5.0, metavar="X", help=_default("a program may take with its tests", 5)
+    )
+    group.add_argument(
+        "--memory-mb", type=_count, default=512, metavar="N", help=_default("a program's process may take", 512)
+    )
+    group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: one a core)")
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder, where the same command goes on (default: RUN/humaneval/CHECKPOINT-PROBLEMS)",
+    )  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="begin again in a folder that holds completions")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_humaneval(arguments: argparse.Namespace) -> int:
+    if arguments.allow_execution == arguments.generate_only:
+        raise UserError(
+            "humaneval runs programs that a model wrote, in a sandbox; allow that with --allow-execution, or only keep "
+            "the completions with --generate-only"
+        )
+    from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
+    from codeparrot_ds.evaluation.sandbox import Limits
+
+    settings = Settings(
+        problems=arguments.problems,
+        limit=arguments.limit,
+        num_samples=arguments.num_samples,
+        temperatures=tuple(arguments.temperatures),
+        top_p=arguments.top_p,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+    )
+    folder = arguments.out or default_folder(arguments.source, arguments.problems)
+    with _progress("samples") as progress:
+        results = humaneval(
+            arguments.source,
+            folder,
+            settings=settings,
+            k=arguments.k,
+            judge=arguments.allow_execution,
+            limits=Limits(seconds=arguments.seconds, memory_bytes=arguments.memory_mb << 20),
+            num_workers=arguments.num_workers,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            num_processes=arguments.num_processes,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    if arguments.json and results:
+        print(json.dumps(results, indent=2))
+        return 0
+    print(describe(results) if results else "nothing was run")
+    print(f"results in {folder}")
+    return 0
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
@@ -875,6 +973,16 @@ def _counts(text: str) -> tuple[int, ...]:
     if not parts:
         raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, such as 1,2,4, not {text!r}")
     return tuple(sorted({_count(part.strip()) for part in parts}))
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return value
 
 
 def _count(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from codeparrot_ds.evaluation.source import context_length, load_model
 
 BLOCK_STARTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
 """Each starts another block at the left margin, which ends the one before."""
-_BLOCK_ENDS = re.compile("|".join(BLOCK_STARTS))
 _SEPARATOR = "\n" + "=" * 80 + "\n"
 
 # Each with the recipe's length in tokens, the prompt's own included.
@@ -39,7 +37,12 @@ def first_block(string: str) -> str:
 
     A block starts with ``class``, ``def``, ``#``, ``@``, ``print`` or ``if``.
     """
-    return _BLOCK_ENDS.split(string, maxsplit=1)[0].rstrip()
+    return cut(string, BLOCK_STARTS).rstrip()
+
+
+def cut(text: str, ends: Sequence[str]) -> str:
+    """Returns a text up to the first of the ends."""
+    return text[: min((position for end in ends if (position := text.find(end)) >= 0), default=None)]
 
 
 def complete_code(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from codeparrot_ds.evaluation.complete import cut
 from codeparrot_ds.evaluation.source import context_length
 
 _ROOM_TOKENS = 64  # that a cache grows by
@@ -269,11 +270,6 @@ class _Batch:
     def _text(self, tokens: list[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
-
-
-def cut(text: str, ends: Sequence[str]) -> str:
-    """Returns a text up to the first of the ends."""
-    return text[: min((position for end in ends if (position := text.find(end)) >= 0), default=None)]
 
 
 def _begins_end(text: str, ends: Sequence[str]) -> bool:

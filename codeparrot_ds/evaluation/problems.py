@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.evaluation.complete import BLOCK_STARTS
+from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.evaluation.sandbox import Check
 
 PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test"}
@@ -19,8 +19,8 @@ PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-
 
 _HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 _MBPP = ("task_id", "code", "test_list")
-# A completion of an MBPP prompt begins with the function itself, which the recipe's ends would cut off.
-_MBPP_ENDS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif")
+# A completion of an MBPP prompt begins with the function itself, or a class, which the recipe's ends would cut off.
+_MBPP_ENDS = ("\nassert", '\n"""', "\nprint", "\nif")
 _NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
 
 
@@ -30,7 +30,7 @@ class Problem:
 
     task_id: str
     prompt: str
-    """What a model completes."""
+    """What a model completes: without the space at its end, which tokenizers join to what follows, as in the recipe."""
     solution: str
     """A right completion."""
     check: Check
@@ -39,8 +39,7 @@ class Problem:
 
     def cut(self, completion: str) -> str:
         """Returns a completion up to its block's end, without trailing space."""
-        positions = [position for end in self.ends if (position := completion.find(end)) >= 0]
-        return completion[: min(positions, default=None)].rstrip()
+        return cut(completion, self.ends).rstrip()
 
     def program(self, completion: str) -> str:
         """Returns the source that is judged."""
@@ -119,10 +118,11 @@ def _problem(row: Any, where: str) -> Problem:
 def _humaneval(row: dict[str, Any], where: str) -> Problem:
     """The prompt is a function's head and docstring: what stands before it helps the tests as well as the program."""
     tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+    prompt = row["prompt"].rstrip()
     return Problem(
         task_id=str(row["task_id"]),
-        prompt=row["prompt"],
-        solution=row["canonical_solution"],
+        prompt=prompt,
+        solution=row["prompt"][len(prompt) :] + row["canonical_solution"],
         check=Check(setup=row["prompt"], tests=(tests,), entry_point=row["entry_point"]),
         ends=BLOCK_STARTS,
     )
@@ -138,8 +138,8 @@ def _mbpp(row: dict[str, Any], where: str) -> Problem:
     setup = "\n".join([*imports, row.get("test_setup_code") or ""])
     return Problem(
         task_id=str(row["task_id"]),
-        prompt=f'"""\n{text}\n{tests[0]}\n"""\n',
-        solution=row["code"].replace("\r\n", "\n"),
+        prompt=f'"""\n{text}\n{tests[0]}\n"""',
+        solution="\n" + row["code"].replace("\r\n", "\n"),
         check=Check(setup=setup, tests=tuple(tests)),
         ends=_MBPP_ENDS,
     )

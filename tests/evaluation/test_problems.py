@@ -29,6 +29,7 @@ def test_right_solutions_score_one_and_mutated_ones_zero(name):
     problems = load_problems(FILES[name])
     assert score(problems, [problem.solution for problem in problems]) == 1.0
     mutated = [row["mutated_solution"] for row in rows_of(FILES[name])]
+    mutated = ["\n" + text for text in mutated]  # a completion begins where the prompt's text ends
     assert score(problems, mutated) == 0.0
     assert score(problems, [problem.cut(problem.solution) for problem in problems]) == 1.0  # no end inside
 
