@@ -643,6 +643,14 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     if result["bits_per_byte"] is not None:
         print(f"bits per byte   {result['bits_per_byte']:.4f}")
     print(f"tokens          {result['eval_tokens']:,} in {result['seconds']:.1f} s")
+    print(f"next token      {result['top_1_accuracy']:.2%} right, {result['top_5_accuracy']:.2%} among the first five")
+    rows = [(f"{row['first']:,} - {row['last']:,}", row) for row in result["loss_by_position"]]
+    sections = [("tokens before it", rows), ("class of token", list((result["loss_by_class"] or {}).items()))]
+    for title, rows in sections:
+        if rows:
+            print(f"\n{title:<17}{'loss':>8}{'right':>9}{'in five':>9}{'tokens':>14}")
+        for name, row in rows:
+            print(f"{name:<17}{row['loss']:>8.4f}{row['top_1']:>9.2%}{row['top_5']:>9.2%}{row['tokens']:>14,}")
     return 0
 
 
