@@ -660,25 +660,48 @@ def _add_complete(commands: Any) -> None:
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="start of some code; - reads it (default: the recipe's four)"
     )
-    group = parser.add_argument_group("sampling (temperature 0.4, top_p 0.95)")
+    parser.add_argument(
+        "--file", action="append", default=[], type=Path, dest="files", metavar="FILE",
+        help="a prompt, or a .jsonl file with one a line; may be repeated (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--interactive", action="store_true", help="ask for prompts (default: off)")
+    parser.add_argument("--json", action="store_true", help="print an object a line, with log-probabilities")
+    group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-length", type=_count, default=64, metavar="N", help=_default("tokens of prompt and completion", 64)
     )
     group.add_argument("--num-completions", type=_count, default=4, metavar="N", help=_default("of each prompt", 4))
+    group.add_argument(
+        "--temperature", type=_temperature, default=0.4, metavar="T", help=_default("0 takes the likeliest token", 0.4)
+    )
+    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help=_default("of the probability", 0.95))
     group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+    group.add_argument("--batch-size", type=_count, default=32, metavar="N", help=_default("rows at once", 32))
 
 
 def _run_complete(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.evaluation.complete import run_complete
+    from codeparrot_ds.data.inspect import uses_colour
+    from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes letters that some encodings lack
     run_complete(
         arguments.source,
         arguments.prompts,
-        max_length=arguments.max_length,
-        num_completions=arguments.num_completions,
-        seed=arguments.seed,
+        files=arguments.files,
+        settings=CompleteSettings(
+            max_length=arguments.max_length,
+            num_completions=arguments.num_completions,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        ),
+        interactive=arguments.interactive,
+        as_json=arguments.json,
+        batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         device=arguments.device,
+        colour=uses_colour(sys.stdout.isatty(), os.environ),
     )
     return 0
 

@@ -44,6 +44,8 @@ class Request:
     seed: int = 0
     ends: tuple[str, ...] = ()
     """Texts of which the first ends the completion, and is no part of it."""
+    max_new_tokens: int | None = None
+    """Where it is not the sampling's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +92,12 @@ def generate(
     context = context_length(model)
     rows = []
     for number, request in enumerate(requests):
-        room = sampling.max_new_tokens if context is None else context - len(ids[request.prompt])
+        wanted = sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        room = wanted if context is None else min(wanted, context - len(ids[request.prompt]))
         if room < 1:
             yield number, Completion(text="", raw="", finish="context", log_probability=0.0, num_tokens=0, tokens=())
             continue
-        rows.append(_Row(number, request, ids[request.prompt], min(room, sampling.max_new_tokens)))
+        rows.append(_Row(number, request, ids[request.prompt], room, "length" if room == wanted else "context"))
     rows.sort(key=lambda row: (len(row.prompt), row.prompt))
     for start in range(0, len(rows), batch_size):
         yield from _Batch(model, tokenizer, rows[start : start + batch_size], sampling, on_token).run()
@@ -106,6 +109,7 @@ class _Row:
     request: Request
     prompt: list[int]
     room: int
+    at_the_end: str
     tokens: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
     shown: int = 0
@@ -234,7 +238,7 @@ class _Batch:
             if any(end in newest for end in row.request.ends):
                 return "end"
         if len(row.tokens) == row.room:
-            return "length" if row.room == self.sampling.max_new_tokens else "context"
+            return row.at_the_end
         return ""
 
     def _completion(self, row: _Row, finish: str) -> Completion:

@@ -55,7 +55,7 @@ class TokenClasses:
 
 def _classes_of(pieces: Sequence[bytes]) -> np.ndarray:
     text = b"".join(pieces)
-    of_bytes = _byte_classes(text)
+    of_bytes = byte_classes(text)
     ends = np.cumsum([len(piece) for piece in pieces])
     starts = ends - [len(piece) for piece in pieces]
     visible = np.flatnonzero(~_SPACES[np.frombuffer(text, dtype=np.uint8)])
@@ -71,7 +71,8 @@ def _classes_of(pieces: Sequence[bytes]) -> np.ndarray:
     return found
 
 
-def _byte_classes(text: bytes) -> np.ndarray:
+def byte_classes(text: bytes) -> np.ndarray:
+    """Returns the class of each byte of a source as an index of ``TOKEN_CLASSES``, (bytes,), uint8."""
     classes = np.full(len(text), _NUMBER["other"], dtype=np.uint8)
     for lexeme in _LEXEME.finditer(text):
         kind = str(lexeme.lastgroup)
