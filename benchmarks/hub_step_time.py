@@ -24,7 +24,7 @@ sys.path[:0] = [str(REPOSITORY)]
 
 from tests.hub.model_hub import TOKEN, running_hub  # noqa: E402
 
-HUBS = {"no branch": "off", "bare git repository": "local", "Hub on this machine": "somebody/parrot"}
+HUBS = {"no branch": "off", "bare git repository": "local", "Hub on this machine": "org/parrot"}
 WARM_UP_STEPS = 3
 
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 def train(options: argparse.Namespace, folder: Path, hub: str, environment: dict[str, str]) -> dict[str, Any]:
     """One run; the seconds of its steps after the first few, and how many checkpoints its branch got."""
-    run = folder / f"kind-{list(HUBS.values()).index(hub)}"
+    run = folder / f"{folder.name}-kind-{list(HUBS.values()).index(hub)}"
     command = [
         *(sys.executable, "-m", "codeparrot_ds", "train", "demo", "--num-gpus", "2", "--hub", hub, "--wandb", "off"),
         *("--data", options.data, "--tokenizer", options.tokenizer, "--max-train-steps", str(options.steps)),

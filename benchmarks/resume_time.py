@@ -43,10 +43,11 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--engine", str(base / "engine")]
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
         subprocess.run(command, check=True, capture_output=True, env=os.environ | rank | {"DS_ACCELERATOR": "cpu"})
-        config = options_of(run_config(options))
+        config = run_config(options)
         for share in SHARES:
+            step = int(share * rows) // config.global_batch_size
             arguments = ["checkpoint", "import", str(base / "engine"), str(base / f"at-{share}")]
-            arguments += ["--first-row", str(int(share * rows)), *config]
+            arguments += ["--first-row", str(step * config.global_batch_size), *options_of(config)]
             subprocess.run([sys.executable, "-m", "codeparrot_ds", *arguments], check=True, cwd=REPOSITORY)
         laps: dict[float, list[dict[str, float]]] = {share: [] for share in SHARES}
         for number in range(options.rounds + 1):
@@ -110,7 +111,7 @@ def save_engine(options: argparse.Namespace) -> None:
 
 
 def rows_of_an_epoch(options: argparse.Namespace) -> int:
-    """Rows that the training documents of the corpus fill."""
+    """Rows of the run before one of its lanes begins anew."""
     from codeparrot_ds.data.encoder import load_encoder
     from codeparrot_ds.data.opening import open_stream
     from codeparrot_ds.data.stream import TrainingStream

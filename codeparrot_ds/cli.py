@@ -20,11 +20,13 @@ from codeparrot_ds.config import (
     FIELDS,
     PRESETS,
     ArgumentParser,
+    LaunchOptions,
     RunConfig,
     add_config_arguments,
     add_launch_arguments,
     config_from_arguments,
     launch_from_arguments,
+    read_config_file,
     without_launch_arguments,
 )
 from codeparrot_ds.errors import UserError
@@ -86,6 +88,7 @@ def build_parser() -> ArgumentParser:
         _add_tokenizer,
         _add_data,
         _add_train,
+        _add_doctor,
         _add_evaluate,
         _add_complete,
         _add_humaneval,
@@ -367,6 +370,48 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.launch import front_door
 
     return front_door(config, launch, without_launch_arguments(arguments.arguments))
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        _run_doctor,
+        "checks this machine, or every host of a hostfile, before a run; exit code 1 when something is wrong",
+    )
+    group = parser.add_argument_group("hosts")
+    group.add_argument("--hostfile", metavar="FILE", help="lines of `host slots=N` (default: this machine alone)")
+    group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to look at, as in a:0,2@b (default: all)")
+    group.add_argument("--exclude", metavar="HOSTS", help="hosts and GPUs to leave out, same form (default: none)")
+    group.add_argument(
+        "--master-addr", metavar="HOST", help="address of the first host (default: that which ssh reaches it by)"
+    )
+    group.add_argument("--master-port", type=_count, metavar="N", help="port there (default: any free one)")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--config", metavar="FILE", help="run config with the four below (default: none)")
+    group.add_argument("--data", metavar="DIR", help="corpus that every host must see (default: none)")
+    group.add_argument("--tokenizer", metavar="DIR", help="tokenizer that every host must see (default: none)")
+    group.add_argument("--output-dir", metavar="DIR", help="folder of runs that hosts share (default: runs)")
+    group.add_argument("--deepspeed", metavar="JSON", help="whose operators must be built (default: zero2)")
+    group = parser.add_argument_group("mending")
+    group.add_argument("--build", action="store_true", help="build operators that are missing, on all hosts at once")
+    group.add_argument("--clear-locks", action="store_true", help="remove the locks of killed builds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.run.doctor import describe, examine
+    from codeparrot_ds.run.launch import wanted_of
+
+    given = {name: getattr(arguments, name) for name in ("data", "tokenizer", "output_dir", "deepspeed")}
+    values = read_config_file(arguments.config) if arguments.config else {}
+    config = RunConfig(**values | {name: value for name, value in given.items() if value is not None})
+    options = ("hostfile", "include", "exclude", "master_addr", "master_port")
+    launch = LaunchOptions(**{name: getattr(arguments, name) for name in options})
+    hosts, wanted = wanted_of(config, launch, build=arguments.build, clear_locks=arguments.clear_locks)
+    examination = examine(hosts, wanted)
+    print(json.dumps(examination.as_json(), indent=2) if arguments.json else describe(examination))
+    return 1 if examination.findings else 0
 
 
 def _add_check(commands: Any) -> None:
