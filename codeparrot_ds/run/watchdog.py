@@ -105,9 +105,8 @@ class Watchdog:
         for rank, view in living.items():
             assert view.place is not None
             stopped_seconds = 0.0 if view.stopped is None else now - view.stopped
-            if (
-                view.place.seconds + now - view.heard > self.limit_seconds(living, view.place)
-                or stopped_seconds > min(FLOOR_SECONDS, self.ceiling_seconds)
+            if view.place.seconds + now - view.heard > self.limit_seconds(living, view.place) or stopped_seconds > min(
+                FLOOR_SECONDS, self.ceiling_seconds
             ):
                 stuck[rank] = view
         # A rank that is further on waits for the others, and may have got there later than they hang.
