@@ -166,6 +166,6 @@ def run_rank(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from codeparrot_ds.run.ranks import end_process
+    from codeparrot_ds.run.parent_end import end_process
 
     end_process(main())

@@ -100,14 +100,15 @@ class Watchdog:
         return None
 
     def _stuck(self, ranks: dict[int, RankView], now: float) -> Verdict | None:
+        if any(view.exit_code or (view.exit_code is None and view.gone is not None) for view in ranks.values()):
+            return None  # what the others wait for is known, and its time is counted above
         living = {rank: view for rank, view in ranks.items() if view.exit_code is None and view.place is not None}
         stuck = {}
         for rank, view in living.items():
             assert view.place is not None
             stopped_seconds = 0.0 if view.stopped is None else now - view.stopped
-            if (
-                view.place.seconds + now - view.heard > self.limit_seconds(living, view.place)
-                or stopped_seconds > min(FLOOR_SECONDS, self.ceiling_seconds)
+            if view.place.seconds + now - view.heard > self.limit_seconds(living, view.place) or stopped_seconds > min(
+                FLOOR_SECONDS, self.ceiling_seconds
             ):
                 stuck[rank] = view
         # A rank that is further on waits for the others, and may have got there later than they hang.
