@@ -105,7 +105,8 @@ def accumulate_gradients(engine: Any, batches: Iterator[Any], session: Session) 
         beat("data", batch=number)
         batch = next(batches)
         beat("forward", batch=number)
-        loss = engine(**session.model_inputs(batch)).loss
+        with session.meter.forward():
+            loss = engine(**session.model_inputs(batch)).loss
         beat("backward", batch=number)
         session.bad_steps.watch(batch, loss)
         engine.backward(loss)
