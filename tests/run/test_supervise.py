@@ -87,6 +87,11 @@ def left_over(mark: Path, seconds: float = 3.0) -> list[list[str]]:
 ME = re.escape(socket.gethostname())
 
 
+@pytest.mark.parametrize(("do", "code"), [("", 0), ("if rank == 1: sys.exit(7)", 7)])
+def test_hosts_without_rank_0_have_their_own_ranks_word(start, do, code):
+    assert start(do, has_rank_0=False)[0].code == code
+
+
 def test_ranks_that_finish(start):
     end, said = start("if rank == 0: record('finished')")
     assert (end.code, end.verdict, said) == (0, None, "")
