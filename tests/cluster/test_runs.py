@@ -31,7 +31,7 @@ def test_three_hosts_train_as_one_does(cluster, train, on_one_host):
 
 def test_two_hosts_lose_one_another_and_stop(cluster, train, on_one_host):
     """A cut in the network, a restart from the checkpoint, SIGTERM in an evaluation: the losses are one host's."""
-    training = train(TWO, "--max-restarts", "1", "--hang-seconds", "6")
+    training = train(TWO, "--max-restarts", "1", "--hang-seconds", "20")
     training.until_step(13)
     cluster.cut("beta")
     try:
