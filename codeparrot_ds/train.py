@@ -105,7 +105,8 @@ def accumulate_gradients(engine: Any, batches: Iterator[Any], session: Session) 
         beat("data", batch=number)
         batch = next(batches)
         beat("forward", batch=number)
-        loss = engine(**session.model_inputs(batch)).loss
+        with session.meter.forward():
+            loss = engine(**session.model_inputs(batch)).loss
         beat("backward", batch=number)
         session.bad_steps.watch(batch, loss)
         engine.backward(loss)
@@ -171,6 +172,6 @@ def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, com
 
 
 if __name__ == "__main__":
-    from codeparrot_ds.run.ranks import end_process
+    from codeparrot_ds.run.parent_end import end_process
 
     end_process(main())

@@ -98,6 +98,7 @@ def _start(job: Job, hosts: list[Host], *, again: bool) -> tuple[End, list[Host]
     options: dict[str, Any] = {"server": server, "hang_seconds": job.launch.hang_seconds}
     if is_local(hosts) or job.launch.no_ssh:
         command, environment = _on_this_host(job, hosts, arguments)
+        options["has_rank_0"] = not job.launch.node_rank
         return run_to_the_end(command, environment, job.run, **options), hosts
     with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as folder:
         base = f"/tmp/codeparrot-ds-{os.getuid()}-{secrets.token_hex(8)}"

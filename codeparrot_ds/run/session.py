@@ -59,6 +59,7 @@ from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.plan import predict
+from codeparrot_ds.run.rank_times import RankTimes
 from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
 from codeparrot_ds.run.startup import Startup
 from codeparrot_ds.run.stopping import StopSignal
@@ -724,6 +725,7 @@ def _start_meter(
 ) -> Meter:
     flops, source = peak_flops(ranks.device, precision(ds_config))
     logger.debug("peak of this rank: %.3g FLOP/s (%s)", flops, source)
+    hosts = ranks.gather(socket.gethostname())
     return Meter(
         loader=loader,
         tokens_per_step=config.global_batch_size * config.seq_length,
@@ -733,6 +735,7 @@ def _start_meter(
         tokens=restored.tokens if restored else 0,
         step=restored.step if restored else 0,
         max_train_steps=config.max_train_steps,
+        rank_times=RankTimes(ranks, hosts, zero_stage(ds_config)) if ranks.world_size > 1 else None,
     )
 
 

@@ -54,6 +54,7 @@ def run_to_the_end(
     server: ControlServer | None = None,
     hang_seconds: float = 600.0,
     num_ranks: int | None = None,
+    has_rank_0: bool = True,
 ) -> End:
     """Runs the launcher in a session of its own, hears its ranks, and ends them all when one is lost or they hang.
 
@@ -64,6 +65,7 @@ def run_to_the_end(
         server: that the guards speak to; its own when there is none.
         hang_seconds: ceiling of the watchdog's limit.
         num_ranks: that are expected, where it is known.
+        has_rank_0: whether rank 0, who keeps the run's record, is among them; else the ranks' own exit codes count.
     """
     server = server or ControlServer()
     environment = {ADDRESS: f"127.0.0.1:{server.port}", TOKEN: server.token} | environment
@@ -81,6 +83,8 @@ def run_to_the_end(
         server.close()
     if supervisor.verdict is not None:
         code = supervisor.verdict.code
+    elif code == 0 and not has_rank_0:
+        code = 0 if server.ranks and all(view.exit_code == 0 for view in server.ranks.values()) else 1
     elif code == 0:
         # Rank 0 must have recorded this start's end.
         starts, status = _starts_and_status(run)

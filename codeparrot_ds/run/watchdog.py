@@ -100,6 +100,8 @@ class Watchdog:
         return None
 
     def _stuck(self, ranks: dict[int, RankView], now: float) -> Verdict | None:
+        if any(view.exit_code or (view.exit_code is None and view.gone is not None) for view in ranks.values()):
+            return None  # what the others wait for is known, and its time is counted above
         living = {rank: view for rank, view in ranks.items() if view.exit_code is None and view.place is not None}
         stuck = {}
         for rank, view in living.items():

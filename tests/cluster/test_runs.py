@@ -29,27 +29,29 @@ def test_three_hosts_train_as_one_does(cluster, train, on_one_host):
     assert rows(training.run) == rows(on_one_host(3))
 
 
-def test_two_hosts_stop_and_go_on_and_lose_one_another(cluster, train, on_one_host):
-    """SIGTERM in an evaluation, the same command again, and a cut in the network: the losses are one host's."""
-    training = train(TWO)
-    training.until_step(10)
-    training.process.send_signal(signal.SIGTERM)  # the evaluation at step 10 has begun
-    asked = time.monotonic()
-    assert training.wait() == 0, training.said()
-    all_gone(cluster, asked + 30 - time.monotonic())
-    stopped = outcome(training.run)
-    assert stopped["status"] == "stopped" and 10 <= stopped["step"] < 40
-    assert newest_valid_step(training.run) == stopped["step"] == training.last_step()
-
-    training = train(TWO, "--max-restarts", "1", "--hang-seconds", "6")
-    training.until_step(stopped["step"] + 3)
+def test_two_hosts_lose_one_another_and_stop(cluster, train, on_one_host):
+    """A cut in the network, a restart from the checkpoint, SIGTERM in an evaluation: the losses are one host's."""
+    training = train(TWO, "--max-restarts", "1", "--hang-seconds", "20")
+    training.until_step(13)
     cluster.cut("beta")
     try:
         line = training.until_said("rank lost: ")
     finally:
         cluster.mend("beta")
     assert "host beta (rank 1) has not been heard of" in line
+    assert "restart 1 of 1" in training.until_said("restart")
+    training.until_said("resumed from step 10")
+
+    before = training.last_step()
+    training.until(lambda: training.last_step() >= 20 and training.last_step() != before)
+    training.process.send_signal(signal.SIGTERM)  # the evaluation at step 20 has begun
+    asked = time.monotonic()
     assert training.wait() == 0, training.said()
-    assert "restart 1 of 1" in training.said()
-    all_gone(cluster)
-    assert rows(training.run) == rows(on_one_host(2))
+    all_gone(cluster, asked + GONE_SECONDS - time.monotonic())
+    stopped = outcome(training.run)
+    assert stopped["status"] == "stopped" and 20 <= stopped["step"] < 40
+    assert newest_valid_step(training.run) == stopped["step"] == training.last_step()
+    alone = [row for row in rows(on_one_host(2)) if row["step"] <= stopped["step"]]
+    evaluations = [row["step"] for row in rows(training.run) if "eval_loss" in row]
+    assert evaluations == sorted({*range(0, stopped["step"] + 1, 10)})
+    assert rows(training.run) == alone

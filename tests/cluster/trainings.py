@@ -21,6 +21,8 @@ from codeparrot_ds.run import checkpoint_files
 OF_THE_CLOCK = {"time", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "memory_bytes"}
 OF_THE_CLOCK |= {"rank_seconds_median", "rank_seconds_max", "slowest_rank"}
 HUNG_SECONDS = 150
+EVERY = 10
+"""Steps between two evaluations, and between two checkpoints."""
 
 
 def options(course: Path, *extra: str) -> list[str]:
@@ -29,7 +31,16 @@ def options(course: Path, *extra: str) -> list[str]:
         *("demo", "--model", str(course / "config.json"), "--data", str(course / "corpus"), "--deepspeed", "zero2"),
         *("--tokenizer", str(course / "tokenizer"), "--seq-length", "32", "--dropout", "0.1", "--num-lanes", "6"),
         *("--global-batch-size", "12", "--micro-batch-size", "2", "--shuffle-buffer", "8", "--num-workers", "1"),
-        *("--learning-rate", "5e-4", "--num-warmup-steps", "4", "--save-checkpoint-steps", "10", "--log-steps", "1"),
+        *(
+            "--learning-rate",
+            "5e-4",
+            "--num-warmup-steps",
+            "4",
+            "--save-checkpoint-steps",
+            str(EVERY),
+            "--log-steps",
+            "1",
+        ),
         *("--max-eval-steps", "-1", "--keep-checkpoints", "2", "--wandb", "off", "--hub", "off", *extra),
     ]
 
@@ -46,7 +57,7 @@ class Training:
     def __init__(self, cluster: Cluster, run: Path, arguments: list[str]) -> None:
         self.cluster, self.run = cluster, run
         self.output = cluster.folder / f"output-{secrets.token_hex(4)}.txt"
-        self._rows_before = self._metrics()
+        self._rows_before = self.metrics()
         place = ["--output-dir", str(run.parent), "--run-name", run.name]
         command = [sys.executable, "-m", "codeparrot_ds", "train", *arguments, *place]
         with self.output.open("w") as file:
@@ -71,14 +82,15 @@ class Training:
 
     def until_step(self, step: int) -> None:
         """Waits until this start has logged a training step."""
-        self.until(lambda: self._metrics() != self._rows_before and self.last_step() >= step)
+        self.until(lambda: self.metrics() != self._rows_before and self.last_step() >= step)
 
     def last_step(self) -> int:
         """The last step logged."""
-        steps = re.findall(rb'^\{"step": (\d+).*"loss"', self._metrics(), re.MULTILINE)
+        steps = re.findall(rb'^\{"step": (\d+).*"loss"', self.metrics(), re.MULTILINE)
         return int(steps[-1]) if steps else 0
 
-    def _metrics(self) -> bytes:
+    def metrics(self) -> bytes:
+        """What ``metrics.jsonl`` holds."""
         try:
             return (self.run / "metrics.jsonl").read_bytes()
         except FileNotFoundError:
@@ -89,6 +101,11 @@ class Training:
         with contextlib.suppress(FileNotFoundError):
             return any(name.startswith(".staging-") for name in os.listdir(self.run / "checkpoints"))
         return False
+
+    def evaluating(self) -> bool:
+        """Whether a step's training row is there and the evaluation that is due then is not."""
+        rows = self.metrics().splitlines()
+        return bool(rows) and b'"loss"' in rows[-1] and self.last_step() % EVERY == 0
 
     def wait(self, seconds: float = HUNG_SECONDS) -> int:
         """The exit code."""

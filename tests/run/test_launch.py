@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from codeparrot_ds.config import LaunchOptions, save_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import job, launch, launcher
+from codeparrot_ds.run.carried import FILE
 from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.launch import check_run, front_door, local_device, local_devices, local_ranks, rank_environment
 from codeparrot_ds.run.parent_end import LEADS
@@ -326,6 +328,17 @@ def test_a_killed_front_door_leaves_no_launcher_behind(tmp_path):
         front_door.kill()
     _, alive = psutil.wait_procs([launched], timeout=10)
     assert not alive or launched.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_rank_has_no_torch_before_its_environment_and_its_guard(tmp_path):
+    """Torch reads OMP_NUM_THREADS when it is loaded, and the guard is to stay small."""
+    environment = {FILE: str(tmp_path / "nothing"), "RANK": "0", "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-X", "importtime", "-m", "codeparrot_ds.train"]
+    said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert said.returncode == 2 and "the environment that the front door brought here cannot be read" in said.stderr
+    assert "codeparrot_ds.run.carried" in said.stderr and not re.search(
+        r"\| +(torch|numpy)$", said.stderr, re.MULTILINE
+    )
 
 
 def test_a_rank_whose_launcher_ended_before_it_could_ask_ends_at_once():

@@ -104,6 +104,7 @@ class Ending:
 def ending(run: Path) -> Ending:
     """Reads how a run ended; a UserError or an AssertionError where its last checkpoint is not whole."""
     of_the_clock = {"time", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "memory_bytes"}
+    of_the_clock |= {"rank_seconds_median", "rank_seconds_max", "slowest_rank"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = checkpoint_files.step_folder(run / "checkpoints", STEPS)
     assert checkpoint_files.verify_checkpoint(last) == []
