@@ -19,6 +19,7 @@ from codeparrot_ds import __version__
 from codeparrot_ds.config import (
     FIELDS,
     PRESETS,
+    SET_BY_COMPARE,
     ArgumentParser,
     LaunchOptions,
     RunConfig,
@@ -646,8 +647,6 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
 
 def _add_compare(commands: Any) -> None:
-    from codeparrot_ds.run.comparison import NOT_OPTIONS
-
     parser = _command(
         commands,
         "compare",
@@ -684,6 +683,13 @@ def _add_compare(commands: Any) -> None:
         help="also measure a checkpoint of each (default: on)",
     )  # fmt: skip
     group.add_argument(
+        "--search", action="store_true",
+        help="go on to other stages, micro-batches, buckets, checkpointing and offloading as long as that is faster",
+    )  # fmt: skip
+    group.add_argument(
+        "--minutes", type=_count, default=60, metavar="N", help=_default("of trials that a search may take", 60)
+    )
+    group.add_argument(
         "--hang-limit", type=_count, default=300, metavar="SECONDS",
         help=_default("end a trial that writes nothing for so long", 300),
     )  # fmt: skip
@@ -691,7 +697,7 @@ def _add_compare(commands: Any) -> None:
     group.add_argument(
         "--out", type=Path, default=Path("comparison"), metavar="DIR", help=_default("folder", "./comparison")
     )
-    add_config_arguments(parser, preset="--preset", without=NOT_OPTIONS)
+    add_config_arguments(parser, preset="--preset", without=SET_BY_COMPARE)
 
 
 def _run_compare(arguments: argparse.Namespace) -> int:
@@ -699,12 +705,16 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.comparison import Request
     from codeparrot_ds.run.launch import local_device, local_ranks
 
-    if not arguments.ds_configs:
+    config = config_from_arguments(arguments)
+    world_sizes = arguments.world_sizes or (local_ranks(local_device()),)
+    if not arguments.ds_configs and not arguments.search:
         raise UserError("nothing to compare: name DeepSpeed JSONs, such as zero1 zero2 zero3")
+    if arguments.search and len(world_sizes) > 1:
+        raise UserError("--search looks for the best config of one number of ranks: give one with --world-sizes")
     request = Request(
-        configs=arguments.ds_configs,
-        config=config_from_arguments(arguments),
-        world_sizes=arguments.world_sizes or (local_ranks(local_device()),),
+        configs=arguments.ds_configs or [str(config.deepspeed)],
+        config=config,
+        world_sizes=world_sizes,
         micro_batch_sizes=arguments.micro_batches,
         steps=arguments.steps,
         warmup_steps=arguments.warmup_steps,
@@ -717,6 +727,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         arguments.out,
         hang_seconds=arguments.hang_limit,
         retry_failed=arguments.retry_failed,
+        search_minutes=arguments.minutes if arguments.search else None,
         say=_say,
     )
 

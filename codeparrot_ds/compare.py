@@ -15,6 +15,7 @@ from codeparrot_ds.run.comparison import (
     Candidate,
     Request,
     Results,
+    Trial,
     candidates_of,
     check_data,
     forget_failures,
@@ -27,11 +28,20 @@ from codeparrot_ds.run.comparison_report import Findings, judge_all, write_repor
 from codeparrot_ds.run.comparison_trial import PROGRAM, orders_of, run_trial
 from codeparrot_ds.run.initial_weights_folder import initial_weights
 from codeparrot_ds.run.launch import local_device
+from codeparrot_ds.search import Search
 
 Say = Callable[[str], None]
 
 
-def run_comparison(request: Request, folder: Path, *, hang_seconds: float, retry_failed: bool, say: Say) -> int:
+def run_comparison(
+    request: Request,
+    folder: Path,
+    *,
+    hang_seconds: float,
+    retry_failed: bool,
+    search_minutes: float | None = None,
+    say: Say,
+) -> int:
     """Compares, and writes ``report.html``, ``report.md`` and ``report.json`` into the folder.
 
     Args:
@@ -39,6 +49,7 @@ def run_comparison(request: Request, folder: Path, *, hang_seconds: float, retry
         folder: of the comparison; one that was interrupted goes on.
         hang_seconds: a trial that writes nothing for so long is ended.
         retry_failed: run again what did not finish.
+        search_minutes: search on from the configs for so long; None compares them and no others.
         say: prints a line for the user.
 
     Returns:
@@ -60,7 +71,18 @@ def run_comparison(request: Request, folder: Path, *, hang_seconds: float, retry
     if not ready:
         raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
     check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
-    findings = compare(request, folder, candidates, hang_seconds=hang_seconds, say=say)
+    if search_minutes is None:
+        findings = compare(request, folder, candidates, hang_seconds=hang_seconds, say=say)
+    else:
+        findings = search(
+            request,
+            folder,
+            candidates,
+            device=device,
+            minutes=search_minutes,
+            hang_seconds=hang_seconds,
+            say=say,
+        )
     say("")
     for line in findings.lines():
         say(line)
@@ -90,12 +112,13 @@ def compare(
     results = Results(folder)
     with TrialProgress(request, candidates, results, say) as progress:
         try:
-            while left := left_to_run(request, candidates, results):
+            while left := left_to_run(candidates, results):
                 trial = left[0]
+                initial = initial_weights(request.config, folder, perturbed=trial.perturbed)
                 result = run_trial(
                     trial,
                     folder,
-                    initial=initial_weights(request.config, folder, perturbed=trial.perturbed),
+                    initial=initial,
                     orders=orders_of(request, trial),
                     hang_seconds=hang_seconds,
                     progress=progress.steps_done,
@@ -103,11 +126,46 @@ def compare(
                 )
                 progress.finished(trial, result)
         except KeyboardInterrupt:
-            say(f"stopped; the same command goes on; {folder / 'report.html'} has what is known so far")
+            say(_stopped(folder))
             raise
         finally:
             findings = report(request, folder, candidates)
     return findings
+
+
+def search(
+    request: Request,
+    folder: Path,
+    candidates: Sequence[Candidate],
+    *,
+    device: str,
+    minutes: float,
+    hang_seconds: float,
+    say: Say,
+    program: Sequence[str] = PROGRAM,
+) -> Findings:
+    """Measures the candidates, and then what may be faster, for so many minutes; reports, also where interrupted."""
+
+    def run(trial: Trial) -> None:
+        run_trial(
+            trial,
+            folder,
+            initial=initial_weights(request.config, folder, perturbed=trial.perturbed),
+            orders=orders_of(request, trial),
+            hang_seconds=hang_seconds,
+            progress=lambda steps: None,
+            program=program,
+        )
+
+    try:
+        return Search(request, folder, candidates, device=device, minutes=minutes, run=run, say=say).run()
+    except KeyboardInterrupt:
+        say(_stopped(folder))
+        raise
+
+
+def _stopped(folder: Path) -> str:
+    return f"stopped; the same command goes on; {folder / 'report.html'} has what is known so far"
 
 
 def report(request: Request, folder: Path, candidates: Sequence[Candidate]) -> Findings:

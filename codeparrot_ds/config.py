@@ -298,6 +298,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "deepspeed": "zero2",
     },
 }
+SET_BY_COMPARE = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps")
+"""Fields that ``compare`` decides itself for each of its trials."""
 PRESET_HELP = "small (111M parameters, the defaults), large (1.5B) or demo (a few million)"
 
 

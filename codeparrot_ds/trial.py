@@ -252,7 +252,7 @@ def _device_name(session: Session) -> str:
     import torch
 
     device = session.ranks.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def resident_bytes(field: str = "VmRSS") -> int:

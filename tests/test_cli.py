@@ -94,6 +94,7 @@ def test_version(capsys):
         (["check"], "nothing to check"),
         (["plan"], "nothing to plan"),
         (["compare"], "nothing to compare"),
+        (["compare", "--search", "--world-sizes", "1,2"], "--search looks for the best config of one number of ranks"),
         (["compare", "zero2", "--step", "9"], "unknown option --step"),
         (["checkpoint", "list", "none"], "none is not a run"),
         (["checkpoint", "lst", "none"], "did you mean 'list'?"),

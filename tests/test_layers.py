@@ -17,6 +17,7 @@ LAYERS = {
     "__main__": 3,
     "train": 2,
     "compare": 2,
+    "search": 2,
     "trial": 2,
     "run": 1,
     "hub": 1,

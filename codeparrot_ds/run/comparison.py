@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
-from codeparrot_ds.config import FIELDS, RunConfig, did_you_mean
+from codeparrot_ds.config import FIELDS, SET_BY_COMPARE, RunConfig, did_you_mean
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
@@ -44,7 +44,6 @@ SHARED = (
     *("model", "tokenizer", "data", "seq_length", "global_batch_size", "init_from", "output_dir", "run_name"),
     *("deepspeed", "resume", "hub", "wandb"),
 )
-NOT_OPTIONS = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps")
 SENSITIVITY = "sensitivity"
 RESULT, FINISHED = "result.json", "finished"
 
@@ -87,7 +86,7 @@ class Request:
     def same(self) -> dict[str, Any]:
         """What must not change when a comparison goes on."""
         shared = dataclasses.asdict(self.config)
-        kept = {name: value for name, value in shared.items() if name not in NOT_OPTIONS}
+        kept = {name: value for name, value in shared.items() if name not in SET_BY_COMPARE}
         return {"steps": self.steps, "warmup_steps": self.warmup_steps, "config": kept}
 
 
@@ -104,6 +103,7 @@ class Candidate:
         predicted: the plan's memory.
         skipped: why it is not run.
         notes: what the user should know of it.
+        repeats: trials of it.
     """
 
     label: str
@@ -114,6 +114,7 @@ class Candidate:
     predicted: Memory | None = None
     skipped: str | None = None
     notes: Sequence[str] = ()
+    repeats: int = 1
 
     @property
     def name(self) -> str:
@@ -220,7 +221,14 @@ def _candidate(
         config = dataclasses.replace(request.config, **changed, deepspeed=str(path.absolute()))
     except UserError as error:
         return Candidate(label=label, world_size=world_size, ds_config=path, config=request.config, skipped=str(error))
-    planned = Candidate(label=label, world_size=world_size, ds_config=path, config=config, notes=tuple(imported.notes))
+    planned = Candidate(
+        label=label,
+        world_size=world_size,
+        ds_config=path,
+        config=config,
+        notes=tuple(imported.notes),
+        repeats=request.repeats,
+    )
     return plan_candidate(planned, imported.config, device=device)
 
 
@@ -351,10 +359,9 @@ class Results:
         result = self.of(trial)
         return None if result is None else str(result["status"])
 
-    def has_failed(self, candidate: Candidate, repeats: int) -> bool:
+    def has_failed(self, candidate: Candidate) -> bool:
         """Whether a trial of a candidate did not finish; its other trials would hardly say more."""
-        statuses = [self.status(Trial(candidate=candidate, repeat=repeat)) for repeat in range(repeats)]
-        return any(status not in (None, FINISHED) for status in statuses)
+        return any(self.status(trial) not in (None, FINISHED) for trial in trials_of(candidate))
 
 
 def forget_failures(folder: Path) -> None:
@@ -368,24 +375,25 @@ def forget_failures(folder: Path) -> None:
 # What is run, in which order
 
 
-def left_to_run(request: Request, candidates: Sequence[Candidate], results: Results) -> list[Trial]:
+def left_to_run(candidates: Sequence[Candidate], results: Results) -> list[Trial]:
     """The trials without a result, in the order of running; none of candidates of which one failed."""
-    going = [
-        candidate
-        for candidate in candidates
-        if candidate.skipped is None and not results.has_failed(candidate, request.repeats)
-    ]
-    trials = all_trials(request, going, reference_of(candidates, results)) if going else []
+    going = [each for each in candidates if each.skipped is None and not results.has_failed(each)]
+    trials = all_trials(going, reference_of(candidates, results)) if going else []
     return [trial for trial in trials if results.status(trial) is None]
 
 
-def all_trials(request: Request, ready: Sequence[Candidate], reference: Candidate) -> list[Trial]:
+def trials_of(candidate: Candidate) -> list[Trial]:
+    """All trials of one candidate."""
+    return [Trial(candidate=candidate, repeat=repeat) for repeat in range(candidate.repeats)]
+
+
+def all_trials(ready: Sequence[Candidate], reference: Candidate) -> list[Trial]:
     """Every trial in the order of running: forwards and backwards by turns, sensitivity runs after the first."""
     in_order = sorted(ready, key=lambda candidate: candidate != reference)  # the others keep their order
     trials = []
-    for repeat in range(request.repeats):
+    for repeat in range(max(candidate.repeats for candidate in ready)):
         turn = in_order if repeat % 2 == 0 else in_order[::-1]
-        trials += [Trial(candidate=candidate, repeat=repeat) for candidate in turn]
+        trials += [Trial(candidate=candidate, repeat=repeat) for candidate in turn if repeat < candidate.repeats]
     return [trials[0], *sensitivity_trials(ready, reference), *trials[1:]]
 
 

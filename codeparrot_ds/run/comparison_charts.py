@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codeparrot_ds.run.comparison_report import Findings, Outcome, trace_of
-from codeparrot_ds.run.plots import THEMES, Chart, Series, draw, marker_of, number
+from codeparrot_ds.run.plots import THEMES, Chart, Series, draw, legend_columns, marker_of, number
 from codeparrot_ds.zero.verdict import loss_bands
 
 PARTS = ("forward", "backward", "communication", "optimizer", "data")
@@ -29,14 +29,18 @@ class Picture:
 
 
 def pictures_of(findings: Findings) -> list[Picture]:
-    """All pictures that there is something for."""
-    pictures = []
-    for chart in (_losses(findings), _differences(findings), _scaling(findings)):
-        if chart is not None:
-            images = {theme: draw(chart, theme) for theme in THEMES}
-            height = round(160 * chart.height)
-            pictures.append(Picture(name=chart.name, alternative=_in_words(chart), images=images, height=height))
-    return [picture for picture in (_pareto(findings), _bars(findings)) if picture is not None] + pictures
+    """All pictures that there is something for, two of about the same height after each other."""
+    scaling, losses, distances = map(_drawn, (_scaling(findings), _losses(findings), _differences(findings)))
+    bars = _bars(findings)
+    lines = [scaling, losses, distances, bars] if scaling else [bars, losses, distances]
+    return [picture for picture in (_pareto(findings), *lines) if picture is not None]
+
+
+def _drawn(chart: Chart | None) -> Picture | None:
+    if chart is None:
+        return None
+    images = {theme: draw(chart, theme) for theme in THEMES}
+    return Picture(name=chart.name, alternative=_in_words(chart), images=images, height=round(160 * chart.height))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -61,7 +65,7 @@ def _losses(findings: Findings) -> Chart | None:
         return None
     return Chart(
         name="losses", title="Training loss", unit="nats a token", x_label="step", series=tuple(series),
-        height=_height(len(series)),
+        height=_height([each.label for each in series]),
     )  # fmt: skip
 
 
@@ -82,7 +86,7 @@ def _differences(findings: Findings) -> Chart | None:
         band = loss_bands(reference, sensitivity)
         style = len(outcomes) + offset
         x = range(1, len(band) + 1)
-        series.append(Series(label=f"band of {precision}", x=x, y=band, style=style, markers=True))
+        series.append(Series(label=f"band of {precision}", x=x, y=band, style=style, markers=True, limit=True))
     return Chart(
         name="differences",
         title=f"Distance of the loss from {findings.reference}",
@@ -90,7 +94,7 @@ def _differences(findings: Findings) -> Chart | None:
         x_label="step",
         series=tuple(series),
         log=True,
-        height=_height(len(series)),
+        height=_height([each.label for each in series]),
     )
 
 
@@ -114,9 +118,9 @@ def _scaling(findings: Findings) -> Chart | None:
     )
 
 
-def _height(entries: int) -> float:
-    """Inches of a picture whose legend has so many entries, three a line."""
-    return 3.6 + 0.2 * math.ceil(entries / 3)
+def _height(labels: list[str]) -> float:
+    """Inches of a picture whose legend has these labels."""
+    return 3.6 + 0.2 * math.ceil(len(labels) / legend_columns(labels))
 
 
 def _in_words(chart: Chart) -> str:
@@ -145,13 +149,13 @@ def _pareto(findings: Findings) -> Picture | None:
         name="memory-speed",
         alternative=f"Memory of a rank against tokens/s: {words}",
         images={theme: _draw_pareto(findings, points, theme) for theme in THEMES},
-        height=round(160 * _height(len(points))),
+        height=round(160 * _height([each.name for each in points])),
     )
 
 
 def _draw_pareto(findings: Findings, points: list[Outcome], theme: str) -> bytes:
     colours = THEMES[theme]
-    figure, axes = _figure(theme, _height(len(points)))
+    figure, axes = _figure(theme, _height([each.name for each in points]))
     front = findings.front
     places = {name: place for place, (name, _) in enumerate(findings.ranking, 1)}
     line = [(each.memory_bytes or 0, each.speed.median) for each in points if each.speed and each.name in front]
@@ -224,14 +228,14 @@ def _draw_bars(findings: Findings, shown: list[Outcome], theme: str, height: flo
         [median for median, _ in known], [place for _, place in known], "|", color=colours["ink"], markersize=13,
         markeredgewidth=2, label="a scored step",
     )  # fmt: skip
-    axes.set_yticks(places, [each.name for each in shown])
+    axes.set_yticks(places, [each.name.replace(",", ",\n") for each in shown])
     for text in axes.get_yticklabels():
         text.set_color(colours["ink"])
         text.set_parse_math(False)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=colours["grid"], linewidth=0.8)
     axes.set_xlabel("seconds", color=colours["faint"], fontsize=9)
-    _title(axes, "Parts of a step", "seconds, one after the other; a scored step overlaps them", colours)
+    _title(axes, "Parts of a step", "seconds; a scored step overlaps them", colours)
     _legend(figure, colours)
     return _png(figure, theme)
 
@@ -272,7 +276,10 @@ def _title(axes: Any, title: str, unit: str, colours: dict[str, Any]) -> None:
 
 
 def _legend(figure: Any, colours: dict[str, Any]) -> None:
-    legend = figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9, labelcolor=colours["ink"])
+    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    legend = figure.legend(
+        loc="outside lower left", ncols=legend_columns(labels), frameon=False, fontsize=9, labelcolor=colours["ink"]
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +26,18 @@ _CSS = """
 .advice { background: var(--paper); border: 1px solid var(--line); border-left: 6px solid #0072b2; border-radius: 10px;
   padding: 1rem 1.2rem; margin-top: 1.5rem; font-size: 1.15rem; font-weight: 600; overflow-wrap: anywhere; }
 .warning { border-left-color: #d55e00; }
-tr.best > * { font-weight: 650; }
 td.number, th.number { text-align: right; }
+td.name { white-space: normal; min-width: 9rem; }
+td.losses { min-width: 18rem; }
+@media (max-width: 40rem) { th, td { padding: .4rem .5rem; } td.name { min-width: 7.5rem; } }
 td.different { color: #b03a00; font-weight: 600; }
 @media screen and (prefers-color-scheme: dark) { td.different { color: #ff9254; } }
 td small, th small { color: var(--faint); font-weight: 400; display: block; }
 p.note { color: var(--faint); font-size: .9rem; max-width: 60rem; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); align-items: start; }
 @media print { .table { overflow: visible; } table { font-size: 8pt; } th, td { padding: .2rem .4rem;
-  white-space: normal; } .charts { grid-template-columns: 1fr; } .advice { font-size: 12pt; } }
+  white-space: normal; overflow-wrap: anywhere; } td.number { white-space: nowrap; } td.wrap { min-width: 0; }
+  .charts { grid-template-columns: 1fr 1fr; } .advice { font-size: 12pt; } }
 """
 
 _PAGE = """<!doctype html>
@@ -52,6 +56,7 @@ _PAGE = """<!doctype html>
 </html>
 """
 
+MOST_COLUMNS = 6
 Cell = tuple[str, str]
 """A text and its CSS classes."""
 
@@ -133,9 +138,9 @@ def _subtitle(findings: Findings) -> str:
 def _spread_note(findings: Findings) -> str:
     return (
         "tokens/s: median over the scored steps of all trials, and from the lowest first to the highest third quartile "
-        "of a trial. Two configs are tied where the median of one lies within the other's spread. Losses are compared "
-        f"with {findings.reference or 'nothing'}, step by step on the same rows from the same weights; the band is "
-        "what rounding explains (docs/comparisons.md)."
+        "of a trial. Two configs are tied where the median of one lies within the other's spread; the column has their "
+        f"places. Losses are compared with {findings.reference or 'nothing'}, step by step on the same rows from the "
+        "same weights; the band is what rounding explains (docs/comparisons.md)."
     )
 
 
@@ -143,26 +148,36 @@ Table = tuple[list[str], list[list[Cell]]]
 
 
 def _ranking(findings: Findings) -> Table:
-    head = ["", "config", "tokens/s", "tied with", "step, s", "MFU", "memory of a rank", "losses"]
+    head = ["", "config", "tokens/s", "tied with", "losses", "step, s", "MFU", "memory of a rank"]
     rows = []
+    places = {name: place for place, (name, _) in enumerate(findings.ranking, 1)}
     for place, (name, ties) in enumerate(findings.ranking, 1):
         outcome = findings.outcome(name)
         figures, speed, verdict = figures_of(outcome, findings.request), outcome.speed, outcome.verdict
         assert speed is not None
-        kind = NOTHING if verdict is None else f"{SIGNS[verdict.kind]} {verdict}"
+        losses = NOTHING if verdict is None else f"{SIGNS[verdict.kind]} {_in_two_lines(str(verdict))}"
         rows.append(
             [
                 (str(place), "number"),
-                (name, ""),
+                (name, "name"),
                 (f"{speed.median:,.0f}\n{speed.low:,.0f} to {speed.high:,.0f}", "number"),
-                (", ".join(ties) or NOTHING, "wrap"),
+                (", ".join(str(places[tie]) for tie in ties) or NOTHING, "number"),
+                (losses, "wrap losses" + " different" * (verdict is not None and verdict.kind == DIFFERENT)),
                 (_number(figures["step_seconds"]), "number"),
                 (_percent(figures["mfu"]), "number"),
                 (_gigabytes(outcome.memory_bytes), "number"),
-                (kind, "wrap different" if verdict is not None and verdict.kind == DIFFERENT else "wrap"),
             ]
         )
     return head, rows
+
+
+def _in_two_lines(text: str) -> str:
+    """A verdict with its figures or its reason in the second line."""
+    for sign in (": ", " ("):
+        first, found, rest = text.partition(sign)
+        if found:
+            return f"{first}\n{rest.removesuffix(')') if sign == ' (' else rest}"
+    return text
 
 
 def _left_out(findings: Findings) -> Table | None:
@@ -173,7 +188,7 @@ def _left_out(findings: Findings) -> Table | None:
         figures = figures_of(each, findings.request)
         rows.append(
             [
-                (each.name, ""),
+                (each.name, "name"),
                 (each.status, ""),
                 (NOTHING if figures["step"] is None else str(figures["step"]), "number"),
                 (_gigabytes(figures["peak_bytes"]), "number"),
@@ -194,10 +209,23 @@ def _sections(findings: Findings) -> list[tuple[str, Table, str]]:
     if numerics := _numerics(findings):
         sections.append(("Where their numbers may differ", numerics, ""))
     if table := differences(findings):
-        (corner, names), *rows = table
-        cells = [[(key, ""), *((value, "") for value in values)] for key, values in rows]
-        sections.append(("Settings that differ", ([corner, *names], cells), ""))
+        sections.append(("Settings that differ", _differing(table), ""))
     return sections
+
+
+def _differing(table: Sequence[tuple[str, list[str]]]) -> Table:
+    """A column for each of few configs; for many the values, each with the configs that have it."""
+    (corner, names), *rows = table
+    if len(names) <= MOST_COLUMNS:
+        return [corner, *names], [[(key, "name"), *((value, "") for value in values)] for key, values in rows]
+    cells: list[list[Cell]] = []
+    for key, values in rows:
+        counts = Counter(values).most_common()
+        usual = counts[0][0]
+        texts = [f"{value}: {', '.join(name for name, mine in zip(names, values, strict=True) if mine == value)}"
+                 for value, _ in counts[1:]]  # fmt: skip
+        cells.append([(key, "name"), (usual, ""), ("; ".join(texts), "wrap")])
+    return [corner, "most", "others"], cells
 
 
 def _memory(findings: Findings, measured: Sequence[Outcome]) -> Table:
@@ -206,10 +234,11 @@ def _memory(findings: Findings, measured: Sequence[Outcome]) -> Table:
     for each in measured:
         memory = figures_of(each, findings.request)["memory"]
         predicted, found = memory["predicted_device_bytes"], each.memory_bytes
-        apart = NOTHING if not predicted or found is None else f"{100 * (found / predicted - 1):+.1f}%"
+        known = predicted and each.device_bytes is not None  # on a CPU other things than tensors are measured
+        apart = f"{100 * (each.device_bytes / predicted - 1):+.1f}%" if known else NOTHING
         rows.append(
             [
-                (each.name, ""),
+                (each.name, "name"),
                 (_gigabytes(predicted), "number"),
                 (_gigabytes(found), "number"),
                 (apart, "number"),
@@ -246,7 +275,7 @@ def _parts(measured: Sequence[Outcome]) -> Table:
         parts = each.found.get("parts")
         if parts:
             cells = [(f"{1000 * parts['seconds'][name]:,.1f}", "number") for name in names]
-            rows.append([(each.name, ""), *cells, (f"{1000 * parts['total_seconds']:,.1f}", "number")])
+            rows.append([(each.name, "name"), *cells, (f"{1000 * parts['total_seconds']:,.1f}", "number")])
     return ["config", *(f"{name}, ms" for name in names), "all, ms"], rows
 
 
@@ -259,7 +288,7 @@ def _costs(findings: Findings, measured: Sequence[Outcome]) -> Table:
         calls = ", ".join(f"{count:.0f} {name}" for name, count in parts.get("calls", {}).items())
         rows.append(
             [
-                (each.name, ""),
+                (each.name, "name"),
                 (_gigabytes(parts.get("sent_bytes")), "number"),
                 (calls or NOTHING, "wrap"),
                 (_gigabytes(saved.get("bytes")), "number"),
@@ -278,7 +307,7 @@ def _numerics(findings: Findings) -> Table | None:
         if verdict is None or verdict.kind == REFERENCE or not (verdict.numerics or verdict.evidence):
             continue
         said = [*verdict.numerics, *verdict.evidence]
-        rows.append([(each.name, ""), ("\n".join(said[:1]) if len(said) == 1 else "; ".join(said), "wrap")])
+        rows.append([(each.name, "name"), ("\n".join(said[:1]) if len(said) == 1 else "; ".join(said), "wrap")])
     return (
         (["config", f"settings that change rounding or the update, beside {findings.reference}"], rows)
         if rows
@@ -315,6 +344,8 @@ def _html_table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def _html_cell(cell: Cell) -> str:
     text, classes = cell
     first, _, rest = html.escape(text).partition("\n")
+    if classes == "name":  # long ones may be broken where they have parts
+        first = first.replace(",", ",<wbr>").replace("_", "_<wbr>").replace(" on ", " on&nbsp;")
     inside = first + (f"<small>{rest}</small>" if rest else "")
     return f'<td class="{classes}">{inside}</td>' if classes else f"<td>{inside}</td>"
 
@@ -349,6 +380,6 @@ def _percent(value: float | None) -> str:
 
 
 def _gigabytes(value: float | None) -> str:
-    from codeparrot_ds.run.device_memory import gigabytes
-
-    return NOTHING if value is None else gigabytes(value)
+    if not value:
+        return NOTHING if value is None else "0"
+    return f"{value / 1e9:,.1f} GB" if value >= 1e10 else f"{value / 1e6:,.0f} MB"

@@ -28,12 +28,12 @@ class TrialProgress:
         self, request: Request, candidates: Sequence[Candidate], results: Results, say: Callable[[str], None]
     ) -> None:
         self._request, self._candidates, self._results, self._say = request, candidates, results, say
-        self._left = left_to_run(request, candidates, results)
+        self._left = left_to_run(candidates, results)
         # How long a trial takes depends on its ranks more than on anything else.
         ready = [candidate for candidate in candidates if candidate.skipped is None]
         self._seconds: list[tuple[int, float]] = [
             (trial.candidate.world_size, result["seconds"])
-            for trial in all_trials(request, ready, reference_of(candidates, results))
+            for trial in all_trials(ready, reference_of(candidates, results))
             if (result := results.of(trial)) is not None and result["status"] == FINISHED
         ]
         self._done = len(self._seconds)
@@ -68,7 +68,7 @@ class TrialProgress:
         self._done += 1
         if result["status"] == FINISHED:
             self._seconds.append((trial.candidate.world_size, result["seconds"]))
-        self._left = left_to_run(self._request, self._candidates, self._results)
+        self._left = left_to_run(self._candidates, self._results)
         what = result["reason"] or _speed(result, self._request.warmup_steps)
         name = f"sensitivity run of {trial.perturbed}" if trial.perturbed else trial.candidate.name
         status = "" if result["status"] == FINISHED else f"{result['status']}: "

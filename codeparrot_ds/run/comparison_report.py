@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
-from codeparrot_ds.run.comparison import FINISHED, Candidate, Request, Results, Trial
+from codeparrot_ds.run.comparison import FINISHED, Candidate, Request, Results, Trial, trials_of
 from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_gpu
 from codeparrot_ds.run.initial_weights_folder import fingerprints
 from codeparrot_ds.zero.ds_config import leaves, precision, zero_stage
@@ -255,14 +255,13 @@ def judge_all(
 def _outcome(request: Request, results: Results, candidate: Candidate) -> Outcome:
     if candidate.skipped is not None:
         return Outcome(candidate=candidate, results=[], status="skipped", reason=candidate.skipped)
-    trials = [Trial(candidate=candidate, repeat=repeat) for repeat in range(request.repeats)]
-    done = [result for trial in trials if (result := results.of(trial)) is not None]
+    done = [result for trial in trials_of(candidate) if (result := results.of(trial)) is not None]
     broken = next((result for result in done if result["status"] != FINISHED), None)
-    status = WAITING if len(done) < request.repeats else FINISHED
+    status = WAITING if len(done) < candidate.repeats else FINISHED
     outcome = Outcome(candidate=candidate, results=done, status=broken["status"] if broken else status)
     outcome.reason = broken["reason"] if broken else None
     if status == WAITING and not broken and done:
-        outcome.reason = f"{len(done)} of {request.repeats} trials"
+        outcome.reason = f"{len(done)} of {candidate.repeats} trials"
     steps = [
         [float(row["tokens_per_second"]) for row in result["found"]["rows"][request.warmup_steps :]]
         for result in done

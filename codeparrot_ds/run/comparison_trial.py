@@ -223,12 +223,12 @@ def judge_end(
         after = f"after step {result['step']}" if result["step"] else where
         return result | {"status": HUNG, "reason": f"wrote nothing for too long {after} and was ended"}
     if memory is not None:
-        reason = f"out of memory {where}, at a peak of {gigabytes(result['peak_bytes'])}: {memory['message']}"
+        reason = f"{where}, at a peak of {gigabytes(result['peak_bytes'])}: {memory['message']}"
         return result | {"status": OUT_OF_MEMORY, "reason": reason}
     log = (place / "output.log").read_text(encoding="utf-8", errors="replace")
     if "exits with return code = -9" in log or code in (-9, 137):  # what other ranks say is of their lost peer
         if killed_for_memory:
-            reason = f"the system ran out of memory {where}, at a peak of {gigabytes(sampled_peak_bytes)} in all"
+            reason = f"the system's, {where}, at a peak of {gigabytes(sampled_peak_bytes)} in all"
             return result | {"status": OUT_OF_MEMORY, "reason": reason, "peak_bytes": sampled_peak_bytes}
         return result | {"status": CRASHED, "reason": f"a process was killed (SIGKILL) {where}"}
     if failed is not None and failed["kind"] == REFUSED:

@@ -36,6 +36,8 @@ class Series:
     y: Sequence[float]
     style: int = 0
     markers: bool = False
+    limit: bool = False
+    """What the others are held against: in the colour of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def draw(chart: Chart, theme: str) -> bytes:
 
 
 def _draw_series(axes: Any, series: Series, colours: dict[str, Any], *, smooth: bool) -> None:
-    colour = colours["palette"][series.style % len(colours["palette"])]
+    colour = _colour_of(series, colours)
     x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
     y = np.where(np.isfinite(y), y, np.nan)
     line = {"color": colour, "linestyle": _of(LINE_STYLES, series.style), "linewidth": 1.8}
@@ -86,6 +88,16 @@ def _draw_series(axes: Any, series: Series, colours: dict[str, Any], *, smooth: 
         axes.plot(x, _running_mean(y, len(y) // 50), label=series.label, **line)
     else:
         axes.plot(x, y, label=series.label, **line)
+
+
+def _colour_of(series: Series, colours: dict[str, Any]) -> str:
+    palette = colours["palette"]
+    return str(colours["ink"] if series.limit else palette[series.style % len(palette)])
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """How many labels of a legend fit beside each other in a picture."""
+    return 3 if max(map(len, labels), default=0) <= 28 else 2
 
 
 def marker_of(style: int) -> str:
@@ -162,9 +174,11 @@ def _name_lines(figure: Any, axes: Any, chart: Chart, colours: dict[str, Any]) -
     for text in (title, note):
         text.set_parse_math(False)
     if len(chart.series) > 1:
+        columns = legend_columns([series.label for series in chart.series])
         legend = figure.legend(
-            loc="outside lower left", ncols=3, frameon=False, fontsize=9, labelcolor=colours["ink"], handlelength=3.2
-        )
+            loc="outside lower left", ncols=columns, frameon=False, fontsize=9, labelcolor=colours["ink"],
+            handlelength=3.2,
+        )  # fmt: skip
         for text in legend.get_texts():
             text.set_parse_math(False)
     if len(chart.series) <= 2:
@@ -175,7 +189,7 @@ def _name_lines(figure: Any, axes: Any, chart: Chart, colours: dict[str, Any]) -
 def _name_last_value(axes: Any, series: Series, colours: dict[str, Any]) -> None:
     known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
     if series.markers and known:
-        colour = colours["palette"][series.style % len(colours["palette"])]
+        colour = _colour_of(series, colours)
         axes.annotate(
             number(known[-1][1]), known[-1], xytext=(0, 8), textcoords="offset points", ha="right", fontsize=9,
             color=colour, fontweight="bold",

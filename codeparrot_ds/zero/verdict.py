@@ -24,7 +24,7 @@ from typing import Any
 # Unit roundoff: half the distance from 1 to the next number. fp32 24 bits of significand, fp16 11, bf16 8.
 ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 RANDOM = 8
-"""What a layer hands on is a sum of hundreds of products, whose errors are some times those of one rounding."""
+"""Two programs err, in several roundings a layer (2), and the sensitivity run is one draw, perhaps a small one (4)."""
 ALIKE = 4
 """Forward pass, backward pass, accumulation and communication may each err once, alike in all elements."""
 STEADY = 0.05

@@ -1,6 +1,7 @@
 """Stands for a trial where its processes' end is what counts: writes what a trial writes, and breaks as it is told.
 
-``FAKE_TRIALS`` is a JSON object: trial name, or the beginning of one, → what becomes of it.
+``FAKE_TRIALS`` is a JSON object: trial name, or the beginning of one, → what becomes of it. Configs ``a`` and ``b``
+have their speeds; others are faster the larger their micro-batch is and the lower their stage.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from codeparrot_ds.config import load_config
+from codeparrot_ds.config import RunConfig, load_config
 
 TOKENS = {"a": 1000.0, "b": 800.0}
 
@@ -33,11 +34,17 @@ def main() -> int:
         if plan not in ("finish", "fast and wrong") and step == 3:
             return broken(plan, folder)
         wrong = plan == "fast and wrong"
-        rows.append(row(step, 5000.0 if wrong else TOKENS[config.run_name.removeprefix("sensitivity-fp32-")[0]], wrong))
+        rows.append(row(step, 5000.0 if wrong else speed_of(config), wrong))
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     (folder / "found.json").write_text(json.dumps(found(rows, int(options["--num-gpus"]))))
     return 0
+
+
+def speed_of(config: RunConfig) -> float:
+    name = Path(config.deepspeed).stem
+    stage = json.loads(Path(config.deepspeed).read_text())["zero_optimization"]["stage"]
+    return TOKENS.get(name, 1000.0 + 100 * config.micro_batch_size - 50 * stage)
 
 
 def row(step: int, tokens_per_second: float, wrong: bool) -> dict:

@@ -193,13 +193,13 @@ A, B, PLAIN2, PLAIN1 = (
 OUT = dataclasses.replace(candidate("out", 3), skipped="too large")
 
 
-def names(trials):
-    return [trial.name for trial in trials]
+def left(*candidates, folder, repeats=1):
+    repeated = [dataclasses.replace(each, repeats=repeats) for each in candidates]
+    return [trial.name for trial in left_to_run(repeated, Results(folder))]
 
 
-def test_trials_go_forwards_and_backwards_from_the_reference_and_its_sensitivity_runs(make_request, tmp_path):
-    left = left_to_run(make_request(repeats=3), [A, OUT, B, PLAIN2, PLAIN1], Results(tmp_path))
-    assert names(left) == [
+def test_trials_go_forwards_and_backwards_from_the_reference_and_its_sensitivity_runs(tmp_path):
+    assert left(A, OUT, B, PLAIN2, PLAIN1, folder=tmp_path, repeats=3) == [
         "plain-on-1-0", "sensitivity-bf16-plain-on-1", "sensitivity-fp32-plain-on-1",
         "a-on-1-0", "b-on-1-0", "plain-on-2-0",
         "plain-on-2-1", "b-on-1-1", "a-on-1-1", "plain-on-1-1",
@@ -207,25 +207,23 @@ def test_trials_go_forwards_and_backwards_from_the_reference_and_its_sensitivity
     ]  # fmt: skip
 
 
-def test_what_is_done_is_not_run_again_and_what_failed_has_no_more_trials(make_request, tmp_path):
-    request, results = make_request(repeats=2), Results(tmp_path)
+def test_what_is_done_is_not_run_again_and_what_failed_has_no_more_trials(tmp_path):
     end(tmp_path, Trial(candidate=A, repeat=0), "finished")
     end(tmp_path, Trial(candidate=A, repeat=0, perturbed="bf16"), "finished")
     end(tmp_path, Trial(candidate=B, repeat=0), "hung")
-    assert names(left_to_run(request, [A, B], results)) == ["a-on-1-1"]
+    assert left(A, B, folder=tmp_path, repeats=2) == ["a-on-1-1"]
     forget_failures(tmp_path)
-    assert names(left_to_run(request, [A, B], results)) == ["b-on-1-0", "b-on-1-1", "a-on-1-1"]
+    assert left(A, B, folder=tmp_path, repeats=2) == ["b-on-1-0", "b-on-1-1", "a-on-1-1"]
 
 
-def test_a_reference_that_failed_leaves_that_to_the_next(make_request, tmp_path):
-    results = Results(tmp_path)
-    assert reference_of([A, PLAIN2, PLAIN1], results) == PLAIN1
+def test_a_reference_that_failed_leaves_that_to_the_next(tmp_path):
+    everything, results = [A, PLAIN2, PLAIN1], Results(tmp_path)
+    assert reference_of(everything, results) == PLAIN1
     end(tmp_path, Trial(candidate=PLAIN1, repeat=0), "crashed")
-    assert reference_of([A, PLAIN2, PLAIN1], results) == PLAIN2
-    left = left_to_run(make_request(repeats=1), [A, PLAIN2, PLAIN1], results)
-    assert names(left) == ["plain-on-2-0", "sensitivity-bf16-plain-on-2", "a-on-1-0"]
+    assert reference_of(everything, results) == PLAIN2
+    assert left(*everything, folder=tmp_path) == ["plain-on-2-0", "sensitivity-bf16-plain-on-2", "a-on-1-0"]
     end(tmp_path, Trial(candidate=PLAIN2, repeat=0), "hung")
-    assert reference_of([A, PLAIN2, PLAIN1], results) == A
+    assert reference_of(everything, results) == A
     end(tmp_path, Trial(candidate=A, repeat=0), "out of memory")
-    assert reference_of([A, PLAIN2, PLAIN1], results) == PLAIN1
-    assert not left_to_run(make_request(repeats=1), [A, PLAIN2, PLAIN1], results)
+    assert reference_of(everything, results) == PLAIN1
+    assert left(*everything, folder=tmp_path) == []

@@ -79,7 +79,7 @@ def test_all_go_well(start):
     [
         ("crash", "crashed", "RuntimeError: the crash (in step 2; exit code 1; see"),
         ("killed", "crashed", "a process was killed (SIGKILL) in step 2"),
-        ("no memory", "out of memory", "out of memory in step 3, at a peak of 5.0 GB: you tried to allocate 8 GB"),
+        ("no memory", "out of memory", "in step 3, at a peak of 5.0 GB: you tried to allocate 8 GB"),
     ],
     ids=["crash", "killed", "no memory"],
 )
@@ -148,7 +148,7 @@ def test_what_failed_is_run_again_when_that_is_asked_for(start):
     _, said = start({})
     assert said == []  # a crash is a result
     forget_failures(start.folder)
-    assert len(left_to_run(start.request, start.candidates, Results(start.folder))) == 2
+    assert len(left_to_run(start.candidates, Results(start.folder))) == 2
     findings, _ = start({})
     assert findings.complete and outcomes(start.folder)["b on 1"] == ("finished", None)
 
@@ -173,9 +173,9 @@ def failure(rank, kind, error, phase="steps", step=4):
     [
         # Its peers' complaints of a lost connection do not hide the rank that ran out of memory.
         (1, "", [failure(0, "error", "RuntimeError"), failure(1, "out of memory", "RuntimeError")], False,
-         "out of memory", "out of memory in step 4, at a peak of 2.0 GB: words of rank 1"),
+         "out of memory", "in step 4, at a peak of 2.0 GB: words of rank 1"),
         (1, "exits with return code = -9", [failure(0, "error", "RuntimeError")], True,
-         "out of memory", "the system ran out of memory in step 4, at a peak of 7.0 GB in all"),
+         "out of memory", "the system's, in step 4, at a peak of 7.0 GB in all"),
         (1, "exits with return code = -9", [], False, "crashed", "a process was killed (SIGKILL) in its start phase"),
         # What one rank found wrong the others only pass on.
         (1, "", [failure(0, "refused", "SharedError"), failure(1, "error", "ValueError", "checkpoint")], False,
