@@ -21,11 +21,13 @@ from codeparrot_ds.config import (
     PRESETS,
     SET_BY_COMPARE,
     ArgumentParser,
+    LaunchOptions,
     RunConfig,
     add_config_arguments,
     add_launch_arguments,
     config_from_arguments,
     launch_from_arguments,
+    read_config_file,
     without_launch_arguments,
 )
 from codeparrot_ds.errors import UserError
@@ -87,8 +89,10 @@ def build_parser() -> ArgumentParser:
         _add_tokenizer,
         _add_data,
         _add_train,
+        _add_doctor,
         _add_evaluate,
         _add_complete,
+        _add_humaneval,
         _add_check,
         _add_plan,
         _add_compare,
@@ -368,6 +372,48 @@ def _run_train(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.launch import front_door
 
     return front_door(config, launch, without_launch_arguments(arguments.arguments))
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        _run_doctor,
+        "checks this machine, or every host of a hostfile, before a run; exit code 1 when something is wrong",
+    )
+    group = parser.add_argument_group("hosts")
+    group.add_argument("--hostfile", metavar="FILE", help="lines of `host slots=N` (default: this machine alone)")
+    group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to look at, as in a:0,2@b (default: all)")
+    group.add_argument("--exclude", metavar="HOSTS", help="hosts and GPUs to leave out, same form (default: none)")
+    group.add_argument(
+        "--master-addr", metavar="HOST", help="address of the first host (default: that which ssh reaches it by)"
+    )
+    group.add_argument("--master-port", type=_count, metavar="N", help="port there (default: any free one)")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--config", metavar="FILE", help="run config with the four below (default: none)")
+    group.add_argument("--data", metavar="DIR", help="corpus that every host must see (default: none)")
+    group.add_argument("--tokenizer", metavar="DIR", help="tokenizer that every host must see (default: none)")
+    group.add_argument("--output-dir", metavar="DIR", help="folder of runs that hosts share (default: runs)")
+    group.add_argument("--deepspeed", metavar="JSON", help="whose operators must be built (default: zero2)")
+    group = parser.add_argument_group("mending")
+    group.add_argument("--build", action="store_true", help="build operators that are missing, on all hosts at once")
+    group.add_argument("--clear-locks", action="store_true", help="remove the locks of killed builds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.run.doctor import describe, examine
+    from codeparrot_ds.run.launch import wanted_of
+
+    given = {name: getattr(arguments, name) for name in ("data", "tokenizer", "output_dir", "deepspeed")}
+    values = read_config_file(arguments.config) if arguments.config else {}
+    config = RunConfig(**values | {name: value for name, value in given.items() if value is not None})
+    options = ("hostfile", "include", "exclude", "master_addr", "master_port")
+    launch = LaunchOptions(**{name: getattr(arguments, name) for name in options})
+    hosts, wanted = wanted_of(config, launch, build=arguments.build, clear_locks=arguments.clear_locks)
+    examination = examine(hosts, wanted)
+    print(json.dumps(examination.as_json(), indent=2) if arguments.json else describe(examination))
+    return 1 if examination.findings else 0
 
 
 def _add_check(commands: Any) -> None:
@@ -738,6 +784,14 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     if result["bits_per_byte"] is not None:
         print(f"bits per byte   {result['bits_per_byte']:.4f}")
     print(f"tokens          {result['eval_tokens']:,} in {result['seconds']:.1f} s")
+    print(f"next token      {result['top_1_accuracy']:.2%} right, {result['top_5_accuracy']:.2%} among the first five")
+    rows = [(f"{row['first']:,} - {row['last']:,}", row) for row in result["loss_by_position"]]
+    sections = [("tokens before it", rows), ("class of token", list((result["loss_by_class"] or {}).items()))]
+    for title, rows in sections:
+        if rows:
+            print(f"\n{title:<17}{'loss':>8}{'right':>9}{'in five':>9}{'tokens':>14}")
+        for name, row in rows:
+            print(f"{name:<17}{row['loss']:>8.4f}{row['top_1']:>9.2%}{row['top_5']:>9.2%}{row['tokens']:>14,}")
     return 0
 
 
@@ -747,26 +801,146 @@ def _add_complete(commands: Any) -> None:
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="start of some code; - reads it (default: the recipe's four)"
     )
-    group = parser.add_argument_group("sampling (temperature 0.4, top_p 0.95)")
+    parser.add_argument(
+        "--file", action="append", default=[], type=Path, dest="files", metavar="FILE",
+        help="a prompt, or a .jsonl file with one a line; may be repeated (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--interactive", action="store_true", help="ask for prompts (default: off)")
+    parser.add_argument("--json", action="store_true", help="print an object a line, with log-probabilities")
+    group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-length", type=_count, default=64, metavar="N", help=_default("tokens of prompt and completion", 64)
     )
     group.add_argument("--num-completions", type=_count, default=4, metavar="N", help=_default("of each prompt", 4))
+    group.add_argument(
+        "--temperature", type=_temperature, default=0.4, metavar="T", help=_default("0 takes the likeliest token", 0.4)
+    )
+    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help=_default("of the probability", 0.95))
     group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+    group.add_argument("--batch-size", type=_count, default=32, metavar="N", help=_default("rows at once", 32))
 
 
 def _run_complete(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.evaluation.complete import run_complete
+    from codeparrot_ds.data.inspect import uses_colour
+    from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes letters that some encodings lack
     run_complete(
         arguments.source,
         arguments.prompts,
-        max_length=arguments.max_length,
-        num_completions=arguments.num_completions,
-        seed=arguments.seed,
+        files=arguments.files,
+        settings=CompleteSettings(
+            max_length=arguments.max_length,
+            num_completions=arguments.num_completions,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        ),
+        interactive=arguments.interactive,
+        as_json=arguments.json,
+        batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         device=arguments.device,
+        colour=uses_colour(sys.stdout.isatty(), os.environ),
     )
+    return 0
+
+
+def _add_humaneval(commands: Any) -> None:
+    parser = _command(
+        commands, "humaneval", _run_humaneval, "share of programming problems that a model's programs solve (pass@k)"
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--allow-execution", action="store_true",
+        help="run the programs that the model writes, in a sandbox; without it nothing is run (default: off)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--generate-only", action="store_true", help="keep the completions and run none of them (default: off)"
+    )
+    group = parser.add_argument_group("problems")
+    group.add_argument(
+        "--problems", default="humaneval", metavar="SRC",
+        help=_default(
+            "humaneval, mbpp, a .jsonl or .jsonl.gz file in the schema of either, or org/name[:split]", "humaneval"
+        ),
+    )  # fmt: skip
+    group.add_argument("--limit", type=_count, metavar="N", help="only the first N problems (default: all)")
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--num-samples", type=_count, default=20, metavar="N", help=_default("completions of each problem", 20)
+    )
+    group.add_argument(
+        "--temperatures", type=_temperature, nargs="+", default=(0.2, 0.6, 0.8), metavar="T",
+        help=_default("temperatures, of which the best counts; 0 is greedy", "0.2 0.6 0.8"),
+    )  # fmt: skip
+    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help=_default("of the probability", 0.95))
+    group.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help=_default("at most", 256))
+    group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+    group.add_argument("--batch-size", type=_count, default=32, metavar="N", help=_default("rows at once", 32))
+    group.add_argument(
+        "--num-gpus", "--num-processes", type=_count, dest="num_processes", metavar="N",
+        help="processes that generate, a GPU each (default: all GPUs, or one process without)",
+    )  # fmt: skip
+    group = parser.add_argument_group("judging")
+    group.add_argument("--k", type=_counts, default=(1, 10, 100), metavar="K,K", help=_default("of pass@k", "1,10,100"))
+    group.add_argument(
+        "--seconds", type=float, default=5.0, metavar="X", help=_default("a program may take with its tests", 5)
+    )
+    group.add_argument(
+        "--memory-mb", type=_count, default=512, metavar="N", help=_default("a program's process may take", 512)
+    )
+    group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: one a core)")
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder, where the same command goes on (default: RUN/humaneval/CHECKPOINT-PROBLEMS)",
+    )  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="begin again in a folder that holds completions")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_humaneval(arguments: argparse.Namespace) -> int:
+    if arguments.allow_execution == arguments.generate_only:
+        raise UserError(
+            "humaneval runs programs that a model wrote, in a sandbox; allow that with --allow-execution, or only keep "
+            "the completions with --generate-only"
+        )
+    from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
+    from codeparrot_ds.evaluation.sandbox import Limits
+
+    settings = Settings(
+        problems=arguments.problems,
+        limit=arguments.limit,
+        num_samples=arguments.num_samples,
+        temperatures=tuple(arguments.temperatures),
+        top_p=arguments.top_p,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+    )
+    folder = arguments.out or default_folder(arguments.source, arguments.problems)
+    with _progress("samples") as progress:
+        results = humaneval(
+            arguments.source,
+            folder,
+            settings=settings,
+            k=arguments.k,
+            judge=arguments.allow_execution,
+            limits=Limits(seconds=arguments.seconds, memory_bytes=arguments.memory_mb << 20),
+            num_workers=arguments.num_workers,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            num_processes=arguments.num_processes,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    if arguments.json and results:
+        print(json.dumps(results, indent=2))
+        return 0
+    print(describe(results) if results else "nothing was run")
+    print(f"results in {folder}")
     return 0
 
 
@@ -971,6 +1145,16 @@ def _counts(text: str) -> tuple[int, ...]:
     if not parts:
         raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, such as 1,2,4, not {text!r}")
     return tuple(sorted({_count(part.strip()) for part in parts}))
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return value
 
 
 def _count(text: str) -> int:

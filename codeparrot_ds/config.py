@@ -529,6 +529,9 @@ def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(**values)
 
 
+LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
     """Where the ranks run; handed to the ``deepspeed`` launcher."""
@@ -537,8 +540,15 @@ class LaunchOptions:
     hostfile: str | None = None
     include: str | None = None
     exclude: str | None = None
+    launcher: str = "pdsh"  # of DeepSpeed's, between hosts
     master_addr: str | None = None
     master_port: int | None = None
+    no_ssh: bool = False  # every host starts its own ranks
+    node_rank: int | None = None  # of this host, with no_ssh
+    bind_cores: bool = False
+    max_restarts: int = 0  # after a lost rank, a hang or a failure
+    min_hosts: int | None = None  # go on with so many when others do not answer; None: all
+    hang_seconds: float = 600.0  # the most that a rank may stay in one place of a step, an evaluation or a save
     ignore_memory_plan: bool = False  # start a run that the memory plan says does not fit
 
 
@@ -561,6 +571,35 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         help="port of the first host (default: a free one)",
     )  # fmt: skip
     group.add_argument(
+        "--launcher", choices=LAUNCHERS, default="pdsh",
+        help="what DeepSpeed starts the hosts with (default: pdsh, which uses ssh)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-ssh", "--no_ssh", action="store_true", dest="no_ssh",
+        help="start this host's ranks alone; the same command is given on every host (default: start all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--node-rank", "--node_rank", type=_not_negative, metavar="N", dest="node_rank",
+        help="place of this host in the hostfile, from 0; with --no-ssh (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--bind-cores", "--bind_cores", action="store_true", dest="bind_cores",
+        help="bind each rank to cores of its own with numactl (default: they share)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-restarts", "--max_restarts", type=_not_negative, default=0, metavar="N", dest="max_restarts",
+        help="start again from the newest whole checkpoint after a lost rank, a hang or a failure (default: 0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-hosts", "--min_hosts", type=_positive, metavar="N", dest="min_hosts",
+        help="go on with so many hosts when others do not answer (default: all of them)",
+    )  # fmt: skip
+    group.add_argument(
+        "--hang-seconds", "--hang_seconds", type=_seconds, default=600.0, metavar="S", dest="hang_seconds",
+        help="the most that a rank may stay in one micro-batch, evaluation or save; the limit of a micro-batch is "
+        "learned from the run's own and may be less (default: 600)",
+    )  # fmt: skip
+    group.add_argument(
         "--ignore-memory-plan", "--ignore_memory_plan", action="store_true", dest="ignore_memory_plan",
         help="start even where the memory plan says that the run does not fit the GPUs (default: refuse)",
     )  # fmt: skip
@@ -577,6 +616,22 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds of at least 1, not {text!r}")
+    return seconds
 
 
 def launch_from_arguments(arguments: argparse.Namespace) -> LaunchOptions:

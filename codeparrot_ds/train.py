@@ -13,7 +13,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds.config import (
@@ -24,6 +24,7 @@ from codeparrot_ds.config import (
     config_from_arguments,
 )
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.beats import beat
 
 if TYPE_CHECKING:
     from codeparrot_ds.run.session import Session
@@ -56,12 +57,14 @@ def train(config: RunConfig) -> dict[str, Any]:
 def train_session(session: Session) -> dict[str, Any]:
     """The loop of ``train`` and the end of the run."""
     config, engine, progress = session.config, session.engine, session.progress
+    beat("agree", step=session.step)
     step = first_step = session.step
     due = False
     batches = iter(session.loader)
     while True:
         # Evaluate and save at the boundary between two steps; a run that was just restored has done both here.
         last = step >= config.max_train_steps
+        beat("agree", step=step + (not last))
         stopping = session.stop.agreed()
         fresh = step == 0 or step > first_step
         due = step > first_step and (due or step % config.save_checkpoint_steps == 0)
@@ -81,6 +84,7 @@ def train_session(session: Session) -> dict[str, Any]:
         if step == first_step + 1:
             session.first_step_done()
         if step % config.log_steps == 0 or step == config.max_train_steps:
+            beat("log")
             # The only place where the host waits for the device.
             loss = session.mean_loss(losses.sum())
             row = session.meter.row(step, loss, engine)
@@ -97,32 +101,57 @@ def accumulate_gradients(engine: Any, batches: Iterator[Any], session: Session) 
         The micro-batches' mean losses on this rank, shape (micro-batches,), on the device (nothing is waited for).
     """
     session.bad_steps.begin()
-    for _ in range(session.accumulation_steps):
+    for number in range(1, session.accumulation_steps + 1):
+        beat("data", batch=number)
         batch = next(batches)
-        loss = engine(**session.model_inputs(batch)).loss
+        beat("forward", batch=number)
+        with session.meter.forward():
+            loss = engine(**session.model_inputs(batch)).loss
+        beat("backward", batch=number)
         session.bad_steps.watch(batch, loss)
         engine.backward(loss)
+        beat("step", batch=number)
         engine.step()  # counts the micro-batches itself: clips, updates and schedules after the last one
     return session.bad_steps.losses()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of ``python -m codeparrot_ds.train``: a rank under a launcher, the front door without one."""
+    from codeparrot_ds.run.carried import name_rank, take_carried
+
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        brought = take_carried(os.environ)
+    except UserError as error:
+        print(f"codeparrot-ds train: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if brought is not None:
+        sys.argv[1:] = arguments = brought
+    name_rank(os.environ)
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         os.execv(sys.executable, [sys.executable, "-m", "codeparrot_ds", "train", *arguments])
     return run_rank(arguments)
 
 
-def run_rank(arguments: list[str]) -> int:
-    """Runs one rank and returns its exit code.
+def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, command: str = "train") -> int:
+    """Runs one rank behind its guard and returns its exit code.
 
     0 is finished, or stopped and saved; 2 a mistake of the user's; 3 too many bad steps in a row.
+
+    Args:
+        arguments: options of ``train``.
+        work: what the rank does with its config.
+        command: what the user typed, for messages.
     """
+    from codeparrot_ds.run.guard import guard_this_rank
+    from codeparrot_ds.run.interface import choose_interface
     from codeparrot_ds.run.parent_end import launcher_of_this_rank, signal_at_parents_end
-    from codeparrot_ds.run.ranks import SharedError, leave_ranks
 
     signal_at_parents_end(signal.SIGTERM, launcher_of_this_rank())()
+    choose_interface(os.environ)
+    guard_this_rank()  # before torch: the guard stays small
+    from codeparrot_ds.run.ranks import SharedError, leave_ranks
+
     parser = ArgumentParser(prog="codeparrot_ds.train", description="one rank of a training run")
     add_config_arguments(parser)
     add_launch_arguments(parser)  # typed for the front door; the ranks have nothing to do with them
@@ -132,10 +161,10 @@ def run_rank(arguments: list[str]) -> int:
             config = config_from_arguments(parser.parse_args(arguments))
         except UserError as error:  # the same arguments on every rank
             raise SharedError(str(error)) from None
-        train(config)
+        work(config)
     except UserError as error:
         if rank == 0 or not isinstance(error, SharedError):
-            print(f"codeparrot-ds train: error: {error}", file=sys.stderr, flush=True)
+            print(f"codeparrot-ds {command}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     finally:
         leave_ranks()
@@ -143,6 +172,6 @@ def run_rank(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from codeparrot_ds.run.ranks import end_process
+    from codeparrot_ds.run.parent_end import end_process
 
     end_process(main())

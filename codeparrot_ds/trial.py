@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from codeparrot_ds.config import (
 )
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.beats import beat
 
 if TYPE_CHECKING:
     from codeparrot_ds.run.session import Session
@@ -120,6 +120,7 @@ def run_trial(config: RunConfig, orders: Orders) -> None:
         batches = RowHashes(iter(session.loader), session.accumulation_steps)
         enter("steps")
         for step in range(1, orders.steps + 1):
+            beat("agree", step=step)
             if session.stop.agreed():
                 raise KeyboardInterrupt
             found["rows"].append(_step(session, batches, step))
@@ -205,6 +206,7 @@ def _take_apart(session: Session, batches: RowHashes, steps: int) -> dict[str, A
     from codeparrot_ds.run.step_parts import StepParts
 
     parts = StepParts(session.ranks.device)
+    beat("evaluate")  # patience: nothing says in between where the rank is
     for _ in range(steps):
         with parts.step():
             session.bad_steps.begin()
@@ -263,33 +265,23 @@ def resident_bytes(field: str = "VmRSS") -> int:
 def main(arguments: list[str] | None = None) -> int:
     """A rank under a launcher; without one, the front door that checks the run config and starts the launcher."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "RANK" in os.environ:
+        from codeparrot_ds.train import run_rank
+
+        return run_rank(arguments, lambda config: run_trial(config, Orders.read()), "compare")
     parser = ArgumentParser(prog="codeparrot_ds.trial", description="one trial of a comparison")
     add_config_arguments(parser)
     add_launch_arguments(parser)
-    is_rank = "RANK" in os.environ
-    shared: type[UserError] | None = None
     try:
+        from codeparrot_ds.run.launch import front_door
+
         parsed = parser.parse_args(arguments)
+        launch = launch_from_arguments(parsed)
         config = config_from_arguments(parsed)
-        if not is_rank:
-            from codeparrot_ds.run.launch import front_door
-
-            launch = launch_from_arguments(parsed)
-            return front_door(config, launch, without_launch_arguments(arguments), module="codeparrot_ds.trial")
-        from codeparrot_ds.run.parent_end import launcher_of_this_rank, signal_at_parents_end
-        from codeparrot_ds.run.ranks import SharedError, leave_ranks
-
-        shared = SharedError
-        signal_at_parents_end(signal.SIGTERM, launcher_of_this_rank())()
-        try:
-            run_trial(config, Orders.read())
-        finally:
-            leave_ranks()
+        return front_door(config, launch, without_launch_arguments(arguments), module="codeparrot_ds.trial")
     except UserError as error:
-        if not is_rank or os.environ["RANK"] == "0" or shared is None or not isinstance(error, shared):
-            print(f"codeparrot-ds compare: error: {error}", file=sys.stderr, flush=True)
+        print(f"codeparrot-ds compare: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -220,6 +220,7 @@ def open_run(
         versions=package_versions(),
         git_commit=_git_commit(),
         hosts=sorted(set(hosts)),
+        rank_hosts=hosts,
         starts=starts,
         outcome={"status": "running", "step": None},
     )

@@ -6,14 +6,11 @@ built once, that signals reach the ranks, and that the exit code tells what beca
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import importlib.metadata
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +29,7 @@ from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
+from codeparrot_ds.run.doctor import Wanted, local_paths
 from codeparrot_ds.run.folder import (
     check_continuation,
     check_ds_continuation,
@@ -39,22 +37,24 @@ from codeparrot_ds.run.folder import (
     new_run_name,
     recorded_pins,
 )
+from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.initial import with_initial_model
-from codeparrot_ds.run.ops import are_built, needed_operators, use_operators_folder
-from codeparrot_ds.run.parent_end import LEADS, signal_at_parents_end
+from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, cores, rank_environment, run_job, shared_variables
+from codeparrot_ds.run.launcher import MODULE, hosts_of, is_local
+from codeparrot_ds.run.ops import are_built, build_apart, needed_operators
 from codeparrot_ds.run.plan import predict, why_too_large
-from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
 from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
 from codeparrot_ds.zero.memory import Memory
 
-BYTES_A_PARAMETER = 16  # a checkpoint: three fp32 numbers for the optimizer, the export, and room for the rest
 DEFAULT_CPU_RANKS = 2
-RANK = "codeparrot_ds.train"
 
 
-def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *, module: str = RANK) -> int:
+def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *, module: str = MODULE) -> int:
     """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
+
+    0 is finished, or stopped and saved; 1 something broke; 2 a mistake of the user's; 3 too many bad steps in a row;
+    4 a rank or host was lost; 5 the ranks hung.
 
     Args:
         config: the run config, resolved from ``arguments``.
@@ -66,33 +66,39 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
         UserError: anything that can be known to be wrong before a rank starts.
     """
     started = time.time()
-    if launch.hostfile and not Path(launch.hostfile).is_file():
-        raise UserError(
-            f"hostfile {launch.hostfile} does not exist: DeepSpeed would quietly train on this machine alone"
-        )
-    device = local_device()
-    ranks = launch.num_gpus or local_ranks(device)
+    device = local_device(hostfile=launch.hostfile is not None)
+    hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
+    if launch.bind_cores and shutil.which("numactl") is None:
+        raise UserError("--bind-cores needs numactl, which is not on PATH: install it, or leave the option out")
+    if launch.no_ssh and not config.run_name:
+        raise UserError("--no-ssh needs --run-name, the same on every host: each would make a name of its own")
+    ranks = sum(len(host.slots) for host in hosts)
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
     config = with_initial_model(dataclasses.replace(config, run_name=name))
     if config.init_from:  # as resolved: a branch may move
         arguments = [*arguments, "--init-from", config.init_from, "--tokenizer", config.tokenizer]
-    ds_config = check_run(config, device=device, world_size=None if launch.hostfile else ranks)
-    if not launch.hostfile:
+    ds_config = check_run(config, device=device, world_size=ranks)
+    if is_local(hosts):
         check_memory(config, ds_config, device=device, ranks=ranks, refuse=not launch.ignore_memory_plan)
-    environment = rank_environment(device, ranks)
-    if not are_built(needed_operators(ds_config, device)):
-        _build_operators(ds_config, device, environment)
+        if not are_built(needed_operators(ds_config, device)):
+            _build_operators(ds_config, device, rank_environment(device, ranks))
     if config.hub != "off":
         outage = prepare_branch(config.hub, output_dir, name)
         if outage is not None:
             print(f"warning: {outage}; checkpoints are queued and pushed when it answers", file=sys.stderr)
-    command = _launcher_command(launch, ranks, [*arguments, "--run-name", name], module)
-    environment[LAUNCHED_AT] = str(started)
-    environment.pop(LEADS, None)
-    if "deepspeed.launcher.launch" in command:  # and not the runner, which starts it on each host
-        environment[LEADS] = "1"
-    return _run_to_the_end(command, environment, output_dir / name)
+    job = Job(
+        config=config,
+        launch=launch,
+        arguments=[*arguments, "--run-name", name],
+        device=device,
+        hosts=hosts,
+        ds_config=ds_config,
+        started=started,
+        run=output_dir / name,
+        module=module,
+    )
+    return run_job(job)
 
 
 def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
@@ -207,37 +213,58 @@ def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:
             raise UserError(f"{run}: {error}") from None
 
 
-def local_device() -> str:
-    """``cuda`` when there are GPUs and a torch that can use them, else ``cpu``; found without importing torch."""
+def wanted_of(config: RunConfig, launch: LaunchOptions, *, build: bool, clear_locks: bool) -> tuple[list[Host], Wanted]:
+    """What ``doctor`` looks at: the hosts, and what a run of this config would need of them.
+
+    Args:
+        config: of the run; any field may be at its default.
+        launch: where it would run.
+        build: build missing operators.
+        clear_locks: remove the locks of killed builds.
+    """
+    device = local_device(hostfile=launch.hostfile is not None)
+    hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
+    file = read_ds_config(find_ds_config(config.deepspeed))
+    wanted = Wanted(
+        device=device,
+        output_dir=Path(config.output_dir),
+        data=local_paths(config.data, config.validation_data or "", config.tokenizer),
+        operators=needed_operators(file.config, device),
+        build=file.config if build else None,
+        clear_locks=clear_locks,
+        master_addr=launch.master_addr,
+        master_port=launch.master_port,
+        links=not is_local(hosts),
+        variables={} if is_local(hosts) else shared_variables(device),
+    )
+    return hosts, wanted
+
+
+def local_device(*, hostfile: bool = False) -> str:
+    """``cuda`` when there are GPUs and a torch that can use them, else ``cpu``; found without importing torch.
+
+    Args:
+        hostfile: other hosts train; this one may have no GPU, and they are taken to have what its torch is made for.
+    """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or importlib.metadata.version("torch").endswith("+cpu"):
         return "cpu"
-    return "cuda" if _visible_gpus() else "cpu"
+    return "cuda" if hostfile or _visible_gpus() else "cpu"
+
+
+def local_devices(device: str) -> list[int | str]:
+    """What ``CUDA_VISIBLE_DEVICES`` lists, or the numbers of this machine's devices."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device == "cuda" and visible is not None:
+        parts = [part.strip() for part in visible.split(",") if part.strip() and part.strip() != "-1"]
+        return [int(part) if part.isdigit() else part for part in parts]
+    return list(range(local_ranks(device)))
 
 
 def local_ranks(device: str) -> int:
     """How many ranks this machine offers: its visible GPUs, or two on a CPU with two cores."""
     if device == "cuda":
         return _visible_gpus()
-    return min(DEFAULT_CPU_RANKS, _cores())
-
-
-def rank_environment(device: str, ranks: int) -> dict[str, str]:
-    """The environment that launcher and ranks get: device, threads, operators' folder, this interpreter first."""
-    environment = dict(os.environ)
-    use_operators_folder(environment)
-    if device == "cpu":
-        environment["DS_ACCELERATOR"] = "cpu"
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # The package may be used from a checkout; the ranks import the same one.
-    package_parent = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
-    return environment
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(DEFAULT_CPU_RANKS, cores())
 
 
 def _visible_gpus() -> int:
@@ -271,102 +298,6 @@ def _check_space(output_dir: Path, parameters: int, keep: int) -> None:
 def _build_operators(ds_config: dict[str, Any], device: str, environment: dict[str, str]) -> None:
     names = ", ".join(needed_operators(ds_config, device))
     print(f"building DeepSpeed's operators ({names}), once for this environment; a minute or two", file=sys.stderr)
-    script = (
-        "import json, sys\n"
-        "from codeparrot_ds.errors import UserError\n"
-        "from codeparrot_ds.run.ops import build_operators\n"
-        "try:\n"
-        "    build_operators(json.loads(sys.stdin.read()), sys.argv[1])\n"
-        "except UserError as error:\n"
-        "    sys.exit(f'codeparrot-ds: error: {error}')\n"
-    )
-    command = [sys.executable, "-c", script, device]
-    built = subprocess.run(
-        command, input=json.dumps(ds_config), text=True, capture_output=True, env=environment, check=False
-    )
-    if built.returncode != 0:
-        lines = [line for line in built.stderr.splitlines() if line.strip()]
-        raise UserError(lines[-1].removeprefix("codeparrot-ds: error: ") if lines else "building operators failed")
-
-
-def _launcher_command(launch: LaunchOptions, ranks: int, arguments: list[str], module: str = RANK) -> list[str]:
-    """The command of DeepSpeed's launcher: the whole of it for hosts and filters, its per-node half for this machine.
-
-    On one machine the first half (``deepspeed``, the runner) only starts the second; it costs an import of torch, and
-    it reports success when the second is killed.
-    """
-    port = str(launch.master_port or _free_port())
-    ranks_command = ["--module", module, *arguments]
-    if not (launch.hostfile or launch.include or launch.exclude):
-        world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
-        node = [f"--world_info={world}", f"--master_addr={launch.master_addr or '127.0.0.1'}", f"--master_port={port}"]
-        return [sys.executable, "-m", "deepspeed.launcher.launch", *node, "--quiet", *ranks_command]
-    # An empty name: the runner's default is /job/hostfile, which nobody here asked for.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", launch.hostfile or ""]
-    for option in ("include", "exclude", "master_addr"):
-        if getattr(launch, option):
-            command += [f"--{option}", getattr(launch, option)]
-    if launch.num_gpus and not (launch.include or launch.exclude):
-        command += ["--num_gpus", str(ranks)]
-    return [*command, "--master_port", port, *ranks_command]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
-def _run_to_the_end(command: list[str], environment: dict[str, str], run: Path) -> int:
-    """Runs the launcher in a session of its own and passes stop signals to the ranks alone, who save and then end."""
-    starts_before = _starts_and_status(run)[0]
-    # Its ranks save and end when it is gone (`train.run_rank`); the launcher itself would stop them without.
-    follow = signal_at_parents_end(signal.SIGKILL, os.getpid())
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=follow)
-    asked: list[int] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        asked.append(number)
-        if len(asked) == 1:
-            print("stopping: the ranks save at the next step boundary; again to stop without", file=sys.stderr)
-            _signal_ranks(process.pid, signal.SIGTERM)
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if code != 0:
-        return code if code > 0 else 128 - code
-    # A launcher whose ranks died of a signal reports success all the same: rank 0 must have recorded this start's end.
-    starts, status = _starts_and_status(run)
-    return 0 if starts > starts_before and status in ("finished", "stopped") else 1
-
-
-def _signal_ranks(launcher: int, number: int) -> None:
-    """Signals the processes that DeepSpeed's per-node launcher started, and neither it nor their own children."""
-    import psutil
-
-    try:
-        processes = psutil.Process(launcher).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return
-    for process in processes:
-        try:
-            parent = process.parent()
-            if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
-                process.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
-
-
-def _starts_and_status(run: Path) -> tuple[int, str | None]:
-    """How often a run was started, and how the last start ended; no clock is asked, it may be set back in between."""
-    try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return len(record["starts"]), record["outcome"]["status"]
-    except (OSError, ValueError, KeyError):
-        return 0, None
+    problem = build_apart(ds_config, device, environment)
+    if problem is not None:
+        raise UserError(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from codeparrot_ds.run.engine import loss_scale
 from codeparrot_ds.run.hardware import peak_memory_bytes
 from codeparrot_ds.run.memory_check import MemoryCheck
+from codeparrot_ds.run.rank_times import RankTimes
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -25,6 +27,7 @@ class Meter:
         step: the step that this start begins after.
         max_train_steps: the run's last step.
         memory_check: told of every logged step on rank 0 of a GPU run.
+        rank_times: compares the ranks; None on a single one.
     """
 
     loader: Any
@@ -36,6 +39,7 @@ class Meter:
     step: int
     max_train_steps: int
     memory_check: MemoryCheck | None = None
+    rank_times: RankTimes | None = None
 
     def __post_init__(self) -> None:
         self._mark = time.perf_counter()
@@ -50,6 +54,8 @@ class Meter:
     def row(self, step: int, loss: float, engine: Any) -> dict[str, Any]:
         """The training row of ``metrics.jsonl`` for the steps since the last one; call it after waiting for the device.
 
+        Collective where the ranks are compared.
+
         ``step_seconds``, ``data_wait_seconds`` and the throughput are means over those steps on this rank; ``loss`` and
         ``grad_norm`` are the last step's.
         """
@@ -63,7 +69,7 @@ class Meter:
         norm = engine.get_global_grad_norm()
         if self.memory_check is not None:
             self.memory_check.after(step)
-        return {
+        row = {
             "step": step,
             "tokens": self.tokens,
             "epoch": self.loader.counters()["epoch"],
@@ -78,6 +84,13 @@ class Meter:
             "skipped_steps": engine.skipped_steps,
             "loss_scale": loss_scale(engine),
         }
+        if self.rank_times is not None:
+            row |= self.rank_times.row(steps, data_wait=data_wait, step_seconds=self._step_seconds)
+        return row
+
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        """Around each forward pass of training."""
+        return contextlib.nullcontext() if self.rank_times is None else self.rank_times.forward()
 
     def tokens_at(self, step: int) -> int:
         """Tokens trained on after ``step``."""

@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import logging
 import os
 import platform
@@ -98,6 +99,27 @@ def build_operators(ds_config: dict[str, Any], device: str) -> None:
     for name in names:
         if name in LOADED_DIRECTLY:
             _load_built(name)
+
+
+def build_apart(ds_config: dict[str, Any], device: str, environment: dict[str, str]) -> str | None:
+    """``build_operators`` in a process of its own, for one that has no torch; returns what went wrong, if anything."""
+    script = (
+        "import json, sys\n"
+        "from codeparrot_ds.errors import UserError\n"
+        "from codeparrot_ds.run.ops import build_operators\n"
+        "try:\n"
+        "    build_operators(json.loads(sys.stdin.read()), sys.argv[1])\n"
+        "except UserError as error:\n"
+        "    sys.exit(f'codeparrot-ds: error: {error}')\n"
+    )
+    command = [sys.executable, "-c", script, device]
+    built = subprocess.run(
+        command, input=json.dumps(ds_config), text=True, capture_output=True, env=environment, check=False
+    )
+    if built.returncode == 0:
+        return None
+    lines = [line for line in built.stderr.splitlines() if line.strip()]
+    return lines[-1].removeprefix("codeparrot-ds: error: ") if lines else "building operators failed"
 
 
 def _build(name: str) -> None:

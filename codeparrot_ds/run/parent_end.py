@@ -1,4 +1,4 @@
-"""Ends a process when the one that started it is gone, however that went. No torch here.
+"""Ends a process when the one that started it is gone, however that went, or when its own work is done. No torch here.
 
 SIGKILL leaves a process no time to take its children along: ranks would train on without a launcher, hold the run's
 folder, and nobody would see their words. Linux sends a signal to the children instead, when they have asked for it.
@@ -6,11 +6,15 @@ folder, and nobody would see their words. Linux sends a signal to the children i
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
@@ -44,3 +48,20 @@ def signal_at_parents_end(number: signal.Signals, parent: int | None = None) -> 
 def launcher_of_this_rank() -> int | None:
     """The process id of the launcher that started this rank; None where another than the front door started that."""
     return os.getsid(0) if LEADS in os.environ else None
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends a rank's process after its exit handlers, without taking the interpreter down.
+
+    While Python takes itself down, a thread of gloo's, autograd's or a library's that asks for the interpreter is ended
+    by unwinding its C++ frames, which aborts the process ("terminate called without an active exception"): now and then
+    the launcher reported a finished run as failed. https://github.com/pytorch/pytorch/issues/38228
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import os
-import sys
-import threading
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -130,20 +126,3 @@ def leave_ranks() -> None:
     """Ends the process group; without it ZeRO-3 aborts at exit and the launcher reports a failure."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def end_process(code: int) -> NoReturn:
-    """Ends a rank's process after its exit handlers, without taking the interpreter down.
-
-    While Python takes itself down, a thread of gloo's, autograd's or a library's that asks for the interpreter is ended
-    by unwinding its C++ frames, which aborts the process ("terminate called without an active exception"): now and then
-    the launcher reported a finished run as failed. https://github.com/pytorch/pytorch/issues/38228
-    """
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
-            stream.flush()
-    os._exit(code)

@@ -186,6 +186,7 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "tokens_per_second": _median(_column(run.training, "tokens_per_second")),
         "mfu": _median(_column(run.training, "mfu")),
         "data_wait_fraction": _data_wait_fraction(run.training),
+        "slowest_rank": _slowest_rank(run),
         "memory_bytes": max(_column(run.training, "memory_bytes"), default=None),
         "predicted_memory_bytes": (run.record.get("memory") or {}).get("predicted_bytes"),
         "total_hours": _total_hours(run),
@@ -220,6 +221,26 @@ def _data_wait_fraction(rows: Sequence[dict[str, Any]]) -> float | None:
     timed = [row for row in rows if _is_finite(row.get("data_wait_seconds")) and _is_finite(row.get("step_seconds"))]
     total = sum(row["step_seconds"] for row in timed)
     return sum(row["data_wait_seconds"] for row in timed) / total if total else None
+
+
+def _slowest_rank(run: RunRecord) -> dict[str, Any] | None:
+    """The rank that was the slowest in most logged rows: ``rank``, ``host``, ``share`` of the rows, ``factor``.
+
+    ``factor`` is its own time a step over the median rank's, the median over those rows.
+    """
+    rows = [row for row in run.training if _is_finite(row.get("rank_seconds_max")) and row.get("rank_seconds_median")]
+    if not rows:
+        return None
+    ranks = [row["slowest_rank"] for row in rows]
+    rank = statistics.mode(ranks)
+    factors = [row["rank_seconds_max"] / row["rank_seconds_median"] for row in rows if row["slowest_rank"] == rank]
+    hosts = run.record.get("rank_hosts") or []
+    return {
+        "rank": rank,
+        "host": hosts[rank] if rank < len(hosts) else None,
+        "share": len(factors) / len(rows),
+        "factor": statistics.median(factors),
+    }
 
 
 def _total_hours(run: RunRecord) -> float | None:
@@ -269,6 +290,10 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     def waiting(row: dict[str, Any]) -> float | None:
         return _times(_data_wait_fraction([row]), 100)
 
+    def ratio(row: dict[str, Any]) -> float | None:
+        return row["rank_seconds_max"] / row["rank_seconds_median"] if row.get("rank_seconds_median") else None
+
+    ratios = _lines(runs, "training", x, ratio)
     if len(runs) == 1:
         both = trained("loss", label="training") + evaluated("eval_loss", label="validation", style=1)
         losses = [("loss", "Training and validation loss", "nats a token", both, {"smooth": True})]
@@ -287,6 +312,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         ("tokens_per_second", "Throughput", "tokens/s", trained("tokens_per_second"), noisy),
         ("mfu", "Model FLOPs utilization", "% of peak", trained("mfu", 100), noisy),
         ("data_wait", "Waiting for data", "% of step time", _lines(runs, "training", x, waiting), noisy),
+        ("slowest_rank", "Slowest rank over the median rank", "own time before collectives", ratios, noisy),
         ("memory", "Peak memory", "GiB", trained("memory_bytes", 2**-30), steady),
     ]
     x_label = "optimizer step" if x == "step" else "tokens"

@@ -88,6 +88,7 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("tokens/s (median)", lambda run: _number(run["tokens_per_second"])),
     ("model FLOPs utilization (median)", lambda run: _percent(run["mfu"])),
     ("waiting for data", lambda run: _percent(run["data_wait_fraction"])),
+    ("slowest rank", lambda run: _slowest(run["slowest_rank"])),
     ("peak memory", lambda run: _gibibytes(run["memory_bytes"])),
     ("total time", lambda run: _hours(run["total_hours"])),
     ("starts", lambda run: _whole(run["starts"])),
@@ -109,7 +110,7 @@ _DATA_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("unreadable documents", lambda data: _whole(len(data.get("bad_documents") or ()) if data else None)),
 )
 _UNREADABLE_SHOWN = 20
-_LONG_ROWS = {"checkpoints at steps", "branch"}
+_LONG_ROWS = {"checkpoints at steps", "branch", "slowest rank"}
 # Worth a line only where something happened.
 _QUIET_AT_ZERO = {"non-finite losses", "skipped steps", "unreadable rows of metrics"}
 
@@ -331,6 +332,13 @@ def _number(value: Any) -> str:
 
 def _percent(fraction: Any) -> str:
     return f"{100 * fraction:.3g}%" if isinstance(fraction, (int, float)) else NOTHING
+
+
+def _slowest(rank: Any) -> str:
+    if not isinstance(rank, dict):
+        return NOTHING
+    where = f" on {rank['host']}" if rank["host"] else ""
+    return f"{rank['rank']}{where}: {rank['factor']:.2f} × the median rank, in {_percent(rank['share'])} of rows"
 
 
 def _gibibytes(size: Any) -> str:

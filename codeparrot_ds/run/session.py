@@ -12,8 +12,9 @@ import math
 import os
 import socket
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,17 +46,20 @@ from codeparrot_ds.model.gpt2 import build_model, document_inputs
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.bad_steps import BadSteps
+from codeparrot_ds.run.beats import beat
 from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
 from codeparrot_ds.run.device_memory import load_overhead
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import run_export
 from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
+from codeparrot_ds.run.guard import write_stacks_to
 from codeparrot_ds.run.hardware import peak_flops
 from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.plan import predict
+from codeparrot_ds.run.rank_times import RankTimes
 from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
 from codeparrot_ds.run.startup import Startup
 from codeparrot_ds.run.stopping import StopSignal
@@ -71,6 +75,7 @@ from codeparrot_ds.zero.ds_config import (
 from codeparrot_ds.zero.lint import check_ds_config
 from codeparrot_ds.zero.resolution import sources_as_json
 
+T = TypeVar("T")
 logger = logging.getLogger("codeparrot_ds.session")
 
 CURVE_POINTS = 24
@@ -132,7 +137,7 @@ class Session:
         ds_config = resolved.config
         startup.lap("config and tokenizer")
         folder = _open_folder(config, resolved, ranks)
-        set_up_logging(folder.path, ranks.rank)
+        write_stacks_to(set_up_logging(folder.path, ranks.rank))
         if ranks.is_main and config.wandb != "off":
             warm_up()
         startup.lap("run folder and branch")
@@ -255,6 +260,7 @@ class Session:
         """Evaluates on the validation split and records the row; collective."""
         started = time.perf_counter()
         config = self.config
+        beat("evaluate", step=step)
         batches = ValidationLoader(
             self.validation,
             self.encoder,
@@ -269,7 +275,7 @@ class Session:
         self.engine.eval()
         result = evaluate_batches(
             lambda ids, labels: token_losses(self.engine(**self._forward_inputs(ids)).logits, labels),
-            batches,
+            _beating(batches),
             token_bytes=self.encoder.token_bytes(),
             reduce=self.ranks.sum,
             device=self.ranks.device,
@@ -303,6 +309,7 @@ class Session:
         With ``save_in_background`` it returns as soon as the state is copied; ``finish`` waits for the rest.
         """
         started = time.perf_counter()
+        beat("save", step=step)
         lanes = {lane: state for table in self.ranks.gather(self.loader.state()) for lane, state in table.items()}
         rows = self.stream_start.row + (step - self.step) * self.config.global_batch_size
         tokens = self.meter.tokens_at(step)
@@ -443,6 +450,7 @@ class Session:
 
     def finish(self, step: int, status: str) -> dict[str, Any]:
         """Ends loader, trackers and the branch's queue; says where everything is. Returns the outcome."""
+        beat("save", step=step)
         data = self._data_account()
         self.loader.close()
         last_save = self.saver.wait()
@@ -458,10 +466,19 @@ class Session:
                 self.progress.say("%s", settle(self.folder.path, wait_seconds=wait))
             self.progress.say("run %s %s at step %d: %s", self.folder.name, status, step, self.folder.path)
 
+        beat("push", step=step)
         self.ranks.on_main(conclude)
+        beat("end", step=step)
         if last_save is not None and last_save.error is not None:
             raise SharedError(f"the run {status} at step {step}, but {last_save.error}")
         return outcome
+
+
+def _beating(batches: Iterable[T]) -> Iterator[T]:
+    """Validation batches, each a beat of the rank's."""
+    for number, batch in enumerate(batches, start=1):
+        beat("evaluate", batch=number)
+        yield batch
 
 
 def _share_the_cores() -> None:
@@ -708,6 +725,7 @@ def _start_meter(
 ) -> Meter:
     flops, source = peak_flops(ranks.device, precision(ds_config))
     logger.debug("peak of this rank: %.3g FLOP/s (%s)", flops, source)
+    hosts = ranks.gather(socket.gethostname())
     return Meter(
         loader=loader,
         tokens_per_step=config.global_batch_size * config.seq_length,
@@ -717,6 +735,7 @@ def _start_meter(
         tokens=restored.tokens if restored else 0,
         step=restored.step if restored else 0,
         max_train_steps=config.max_train_steps,
+        rank_times=RankTimes(ranks, hosts, zero_stage(ds_config)) if ranks.world_size > 1 else None,
     )
 
 

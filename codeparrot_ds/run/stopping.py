@@ -10,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from codeparrot_ds.run.guard import asked_early
 from codeparrot_ds.run.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -23,7 +24,7 @@ class StopSignal:
 
     def __init__(self, ranks: Ranks, max_hours: float | None = None) -> None:
         self._ranks = ranks
-        self._asked = False
+        self._asked = asked_early()
         self._deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:

@@ -26,10 +26,15 @@ WANDB_TIMEOUT_SECONDS = 60
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # wandb's cloud in ~/.netrc, by its old and its new name
 
 
-def set_up_logging(folder: Path, rank: int) -> None:
-    """Sends this rank's log records to ``log/debug_<rank>.log``; rank 0 shows progress, the others errors only."""
+def set_up_logging(folder: Path, rank: int) -> Path:
+    """Sends this rank's log records to ``log/debug_<rank>.log``; rank 0 shows progress, the others errors only.
+
+    Returns:
+        The log file.
+    """
     (folder / "log").mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / "log" / f"debug_{rank}.log", encoding="utf-8")
+    path = folder / "log" / f"debug_{rank}.log"
+    file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     console = logging.StreamHandler(sys.stderr)
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -48,6 +53,7 @@ def set_up_logging(folder: Path, rank: int) -> None:
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").handlers = [file]
     logging.getLogger("py.warnings").propagate = False
+    return path
 
 
 class Metrics:

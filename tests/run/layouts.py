@@ -841,7 +841,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from codeparrot_ds.run.ranks import end_process
+    from codeparrot_ds.run.parent_end import end_process
 
     main()
     end_process(0)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,13 @@ import pytest
 
 from codeparrot_ds.config import LaunchOptions, save_config
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run import launch
-from codeparrot_ds.run.launch import check_run, front_door, local_device, local_ranks, rank_environment
+from codeparrot_ds.run import job, launch, launcher
+from codeparrot_ds.run.carried import FILE
+from codeparrot_ds.run.hostfile import Host
+from codeparrot_ds.run.launch import check_run, front_door, local_device, local_devices, local_ranks, rank_environment
 from codeparrot_ds.run.parent_end import LEADS
+from codeparrot_ds.run.startup import LAUNCHED_AT
+from codeparrot_ds.run.supervise import End, run_to_the_end
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -121,41 +126,89 @@ def test_a_world_that_a_hostfile_decides_is_not_guessed(make_config):
 MODULE = ["--module", "codeparrot_ds.train", "demo", "--data", "d"]
 
 
-def command_line(ranks=2, **options) -> list[str]:
-    command = launch._launcher_command(LaunchOptions(**options), ranks, ["demo", "--data", "d"])
-    half = "runner" if options.keys() & {"hostfile", "include", "exclude"} else "launch"
-    assert command[:3] == [sys.executable, "-m", f"deepspeed.launcher.{half}"]
+def node(hosts, **options) -> list[str]:
+    command = launcher.node_command(hosts, LaunchOptions(**options), MODULE[2:], addr="127.0.0.1", port=29511)
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
     command.remove("--quiet")
     return command[3:]
 
 
 def test_launcher_command_on_this_machine():
-    world, *rest = command_line(ranks=3, num_gpus=3, master_port=29511)
+    world, *rest = node([Host(name="localhost", slots=(0, 1, 2))])
     assert json.loads(base64.urlsafe_b64decode(world.removeprefix("--world_info="))) == {"localhost": [0, 1, 2]}
     assert rest == ["--master_addr=127.0.0.1", "--master_port=29511", *MODULE]
 
 
-def test_launcher_command_on_hosts():
-    options = {"hostfile": "hosts", "include": "a:0,2@b", "master_addr": "a", "master_port": 29511}
-    expected = ["--hostfile", "hosts", "--include", "a:0,2@b", "--master_addr", "a", "--master_port", "29511"]
-    assert command_line(**options) == [*expected, *MODULE]
-    command = command_line(hostfile="hosts", exclude="b", master_port=29511)
-    assert command == ["--hostfile", "hosts", "--exclude", "b", "--master_port", "29511", *MODULE]
-    assert "--num_gpus" not in command_line(hostfile="hosts")
+def test_launcher_command_on_a_host_that_is_started_by_itself():
+    hosts = [Host(name="a", slots=(0,)), Host(name="b", slots=(0, 1))]
+    command = launcher.node_command(hosts, LaunchOptions(bind_cores=True), [], addr="a", port=1234, node_rank=1)
+    assert "--node_rank=1" in command and "--master_addr=a" in command and "--bind_cores_to_rank" in command
 
 
-def test_launcher_takes_a_free_port_each_time():
-    ports = {command_line()[2].removeprefix("--master_port=") for _ in range(5)}
-    assert len(ports) > 1 and all(1024 < int(port) < 65536 for port in ports)
-
-
-def test_deepspeeds_launcher_knows_the_options():
-    """The real parser of DeepSpeed takes what is typed for it and leaves the rest to the ranks."""
+def test_deepspeeds_launcher_knows_the_options(tmp_path):
+    """The real parser of DeepSpeed takes what is written for it, and the ranks' arguments are not among it."""
     from deepspeed.launcher.runner import parse_args
 
-    known = parse_args(command_line(hostfile="hosts", include="a:0", master_addr="a", master_port=29511))
-    assert (known.hostfile, known.include, known.master_addr, known.master_port) == ("hosts", "a:0", "a", 29511)
-    assert known.module and known.user_script == "codeparrot_ds.train" and known.user_args == ["demo", "--data", "d"]
+    hosts = [Host(name="a", slots=(1,)), Host(name="b", slots=(0, 1))]
+    command = launcher.runner_command(hosts, LaunchOptions(launcher="pdsh"), tmp_path, addr="10.0.0.1", port=29511)
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    known = parse_args(command[3:])
+    assert (known.include, known.master_addr, known.master_port) == ("a:1@b:0,1", "10.0.0.1", 29511)
+    assert known.module and known.user_script == "codeparrot_ds.train" and known.user_args == []
+    assert known.force_multi and known.no_ssh_check and known.launcher == "pdsh"
+    assert Path(known.hostfile).read_text() == "a slots=2\nb slots=2\n"
+    slurm = launcher.runner_command(hosts, LaunchOptions(launcher="slurm"), tmp_path, addr="a", port=1)
+    assert Path(slurm[-1]).name == "train.py" and Path(slurm[-1]).is_file() and "--include" not in slurm
+
+
+def test_secrets_are_not_among_what_deepspeed_exports(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret-1")
+    monkeypatch.setenv("HF_TOKEN", "secret-2")
+    environment = launcher.runner_environment(tmp_path, {"DS_ACCELERATOR": "cpu"})
+    assert "MLFLOW_TRACKING_PASSWORD" not in environment
+    assert Path(environment["DS_ENV_FILE"]).read_text() == "DS_ACCELERATOR=cpu\n"
+
+
+def local_hosts(monkeypatch=None, devices=(0, 1), **options) -> list:
+    return [(host.name, host.slots) for host in launcher.hosts_of(LaunchOptions(**options), list(devices))]
+
+
+def test_hosts_without_a_hostfile():
+    assert local_hosts() == [("localhost", (0, 1))]
+    assert local_hosts(num_gpus=1) == [("localhost", (0,))]
+    assert local_hosts(num_gpus=4) == [("localhost", (0, 1, 2, 3))]  # ranks of a CPU
+    assert local_hosts(include="localhost:1") == [("localhost", (1,))]
+    assert local_hosts(devices=["GPU-a", "GPU-b"], exclude="localhost:GPU-a") == [("localhost", ("GPU-b",))]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"include": "alpha"}, "there is no host 'alpha'; choose one of localhost"),
+        ({"min_hosts": 1}, "--min-hosts needs --hostfile"),
+        ({"no_ssh": True}, "--no-ssh needs --hostfile"),
+        ({"node_rank": 0}, "--node-rank needs --hostfile"),
+        ({"hostfile": "{two}", "min_hosts": 3}, "--min-hosts 3: the run has 2 host(s)"),
+        ({"hostfile": "{two}", "no_ssh": True}, "--no-ssh needs --node-rank, --master-addr and --master-port"),
+        ({"hostfile": "{two}", "node_rank": 1}, "--node-rank goes with --no-ssh"),
+        ({"hostfile": "{mixed}"}, "localhost beside other hosts"),
+        ({"hostfile": "{two}", "launcher": "mvapich"}, "there is no mpiname on PATH"),
+        ({"hostfile": "{two}", "no_ssh": True, "node_rank": 2, "master_addr": "a", "master_port": 1}, "from 0"),
+    ],
+)
+def test_launch_options_that_do_not_fit(tmp_path, options, words):
+    (tmp_path / "two").write_text("alpha slots=1\nbeta slots=1\n")
+    (tmp_path / "mixed").write_text("alpha slots=1\nlocalhost slots=1\n")
+    if "hostfile" in options:
+        options = options | {"hostfile": options["hostfile"].format(two=tmp_path / "two", mixed=tmp_path / "mixed")}
+    with pytest.raises(UserError) as caught:
+        local_hosts(**options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_hostfile_of_this_machine_alone_needs_no_ssh(tmp_path):
+    (tmp_path / "hosts").write_text("localhost slots=4\n")
+    assert local_hosts(hostfile=str(tmp_path / "hosts"), num_gpus=3) == [("localhost", (0, 1, 2))]
 
 
 def test_environment_of_a_rank(monkeypatch):
@@ -215,6 +268,8 @@ def test_device_and_ranks(monkeypatch):
     assert local_device() == "cpu"  # a torch that cannot use them
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.13.0")
     assert local_device() == "cuda" and local_ranks("cuda") == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7")
+    assert local_devices("cuda") == [3, "GPU-7"]  # and not the first two
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert local_device() == "cpu" and local_ranks("cpu") == min(2, len(os.sched_getaffinity(0)))
     monkeypatch.delenv("DS_ACCELERATOR")
@@ -242,28 +297,28 @@ def end(run: Path, status: str, code: str = "pass") -> list[str]:
 )
 def test_the_exit_code_tells_what_became_of_the_run(tmp_path, status, code, expected):
     command = end(tmp_path / "run", status, code)
-    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run") == expected
+    assert run_to_the_end(command, dict(os.environ), tmp_path / "run").code == expected
 
 
 def test_an_outcome_of_an_earlier_start_does_not_count(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"starts": [{}], "outcome": {"status": "finished", "step": 3}}))
-    assert launch._run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run) == 1
+    assert run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run).code == 1
     shutil.rmtree(run)
-    assert launch._run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run) == 1
+    assert run_to_the_end([sys.executable, "-c", ""], dict(os.environ), run).code == 1
 
 
 def test_a_clock_that_is_set_back_does_not_make_a_good_end_bad(tmp_path):
     command = end(tmp_path / "run", "finished", f"os.utime({str(tmp_path / 'run' / 'run.json')!r}, (0, 0))")
-    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run") == 0
+    assert run_to_the_end(command, dict(os.environ), tmp_path / "run").code == 0
 
 
 def test_a_killed_front_door_leaves_no_launcher_behind(tmp_path):
     launcher = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
     script = (
-        "import os, pathlib, sys; from codeparrot_ds.run.launch import _run_to_the_end; "
-        "_run_to_the_end(sys.argv[2:], dict(os.environ), pathlib.Path(sys.argv[1]))"
+        "import os, pathlib, sys; from codeparrot_ds.run.supervise import run_to_the_end; "
+        "run_to_the_end(sys.argv[2:], dict(os.environ), pathlib.Path(sys.argv[1]))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", script, str(tmp_path / "run"), *launcher]
@@ -273,6 +328,17 @@ def test_a_killed_front_door_leaves_no_launcher_behind(tmp_path):
         front_door.kill()
     _, alive = psutil.wait_procs([launched], timeout=10)
     assert not alive or launched.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_rank_has_no_torch_before_its_environment_and_its_guard(tmp_path):
+    """Torch reads OMP_NUM_THREADS when it is loaded, and the guard is to stay small."""
+    environment = {FILE: str(tmp_path / "nothing"), "RANK": "0", "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-X", "importtime", "-m", "codeparrot_ds.train"]
+    said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert said.returncode == 2 and "the environment that the front door brought here cannot be read" in said.stderr
+    assert "codeparrot_ds.run.carried" in said.stderr and not re.search(
+        r"\| +(torch|numpy)$", said.stderr, re.MULTILINE
+    )
 
 
 def test_a_rank_whose_launcher_ended_before_it_could_ask_ends_at_once():
@@ -294,11 +360,11 @@ def test_a_rank_whose_launcher_ended_before_it_could_ask_ends_at_once():
 
 
 def test_a_second_signal_stops_without_saving(tmp_path, capfd):
-    ask = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(1.5); " * 2
+    ask = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.5); " * 2
     handler = signal.getsignal(signal.SIGTERM)
     command = end(tmp_path / "run", "running", ask + "time.sleep(60)")
     started = time.time()
-    assert launch._run_to_the_end(command, dict(os.environ), tmp_path / "run") == 128 + 9
+    assert run_to_the_end(command, dict(os.environ), tmp_path / "run").code == 128 + 9
     assert time.time() - started < 30
     assert "the ranks save at the next step boundary" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -308,14 +374,14 @@ def test_a_name_is_made_before_anything_else(make_config, monkeypatch, tmp_path)
     """The front door gives every rank the same new name; nothing is started here."""
     seen = {}
 
-    def run_to_the_end(command, environment, run):
+    def run_to_the_end(command, environment, run, **options):
         seen.update(command=command, run=run, environment=environment)
-        return 0
+        return End(code=0)
 
-    monkeypatch.setattr(launch, "_run_to_the_end", run_to_the_end)
+    monkeypatch.setattr(job, "run_to_the_end", run_to_the_end)
     monkeypatch.setattr(launch, "are_built", lambda names: True)
     config = dataclasses.replace(make_config(), run_name=None)
     assert front_door(config, LaunchOptions(num_gpus=2), ["demo", "--data", "d"]) == 0
     name = seen["run"].name
     assert seen["command"][-2:] == ["--run-name", name] and seen["run"].parent == tmp_path / "runs"
-    assert len(name.split("-")) == 3 and float(seen["environment"][launch.LAUNCHED_AT]) <= time.time()
+    assert len(name.split("-")) == 3 and float(seen["environment"][LAUNCHED_AT]) <= time.time()

@@ -103,7 +103,7 @@ def work():
 threading.Thread(target=work, daemon=True).start()
 threading.Thread(target=lambda: (threading.Event().wait(0.2), print("joined")), daemon=False).start()
 atexit.register(lambda: print("exit handler"))
-from codeparrot_ds.run.ranks import end_process
+from codeparrot_ds.run.parent_end import end_process
 print("last words", end="")
 end_process(3)
 """

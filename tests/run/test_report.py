@@ -152,6 +152,21 @@ def test_figures(run):
     assert figures["total_hours"] == pytest.approx(60 / 3600)
 
 
+def test_the_slowest_rank_is_named(tmp_path):
+    times = {"rank_seconds_median": 1.0, "slowest_rank": 1}
+    rows = [training_row(step, **times, rank_seconds_max=1.4 + step / 10) for step in (1, 2, 3)]
+    rows.append(training_row(4, rank_seconds_median=1.0, rank_seconds_max=1.1, slowest_rank=0))
+    path = write_run(tmp_path / "brave-otter-1", rows)
+    record = json.loads((path / "run.json").read_text()) | {"rank_hosts": ["alpha", "beta"]}
+    (path / "run.json").write_text(json.dumps(record))
+    figures = summarize(read_run(path))
+    assert figures["slowest_rank"] == {"rank": 1, "host": "beta", "share": 0.75, "factor": pytest.approx(1.6)}
+    (chart,) = [chart for chart in charts([read_run(path)]) if chart.name == "slowest_rank"]
+    assert chart.series[0].y == pytest.approx([1.5, 1.6, 1.7, 1.1])
+    write_report([path])
+    assert "1 on beta: 1.60 × the median rank, in 75% of rows" in (path / "report" / "report.md").read_text()
+
+
 def test_tables_and_settings_in_html_and_markdown(run):
     page = Page(run / "report" / "report.html")
     markdown = (run / "report" / "report.md").read_text()

@@ -67,7 +67,7 @@ def test_rows_of_metrics(demo):
     training = [row for row in rows if "loss" in row]
     assert set(training[0]) == set(
         "step tokens epoch loss learning_rate grad_norm tokens_per_second mfu step_seconds data_wait_seconds "
-        "memory_bytes skipped_steps loss_scale time".split()
+        "memory_bytes skipped_steps loss_scale rank_seconds_median rank_seconds_max slowest_rank time".split()
     )
     evaluation = next(row for row in rows if "eval_loss" in row)
     assert set(evaluation) == set("step tokens eval_loss perplexity bits_per_byte eval_tokens time".split())

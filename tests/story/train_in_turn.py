@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from codeparrot_ds.config import ArgumentParser, add_config_arguments, config_from_arguments
-from codeparrot_ds.run.ranks import end_process, leave_ranks
+from codeparrot_ds.run.parent_end import end_process
+from codeparrot_ds.run.ranks import leave_ranks
 from codeparrot_ds.run.session import Session
 from codeparrot_ds.train import train
 

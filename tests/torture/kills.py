@@ -71,10 +71,10 @@ class Course:
         ]
 
 
-def lay_course(folder: Path) -> Path:
+def lay_course(folder: Path, *, validation_documents: int = 4) -> Path:
     """Writes a corpus of some documents, a tokenizer of bytes and a model's shape; returns the folder."""
     draw = random.Random(1)
-    for split, count in (("train", 60), ("validation", 4)):
+    for split, count in (("train", 60), ("validation", validation_documents)):
         (folder / "corpus" / split).mkdir(parents=True)
         texts = [f"def {split}_{n}():\n    return {draw.randrange(10**9)}\n" for n in range(count)]
         lines = [json.dumps({"path": "a.py", "content": text}) + "\n" for text in texts]
@@ -104,6 +104,7 @@ class Ending:
 def ending(run: Path) -> Ending:
     """Reads how a run ended; a UserError or an AssertionError where its last checkpoint is not whole."""
     of_the_clock = {"time", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "memory_bytes"}
+    of_the_clock |= {"rank_seconds_median", "rank_seconds_max", "slowest_rank"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = checkpoint_files.step_folder(run / "checkpoints", STEPS)
     assert checkpoint_files.verify_checkpoint(last) == []

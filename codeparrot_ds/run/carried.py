@@ -1,0 +1,119 @@
+"""What a rank on another host needs of the front door's environment, in a file that only its user can read. No torch.
+
+DeepSpeed writes the variables that it knows of into the command line that it gives to ssh, where every user of a host
+sees them, prints them in its log, and forgets ``HF_*`` and ``WANDB_*``. Here they travel through ssh's standard input
+into a file of mode 0600 on each host; its ranks read it and take it away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.errors import UserError
+
+FILE = "CODEPARROT_DS_ENVIRONMENT"
+"""Environment variable: where the file is; on each host with the number of the host behind it, as in ``….1``."""
+PREFIXES = (
+    "HF_ HUGGING_FACE_ HUGGINGFACE_ TRANSFORMERS_ TOKENIZERS_ DATASETS_ WANDB_ MLFLOW_ TENSORBOARD_ AWS_ "
+    "OMP_ MKL_ KMP_ GOMP_ NCCL_ RCCL_ GLOO_ UCX_ TP_ CUDA_ NVIDIA_ TORCH_ TORCHINDUCTOR_ PYTORCH_ TRITON_ DS_ "
+    "DEEPSPEED_ CODEPARROT_ PYTHON LD_LIBRARY_PATH LD_PRELOAD MALLOC_ XDG_CACHE_HOME NETRC LANG LC_"
+).split()
+NAMES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+NOT_CARRIED = (
+    # DeepSpeed's launcher gives each host its own devices.
+    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"),
+    *(FILE, "CODEPARROT_DS_LAUNCHER_LEADS", "DS_ENV_FILE", "TORCH_EXTENSIONS_DIR"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"),
+)
+_RANK_VARIABLES = {
+    # Launchers that number their processes under names of their own.
+    "SLURM": {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"},
+    "OMPI": {
+        "RANK": "OMPI_COMM_WORLD_RANK",
+        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    },
+}
+
+
+def carried(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that its ranks on other hosts need."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in NOT_CARRIED and (name in NAMES or name.startswith(tuple(PREFIXES)))
+    }
+
+
+def read_deepspeed_env(folders: list[Path]) -> dict[str, str]:
+    """What the user's own ``.deepspeed_env`` files set; later folders win. Blank lines and comments are skipped.
+
+    Raises:
+        UserError: a line that is not ``NAME=value``.
+    """
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    variables: dict[str, str] = {}
+    for path in dict.fromkeys(folder / name for folder in folders):
+        if not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            key, equals, value = text.partition("=")
+            if not equals or not key.strip():
+                raise UserError(f"{path}, line {number}: {text!r} is not NAME=value")
+            variables[key.strip()] = value.strip()
+    return variables
+
+
+def write_private(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON into a new file that only this user can read."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+
+
+def file_of_this_host(environment: MutableMapping[str, str]) -> Path | None:
+    """The file that was brought to this host; None where none was."""
+    base = environment.get(FILE)
+    return None if base is None else Path(f"{base}.{environment.get('CROSS_RANK', '0')}")
+
+
+def take_carried(environment: MutableMapping[str, str]) -> list[str] | None:
+    """Puts what was carried into a rank's environment; returns the arguments that came along, None without a file.
+
+    Raises:
+        UserError: the file is missing, or another user could have written it.
+    """
+    path = file_of_this_host(environment)
+    if path is None:
+        return None
+    try:
+        with path.open(encoding="utf-8") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.getuid() or status.st_mode & 0o077:
+                raise UserError(f"{path} is not this user's alone: the environment of the run is not taken from it")
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the environment that the front door brought here cannot be read: {error}") from error
+    environment.update(content["variables"])
+    return list(content["arguments"])
+
+
+def name_rank(environment: MutableMapping[str, str]) -> None:
+    """Sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` for a process that Slurm's or Open MPI's own starter numbered.
+
+    ``MASTER_ADDR`` and ``MASTER_PORT`` must be set for those; a process outside of them stays as it is.
+    """
+    if "RANK" in environment:
+        return
+    for names in _RANK_VARIABLES.values():
+        if all(name in environment for name in names.values()) and "MASTER_ADDR" in environment:
+            environment.update({name: environment[source] for name, source in names.items()})
+            return

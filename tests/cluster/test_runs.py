@@ -1,0 +1,57 @@
+"""Real runs over ssh and pdsh: the same losses as on one host, and a true word for whatever ends them."""
+
+import json
+import signal
+import time
+
+from trainings import newest_valid_step, outcome, rows
+
+TWO = "alpha slots=1\nbeta slots=1\n"
+THREE = "alpha slots=1\nbeta slots=1\ngamma slots=1  # a comment\n"
+GONE_SECONDS = 30
+
+
+def all_gone(cluster, seconds: float = GONE_SECONDS) -> None:
+    """No process of a run is left on any host."""
+    deadline = time.monotonic() + seconds
+    while left := {name: cluster.of_the_run(name) for name in cluster.names if cluster.of_the_run(name)}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def test_three_hosts_train_as_one_does(cluster, train, on_one_host):
+    training = train(THREE)
+    assert training.wait() == 0, training.said()
+    all_gone(cluster)
+    assert outcome(training.run)["status"] == "finished"
+    record = json.loads((training.run / "run.json").read_text())
+    assert record["world_size"] == 3
+    assert rows(training.run) == rows(on_one_host(3))
+
+
+def test_two_hosts_lose_one_another_and_stop(cluster, train, on_one_host):
+    """A cut in the network, a restart from the checkpoint, SIGTERM in an evaluation: the losses are one host's."""
+    training = train(TWO, "--max-restarts", "1", "--hang-seconds", "20")
+    training.until_step(13)
+    cluster.cut("beta")
+    try:
+        line = training.until_said("rank lost: ")
+    finally:
+        cluster.mend("beta")
+    assert "host beta (rank 1) has not been heard of" in line
+    assert "restart 1 of 1" in training.until_said("restart")
+    training.until_said("resumed from step 10")
+
+    before = training.last_step()
+    training.until(lambda: training.last_step() >= 20 and training.last_step() != before)
+    training.process.send_signal(signal.SIGTERM)  # the evaluation at step 20 has begun
+    asked = time.monotonic()
+    assert training.wait() == 0, training.said()
+    all_gone(cluster, asked + GONE_SECONDS - time.monotonic())
+    stopped = outcome(training.run)
+    assert stopped["status"] == "stopped" and 20 <= stopped["step"] < 40
+    assert newest_valid_step(training.run) == stopped["step"] == training.last_step()
+    alone = [row for row in rows(on_one_host(2)) if row["step"] <= stopped["step"]]
+    evaluations = [row["step"] for row in rows(training.run) if "eval_loss" in row]
+    assert evaluations == sorted({*range(0, stopped["step"] + 1, 10)})
+    assert rows(training.run) == alone
