@@ -136,9 +136,7 @@ def test_the_page_has_every_picture_in_both_themes_with_words_for_it(compared):
     assert [picture.name for picture in pictures] == ["memory-speed", "scaling", "losses", "differences"]
     page = Page(html_page(findings, pictures))
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert all(
-        image["src"].startswith("data:image/png;base64,") and "a on 1" in image["alt"] + "a on 1" for image in images
-    )
+    assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
     assert len(images) == 4 and sum(tag == "source" for tag, _ in page.tags) == 4
     for picture in pictures:
         assert picture.images["light"] != picture.images["dark"]
@@ -185,10 +183,8 @@ def test_the_spare_memory_of_a_gpu_is_told(compared, monkeypatch):
     findings = compared({"a": 1000.0}, a={"found": with_device})
     assert "of the device to spare" in findings.recommendation
     assert findings.outcome("a on 1").memory_bytes == 10**10
-    measured = [
-        line for line in markdown_page(findings, []).splitlines() if line.startswith("| a on 1 |") and "%" in line
-    ]
-    assert measured and "10.0 GB" in measured[0]
+    lines = [line for line in markdown_page(findings, []).splitlines() if line.startswith("| a on 1 |")]
+    assert any("10.0 GB" in line and "%" in line for line in lines)
 
 
 def test_sixty_four_lines_are_told_apart_without_colour_alone():
