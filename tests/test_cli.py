@@ -11,7 +11,9 @@ from codeparrot_ds import cli
 from codeparrot_ds.cli import main
 from codeparrot_ds.zero.ds_config import ds_configs_folder
 
-COMMANDS = "demo corpus tokenizer data train evaluate complete humaneval check plan checkpoint hub report".split()
+COMMANDS = (
+    "demo corpus tokenizer data train evaluate complete humaneval check plan doctor checkpoint hub report".split()
+)
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib", "wandb", "pandas")
 
 
