@@ -116,9 +116,7 @@ def ratios(run: dict[str, Any], average: Any) -> list[float]:
 
 def report(runs: dict[str, Any], every: int) -> str:
     """Medians of all steps, and the ratios within the pairs."""
-    lines = [
-        "| pushed to | | step without | step while pushing | ratio in a pair, median (quartiles) | all pushed |"
-    ]
+    lines = ["| pushed to | | step without | step while pushing | ratio in a pair, median (quartiles) | all pushed |"]
     lines += ["|---|---|---|---|---|---|"]
     for kind, run in runs.items():
         for word, average in (("median", statistics.median), ("mean", statistics.mean)):
