@@ -92,7 +92,8 @@ def save_engine(options: argparse.Namespace) -> None:
     from codeparrot_ds.model.shapes import find_shape
     from codeparrot_ds.run.engine import create_engine
     from codeparrot_ds.run.ops import build_operators
-    from codeparrot_ds.run.ranks import end_process, join_ranks
+    from codeparrot_ds.run.parent_end import end_process
+    from codeparrot_ds.run.ranks import join_ranks
     from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
 
     config, encoder = run_config(options), load_encoder(options.tokenizer)

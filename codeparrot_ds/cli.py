@@ -323,6 +323,41 @@ def _add_data(commands: Any) -> None:
     ):
         default = f"{text} (default: the run's, or {FIELDS[name].default})"
         group.add_argument("--" + name.replace("_", "-"), dest=name, type=_index, metavar="N", help=default)
+    action = _command(
+        actions, "contamination", _run_data_contamination, "problems whose solutions occur in a corpus, by name"
+    )
+    action.add_argument("data", metavar="DATA", help="corpus, shards, mixture, or Hub name")
+    action.add_argument(
+        "--problems", default="humaneval", metavar="SRC", help=_default("as for humaneval", "humaneval")
+    )
+    action.add_argument("--split", choices=("train", "validation"), default="train", help=_default("part", "train"))
+    action.add_argument("--ngram-tokens", type=_count, default=10, metavar="N", help=_default("of an n-gram", 10))
+    action.add_argument(
+        "--threshold", type=float, default=0.5, metavar="X",
+        help=_default("share of a solution's n-grams in one document from which it is named", 0.5),
+    )  # fmt: skip
+    action.add_argument("--num-workers", type=_count, metavar="N", help="processes (default: one a core)")
+    action.add_argument("--json", action="store_true", help="print one JSON object, with every problem")
+
+
+def _run_data_contamination(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.data.opening import split_shards
+    from codeparrot_ds.evaluation.contamination import as_json, describe, find_contamination
+    from codeparrot_ds.evaluation.problems import load_problems
+
+    shards = split_shards(arguments.data, arguments.split)
+    problems = load_problems(arguments.problems)
+    with _progress("shards") as progress:
+        found = find_contamination(
+            problems,
+            shards,
+            ngram_tokens=arguments.ngram_tokens,
+            num_workers=arguments.num_workers or len(os.sched_getaffinity(0)),
+            progress=progress,
+        )
+    settings = {"threshold": arguments.threshold, "ngram_tokens": arguments.ngram_tokens, "data": arguments.data}
+    print(json.dumps(as_json(found, **settings), indent=2) if arguments.json else describe(found, **settings))
+    return 0
 
 
 def _run_data_inspect(arguments: argparse.Namespace) -> int:

@@ -116,6 +116,18 @@ class RunConfig:
         None, "evaluation", "optimizer steps between evaluations (none: with every checkpoint)", minimum=1
     )
     max_eval_steps: int = _setting(-1, "evaluation", "batches of one evaluation (-1: all of the validation split)")
+    eval_prompts: str = _setting(
+        "", "evaluation", "complete these at each evaluation: a file of prompts, or examples for the recipe's four"
+    )
+    eval_problems: str = _setting(
+        "",
+        "evaluation",
+        "solve these at each evaluation, once each: a file of a few problems in HumanEval's or MBPP's schema",
+    )
+    eval_new_tokens: int = _setting(128, "evaluation", "tokens of each of these completions at most", minimum=1)
+    allow_execution: bool = _setting(
+        False, "evaluation", "run the programs that solve eval_problems, in a sandbox; needed for them"
+    )
 
     output_dir: str = _setting("runs", "saving", "folder that holds the runs")
     run_name: str | None = _setting(None, "saving", "name of the run, its folder and branch (none: made up)")

@@ -288,6 +288,6 @@ if __name__ == "__main__":
     code = main()
     if "RANK" not in os.environ:
         sys.exit(code)
-    from codeparrot_ds.run.ranks import end_process
+    from codeparrot_ds.run.parent_end import end_process
 
     end_process(code)

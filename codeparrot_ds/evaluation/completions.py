@@ -14,6 +14,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.colour import coloured
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, EXAMPLE_PROMPTS, EXAMPLE_ROOM, LINE, SEPARATOR
 from codeparrot_ds.evaluation.generate import Completion, Request, Sampling, generate
+from codeparrot_ds.evaluation.prompts import read_prompts
 from codeparrot_ds.evaluation.source import context_length, load_model
 
 HELP = """A prompt is what you type up to an empty line; its completions follow.
@@ -80,32 +81,6 @@ def run_complete(
         writer.write([text for text, _ in EXAMPLE_PROMPTS], longest)
     if interactive:
         _converse(writer, sys.stdin)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Returns the prompts of a file: its text, or one a line where its name ends in ``.jsonl``."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file of a prompt") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        return [text.rstrip("\n")]
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: no JSON: {error}") from error
-        prompt = row.get("prompt") if isinstance(row, dict) else row
-        if not isinstance(prompt, str):
-            raise UserError(f"{path}, line {number}: neither a text nor an object with a text under 'prompt'")
-        prompts.append(prompt)
-    return prompts
 
 
 class _Writer:

@@ -74,6 +74,7 @@ def generate(
     sampling: Sampling,
     batch_size: int = 32,
     on_token: Callable[[int, str], None] | None = None,
+    agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Yields the number of each request and its completion, as they are through; prompts of like lengths go together.
 
@@ -83,6 +84,7 @@ def generate(
         requests: a prompt that leaves no room in the context is completed with nothing.
         batch_size: rows at once.
         on_token: told a request's number and all its text so far, whenever that grows.
+        agree: makes the next tokens, (rows,), the same on all ranks, where a forward pass needs them all.
     """
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     ids = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in prompts}
@@ -100,7 +102,7 @@ def generate(
         rows.append(_Row(number, request, ids[request.prompt], room, "length" if room == wanted else "context"))
     rows.sort(key=lambda row: (len(row.prompt), row.prompt))
     for start in range(0, len(rows), batch_size):
-        yield from _Batch(model, tokenizer, rows[start : start + batch_size], sampling, on_token).run()
+        yield from _Batch(model, tokenizer, rows[start : start + batch_size], sampling, on_token, agree).run()
 
 
 @dataclass
@@ -125,8 +127,10 @@ class _Batch:
         rows: list[_Row],
         sampling: Sampling,
         on_token: Callable[[int, str], None] | None,
+        agree: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
         self.model, self.tokenizer, self.rows, self.sampling, self.on_token = model, tokenizer, rows, sampling, on_token
+        self.agree = agree
         self.device, self.context = model.device, context_length(model)
         known = inspect.signature(model.forward).parameters
         self.keeps_logits, self.takes_positions = "logits_to_keep" in known, "position_ids" in known
@@ -140,13 +144,16 @@ class _Batch:
             draws = [torch.rand(longest, generator=torch.Generator().manual_seed(row.request.seed)) for row in rows]
             self.draws = torch.stack(draws).to(self.device)
 
-    @torch.inference_mode()
+    # Not inference mode: weights that ZeRO-3 gathers on the way would be of no use to training any more.
+    @torch.no_grad()
     def run(self) -> Iterator[tuple[int, Completion]]:
         logits = self._read_prompts()
         alive = [True] * len(self.rows)
         for step in range(max(row.room for row in self.rows)):
             log_probabilities = F.log_softmax(logits.float(), dim=-1)
             chosen = self._choose(log_probabilities, step)
+            if self.agree is not None:
+                chosen = self.agree(chosen)
             likely = log_probabilities.gather(1, chosen[:, None])[:, 0].tolist()
             for place, (token, log_probability) in enumerate(zip(chosen.tolist(), likely, strict=True)):
                 if not alive[place]:

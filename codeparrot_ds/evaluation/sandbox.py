@@ -102,7 +102,7 @@ def judge_all(
     """Yields the verdict on each (program, check), in order; a sandbox and a checker for each worker.
 
     Args:
-        items: read as far ahead as the workers go.
+        items: all read at once.
         num_workers: one a core by default.
 
     Raises ``UserError`` where no sandbox can be had.

@@ -22,6 +22,7 @@ from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.prompts import what_to_complete
 from codeparrot_ds.hub.commands import prepare_branch
 from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.repository import is_remote, open_repository
@@ -134,6 +135,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
         libaio=libaio_installed() or are_built(["async_io"]),
     )
     run = Path(config.output_dir) / str(config.run_name)
+    what_to_complete(config)
     datasets = open_datasets(config, recorded_pins(run))
     check_datasets(config, datasets)
     if world_size is not None:
