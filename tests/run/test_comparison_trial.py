@@ -75,6 +75,14 @@ def test_all_go_well(start):
         assert "Take a on 1 rank" in (start.folder / name).read_text()
 
 
+def test_a_terminal_has_a_bar_with_the_time_that_is_left(start, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, said = start({"b": "crash"})
+    shown = capsys.readouterr().err
+    assert "comparing" in shown and "a-on-1-0, time left unknown" in shown and "about 0 s left" in shown
+    assert "b on 1: crashed: RuntimeError: the crash" in shown and said == []
+
+
 @pytest.mark.parametrize(
     ("plan", "status", "words"),
     [
