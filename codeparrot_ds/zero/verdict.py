@@ -284,10 +284,15 @@ def _parting(
     norms: Sequence[float],
     norm_limits: Sequence[float],
 ) -> tuple[int, str, list[str]] | None:
-    """The first step beyond a band, in which half of a step that shows, and the evidence."""
+    """The first step beyond a band, in which half of a step that shows, and the evidence.
+
+    A norm counts where it is beyond in two steps running: a fault in the gradient is one in every step, while the norm of
+    a single outlier among the batches may be many times less steady than those before it.
+    """
+    beyond = [not norm <= limit for norm, limit in zip(norms, norm_limits, strict=False)]
     for step, difference in enumerate(losses):
         loss_parts = not difference <= loss_limits[step]
-        norm_parts = step < len(norms) and not norms[step] <= norm_limits[step]
+        norm_parts = all(beyond[step : step + 2]) and len(beyond) >= step + 2
         if not loss_parts and not norm_parts:
             continue
         evidence = [
@@ -350,6 +355,8 @@ def differing(trace: Trace, reference: Trace, parts: Iterable[str]) -> list[str]
     for key, (part, name) in MEANING.items():
         mine, theirs = trace.settings.get(key), reference.settings.get(key)
         if part in wanted and _differs(key, (mine, theirs), (trace.precision, reference.precision)):
+            if key in _OF_PRECISION:  # unset, it follows the precision
+                mine, theirs = mine or trace.precision, theirs or reference.precision
             found.append(f"{name} {_shown(mine)}, reference {_shown(theirs)}")
     if FORWARD in wanted and trace.settings.get("dropout") and reference.settings.get("dropout"):
         for name, mine, theirs in (
