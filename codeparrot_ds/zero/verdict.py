@@ -286,8 +286,8 @@ def _parting(
 ) -> tuple[int, str, list[str]] | None:
     """The first step beyond a band, in which half of a step that shows, and the evidence.
 
-    A norm counts where it is beyond in two steps running: a fault in the gradient is one in every step, while the norm of
-    a single outlier among the batches may be many times less steady than those before it.
+    A norm counts where it is beyond in two steps running: a fault in the gradient is one in every step, while the norm
+    of a single outlier among the batches may be many times less steady than those before it.
     """
     beyond = [not norm <= limit for norm, limit in zip(norms, norm_limits, strict=False)]
     for step, difference in enumerate(losses):

@@ -249,6 +249,18 @@ def test_a_setting_that_follows_the_precision_is_no_reason_of_its_own():
     assert verdict.reason == "precision bf16, reference fp32: it goes beyond what rounding explains"
 
 
+def test_the_norm_of_one_outlier_among_the_batches_is_no_fault():
+    once = (*NORMS[:5], NORMS[5] * 1.1, *NORMS[6:])
+    assert judge(trace(LOSSES, once), trace(), noise()).same
+    twice = (*NORMS[:5], NORMS[5] * 1.1, NORMS[6] * 1.1, *NORMS[7:])
+    assert judge(trace(LOSSES, twice), trace(), noise()).step == 6
+
+
+def test_a_dtype_that_follows_the_precision_is_shown_as_that():
+    theirs = trace(LOSSES, moved(NORMS, 1e-3), settings={"deepspeed: communication_data_type": "bf16"})
+    assert judge(theirs, trace(), noise()).reason == "communication dtype bf16, reference fp32"
+
+
 def test_a_loss_that_is_not_finite_is_different():
     verdict = judge(trace((*LOSSES[:3], math.nan, *LOSSES[4:])), trace(), noise())
     assert (verdict.kind, verdict.step) == (DIFFERENT, 4)
