@@ -4,7 +4,8 @@ python benchmarks/checkpoint_speed.py --model gpt2 --rounds 5
 
 Two ranks on gloo hold one real DeepSpeed engine. In each round every way saves the same state and restores it, one
 after the other, in turn. Ours hashes, syncs and exports besides; DeepSpeed's own syncs nothing, so it is also timed
-with a sync of its files. PyTorch's gets the same fragments under the same names.
+with a sync of its files. PyTorch's gets the same fragments under the same names. The host memory is what a rank's first
+save in the background takes at most, above what the rank had before; nothing trains meanwhile.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +138,7 @@ class Ways:
     engine: Any
     ranks: Any
     options: argparse.Namespace
+    extra: int | None = None
 
     def __post_init__(self) -> None:
         from codeparrot_ds.run.checkpoint import CheckpointSaver
@@ -194,8 +197,13 @@ class Ways:
             card="",
             training_state={},
         )
-        measured["ours: training waits"] = self._timed(lambda: self.saver.save(state, export))
-        waited = self._timed(self.saver.wait)
+        with OwnMemory() as memory:
+            measured["ours: training waits"] = self._timed(lambda: self.saver.save(state, export))
+            waited = self._timed(self.saver.wait)
+        if self.extra is None:  # the buffer of the first save is kept for the next
+            self.extra = memory.peak - memory.before
+        measured["ours: host memory MB"] = self.extra / 1e6
+        measured["ours: a rank's fragments MB"] = self._fragment_bytes() / 1e6
         measured["ours: save, until complete"] = measured["ours: training waits"] + waited
         outcome = self.saver.outcomes[-1]
         if outcome.path is None:
@@ -210,6 +218,16 @@ class Ways:
             raise RuntimeError(damage[0])
         loading = self._timed(lambda: load_checkpoint(self.engine, self.ranks, path))
         measured["ours: restore, verified"] = measured["ours: verify"] + loading
+
+    def _fragment_bytes(self) -> int:
+        from codeparrot_ds.run.fragments import owned_fragments
+
+        return sum(
+            tensor.nbytes
+            for fragments in owned_fragments(self.engine)
+            for fragment in fragments
+            for tensor in fragment.tensors.values()
+        )
 
     def _deepspeed(self, measured: dict[str, float]) -> None:
         folder = self.folder / "deepspeed"
@@ -261,6 +279,33 @@ class Ways:
                     os.fsync(file.fileno())
 
 
+class OwnMemory:
+    """Looks at this process's memory of its own (RssAnon) a thousand times a second, for as long as it is entered.
+
+    Pages of mapped files do not count: the system takes them back when it needs them.
+    """
+
+    def __enter__(self) -> OwnMemory:
+        self.before = self.peak = _own_bytes()
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._left.wait(0.001):
+            self.peak = max(self.peak, _own_bytes())
+
+
+def _own_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
 def _megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
@@ -272,8 +317,9 @@ def table(rounds: list[dict[str, float]]) -> str:
         values = [one[name] for one in rounds]
         unit = "MB" if name.endswith("MB") else "s"
         lines.append(f"| {name} | {statistics.median(values):.2f} {unit} | {min(values):.2f} - {max(values):.2f} |")
-    lines += ["", "| ratio of the seconds, in the same round | median | min - max |", "|---|---|---|"]
+    lines += ["", "| ratio in the same round | median | min - max |", "|---|---|---|"]
     for ours, other in (
+        ("ours: host memory MB", "ours: a rank's fragments MB"),
         ("ours: save, until complete", "DeepSpeed: save"),
         ("ours: save, until complete", "DeepSpeed: save, synced"),
         ("ours: save, until complete", "PyTorch distributed: save"),

@@ -1,10 +1,9 @@
-"""What saving in the background costs training: the step after a save, and host memory, on the demo's shape.
+"""What saving in the background costs training: the step after a save, on the demo's shape.
 
 python benchmarks/checkpoint_stall.py --data CORPUS --tokenizer TOKENIZER --saves 20
 
 Runs the demo preset with a save every few steps, once with and once without the background, and reads what each run
-says of its steps and saves. Memory is what a rank's process holds itself (RssAnon), looked at 50 times a second,
-against that of a run without a save before its end.
+says of its steps and saves. What host memory a save takes is in ``checkpoint_speed.py``.
 """
 
 from __future__ import annotations
@@ -16,11 +15,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from record import REPOSITORY, record_parser, write_record
 
 
@@ -39,7 +36,6 @@ def main() -> None:
             for name, extra in (
                 ("in the background", ["--save-checkpoint-steps", str(options.every)]),
                 ("in the foreground", ["--save-checkpoint-steps", str(options.every), "--no-save-in-background"]),
-                ("no saves", ["--save-checkpoint-steps", str(steps)]),
             )
         }
     folder = write_record(
@@ -53,7 +49,7 @@ def main() -> None:
 
 
 def train(options: argparse.Namespace, folder: Path, name: str, steps: int, extra: list[str]) -> dict[str, Any]:
-    """One run; its step seconds with the wait for a save added, its saves, and each rank's peak of memory."""
+    """One run; its step seconds with the wait for a save added, and its saves."""
     run = folder / name.replace(" ", "-")
     command = [
         *(sys.executable, "-m", "codeparrot_ds", "train", "demo", "--deepspeed", options.deepspeed),
@@ -62,12 +58,7 @@ def train(options: argparse.Namespace, folder: Path, name: str, steps: int, extr
         *("--eval-steps", str(steps), "--max-eval-steps", "1", "--keep-checkpoints", "2", *extra),
     ]
     with (folder / "words").open("w") as words:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=words, stderr=words)
-        peaks: dict[str, int] = {}
-        while process.poll() is None:
-            for rank, anonymous in resident(process.pid):
-                peaks[rank] = max(peaks.get(rank, 0), anonymous)
-            time.sleep(0.02)
+        process = subprocess.run(command, cwd=REPOSITORY, stdout=words, stderr=words, check=False)
     if process.returncode:
         sys.exit((folder / "words").read_text()[-2000:])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -75,28 +66,11 @@ def train(options: argparse.Namespace, folder: Path, name: str, steps: int, extr
     stalls = {save["step"] + 1: save["stall_seconds"] for save in saves}
     seconds = {row["step"]: row["step_seconds"] + stalls.get(row["step"], 0.0) for row in rows if "loss" in row}
     print(name, f"median step {statistics.median(seconds.values()):.3f} s", flush=True)
-    return {"step_seconds": seconds, "saves": saves, "peak_bytes": sorted(peaks.values())}
-
-
-def resident(front_door: int) -> list[tuple[str, int]]:
-    """(rank, bytes of memory of its own) of each rank's process."""
-    found = []
-    try:
-        for process in psutil.Process(front_door).children(recursive=True):
-            arguments = process.cmdline()
-            rank = next((argument for argument in arguments if argument.startswith("--local_rank=")), None)
-            parent = process.parent()
-            if rank and parent and "deepspeed.launcher.launch" in parent.cmdline():
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-                found.append((rank, int(line.split()[1]) * 1024))
-    except (psutil.Error, OSError, StopIteration):  # it ended while we looked
-        return found
-    return found
+    return {"step_seconds": seconds, "saves": saves}
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """Steps after a save against the others of the same run, and memory against the run without saves."""
+    """Steps after a save against the others of the same run."""
     lines = ["| saving | step after a save, median | other steps, median | ratio | training waited, median |"]
     lines += ["|---|---|---|---|---|"]
     for name in ("in the background", "in the foreground"):
@@ -110,10 +84,6 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     saves = runs["in the background"]["saves"]
     num_bytes, seconds = saves[0]["bytes"], statistics.median(save["seconds"] for save in saves)
     lines += ["", f"A checkpoint has {num_bytes / 1e6:.1f} MB and is complete {seconds:.2f} s after its step (median)."]
-    for name in ("in the background", "in the foreground"):
-        peaks = zip(runs[name]["peak_bytes"], runs["no saves"]["peak_bytes"], strict=True)
-        shares = ", ".join(f"{(one - other) / 1e6:+.1f} MB" for one, other in peaks)
-        lines.append(f"Peak of a rank's own memory {name}, against no save before the end: {shares}.")
     lines.append(f"Cores: {os.cpu_count()}, busy with training on both ranks.")
     return "\n".join(lines)
 

@@ -1,42 +1,46 @@
-"""What pushing costs training: step times with and without it, run after run in turns, on the demo's shape.
+"""What pushing costs training: step times while checkpoints are pushed and while they wait, within one run.
 
 python benchmarks/hub_step_time.py --data CORPUS --tokenizer TOKENIZER
 
-Three kinds of the same short run, one after another and round after round: no branch, a branch in a bare git
-repository, and a model repository on a Hub that runs on this machine, outside the processes of the run.
+One run saves a checkpoint every few steps. After every other one the uploader is held still, and let go after the next:
+so windows of steps in which two checkpoints are pushed alternate with windows in which none is, a few seconds apart,
+and all else is the same. Once with a branch in a bare git repository, once with a model repository on a Hub that runs
+on this machine, outside the processes of the run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from record import REPOSITORY, record_parser, write_record
 
 sys.path[:0] = [str(REPOSITORY)]
 
 from tests.hub.model_hub import TOKEN, running_hub  # noqa: E402
 
-HUBS = {"no branch": "off", "bare git repository": "local", "Hub on this machine": "somebody/parrot"}
-WARM_UP_STEPS = 3
+HUBS = {"bare git repository": "local", "Hub on this machine": "org/parrot"}
 
 
 def main() -> None:
     parser = record_parser(__doc__, name="hub-step-time-2-cores")
     parser.add_argument("--data", required=True, help="corpus folder")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=40, help="of each run")
-    parser.add_argument("--every", type=int, default=8, help="steps between checkpoints, each of which is pushed")
+    parser.add_argument("--pairs", type=int, default=25, help="of windows, a run")
+    parser.add_argument("--every", type=int, default=8, help="steps between checkpoints: a window")
     options = parser.parse_args()
-    rounds: list[dict[str, Any]] = []
+    runs = {}
     with tempfile.TemporaryDirectory() as name, running_hub(Path(name) / "hub") as hub:
         hub.create(HUBS["Hub on this machine"])
         environment = os.environ | {
@@ -45,57 +49,87 @@ def main() -> None:
             "HF_HOME": f"{name}/hf",
             "HF_HUB_DISABLE_XET": "1",
         }
-        for number in range(options.rounds):
-            kinds = list(HUBS) if number % 2 == 0 else list(reversed(HUBS))
-            done = {kind: train(options, Path(name) / f"round-{number}", HUBS[kind], environment) for kind in kinds}
-            rounds.append({kind: done[kind] for kind in HUBS})
-            print({kind: round(statistics.median(run["step_seconds"]), 4) for kind, run in done.items()}, flush=True)
+        for number, (kind, place) in enumerate(HUBS.items()):
+            runs[kind] = train(options, Path(name), f"run-{number}", place, environment)
+            print(kind, [round(ratio, 3) for ratio in ratios(runs[kind], statistics.median)], flush=True)
     folder = write_record(
         options.name,
         title="Step times with and without pushing, demo shape, 2 ranks",
-        text=report(rounds, options.every),
-        raw=rounds,
+        text=report(runs, options.every),
+        raw=runs,
         out=options.out,
     )
     print((folder / "README.md").read_text())
 
 
-def train(options: argparse.Namespace, folder: Path, hub: str, environment: dict[str, str]) -> dict[str, Any]:
-    """One run; the seconds of its steps after the first few, and how many checkpoints its branch got."""
-    run = folder / f"kind-{list(HUBS.values()).index(hub)}"
+def train(options: argparse.Namespace, folder: Path, name: str, hub: str, environment: dict[str, str]) -> Any:
+    """One run whose uploader is held in every other window: the seconds of the steps of each window, by kind."""
+    run = folder / name
+    steps = options.every * (2 * options.pairs + 1)  # nothing is pushed before the first checkpoint
     command = [
         *(sys.executable, "-m", "codeparrot_ds", "train", "demo", "--num-gpus", "2", "--hub", hub, "--wandb", "off"),
-        *("--data", options.data, "--tokenizer", options.tokenizer, "--max-train-steps", str(options.steps)),
+        *("--data", options.data, "--tokenizer", options.tokenizer, "--max-train-steps", str(steps)),
         *("--save-checkpoint-steps", str(options.every), "--keep-checkpoints", "1", "--log-steps", "1"),
-        *("--output-dir", str(folder), "--run-name", run.name),
-        *("--eval-steps", str(options.steps), "--max-eval-steps", "1"),
+        *("--output-dir", str(folder), "--run-name", name, "--eval-steps", str(steps), "--max-eval-steps", "1"),
     ]
-    process = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    with (folder / f"{name}.log").open("w+") as words:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=words, stderr=words)
+        while process.poll() is None:
+            done = len(training_rows(run))
+            held = (done // options.every) % 2 == 1 and done < steps
+            for worker in uploaders(run):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGSTOP if held else signal.SIGCONT)
+            time.sleep(0.05)
+        words.seek(0)
+        said = words.read()
     if process.returncode:
-        sys.exit(process.stderr[-2000:])
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = [row["step_seconds"] for row in rows if "loss" in row and row["step"] > WARM_UP_STEPS]
-    pushed = sum("branch" in line and "has every checkpoint" in line for line in process.stdout.splitlines())
-    return {"step_seconds": seconds, "every_checkpoint_pushed": bool(pushed)}
+        sys.exit(said[-2000:])
+    seconds = [row["step_seconds"] for row in training_rows(run)][options.every :]
+    windows = [seconds[start : start + options.every] for start in range(0, len(seconds), options.every)]
+    return {"held": windows[::2], "pushing": windows[1::2], "all_pushed": "has every checkpoint" in said}
 
 
-def report(rounds: list[dict[str, Any]], every: int) -> str:
-    """Medians of all steps, and each round's ratio to the run without a branch beside it."""
-    lines = ["| pushed to | median step | mean step | median of a round against no branch, rounds | all pushed |"]
-    lines += ["|---|---|---|---|---|"]
-    for kind in HUBS:
-        steps = [seconds for one in rounds for seconds in one[kind]["step_seconds"]]
-        ratios = [
-            statistics.median(one[kind]["step_seconds"]) / statistics.median(one["no branch"]["step_seconds"])
-            for one in rounds
-        ]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        pushed = "" if kind == "no branch" else str(all(one[kind]["every_checkpoint_pushed"] for one in rounds))
-        line = f"| {kind} | {statistics.median(steps):.4f} s | {statistics.mean(steps):.4f} s | {spread} | {pushed} |"
-        lines.append(line)
-    steps = len(rounds[0]["no branch"]["step_seconds"])
-    lines += ["", f"{len(rounds)} rounds of {steps} timed steps a run, a checkpoint every {every} steps; both ranks"]
-    lines[-1] += f" and the uploader share {os.cpu_count()} cores."
+def training_rows(run: Path) -> list[dict[str, Any]]:
+    """What the run has logged of its steps so far."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n") and '"loss"' in line]
+
+
+def uploaders(run: Path) -> list[int]:
+    """Process ids of what pushes this run's checkpoints, git below it included."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if "codeparrot_ds.hub.worker" in (process.info["cmdline"] or ()) and str(run) in process.info["cmdline"]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [process.pid, *(child.pid for child in process.children(recursive=True))]
+    return found
+
+
+def ratios(run: dict[str, Any], average: Any) -> list[float]:
+    """Of each pair of neighbouring windows: a step while two checkpoints are pushed, against one while none is."""
+    return [average(pushing) / average(held) for held, pushing in zip(run["held"], run["pushing"], strict=True)]
+
+
+def report(runs: dict[str, Any], every: int) -> str:
+    """Medians of all steps, and the ratios within the pairs."""
+    lines = ["| pushed to | | step without | step while pushing | ratio in a pair, median (quartiles) | all pushed |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for kind, run in runs.items():
+        for word, average in (("median", statistics.median), ("mean", statistics.mean)):
+            held, pushing = (average([s for window in run[key] for s in window]) for key in ("held", "pushing"))
+            low, middle, high = statistics.quantiles(ratios(run, average), n=4)
+            cells = [kind, word, f"{held:.4f} s", f"{pushing:.4f} s", f"{middle:.3f} ({low:.3f} to {high:.3f})"]
+            lines.append(f"| {' | '.join(cells)} | {run['all_pushed']} |")
+    pairs = len(next(iter(runs.values()))["held"])
+    lines += [
+        "",
+        f"{pairs} pairs of windows of {every} steps a run; in a window with pushing two checkpoints are pushed,",
+    ]
+    lines[-1] += f" twice what training asks for. Both ranks and the uploader share {os.cpu_count()} cores."
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from codeparrot_ds import __version__
 from codeparrot_ds.config import (
     FIELDS,
     PRESETS,
+    SET_BY_COMPARE,
     ArgumentParser,
     LaunchOptions,
     RunConfig,
@@ -91,8 +92,10 @@ def build_parser() -> ArgumentParser:
         _add_doctor,
         _add_evaluate,
         _add_complete,
+        _add_humaneval,
         _add_check,
         _add_plan,
+        _add_compare,
         _add_checkpoint,
         _add_hub,
         _add_report,
@@ -320,6 +323,41 @@ def _add_data(commands: Any) -> None:
     ):
         default = f"{text} (default: the run's, or {FIELDS[name].default})"
         group.add_argument("--" + name.replace("_", "-"), dest=name, type=_index, metavar="N", help=default)
+    action = _command(
+        actions, "contamination", _run_data_contamination, "problems whose solutions occur in a corpus, by name"
+    )
+    action.add_argument("data", metavar="DATA", help="corpus, shards, mixture, or Hub name")
+    action.add_argument(
+        "--problems", default="humaneval", metavar="SRC", help=_default("as for humaneval", "humaneval")
+    )
+    action.add_argument("--split", choices=("train", "validation"), default="train", help=_default("part", "train"))
+    action.add_argument("--ngram-tokens", type=_count, default=10, metavar="N", help=_default("of an n-gram", 10))
+    action.add_argument(
+        "--threshold", type=float, default=0.5, metavar="X",
+        help=_default("share of a solution's n-grams in one document from which it is named", 0.5),
+    )  # fmt: skip
+    action.add_argument("--num-workers", type=_count, metavar="N", help="processes (default: one a core)")
+    action.add_argument("--json", action="store_true", help="print one JSON object, with every problem")
+
+
+def _run_data_contamination(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.data.opening import split_shards
+    from codeparrot_ds.evaluation.contamination import as_json, describe, find_contamination
+    from codeparrot_ds.evaluation.problems import load_problems
+
+    shards = split_shards(arguments.data, arguments.split)
+    problems = load_problems(arguments.problems)
+    with _progress("shards") as progress:
+        found = find_contamination(
+            problems,
+            shards,
+            ngram_tokens=arguments.ngram_tokens,
+            num_workers=arguments.num_workers or len(os.sched_getaffinity(0)),
+            progress=progress,
+        )
+    settings = {"threshold": arguments.threshold, "ngram_tokens": arguments.ngram_tokens, "data": arguments.data}
+    print(json.dumps(as_json(found, **settings), indent=2) if arguments.json else describe(found, **settings))
+    return 0
 
 
 def _run_data_inspect(arguments: argparse.Namespace) -> int:
@@ -640,6 +678,100 @@ def _run_plan(arguments: argparse.Namespace) -> int:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# compare
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        _run_compare,
+        "trains several DeepSpeed configs on the same weights and rows, and says which serves best",
+        usage=f"{PROGRAM} compare DS_JSON[,FIELD=VALUE ...] ... [--preset NAME] [options]",
+        epilog="Each config runs in fresh processes through the deepspeed launcher. The same command goes on where an "
+        "interrupted one stopped. The report is DIR/report.html, .md and .json.",
+    )
+    parser.add_argument(
+        "ds_configs", nargs="*", metavar="DS_JSON",
+        help="files or shipped names; zero2,micro_batch_size=4 changes a field of the run config for this one",
+    )  # fmt: skip
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--world-sizes", type=_counts, metavar="N,...", help="numbers of ranks (default: all that this machine offers)"
+    )
+    group.add_argument(
+        "--micro-batches", type=_counts, metavar="N,...", help="rows a rank a forward pass (default: each config's own)"
+    )
+    group.add_argument("--steps", type=_count, default=30, metavar="N", help=_default("optimizer steps a trial", 30))
+    group.add_argument(
+        "--warmup-steps", type=_index, default=5, metavar="N", help=_default("of them, not scored for speed", 5)
+    )
+    group.add_argument(
+        "--repeats", type=_count, default=2, metavar="N", help=_default("trials of each config, in turn", 2)
+    )
+    group.add_argument(
+        "--parts-steps", type=_index, default=3, metavar="N",
+        help=_default("further steps that are taken apart; 0 for none", 3),
+    )  # fmt: skip
+    group.add_argument(
+        "--checkpoint", action=argparse.BooleanOptionalAction, default=True,
+        help="also measure a checkpoint of each (default: on)",
+    )  # fmt: skip
+    group.add_argument(
+        "--search", action="store_true",
+        help="go on to other stages, micro-batches, buckets, checkpointing and offloading as long as that is faster",
+    )  # fmt: skip
+    group.add_argument(
+        "--minutes", type=_count, default=60, metavar="N", help=_default("of trials that a search may take", 60)
+    )
+    group.add_argument(
+        "--hang-limit", type=_count, default=300, metavar="SECONDS",
+        help=_default("end a trial that writes nothing for so long", 300),
+    )  # fmt: skip
+    group.add_argument("--retry-failed", action="store_true", help="when going on, run again what did not finish")
+    group.add_argument(
+        "--out", type=Path, default=Path("comparison"), metavar="DIR", help=_default("folder", "./comparison")
+    )
+    add_config_arguments(parser, preset="--preset", without=SET_BY_COMPARE)
+
+
+def _run_compare(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.compare import run_comparison
+    from codeparrot_ds.run.comparison import Request
+    from codeparrot_ds.run.launch import local_device, local_ranks
+
+    config = config_from_arguments(arguments)
+    world_sizes = arguments.world_sizes or (local_ranks(local_device()),)
+    if not arguments.ds_configs and not arguments.search:
+        raise UserError("nothing to compare: name DeepSpeed JSONs, such as zero1 zero2 zero3")
+    if arguments.search and len(world_sizes) > 1:
+        raise UserError("--search looks for the best config of one number of ranks: give one with --world-sizes")
+    request = Request(
+        configs=arguments.ds_configs or [str(config.deepspeed)],
+        config=config,
+        world_sizes=world_sizes,
+        micro_batch_sizes=arguments.micro_batches,
+        steps=arguments.steps,
+        warmup_steps=arguments.warmup_steps,
+        repeats=arguments.repeats,
+        parts_steps=arguments.parts_steps,
+        checkpoint=arguments.checkpoint,
+    )
+    return run_comparison(
+        request,
+        arguments.out,
+        hang_seconds=arguments.hang_limit,
+        retry_failed=arguments.retry_failed,
+        search_minutes=arguments.minutes if arguments.search else None,
+        say=_say,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # evaluate and complete
 
 
@@ -687,6 +819,14 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     if result["bits_per_byte"] is not None:
         print(f"bits per byte   {result['bits_per_byte']:.4f}")
     print(f"tokens          {result['eval_tokens']:,} in {result['seconds']:.1f} s")
+    print(f"next token      {result['top_1_accuracy']:.2%} right, {result['top_5_accuracy']:.2%} among the first five")
+    rows = [(f"{row['first']:,} - {row['last']:,}", row) for row in result["loss_by_position"]]
+    sections = [("tokens before it", rows), ("class of token", list((result["loss_by_class"] or {}).items()))]
+    for title, rows in sections:
+        if rows:
+            print(f"\n{title:<17}{'loss':>8}{'right':>9}{'in five':>9}{'tokens':>14}")
+        for name, row in rows:
+            print(f"{name:<17}{row['loss']:>8.4f}{row['top_1']:>9.2%}{row['top_5']:>9.2%}{row['tokens']:>14,}")
     return 0
 
 
@@ -696,26 +836,146 @@ def _add_complete(commands: Any) -> None:
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="start of some code; - reads it (default: the recipe's four)"
     )
-    group = parser.add_argument_group("sampling (temperature 0.4, top_p 0.95)")
+    parser.add_argument(
+        "--file", action="append", default=[], type=Path, dest="files", metavar="FILE",
+        help="a prompt, or a .jsonl file with one a line; may be repeated (default: none)",
+    )  # fmt: skip
+    parser.add_argument("--interactive", action="store_true", help="ask for prompts (default: off)")
+    parser.add_argument("--json", action="store_true", help="print an object a line, with log-probabilities")
+    group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-length", type=_count, default=64, metavar="N", help=_default("tokens of prompt and completion", 64)
     )
     group.add_argument("--num-completions", type=_count, default=4, metavar="N", help=_default("of each prompt", 4))
+    group.add_argument(
+        "--temperature", type=_temperature, default=0.4, metavar="T", help=_default("0 takes the likeliest token", 0.4)
+    )
+    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help=_default("of the probability", 0.95))
     group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+    group.add_argument("--batch-size", type=_count, default=32, metavar="N", help=_default("rows at once", 32))
 
 
 def _run_complete(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.evaluation.complete import run_complete
+    from codeparrot_ds.data.inspect import uses_colour
+    from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a model writes letters that some encodings lack
     run_complete(
         arguments.source,
         arguments.prompts,
-        max_length=arguments.max_length,
-        num_completions=arguments.num_completions,
-        seed=arguments.seed,
+        files=arguments.files,
+        settings=CompleteSettings(
+            max_length=arguments.max_length,
+            num_completions=arguments.num_completions,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        ),
+        interactive=arguments.interactive,
+        as_json=arguments.json,
+        batch_size=arguments.batch_size,
         dtype=arguments.dtype,
         device=arguments.device,
+        colour=uses_colour(sys.stdout.isatty(), os.environ),
     )
+    return 0
+
+
+def _add_humaneval(commands: Any) -> None:
+    parser = _command(
+        commands, "humaneval", _run_humaneval, "share of programming problems that a model's programs solve (pass@k)"
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--allow-execution", action="store_true",
+        help="run the programs that the model writes, in a sandbox; without it nothing is run (default: off)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--generate-only", action="store_true", help="keep the completions and run none of them (default: off)"
+    )
+    group = parser.add_argument_group("problems")
+    group.add_argument(
+        "--problems", default="humaneval", metavar="SRC",
+        help=_default(
+            "humaneval, mbpp, a .jsonl or .jsonl.gz file in the schema of either, or org/name[:split]", "humaneval"
+        ),
+    )  # fmt: skip
+    group.add_argument("--limit", type=_count, metavar="N", help="only the first N problems (default: all)")
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--num-samples", type=_count, default=20, metavar="N", help=_default("completions of each problem", 20)
+    )
+    group.add_argument(
+        "--temperatures", type=_temperature, nargs="+", default=(0.2, 0.6, 0.8), metavar="T",
+        help=_default("temperatures, of which the best counts; 0 is greedy", "0.2 0.6 0.8"),
+    )  # fmt: skip
+    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help=_default("of the probability", 0.95))
+    group.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help=_default("at most", 256))
+    group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+    group.add_argument("--batch-size", type=_count, default=32, metavar="N", help=_default("rows at once", 32))
+    group.add_argument(
+        "--num-gpus", "--num-processes", type=_count, dest="num_processes", metavar="N",
+        help="processes that generate, a GPU each (default: all GPUs, or one process without)",
+    )  # fmt: skip
+    group = parser.add_argument_group("judging")
+    group.add_argument("--k", type=_counts, default=(1, 10, 100), metavar="K,K", help=_default("of pass@k", "1,10,100"))
+    group.add_argument(
+        "--seconds", type=float, default=5.0, metavar="X", help=_default("a program may take with its tests", 5)
+    )
+    group.add_argument(
+        "--memory-mb", type=_count, default=512, metavar="N", help=_default("a program's process may take", 512)
+    )
+    group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: one a core)")
+    group = parser.add_argument_group("results")
+    group.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder, where the same command goes on (default: RUN/humaneval/CHECKPOINT-PROBLEMS)",
+    )  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="begin again in a folder that holds completions")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_humaneval(arguments: argparse.Namespace) -> int:
+    if arguments.allow_execution == arguments.generate_only:
+        raise UserError(
+            "humaneval runs programs that a model wrote, in a sandbox; allow that with --allow-execution, or only keep "
+            "the completions with --generate-only"
+        )
+    from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
+    from codeparrot_ds.evaluation.sandbox import Limits
+
+    settings = Settings(
+        problems=arguments.problems,
+        limit=arguments.limit,
+        num_samples=arguments.num_samples,
+        temperatures=tuple(arguments.temperatures),
+        top_p=arguments.top_p,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+    )
+    folder = arguments.out or default_folder(arguments.source, arguments.problems)
+    with _progress("samples") as progress:
+        results = humaneval(
+            arguments.source,
+            folder,
+            settings=settings,
+            k=arguments.k,
+            judge=arguments.allow_execution,
+            limits=Limits(seconds=arguments.seconds, memory_bytes=arguments.memory_mb << 20),
+            num_workers=arguments.num_workers,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            num_processes=arguments.num_processes,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    if arguments.json and results:
+        print(json.dumps(results, indent=2))
+        return 0
+    print(describe(results) if results else "nothing was run")
+    print(f"results in {folder}")
     return 0
 
 
@@ -920,6 +1180,16 @@ def _counts(text: str) -> tuple[int, ...]:
     if not parts:
         raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, such as 1,2,4, not {text!r}")
     return tuple(sorted({_count(part.strip()) for part in parts}))
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    return value
 
 
 def _count(text: str) -> int:

@@ -116,6 +116,18 @@ class RunConfig:
         None, "evaluation", "optimizer steps between evaluations (none: with every checkpoint)", minimum=1
     )
     max_eval_steps: int = _setting(-1, "evaluation", "batches of one evaluation (-1: all of the validation split)")
+    eval_prompts: str = _setting(
+        "", "evaluation", "complete these at each evaluation: a file of prompts, or examples for the recipe's four"
+    )
+    eval_problems: str = _setting(
+        "",
+        "evaluation",
+        "solve these at each evaluation, once each: a file of a few problems in HumanEval's or MBPP's schema",
+    )
+    eval_new_tokens: int = _setting(128, "evaluation", "tokens of each of these completions at most", minimum=1)
+    allow_execution: bool = _setting(
+        False, "evaluation", "run the programs that solve eval_problems, in a sandbox; needed for them"
+    )
 
     output_dir: str = _setting("runs", "saving", "folder that holds the runs")
     run_name: str | None = _setting(None, "saving", "name of the run, its folder and branch (none: made up)")
@@ -298,6 +310,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "deepspeed": "zero2",
     },
 }
+SET_BY_COMPARE = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps")
+"""Fields that ``compare`` decides itself for each of its trials."""
 PRESET_HELP = "small (111M parameters, the defaults), large (1.5B) or demo (a few million)"
 
 
@@ -451,14 +465,25 @@ def _spellings(name: str) -> list[str]:
     return [dashed] if "_" not in name else [dashed, "--" + name]
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """PRESET, ``--config FILE`` and one option a field; `config_from_arguments` reads them."""
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"starting values: {PRESET_HELP}")
+def add_config_arguments(
+    parser: argparse.ArgumentParser, *, preset: str = "preset", without: Iterable[str] = ()
+) -> None:
+    """PRESET, ``--config FILE`` and one option a field; `config_from_arguments` reads them.
+
+    Args:
+        parser: gets the arguments.
+        preset: ``preset`` for a positional argument, ``--preset`` for an option.
+        without: fields that get no option.
+    """
+    optional: dict[str, Any] = {} if preset.startswith("-") else {"nargs": "?"}
+    parser.add_argument(preset, metavar="PRESET", help=f"starting values: {PRESET_HELP}", **optional)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of fields; options win over it")
     # The deepspeed launcher hands this to every rank.
     parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for field in FIELDS.values():
+        if field.name in without:
+            continue
         group = groups.get(field.group)
         if group is None:
             group = groups[field.group] = parser.add_argument_group(field.group)

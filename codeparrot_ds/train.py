@@ -13,7 +13,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds.config import (
@@ -133,10 +133,15 @@ def main(arguments: list[str] | None = None) -> int:
     return run_rank(arguments)
 
 
-def run_rank(arguments: list[str]) -> int:
+def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, command: str = "train") -> int:
     """Runs one rank behind its guard and returns its exit code.
 
     0 is finished, or stopped and saved; 2 a mistake of the user's; 3 too many bad steps in a row.
+
+    Args:
+        arguments: options of ``train``.
+        work: what the rank does with its config.
+        command: what the user typed, for messages.
     """
     from codeparrot_ds.run.guard import guard_this_rank
     from codeparrot_ds.run.interface import choose_interface
@@ -156,10 +161,10 @@ def run_rank(arguments: list[str]) -> int:
             config = config_from_arguments(parser.parse_args(arguments))
         except UserError as error:  # the same arguments on every rank
             raise SharedError(str(error)) from None
-        train(config)
+        work(config)
     except UserError as error:
         if rank == 0 or not isinstance(error, SharedError):
-            print(f"codeparrot-ds train: error: {error}", file=sys.stderr, flush=True)
+            print(f"codeparrot-ds {command}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     finally:
         leave_ranks()

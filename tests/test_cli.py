@@ -11,7 +11,8 @@ from codeparrot_ds import cli
 from codeparrot_ds.cli import main
 from codeparrot_ds.zero.ds_config import ds_configs_folder
 
-COMMANDS = "demo corpus tokenizer data train evaluate complete check plan checkpoint hub report".split()
+COMMANDS = "demo corpus tokenizer data train doctor evaluate complete humaneval".split()
+COMMANDS += "check plan compare checkpoint hub report".split()
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib", "wandb", "pandas")
 
 
@@ -92,6 +93,9 @@ def test_version(capsys):
         (["data", "inspect", "none"], "--tokenizer DIR"),
         (["check"], "nothing to check"),
         (["plan"], "nothing to plan"),
+        (["compare"], "nothing to compare"),
+        (["compare", "--search", "--world-sizes", "1,2"], "--search looks for the best config of one number of ranks"),
+        (["compare", "zero2", "--step", "9"], "unknown option --step"),
         (["checkpoint", "list", "none"], "none is not a run"),
         (["checkpoint", "lst", "none"], "did you mean 'list'?"),
         (["hub", "status", "none"], "none is not a run folder"),

@@ -11,7 +11,19 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 # From what the user types (3) down to what is pure (0).
-LAYERS = {"cli": 3, "demo": 3, "__main__": 3, "train": 2, "run": 1, "hub": 1, "evaluation": 1, "model.gpt2": 1}
+LAYERS = {
+    "cli": 3,
+    "demo": 3,
+    "__main__": 3,
+    "train": 2,
+    "compare": 2,
+    "search": 2,
+    "trial": 2,
+    "run": 1,
+    "hub": 1,
+    "evaluation": 1,
+    "model.gpt2": 1,
+}
 HEAVY = {"torch", "deepspeed", "transformers"}
 # Loaders are torch's own; running without torch is not asked of them.
 MAY_IMPORT_TORCH = {"codeparrot_ds.data.constant_length", "codeparrot_ds.data.loader"}

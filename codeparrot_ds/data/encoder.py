@@ -41,6 +41,16 @@ _HARD_TEXTS = (
 )
 
 
+def _byte_letters() -> dict[str, int]:
+    """The letters with which byte-level vocabularies write each byte (Radford et al. 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
+
+
 class Encoder:
     """The tokenizer as the stream uses it: batches of texts in, arrays of ids out, no special tokens added."""
 
@@ -109,15 +119,20 @@ class Encoder:
 
         None when the tokenizer is not byte-level, where a token has no fixed number of bytes.
         """
+        contents = self.bytes_of_tokens()
+        return None if contents is None else np.array([len(content) for content in contents], dtype=np.int64)
+
+    def bytes_of_tokens(self) -> list[bytes] | None:
+        """What each token id stands for, special tokens nothing; None when the tokenizer is not byte-level."""
         description = orjson.loads(self._tokenizer.to_str())
         if (description.get("decoder") or {}).get("type") != "ByteLevel":
             return None
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        contents = [b""] * self.vocab_size
         for token, token_id in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            sizes[token_id] = len(token)  # a byte-level vocabulary writes each byte as one character
+            contents[token_id] = bytes(_BYTE_OF_LETTER.get(letter, ord("?")) for letter in token)
         for added in description["added_tokens"]:
-            sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-        return sizes
+            contents[added["id"]] = b"" if added["special"] else added["content"].encode()
+        return contents
 
 
 def load_encoder(tokenizer_dir: str | Path) -> Encoder:

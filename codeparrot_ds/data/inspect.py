@@ -223,7 +223,7 @@ class RowPrinter:
             ends = ids[-1] == eos_token_id
             text = self._reader.decode(ids[:-1] if ends else ids)
             self._characters += len(text)
-            lines.append(text.translate(_VISIBLE).removesuffix("\n"))
+            lines.append(visible(text).removesuffix("\n"))
             if self._ids:
                 lines.append(self._styled(DIM, self._wrapped(ids)))
             lines.append(self._rule("end of document" if ends else "end of the row: this document goes on"))
@@ -261,6 +261,11 @@ class RowPrinter:
         if bad := list(reader.bad_documents):
             text += f"; {len(bad)} unreadable documents skipped, the first: {bad[0]}"
         return text
+
+
+def visible(text: str) -> str:
+    """Text in which what a terminal would obey is shown instead."""
+    return text.translate(_VISIBLE)
 
 
 def uses_colour(is_terminal: bool, environment: Mapping[str, str]) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.errors import UserError
-from codeparrot_ds.evaluation.source import context_length, load_model
+from codeparrot_ds.evaluation.source import load_model
 
-_BLOCK_ENDS = re.compile(r"\nclass|\ndef|\n#|\n@|\nprint|\nif")
-_SEPARATOR = "\n" + "=" * 80 + "\n"
+BLOCK_STARTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
+"""Each starts another block at the left margin, which ends the one before."""
+SEPARATOR = "\n" + "=" * 80 + "\n"
+LINE = "-" * 80
 
 # Each with the recipe's length in tokens, the prompt's own included.
 EXAMPLE_PROMPTS: tuple[tuple[str, int], ...] = (
@@ -29,7 +28,7 @@ EXAMPLE_PROMPTS: tuple[tuple[str, int], ...] = (
         96,
     ),
 )
-_EXAMPLE_ROOM = 32  # new tokens that an example gets at least: a small vocabulary writes its prompt with more tokens
+EXAMPLE_ROOM = 32  # new tokens that an example gets at least: a small vocabulary writes its prompt with more tokens
 
 
 def first_block(string: str) -> str:
@@ -37,7 +36,12 @@ def first_block(string: str) -> str:
 
     A block starts with ``class``, ``def``, ``#``, ``@``, ``print`` or ``if``.
     """
-    return _BLOCK_ENDS.split(string, maxsplit=1)[0].rstrip()
+    return cut(string, BLOCK_STARTS).rstrip()
+
+
+def cut(text: str, ends: Sequence[str]) -> str:
+    """Returns a text up to the first of the ends."""
+    return text[: min((position for end in ends if (position := text.find(end)) >= 0), default=None)]
 
 
 def complete_code(
@@ -68,7 +72,7 @@ def complete_code(
         do_sample=True,
     )
     completions = [first_block(generation["generated_text"][len(prompt) :]) for generation in generations]
-    print(_SEPARATOR.join(completions))
+    print(SEPARATOR.join(completions))
     return completions
 
 
@@ -82,52 +86,3 @@ def load_generator(source: str | Path, *, dtype: str = "auto", device: str | Non
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
     return pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
-
-
-def run_complete(
-    source: str | Path,
-    prompts: Sequence[str],
-    *,
-    max_length: int = 64,
-    num_completions: int = 4,
-    seed: int = 1,
-    dtype: str = "auto",
-    device: str | None = None,
-) -> None:
-    """Prints completions of each prompt; ``-`` is read from standard input, and without any the recipe's four are used.
-
-    Raises ``UserError`` before the first completion when a prompt does not fit.
-    """
-    if num_completions < 1:
-        raise UserError(f"num_completions is {num_completions}; it must be at least 1")
-    texts = [(sys.stdin.read().rstrip("\n") if prompt == "-" else prompt, max_length) for prompt in prompts]
-    pipe = load_generator(source, dtype=dtype, device=device)
-    requests = [(text, length) for text, length in texts] or [
-        (text, max(length, max_length, _num_tokens(pipe, text) + _EXAMPLE_ROOM)) for text, length in EXAMPLE_PROMPTS
-    ]
-    for text, length in requests:
-        _check_fits(pipe, text, length)
-    for text, length in requests:
-        print(f"{text}\n{'-' * 80}")
-        complete_code(pipe, text, max_length=length, num_completions=num_completions, seed=seed)
-        print()
-
-
-def _check_fits(pipe: Any, prompt: str, max_length: int) -> None:
-    tokens, context = _num_tokens(pipe, prompt), context_length(pipe.model)
-    start = " ".join(prompt.split())[:40]
-    if context is not None and tokens >= context:
-        raise UserError(f"the prompt '{start}' has {tokens} tokens and the model's context is {context}; shorten it")
-    if context is not None and max_length > context:
-        raise UserError(
-            f"max_length is {max_length} and the model's context is {context} tokens; give at most {context}"
-        )
-    if tokens >= max_length:
-        raise UserError(
-            f"the prompt '{start}' has {tokens} tokens and max_length, which includes them, is {max_length}; "
-            f"give at least {tokens + 1}"
-        )
-
-
-def _num_tokens(pipe: Any, prompt: str) -> int:
-    return len(pipe.tokenizer(prompt)["input_ids"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,9 @@ import torch
 from torch.nn import functional as F
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.details import Details
 from codeparrot_ds.evaluation.source import context_length, find_model, find_run, load_model
+from codeparrot_ds.evaluation.token_classes import TokenClasses
 from codeparrot_ds.model.gpt2 import document_inputs
 
 IGNORED_LABEL = -100
@@ -68,13 +70,30 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     The logits are cast to fp32 a few rows at a time: a whole copy would be the largest tensor of the evaluation.
     """
-    flat, targets = logits.flatten(0, 1), shift_labels(labels).flatten()
-    rows = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
     losses = [
-        F.cross_entropy(some.float(), wanted, ignore_index=IGNORED_LABEL, reduction="none")
-        for some, wanted in zip(flat.split(rows), targets.split(rows), strict=True)
+        F.cross_entropy(some, wanted, ignore_index=IGNORED_LABEL, reduction="none")
+        for some, wanted in _in_parts(logits, labels)
     ]
     return torch.cat(losses).view(labels.shape)
+
+
+def token_ranks(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns how many tokens are held more probable than each position's target, (batch, tokens), int64.
+
+    Args: as for ``token_losses``; where there is no target, the number means nothing.
+    """
+    ranks = [
+        (some > some.gather(1, wanted.clamp(min=0)[:, None])).sum(dim=1) for some, wanted in _in_parts(logits, labels)
+    ]
+    return torch.cat(ranks).view(labels.shape)
+
+
+def _in_parts(logits: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields some rows of (rows, vocabulary) in fp32 with their targets at a time."""
+    rows = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+    flat, targets = logits.flatten(0, 1), shift_labels(labels).flatten()
+    for some, wanted in zip(flat.split(rows), targets.split(rows), strict=True):
+        yield some.float(), wanted
 
 
 @torch.no_grad()
@@ -85,6 +104,7 @@ def evaluate_batches(
     token_bytes: np.ndarray | torch.Tensor | None = None,
     reduce: Callable[[torch.Tensor], Any] | None = None,
     device: torch.device | str = "cpu",
+    details: Details | None = None,
 ) -> EvaluationResult:
     """Evaluates this rank's batches and returns the figures over all ranks, the same on each.
 
@@ -97,7 +117,8 @@ def evaluate_batches(
         batches: pairs of input ids and labels; labels are not shifted, ``IGNORED_LABEL`` is left out.
         token_bytes: bytes of text that each token id stands for, (vocabulary,).
         reduce: sums a float64 tensor over the ranks in place; ``torch.distributed.all_reduce`` by default where that is
-            initialised. Called once a batch and once at the end.
+            initialised. Called once a batch and once at the end, twice with details.
+        details: what ``loss_fn`` adds to, summed over the ranks at the end.
     """
     if reduce is None and torch.distributed.is_available() and torch.distributed.is_initialized():
         reduce = torch.distributed.all_reduce
@@ -113,6 +134,8 @@ def evaluate_batches(
             totals[2] += (sizes[targets.clamp(min=0)] * is_target).sum()
     if reduce is not None:
         reduce(totals)
+        if details is not None:
+            reduce(details.sums)
     loss_sum, tokens, num_bytes = totals.tolist()
     return result_from_sums(loss_sum, tokens, num_bytes)
 
@@ -164,7 +187,7 @@ def evaluate_model(
 
     Returns:
         ``source``, ``model`` (what was loaded), ``data``, ``split``, ``seq_length``, ``dtype``, ``loss``,
-        ``perplexity``, ``bits_per_byte``, ``eval_tokens``, ``seconds``.
+        ``perplexity``, ``bits_per_byte``, ``eval_tokens``, ``seconds``, and what ``Details.result`` returns.
     """
     from codeparrot_ds.config import RunConfig, load_config
     from codeparrot_ds.data.opening import split_shards
@@ -203,12 +226,19 @@ def evaluate_model(
         max_rows=None if max_eval_steps == -1 else max_eval_steps * batch_size,
     )
 
+    token_bytes = encoder.bytes_of_tokens()
+    classes = None if token_bytes is None else TokenClasses(token_bytes, encoder.eos_token_id)
+    details = Details(seq_length, classes, model.device)
+
     def loss_fn(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         inputs = document_inputs(input_ids, encoder.eos_token_id) if intra_document else {}
-        return token_losses(model(input_ids=input_ids, use_cache=False, **inputs).logits, labels)
+        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
+        losses = token_losses(logits, labels)
+        details.add(input_ids, shift_labels(labels) != IGNORED_LABEL, losses, token_ranks(logits, labels))
+        return losses
 
     started = time.perf_counter()
-    result = evaluate_batches(loss_fn, loader, token_bytes=encoder.token_bytes(), device=model.device)
+    result = evaluate_batches(loss_fn, loader, token_bytes=encoder.token_bytes(), device=model.device, details=details)
     if not result.eval_tokens:
         raise UserError(f"{data}: split '{split}' has no text to evaluate")
     return {
@@ -222,6 +252,7 @@ def evaluate_model(
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
         "eval_tokens": result.eval_tokens,
+        **details.result(),
         "seconds": time.perf_counter() - started,
     }
 

@@ -113,20 +113,27 @@ def _scale_the_loss_at_stage0(engine: Any) -> None:
 def _guard_bare_optimizer(engine: Any) -> None:
     """Gives stage 0 in fp32 what the other engines have: the gradient norm, and a skipped step where it is not finite.
 
-    There DeepSpeed steps the bare optimizer: it clips but does not keep the norm, and a NaN goes into the weights.
+    There DeepSpeed steps the bare optimizer: it clips but does not keep the norm, and a NaN goes into the weights. The
+    norm is summed in fp64 as ZeRO does: torch's fp32 sum over millions of squares is off by 1e-4 to 1e-3 on a CPU, so
+    that stage 0 would clip otherwise than the other stages.
     """
     optimizer = engine.optimizer
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     plain_step = optimizer.step
     optimizer.overflow = False
 
+    def total_norm() -> torch.Tensor:
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
+        return norms.square().sum().float().sqrt()  # infinite where fp32 cannot hold the square, as at other stages
+
     def clip() -> None:
-        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
+        engine._global_grad_norm = total_norm()
+        torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), engine._global_grad_norm)
 
     def step(*args: Any, **kwargs: Any) -> None:
         if engine.gradient_clipping() <= 0:
-            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            engine._global_grad_norm = torch.nn.utils.get_total_norm(grads)
+            engine._global_grad_norm = total_norm()
         optimizer.overflow = not bool(torch.isfinite(engine._global_grad_norm))
         if not optimizer.overflow:
             plain_step(*args, **kwargs)

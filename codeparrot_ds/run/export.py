@@ -126,8 +126,8 @@ def write_export(
         folder: empty.
         export: everything but the weights.
         shapes: shape of every parameter by its name in the model, a tied one once.
-        weights: the parameters in that order, in the export's precision, on the CPU; each is written and let go before
-            the next one is asked for.
+        weights: the parameters in that order, in the export's precision, on the CPU, whole or in pieces; each is
+            written before the next one is asked for.
 
     Returns:
         ``bytes`` and ``sha256`` of each file by name.

@@ -7,6 +7,7 @@ offset inside the flattened parameter. Which file holds what does not matter: wh
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from codeparrot_ds.run.fragments import MASTER, MOMENTS, Fragment
 from codeparrot_ds.run.tensor_file import TensorEntry
 
 PATTERN = "fragments-*.safetensors"
+PIECE = 1 << 20
+"""Values of a parameter that are exported at a time: an embedding as a whole would be the largest thing in memory."""
 
 
 def fragment_file_name(rank: int, part: int) -> str:
@@ -80,22 +83,24 @@ class FragmentReader:
                 f"{self._folder} holds {filled} of {target.numel()} values of {name} ({kind}) from offset {start}"
             )
 
-    def weight(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A whole parameter, from its masters, in the precision asked for (rounded to nearest).
+    def weights(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The parameters one after the other, from their masters, in the precision asked for (rounded to nearest).
+
+        Yields:
+            Pieces of flattened parameters, all in the same buffer: use each before the next one is taken.
 
         Raises:
             UserError: the checkpoint does not hold all of it, or a value is too large for float16.
         """
-        weight = torch.empty(shape, dtype=dtype)
-        self.fill(weight.view(-1), name, MASTER)
-        if dtype == torch.float16 and not weight.isfinite().all():
-            raise UserError(f"{name} has values that float16 cannot hold: export it in bfloat16 or float32")
-        return weight
-
-    def weights(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """``weight`` of one parameter after the other: the whole model is never in memory."""
+        buffer = torch.empty(PIECE, dtype=dtype)
         for name, shape in shapes.items():
-            yield self.weight(name, shape, dtype)
+            numel = math.prod(shape)
+            for start in range(0, numel, PIECE):
+                piece = buffer[: min(PIECE, numel - start)]
+                self.fill(piece, name, MASTER, start)
+                if dtype == torch.float16 and not piece.isfinite().all():
+                    raise UserError(f"{name} has values that float16 cannot hold: export it in bfloat16 or float32")
+                yield piece
 
     def load(self, fragment: Fragment) -> None:
         """Fills an optimizer's fragment, masters and moments."""

@@ -25,7 +25,7 @@ from codeparrot_ds.run.control import ADDRESS, TOKEN, ControlServer
 from codeparrot_ds.run.doctor import Examination, Wanted, examine, local_paths
 from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.hosts import ask_all
-from codeparrot_ds.run.launcher import is_local, node_command, runner_command, runner_environment
+from codeparrot_ds.run.launcher import MODULE, is_local, node_command, runner_command, runner_environment
 from codeparrot_ds.run.ops import needed_operators, use_operators_folder
 from codeparrot_ds.run.parent_end import LEADS
 from codeparrot_ds.run.startup import LAUNCHED_AT
@@ -52,6 +52,7 @@ class Job:
         ds_config: the resolved DeepSpeed config.
         started: when the front door was entered.
         run: its folder.
+        module: what a rank runs.
     """
 
     config: RunConfig
@@ -62,6 +63,7 @@ class Job:
     ds_config: dict[str, Any]
     started: float
     run: Path
+    module: str = MODULE
 
 
 def run_job(job: Job) -> int:
@@ -105,7 +107,7 @@ def _start(job: Job, hosts: list[Host], *, again: bool) -> tuple[End, list[Host]
         addr, port = examination.master_addr, examination.master_port
         assert addr is not None and port is not None
         try:
-            command = runner_command(hosts, job.launch, Path(folder), addr=addr, port=port)
+            command = runner_command(hosts, job.launch, Path(folder), addr=addr, port=port, module=job.module)
             exported = {FILE: base} | ({"DS_ACCELERATOR": "cpu"} if job.device == "cpu" else {})
             environment = runner_environment(Path(folder), exported)
             ranks = sum(len(host.slots) for host in hosts)
@@ -124,7 +126,8 @@ def _on_this_host(job: Job, hosts: list[Host], arguments: list[str]) -> tuple[li
     environment[LEADS] = "1"
     port = launch.master_port or _free_port()
     addr = launch.master_addr or "127.0.0.1"
-    return node_command(hosts, launch, arguments, addr=addr, port=port, node_rank=node_rank), environment
+    command = node_command(hosts, launch, arguments, addr=addr, port=port, node_rank=node_rank, module=job.module)
+    return command, environment
 
 
 def _ask_hosts(

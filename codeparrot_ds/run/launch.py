@@ -22,6 +22,7 @@ from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.prompts import what_to_complete
 from codeparrot_ds.hub.commands import prepare_branch
 from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.repository import is_remote, open_repository
@@ -40,7 +41,7 @@ from codeparrot_ds.run.folder import (
 from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.initial import with_initial_model
 from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, cores, rank_environment, run_job, shared_variables
-from codeparrot_ds.run.launcher import hosts_of, is_local
+from codeparrot_ds.run.launcher import MODULE, hosts_of, is_local
 from codeparrot_ds.run.ops import are_built, build_apart, needed_operators
 from codeparrot_ds.run.plan import predict, why_too_large
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
@@ -50,7 +51,7 @@ from codeparrot_ds.zero.memory import Memory
 DEFAULT_CPU_RANKS = 2
 
 
-def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -> int:
+def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *, module: str = MODULE) -> int:
     """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
 
     0 is finished, or stopped and saved; 1 something broke; 2 a mistake of the user's; 3 too many bad steps in a row;
@@ -60,6 +61,7 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
         config: the run config, resolved from ``arguments``.
         launch: where the ranks run.
         arguments: the options of ``train`` as typed, without the launcher's own; every rank parses them again.
+        module: what a rank runs.
 
     Raises:
         UserError: anything that can be known to be wrong before a rank starts.
@@ -95,6 +97,7 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str]) -
         ds_config=ds_config,
         started=started,
         run=output_dir / name,
+        module=module,
     )
     return run_job(job)
 
@@ -132,6 +135,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
         libaio=libaio_installed() or are_built(["async_io"]),
     )
     run = Path(config.output_dir) / str(config.run_name)
+    what_to_complete(config)
     datasets = open_datasets(config, recorded_pins(run))
     check_datasets(config, datasets)
     if world_size is not None:

@@ -14,6 +14,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.hostfile import THIS_MACHINE, Host, include_option, read_hostfile, select, write_hostfile
 
 MODULE = "codeparrot_ds.train"
+"""What a rank runs."""
 BACKENDS = {
     "pdsh": "pdsh",
     "openmpi": "ompi_info",
@@ -94,7 +95,14 @@ def is_local(hosts: list[Host]) -> bool:
 
 
 def node_command(
-    hosts: list[Host], launch: LaunchOptions, arguments: list[str], *, addr: str, port: int, node_rank: int = 0
+    hosts: list[Host],
+    launch: LaunchOptions,
+    arguments: list[str],
+    *,
+    addr: str,
+    port: int,
+    node_rank: int = 0,
+    module: str = MODULE,
 ) -> list[str]:
     """The command of the launcher's half for one node.
 
@@ -105,10 +113,12 @@ def node_command(
     node = [f"--world_info={world}", f"--master_addr={addr}", f"--master_port={port}"]
     node += [f"--node_rank={node_rank}"] if len(hosts) > 1 else []
     node += ["--bind_cores_to_rank"] if launch.bind_cores else []
-    return [sys.executable, "-m", "deepspeed.launcher.launch", *node, "--quiet", "--module", MODULE, *arguments]
+    return [sys.executable, "-m", "deepspeed.launcher.launch", *node, "--quiet", "--module", module, *arguments]
 
 
-def runner_command(hosts: list[Host], launch: LaunchOptions, folder: Path, *, addr: str, port: int) -> list[str]:
+def runner_command(
+    hosts: list[Host], launch: LaunchOptions, folder: Path, *, addr: str, port: int, module: str = MODULE
+) -> list[str]:
     """The command of the launcher's first half, which starts every host; the ranks' arguments travel otherwise.
 
     Through ssh a shell on each host reads them again, and JSON, quotes and dollars would not survive.
@@ -119,6 +129,7 @@ def runner_command(hosts: list[Host], launch: LaunchOptions, folder: Path, *, ad
         folder: a private one for the hostfile that it reads.
         addr: address of the first host.
         port: there.
+        module: what a rank runs.
     """
     hostfile = folder / "hostfile"
     write_hostfile(hosts, hostfile)
@@ -131,8 +142,8 @@ def runner_command(hosts: list[Host], launch: LaunchOptions, folder: Path, *, ad
     if launch.bind_cores:
         command.append("--bind_cores_to_rank")
     if launch.launcher == "slurm":  # its runner knows no modules
-        return [*command, str(Path(__file__).resolve().parents[1] / "train.py")]
-    return [*command, "--module", MODULE]
+        return [*command, str(Path(__file__).resolve().parents[1] / f"{module.rpartition('.')[2]}.py")]
+    return [*command, "--module", module]
 
 
 def runner_environment(folder: Path, exported: dict[str, str]) -> dict[str, str]:

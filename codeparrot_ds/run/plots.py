@@ -36,6 +36,8 @@ class Series:
     y: Sequence[float]
     style: int = 0
     markers: bool = False
+    limit: bool = False
+    """What the others are held against: in the colour of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +53,17 @@ class Chart:
     from_zero: bool = False
     smooth: bool = False
     """Show a running mean over the faint values where there are many."""
+    height: float = 4.0
+    """Inches, of 160 pixels; the width is 7."""
 
 
 def draw(chart: Chart, theme: str) -> bytes:
-    """The chart as PNG, 1120 x 640 pixels."""
+    """The chart as PNG, 1120 pixels wide and 640 high unless it says otherwise."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     colours = THEMES[theme]
-    figure = Figure(figsize=(7, 4), dpi=160, layout="constrained", facecolor=colours["paper"])
+    figure = Figure(figsize=(7, chart.height), dpi=160, layout="constrained", facecolor=colours["paper"])
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for series in chart.series:
@@ -72,18 +76,38 @@ def draw(chart: Chart, theme: str) -> bytes:
 
 
 def _draw_series(axes: Any, series: Series, colours: dict[str, Any], *, smooth: bool) -> None:
-    colour = colours["palette"][series.style % len(colours["palette"])]
+    colour = _colour_of(series, colours)
     x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
     y = np.where(np.isfinite(y), y, np.nan)
-    line = {"color": colour, "linestyle": LINE_STYLES[series.style % len(LINE_STYLES)], "linewidth": 1.8}
+    line = {"color": colour, "linestyle": _of(LINE_STYLES, series.style), "linewidth": 1.8}
     if (series.markers and len(x) <= MARK_UP_TO) or len(x) == 1:
-        marker = {"marker": MARKERS[series.style % len(MARKERS)], "markersize": 5, "markeredgewidth": 0}
+        marker = {"marker": marker_of(series.style), "markersize": 5, "markeredgewidth": 0}
         axes.plot(x, y, label=series.label, **line, **marker)
     elif smooth and len(x) >= SMOOTH_FROM and not series.markers:
         axes.plot(*_extremes(x, y), color=colour, linewidth=0.7, alpha=0.3)
         axes.plot(x, _running_mean(y, len(y) // 50), label=series.label, **line)
     else:
         axes.plot(x, y, label=series.label, **line)
+
+
+def _colour_of(series: Series, colours: dict[str, Any]) -> str:
+    palette = colours["palette"]
+    return str(colours["ink"] if series.limit else palette[series.style % len(palette)])
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """How many labels of a legend fit beside each other in a picture."""
+    return 3 if max(map(len, labels), default=0) <= 28 else 2
+
+
+def marker_of(style: int) -> str:
+    """The marker of a style; colour and marker together stay apart for 64 of them."""
+    return str(_of(MARKERS, style))
+
+
+def _of(choices: Sequence[Any], style: int) -> Any:
+    """A choice that is another one when the colours begin again."""
+    return choices[(style + style // len(LIGHT)) % len(choices)]
 
 
 def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -150,9 +174,11 @@ def _name_lines(figure: Any, axes: Any, chart: Chart, colours: dict[str, Any]) -
     for text in (title, note):
         text.set_parse_math(False)
     if len(chart.series) > 1:
+        columns = legend_columns([series.label for series in chart.series])
         legend = figure.legend(
-            loc="outside lower left", ncols=3, frameon=False, fontsize=9, labelcolor=colours["ink"], handlelength=3.2
-        )
+            loc="outside lower left", ncols=columns, frameon=False, fontsize=9, labelcolor=colours["ink"],
+            handlelength=3.2,
+        )  # fmt: skip
         for text in legend.get_texts():
             text.set_parse_math(False)
     if len(chart.series) <= 2:
@@ -163,7 +189,7 @@ def _name_lines(figure: Any, axes: Any, chart: Chart, colours: dict[str, Any]) -
 def _name_last_value(axes: Any, series: Series, colours: dict[str, Any]) -> None:
     known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
     if series.markers and known:
-        colour = colours["palette"][series.style % len(colours["palette"])]
+        colour = _colour_of(series, colours)
         axes.annotate(
             number(known[-1][1]), known[-1], xytext=(0, 8), textcoords="offset points", ha="right", fontsize=9,
             color=colour, fontweight="bold",

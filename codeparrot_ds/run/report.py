@@ -29,6 +29,8 @@ class RunRecord:
     name: str
     training: list[dict[str, Any]] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """What the model completed at its last evaluation; rows of ``samples.jsonl``."""
     unreadable_rows: int = 0
     record: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +102,15 @@ def read_run(path: Path) -> RunRecord:
             run.evaluation.append(row)
         else:
             run.training.append(row)
+    run.samples = _last_samples(path / "samples.jsonl")
     return run
+
+
+def _last_samples(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows = [row for row in map(_metrics_row, path.read_bytes().splitlines()) if row is not None]
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
 def _metrics_row(line: bytes) -> dict[str, Any] | None:
@@ -196,6 +206,7 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "hub": run.record.get("hub"),
         "unreadable_rows": run.unreadable_rows,
         "data": _data_account(run.record.get("data")),
+        "completions": run.samples,
     }
 
 
@@ -287,6 +298,9 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     def trained(key: str, scale: float = 1, **options: Any) -> tuple[Series, ...]:
         return _lines(runs, "training", x, lambda row: _times(row.get(key), scale), **options)
 
+    def shares(key: str) -> tuple[Series, ...]:
+        return _lines(runs, "evaluation", x, lambda row: _times(row.get(key), 100), markers=True)
+
     def waiting(row: dict[str, Any]) -> float | None:
         return _times(_data_wait_fraction([row]), 100)
 
@@ -310,6 +324,8 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         ("learning_rate", "Learning rate", "", trained("learning_rate"), steady),
         ("grad_norm", "Gradient norm", "before clipping", trained("grad_norm"), noisy),
         ("tokens_per_second", "Throughput", "tokens/s", trained("tokens_per_second"), noisy),
+        ("parsing_share", "Completions that are Python", "%", shares("parsing_share"), steady),
+        ("pass_at_1", "Problems solved", "%", shares("pass_at_1"), steady),
         ("mfu", "Model FLOPs utilization", "% of peak", trained("mfu", 100), noisy),
         ("data_wait", "Waiting for data", "% of step time", _lines(runs, "training", x, waiting), noisy),
         ("slowest_rank", "Slowest rank over the median rank", "own time before collectives", ratios, noisy),

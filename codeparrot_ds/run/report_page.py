@@ -129,6 +129,8 @@ def html_page(
     parts.append("<h2>Figures</h2>" + _html_table(_summary_table(summaries)))
     if data := _data_table(summaries):
         parts.append("<h2>Data</h2>" + _html_table(data) + "".join(map(_html_unreadable, summaries)))
+    if completions := "".join(map(_html_completions, summaries)):
+        parts.append("<h2>Completions</h2>" + completions)
     differences = _differences(summaries, settings)
     if differences:
         parts.append("<h2>Settings that differ</h2>" + _html_table(differences))
@@ -143,6 +145,8 @@ def markdown_page(
     parts = [f"# {_md(_title(summaries))}", _md(_subtitle(summaries)), _md_table(_summary_table(summaries))]
     if data := _data_table(summaries):
         parts += ["## Data", _md_table(data), *filter(None, map(_md_unreadable, summaries))]
+    if completions := list(filter(None, map(_md_completions, summaries))):
+        parts += ["## Completions", *completions]
     differences = _differences(summaries, settings)
     if differences:
         parts += ["## Settings that differ", _md_table(differences)]
@@ -251,6 +255,33 @@ def _html_unreadable(summary: dict[str, Any]) -> str:
 def _md_unreadable(summary: dict[str, Any]) -> str:
     heading, documents = _unreadable(summary)
     return "\n".join([f"{_md(heading)}:", "", *(f"- {_md(each)}" for each in documents)]) if documents else ""
+
+
+def _completions(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """A heading and the source of each completion of a run's last evaluation."""
+    return [
+        (
+            f"{summary['name']}, step {row.get('step', NOTHING):,}: {row.get('task_id') or 'prompt'}, "
+            f"{row.get('verdict') or ('Python' if row.get('parses') else 'no Python')}",
+            f"{row.get('prompt', '')}{row.get('completion', '')}",
+        )
+        for row in summary["completions"]
+    ]
+
+
+def _html_completions(summary: dict[str, Any]) -> str:
+    return "".join(
+        f"<details open><summary>{html.escape(heading)}</summary><pre>{html.escape(text)}</pre></details>"
+        for heading, text in _completions(summary)
+    )
+
+
+def _md_completions(summary: dict[str, Any]) -> str:
+    # A fence that no text of the model's can close.
+    return "\n\n".join(
+        f"{_md(heading)}:\n\n{(fence := '`' * (3 + text.count('`')))}python\n{text}\n{fence}"
+        for heading, text in _completions(summary)
+    )
 
 
 def _differences(summaries: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any]]) -> Table:

@@ -61,6 +61,7 @@ from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.plan import predict
 from codeparrot_ds.run.rank_times import RankTimes
 from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
+from codeparrot_ds.run.samples import Sampler, open_sampler
 from codeparrot_ds.run.startup import Startup
 from codeparrot_ds.run.stopping import StopSignal
 from codeparrot_ds.run.tracking import Progress, Tracker, set_up_logging, warm_up
@@ -108,6 +109,8 @@ class Session:
     stream_start: StreamStart
     validation: list[Shard]
     evaluations: list[dict[str, Any]]
+    sampler: Sampler | None = None
+    """Of completions at each evaluation."""
     saver: CheckpointSaver = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -135,6 +138,7 @@ class Session:
         config = ranks.on_main(lambda: with_initial_model(_named(config)))
         resolved, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
         ds_config = resolved.config
+        sampler = open_sampler(config, ranks, together=zero_stage(ds_config) == 3)
         startup.lap("config and tokenizer")
         folder = _open_folder(config, resolved, ranks)
         write_stacks_to(set_up_logging(folder.path, ranks.rank))
@@ -198,6 +202,7 @@ class Session:
             stream_start=stream_start,
             validation=validation,
             evaluations=list(restored.extra["evaluations"]) if restored else [],
+            sampler=sampler,
         )
         if restored is not None:
             ranks.on_main(lambda: session._queue_again(restored))
@@ -280,6 +285,7 @@ class Session:
             reduce=self.ranks.sum,
             device=self.ranks.device,
         )
+        samples = None if self.sampler is None else self.sampler(self.engine)
         self.engine.train()
         row = {
             "step": step,
@@ -288,9 +294,14 @@ class Session:
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
             "eval_tokens": result.eval_tokens,
+            **(samples.figures if samples else {}),
         }
         self.evaluations.append(row)
         self.tracker.evaluation(row)
+        if samples is not None:
+            self.tracker.completions(step, samples.rows)
+            shares = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in samples.figures.items())
+            self.progress.say("completions at step %d: %s", step, shares)
         self.progress.say(
             "evaluation at step %d: loss %.4f, perplexity %.2f (%d tokens, %.1f s)",
             step,
@@ -710,7 +721,8 @@ def _open_tracker(
     }
     tracker = Tracker(folder, active=ranks.is_main, mode=config.wandb, hyperparameters=hyperparameters)
     if ranks.is_main:
-        tracker.metrics.truncate_after(step if step else -1)  # a fresh start evaluates step 0 again
+        for log in (tracker.metrics, tracker.samples):
+            log.truncate_after(step if step else -1)  # a fresh start evaluates step 0 again
         folder.update(parameters=num_parameters(shape), **_layout(ds_config, ranks))
     return tracker
 

@@ -108,6 +108,7 @@ class Tracker:
             hyperparameters: the run config and derived figures, flat.
         """
         self.metrics = Metrics(folder.path / "metrics.jsonl")
+        self.samples = Metrics(folder.path / "samples.jsonl")
         self.tensorboard: Any = None
         self._wandb: concurrent.futures.Future[Any] | None = None
         self.hyperparameters = {key: value for key, value in hyperparameters.items() if value is not None}
@@ -134,6 +135,23 @@ class Tracker:
         """Records an evaluation row."""
         self.last_evaluation = row
         self._write(row, "validation")
+
+    def completions(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Records what the model wrote at an evaluation: ``samples.jsonl``, TensorBoard's text, a table of wandb's."""
+        if self.tensorboard is None:
+            return
+        for row in rows:
+            self.samples.append({"step": step, **row})
+        texts = [
+            f"{row.get('verdict', '')}\n\n```python\n{row['prompt']}{row['completion']}\n```".strip() for row in rows
+        ]
+        self.tensorboard.add_text("completions", "\n\n---\n\n".join(texts), step)
+        if self.wandb is not None:
+            import wandb
+
+            columns = ["step", "prompt", "completion", "log_probability", "parses", "verdict"]
+            data = [[{"step": step, **row}.get(name) for name in columns] for row in rows]
+            self.wandb.log({"completions": wandb.Table(columns=columns, data=data), "step": step})
 
     def _write(self, row: dict[str, Any], group: str) -> None:
         if self.tensorboard is None:

@@ -1,6 +1,5 @@
 """Completions, against an independent transcription of the recipe's functions on the same pipeline."""
 
-import io
 import re
 import shutil
 
@@ -8,18 +7,14 @@ import pytest
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import (
-    EXAMPLE_PROMPTS,
     complete_code,
     first_block,
     load_generator,
-    run_complete,
 )
 from codeparrot_ds.evaluation.source import find_model
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import LocalRepository
 from codeparrot_ds.hub.worker import Destination, drain
-
-AREA = EXAMPLE_PROMPTS[0][0]
 
 
 @pytest.fixture(scope="module")
@@ -112,30 +107,6 @@ def test_a_drained_branch_cloned_with_plain_git_generates_the_same(run_folder, t
     subprocess.run(["git", "clone", "-q", "-b", "brave-fox-1", tmp_path / "hub.git", tmp_path / "clone"], check=True)
     here = complete_code(load_generator(run_folder), "def f(x):")
     assert complete_code(load_generator(tmp_path / "clone"), "def f(x):") == here
-
-
-def test_run_complete_takes_arguments_standard_input_and_examples(model_folder, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("def from_stdin(x):\n"))
-    run_complete(model_folder, ["def f(x):", "-"], num_completions=2)
-    printed = capsys.readouterr().out
-    assert printed.startswith("def f(x):\n" + "-" * 80 + "\n") and "def from_stdin(x):\n" + "-" * 80 in printed
-    assert printed.count("=" * 80) == 2
-    run_complete(model_folder, [], num_completions=1)
-    printed = capsys.readouterr().out
-    assert all(f"{prompt}\n{'-' * 80}" in printed for prompt, _ in EXAMPLE_PROMPTS)
-
-
-def test_prompts_that_do_not_fit_are_refused_before_anything_is_printed(model_folder, capsys):
-    for prompts, length, message in (
-        (["def f(x):", AREA], 8, "max_length, which includes them, is 8; give at least"),
-        (["x = 1\n" * 200], 64, "context is 256"),
-        (["def f(x):"], 500, "give at most 256"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run_complete(model_folder, prompts, max_length=length)
-    with pytest.raises(UserError, match="num_completions"):
-        run_complete(model_folder, ["x"], num_completions=0)
-    assert capsys.readouterr().out == ""
 
 
 def test_models_that_cannot_be_used_are_named(model_folder, tmp_path, monkeypatch):

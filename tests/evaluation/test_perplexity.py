@@ -226,3 +226,27 @@ def test_what_does_not_fit_together_is_refused(model_folder, corpus_folder, run_
     ):
         with pytest.raises(UserError, match=message):
             evaluate_model(**arguments)
+
+
+def test_bits_a_byte_of_uniform_bytes_are_eight_with_any_tokenizer(tmp_path, model_folder, corpus_folder):
+    """Of bytes that are all as likely a token of n has 256^-n: 8 bits a byte, whatever a token is."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = Tokenizer(models.BPE({c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters.add_special_tokens(["<|endoftext|>"])
+    letters.save(str(tmp_path / "tokenizer.json"))
+    found = []
+    for folder in (model_folder, tmp_path):
+        encoder = load_encoder(folder)
+        sizes = torch.as_tensor(encoder.token_bytes())
+
+        def uniform(input_ids, labels, sizes=sizes):
+            targets = perplexity.shift_labels(labels)
+            return (sizes[targets.clamp(min=0)] * (targets != -100)) * math.log(256)
+
+        shards = find_shards(corpus_folder, "validation")
+        loader = ValidationLoader(shards, encoder, seq_length=64, num_lanes=2, batch_size=3)
+        found.append(evaluate_batches(uniform, loader, token_bytes=encoder.token_bytes()))
+    assert [result.bits_per_byte for result in found] == pytest.approx([8.0, 8.0], rel=1e-7)
+    assert found[0].eval_tokens < 0.8 * found[1].eval_tokens and found[0].loss > 1.2 * found[1].loss

@@ -125,10 +125,10 @@ def test_gradient_norm_of_stage_0_in_fp32(build, name, max_grad_norm):
     model = build_model(SHAPE, eos_token_id=0, seed=1, device=engine.device)
     ids = torch.randint(SHAPE.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0)).to(engine.device)
     model(input_ids=ids, labels=ids).loss.backward()
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]).item()
+    norm = sum(parameter.grad.double().square().sum() for parameter in model.parameters()).sqrt().item()
     assert norm > 0.5  # so that clipping at 0.25 does something
     train_step(engine)
-    assert float(engine.get_global_grad_norm()) == pytest.approx(norm, rel=1e-4)
+    assert float(engine.get_global_grad_norm()) == pytest.approx(norm, rel=1e-6)
     train_step(engine)
     train_step(engine, poison=float("nan"))
     assert not torch.isfinite(torch.tensor(float(engine.get_global_grad_norm())))

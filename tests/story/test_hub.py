@@ -12,7 +12,7 @@ import pytest
 from stories import clean_environment, evaluations, train_in_turn
 
 from codeparrot_ds.config import load_config
-from codeparrot_ds.evaluation.complete import run_complete
+from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
 from codeparrot_ds.evaluation.perplexity import evaluate_model
 from tests.hub.model_hub import TOKEN, running_hub
 
@@ -112,7 +112,8 @@ def test_evaluate_and_complete_take_a_branch(workshop, pushed, monkeypatch, tmp_
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     result = evaluate_model(f"{REPO}@{run.name}", data=workshop.corpus, device="cpu")
     assert result["loss"] == pytest.approx(evaluations(run)[8], rel=1e-3)
-    run_complete(f"{REPO}@{run.name}", ["def f(x):"], max_length=24, num_completions=1, device="cpu")
+    settings = CompleteSettings(max_length=24, num_completions=1)
+    run_complete(f"{REPO}@{run.name}", ["def f(x):"], settings=settings, device="cpu")
     assert capsys.readouterr().out.startswith("def f(x):")
 
 

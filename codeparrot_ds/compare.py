@@ -1,0 +1,176 @@
+"""``compare``: several DeepSpeed configs on the same weights and rows, one after the other, in fresh processes.
+
+Everything is checked and planned first. Then each config is run in turn, as often as asked for, and forwards and
+backwards by turns, so that what changes on the machine meanwhile meets all of them alike. Every trial leaves its result
+on the disk: a comparison that was stopped goes on with the same command, and has a report of what it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.comparison import (
+    Candidate,
+    Request,
+    Results,
+    Trial,
+    candidates_of,
+    check_data,
+    forget_failures,
+    left_to_run,
+    open_folder,
+    reference_of,
+)
+from codeparrot_ds.run.comparison_progress import TrialProgress
+from codeparrot_ds.run.comparison_report import Findings, judge_all, write_reports
+from codeparrot_ds.run.comparison_trial import PROGRAM, orders_of, run_trial
+from codeparrot_ds.run.initial_weights_folder import initial_weights
+from codeparrot_ds.run.launch import local_device
+from codeparrot_ds.search import Search
+
+Say = Callable[[str], None]
+
+
+def run_comparison(
+    request: Request,
+    folder: Path,
+    *,
+    hang_seconds: float,
+    retry_failed: bool,
+    search_minutes: float | None = None,
+    say: Say,
+) -> int:
+    """Compares, and writes ``report.html``, ``report.md`` and ``report.json`` into the folder.
+
+    Args:
+        request: what to compare.
+        folder: of the comparison; one that was interrupted goes on.
+        hang_seconds: a trial that writes nothing for so long is ended.
+        retry_failed: run again what did not finish.
+        search_minutes: search on from the configs for so long; None compares them and no others.
+        say: prints a line for the user.
+
+    Returns:
+        0 when at least one config was measured, 1 when none was.
+
+    Raises:
+        UserError: a mistake in what was asked for.
+        KeyboardInterrupt: the user's; the report is of the trials done.
+    """
+    device = local_device()
+    open_folder(folder, request)
+    if retry_failed:
+        forget_failures(folder)
+    candidates = candidates_of(request, folder, device=device)
+    ready = [candidate for candidate in candidates if candidate.skipped is None]
+    for candidate in candidates:
+        for sentence in [candidate.skipped] if candidate.skipped else candidate.notes:
+            say(f"{candidate.name}: {'skipped: ' if candidate.skipped else ''}{sentence}")
+    if not ready:
+        raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
+    check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
+    if search_minutes is None:
+        findings = compare(request, folder, candidates, hang_seconds=hang_seconds, say=say)
+    else:
+        findings = search(
+            request,
+            folder,
+            candidates,
+            device=device,
+            minutes=search_minutes,
+            hang_seconds=hang_seconds,
+            say=say,
+        )
+    say("")
+    for line in findings.lines():
+        say(line)
+    say(f"report: {folder / 'report.html'}")
+    return 0 if findings.speeds else 1
+
+
+def compare(
+    request: Request,
+    folder: Path,
+    candidates: Sequence[Candidate],
+    *,
+    hang_seconds: float,
+    say: Say,
+    program: Sequence[str] = PROGRAM,
+) -> Findings:
+    """Runs every trial that has no result yet, and reports, also where it is interrupted.
+
+    Args:
+        request: what to compare.
+        folder: of the comparison.
+        candidates: of the request, checked and planned.
+        hang_seconds: a trial that writes nothing for so long is ended.
+        say: prints a line for the user.
+        program: the command that runs a trial, less its options.
+    """
+    results = Results(folder)
+    with TrialProgress(request, candidates, results, say) as progress:
+        try:
+            while left := left_to_run(candidates, results):
+                trial = left[0]
+                initial = initial_weights(request.config, folder, perturbed=trial.perturbed)
+                result = run_trial(
+                    trial,
+                    folder,
+                    initial=initial,
+                    orders=orders_of(request, trial),
+                    hang_seconds=hang_seconds,
+                    progress=progress.steps_done,
+                    program=program,
+                )
+                progress.finished(trial, result)
+        except KeyboardInterrupt:
+            say(_stopped(folder))
+            raise
+        finally:
+            findings = report(request, folder, candidates)
+    return findings
+
+
+def search(
+    request: Request,
+    folder: Path,
+    candidates: Sequence[Candidate],
+    *,
+    device: str,
+    minutes: float,
+    hang_seconds: float,
+    say: Say,
+    program: Sequence[str] = PROGRAM,
+) -> Findings:
+    """Measures the candidates, and then what may be faster, for so many minutes; reports, also where interrupted."""
+
+    def run(trial: Trial) -> None:
+        run_trial(
+            trial,
+            folder,
+            initial=initial_weights(request.config, folder, perturbed=trial.perturbed),
+            orders=orders_of(request, trial),
+            hang_seconds=hang_seconds,
+            progress=lambda steps: None,
+            program=program,
+        )
+
+    try:
+        return Search(request, folder, candidates, device=device, minutes=minutes, run=run, say=say).run()
+    except KeyboardInterrupt:
+        say(_stopped(folder))
+        raise
+
+
+def _stopped(folder: Path) -> str:
+    return f"stopped; the same command goes on; {folder / 'report.html'} has what is known so far"
+
+
+def report(request: Request, folder: Path, candidates: Sequence[Candidate]) -> Findings:
+    """Judges what the trials on the disk found and writes the reports."""
+    results = Results(folder)
+    findings = judge_all(request, results, candidates, reference_of(candidates, results))
+    write_reports(findings, folder)
+    return findings

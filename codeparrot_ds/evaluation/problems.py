@@ -1,0 +1,145 @@
+"""Programming problems with unit tests, in HumanEval's schema or MBPP's: from a file, or through ``datasets``."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
+from codeparrot_ds.evaluation.sandbox import Check
+
+PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test"}
+"""Short names of the public sets."""
+
+_HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
+_MBPP = ("task_id", "code", "test_list")
+# A completion of an MBPP prompt begins with the function itself, or a class, which the recipe's ends would cut off.
+_MBPP_ENDS = ("\nassert", '\n"""', "\nprint", "\nif")
+_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One problem."""
+
+    task_id: str
+    prompt: str
+    """What a model completes: without the space at its end, which tokenizers join to what follows, as in the recipe."""
+    solution: str
+    """A right completion."""
+    check: Check
+    ends: tuple[str, ...]
+    """Texts of which the first ends a completion."""
+
+    def cut(self, completion: str) -> str:
+        """Returns a completion up to its block's end, without trailing space."""
+        return cut(completion, self.ends).rstrip()
+
+    def program(self, completion: str) -> str:
+        """Returns the source that is judged."""
+        return self.prompt + completion + "\n"
+
+
+def load_problems(source: str | Path) -> list[Problem]:
+    """Reads problems.
+
+    Args:
+        source: a ``.jsonl`` or ``.jsonl.gz`` file; ``humaneval`` or ``mbpp``; or ``org/name[:split]`` for ``datasets``,
+            split ``test`` by default.
+
+    Raises ``UserError`` with the line and the key of what is no problem in either schema.
+    """
+    path = Path(source).expanduser()
+    rows = _file_rows(path) if path.exists() else _dataset_rows(PUBLIC.get(str(source), str(source)))
+    problems = [_problem(row, where) for where, row in rows]
+    if not problems:
+        raise UserError(f"{source} holds no problem")
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.task_id in seen:
+            raise UserError(f"{source}: two problems have the task_id '{problem.task_id}'")
+        seen.add(problem.task_id)
+    return problems
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", json.loads(line)
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; name a .jsonl or .jsonl.gz file of problems") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number}: no JSON: {error}") from error
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} cannot be read as {path.suffix} text: {error}") from error
+
+
+def _dataset_rows(name: str) -> Iterator[tuple[str, Any]]:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"{name}: no such file, and neither {', '.join(PUBLIC)} nor a data set's name (org/name or org/name:split)"
+        )
+    import datasets
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(match["name"], split=match["split"] or "test")
+    except Exception as error:  # the library raises many kinds, and each says what is wrong
+        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        raise UserError(f"{name} is no file here, and cannot be loaded as a data set: {first}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}, row {number}", row
+
+
+def _problem(row: Any, where: str) -> Problem:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a problem is a JSON object, not {type(row).__name__}")
+    schema, build = (_MBPP, _mbpp) if "test_list" in row else (_HUMANEVAL, _humaneval)
+    for key in schema:
+        kind: Any = list if key == "test_list" else (str, int) if key == "task_id" else str
+        if not isinstance(row.get(key), kind):
+            said = "is missing" if row.get(key) is None else f"is a {type(row[key]).__name__}"
+            raise UserError(
+                f"{where}: {key} {said}; HumanEval's keys are {', '.join(_HUMANEVAL)}, MBPP's "
+                f"{', '.join(_MBPP)} and text or prompt"
+            )
+    return build(row, where)
+
+
+def _humaneval(row: dict[str, Any], where: str) -> Problem:
+    """The prompt is a function's head and docstring: what stands before it helps the tests as well as the program."""
+    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
+    prompt = row["prompt"].rstrip()
+    return Problem(
+        task_id=str(row["task_id"]),
+        prompt=prompt,
+        solution=row["prompt"][len(prompt) :] + row["canonical_solution"],
+        check=Check(setup=row["prompt"], tests=(tests,), entry_point=row["entry_point"]),
+        ends=BLOCK_STARTS,
+    )
+
+
+def _mbpp(row: dict[str, Any], where: str) -> Problem:
+    """The prompt is the task and one test in a docstring, as for other models that follow no instructions."""
+    text = row.get("text") or row.get("prompt")
+    tests = [*row["test_list"], *(row.get("challenge_test_list") or [])]
+    if not isinstance(text, str) or not tests or not all(isinstance(test, str) for test in tests):
+        raise UserError(f"{where}: an MBPP problem has a text (or prompt) and a test_list of texts")
+    imports = row.get("test_imports") or []
+    setup = "\n".join([*imports, row.get("test_setup_code") or ""])
+    return Problem(
+        task_id=str(row["task_id"]),
+        prompt=f'"""\n{text}\n{tests[0]}\n"""',
+        solution="\n" + row["code"].replace("\r\n", "\n"),
+        check=Check(setup=setup, tests=tuple(tests)),
+        ends=_MBPP_ENDS,
+    )

@@ -1,0 +1,64 @@
+"""Prompts from files, and what a run completes while it trains. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from codeparrot_ds.config import RunConfig
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS
+from codeparrot_ds.evaluation.problems import Problem, load_problems
+from codeparrot_ds.evaluation.sandbox import check_sandbox
+
+EXAMPLES = "examples"
+"""As ``eval_prompts``: the recipe's four."""
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Returns the prompts of a file: its text, or one a line where its name ends in ``.jsonl``."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file of a prompt") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error}") from error
+    if path.suffix != ".jsonl":
+        return [text.rstrip("\n")]
+    prompts = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: no JSON: {error}") from error
+        prompt = row.get("prompt") if isinstance(row, dict) else row
+        if not isinstance(prompt, str):
+            raise UserError(f"{path}, line {number}: neither a text nor an object with a text under 'prompt'")
+        prompts.append(prompt)
+    return prompts
+
+
+def what_to_complete(config: RunConfig) -> tuple[list[str], list[Problem]]:
+    """Returns the prompts and problems of a run's evaluations.
+
+    Raises ``UserError`` for those that cannot be read, and for problems where programs may not run or cannot.
+    """
+    prompts = []
+    if config.eval_prompts == EXAMPLES:
+        prompts = [prompt for prompt, _ in EXAMPLE_PROMPTS]
+    elif config.eval_prompts:
+        prompts = read_prompts(config.eval_prompts)
+        if not prompts:
+            raise UserError(f"eval_prompts: {config.eval_prompts} holds no prompt")
+    if not config.eval_problems:
+        return prompts, []
+    if not config.allow_execution:
+        raise UserError(
+            "eval_problems: the programs that the model writes are run in a sandbox; allow that with --allow-execution"
+        )
+    problems = load_problems(config.eval_problems)
+    check_sandbox()
+    return prompts, problems

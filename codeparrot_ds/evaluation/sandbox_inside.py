@@ -1,0 +1,459 @@
+"""What runs inside a sandbox: the candidate's side and the checker's side of a verdict. See ``sandbox``.
+
+The host compiles this file and hands the code over; nothing of the package can be imported inside, and little of the
+standard library is, because every verdict starts an interpreter. Values cross as JSON lists of strings, which are
+Python literals as well: a candidate, which must start fast, needs no JSON library.
+"""
+
+from __future__ import annotations
+
+import posix
+import sys
+
+TYPE_CHECKING = False  # typing's own, without the import, which would take half the time of a start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_NO_MEMORY = 12  # ENOMEM
+
+MAX_DEPTH = 64
+"""Of nested values. Python's own parser ends at 200 brackets."""
+
+
+class TransferError(Exception):
+    """A value that cannot cross: too deep, too large, or of a type that only one side has."""
+
+
+class TooLarge(TransferError):
+    """A message that no limit allows."""
+
+
+class Stopped(BaseException):
+    """The candidate is gone; the checker's child ends, whatever the tests catch."""
+
+
+class Messages:
+    """Lines over two file descriptors."""
+
+    def __init__(self, read_from: int, write_to: int, max_bytes: int) -> None:
+        self.read_from, self.write_to, self.max_bytes = read_from, write_to, max_bytes
+        self.buffer = b""
+
+    def receive(self) -> bytes:
+        parts = [self.buffer]
+        while b"\n" not in parts[-1]:
+            part = posix.read(self.read_from, 1 << 16)
+            if not part:
+                posix._exit(0)  # the host is gone
+            parts.append(part)
+        line, _, self.buffer = b"".join(parts).partition(b"\n")
+        return line
+
+    def send(self, message: list[Any]) -> None:
+        parts: list[str] = []
+        _write_json(message, parts)
+        data = "".join(parts).encode("ascii") + b"\n"
+        if len(data) > self.max_bytes:
+            raise TooLarge
+        while data:
+            data = data[posix.write(self.write_to, data) :]
+
+
+def _write_json(value: Any, parts: list[str]) -> None:
+    if isinstance(value, str):
+        parts.append('"' + value + '"')  # names and hexadecimal digits: nothing to escape
+        return
+    parts.append("[")
+    for index, item in enumerate(value):
+        if index:
+            parts.append(",")
+        _write_json(item, parts)
+    parts.append("]")
+
+
+def text_to_hex(text: str) -> str:
+    return text.encode("utf-8", "surrogatepass").hex()
+
+
+def text_from_hex(text: str) -> str:
+    return bytes.fromhex(text).decode("utf-8", "surrogatepass")
+
+
+def encode(value: Any, other: Callable[[Any], list[Any]], depth: int = 0) -> list[Any]:
+    """Returns a value as nested lists of strings, each with its type's tag first.
+
+    Built-in types cross with their content, subclasses as the built-in type they extend, so that no method of theirs
+    reaches the other side. ``other`` encodes what is of no such type.
+    """
+    if depth > MAX_DEPTH:
+        raise TransferError("too deep")
+    if value is None:
+        return ["n"]
+    if isinstance(value, bool):
+        return ["b", "1" if value else ""]
+    if isinstance(value, int):
+        return ["i", hex(int.__add__(value, 0))]
+    if isinstance(value, float):
+        return ["f", float.hex(value)]
+    if isinstance(value, complex):
+        return ["c", float.hex(value.real), float.hex(value.imag)]
+    if isinstance(value, str):
+        return ["s", text_to_hex(str.__add__(value, ""))]
+    if isinstance(value, (bytes, bytearray)):
+        return ["y" if isinstance(value, bytes) else "Y", value.hex()]
+    if isinstance(value, dict):
+        return ["d", *(encode(part, other, depth + 1) for pair in dict.items(value) for part in pair)]
+    for kind, tag in ((list, "l"), (tuple, "t"), (set, "S"), (frozenset, "F")):
+        if isinstance(value, kind):
+            return [tag, *(encode(part, other, depth + 1) for part in value)]
+    if type(value) is range:
+        return ["r", hex(value.start), hex(value.stop), hex(value.step)]
+    if type(value).__name__ == "deque" and type(value).__module__ == "collections":
+        return ["q", *(encode(part, other, depth + 1) for part in value)]
+    return other(value)
+
+
+def decode(code: Any, other: Callable[[str, str], Any], depth: int = 0) -> Any:
+    """Returns the value of ``encode``; ``other`` takes the tag and the text of what is of no built-in type.
+
+    Raises ``ValueError``, ``TypeError`` or ``TransferError`` for anything else.
+    """
+    if depth > MAX_DEPTH:
+        raise TransferError("too deep")
+    tag, *parts = code
+    if tag == "n":
+        return None
+    if tag == "b":
+        return bool(parts[0])
+    if tag == "i":
+        return int(parts[0], 16)
+    if tag == "f":
+        return float.fromhex(parts[0])
+    if tag == "c":
+        return complex(float.fromhex(parts[0]), float.fromhex(parts[1]))
+    if tag == "s":
+        return text_from_hex(parts[0])
+    if tag == "y":
+        return bytes.fromhex(parts[0])
+    if tag == "Y":
+        return bytearray.fromhex(parts[0])
+    if tag == "r":
+        return range(*(int(part, 16) for part in parts))
+    if tag in "ltSFqd":
+        values = [decode(part, other, depth + 1) for part in parts]
+        if tag == "l":
+            return values
+        if tag == "t":
+            return tuple(values)
+        if tag == "S":
+            return set(values)
+        if tag == "F":
+            return frozenset(values)
+        if tag == "d":
+            return dict(zip(values[::2], values[1::2], strict=True))
+        from collections import deque
+
+        return deque(values)
+    return other(tag, parts[0])
+
+
+def confine(settings: dict[str, Any]) -> None:
+    """Sets this process's limits, then leaves root for a user that owns nothing, where the host is root."""
+    import resource
+
+    for name, limit in settings["limits"].items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), limit)
+    if settings["user"]:
+        posix.setgroups([])
+        posix.setresgid(*[settings["user"]] * 3)
+        posix.setresuid(*[settings["user"]] * 3)
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Runs one side; standard input is the host's line, which the program itself finds empty."""
+    read_from = posix.dup(0)
+    null = posix.open("/dev/null", posix.O_RDWR)
+    posix.dup2(null, 0)
+    confine(settings)
+    messages = Messages(read_from, settings["write_to"], settings["message_bytes"])
+    messages.send(["hello"])
+    if settings["side"] == "candidate":
+        run_candidate(messages)
+    else:
+        run_checker(messages)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the candidate's side: nothing here is worth protecting from the program
+
+
+def run_candidate(messages: Messages) -> None:
+    """Runs the program and then answers calls of what it defines, until the host ends it."""
+    program = text_from_hex(messages.receive().decode("ascii"))
+    module = type(sys)("candidate")
+    sys.modules["candidate"] = module
+    messages.send(_attempt(lambda: _define(program, module.__dict__)))
+    objects: list[Any] = []
+
+    def to_handle(value: Any) -> list[Any]:
+        objects.append(value)
+        return ["h", str(len(objects) - 1)]
+
+    def from_handle(tag: str, text: str) -> Any:
+        return objects[int(text)] if tag == "h" else _global(module, text_from_hex(text))
+
+    def value(result: Any) -> list[Any]:
+        return ["value", encode(result, to_handle)]
+
+    def call(tag: str, text: str, arguments: Any, keywords: Any) -> list[Any]:
+        arguments, keywords = decode(arguments, from_handle), decode(keywords, from_handle)
+        result = encode(from_handle(tag, text)(*arguments, **keywords), to_handle)
+        return ["value", result, encode(list(arguments), to_handle)]
+
+    def assign(tag: str, text: str, name: str, new: Any) -> list[Any]:
+        setattr(from_handle(tag, text), text_from_hex(name), decode(new, from_handle))
+        return ["value", ["n"]]
+
+    def advance(tag: str, text: str) -> list[Any]:
+        for item in from_handle(tag, text):
+            return value(item)
+        return ["end"]
+
+    operations: dict[str, Callable[..., list[Any]]] = {
+        "call": call,
+        "get": lambda tag, text, name: value(getattr(from_handle(tag, text), text_from_hex(name))),
+        "set": assign,
+        "item": lambda tag, text, key: value(from_handle(tag, text)[decode(key, from_handle)]),
+        "length": lambda tag, text: value(len(from_handle(tag, text))),
+        "iterate": lambda tag, text: ["value", to_handle(iter(from_handle(tag, text)))],
+        "next": advance,
+    }
+    while True:
+        operation, *parts = eval(messages.receive())  # the checker's own lists of strings
+        reply = _attempt(lambda: operations[operation](*parts))  # noqa: B023
+        try:
+            messages.send(reply)
+        except TooLarge:
+            messages.send(["output"])
+
+
+def _define(program: str, namespace: dict[str, Any]) -> list[Any]:
+    try:
+        code = compile(program, "<program>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:  # ValueError: a null character
+        return ["syntax", type(error).__name__]
+    exec(code, namespace)
+    return ["ready"]
+
+
+def _global(module: Any, name: str) -> Any:
+    try:
+        return module.__dict__[name]
+    except KeyError:
+        raise NameError(f"name '{name}' is not defined") from None
+
+
+def _attempt(action: Callable[[], list[Any]]) -> list[Any]:
+    """Returns the reply to a request: the action's, or what it raised."""
+    try:
+        return action()
+    except MemoryError:
+        return ["memory"]
+    except SystemExit:
+        return ["exit"]
+    except BaseException as error:
+        return ["memory"] if getattr(error, "errno", None) == _NO_MEMORY else _failure(error)
+
+
+def _failure(error: BaseException) -> list[Any]:
+    """An exception as the nearest built-in one's name, its own name, and its text."""
+    built_in = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    try:
+        text = str(error)[:500]
+    except BaseException:  # a __str__ of the program's own
+        text = ""
+    name = "".join(letter for letter in type(error).__name__[:64] if letter.isalnum() or letter == "_")
+    return ["error", built_in, text_to_hex(name), text_to_hex(text)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the checker's side: the only one that can say "passed"
+
+
+def run_checker(messages: Messages) -> None:
+    """Runs the tests of one problem after another, each in a child of its own."""
+    import ast  # noqa: F401 (its children find it loaded)
+    import collections  # noqa: F401
+    import json
+
+    while True:
+        check = json.loads(messages.receive())
+        child = posix.fork()
+        if not child:
+            try:
+                verdict = _run_tests(check, messages)
+                messages.send(verdict)
+            except BaseException:
+                posix._exit(1)
+            posix._exit(0)
+        _, status = posix.waitpid(child, 0)
+        if status:
+            messages.send(["done", "error", text_to_hex("the tests' own process died"), ""])
+
+
+class Remote:
+    """What the checker has of the candidate's: a name, or an object that equals nothing but itself.
+
+    No operator reaches the program, which could answer ``result - expected`` with what the tests wish for.
+    """
+
+    __slots__ = ("_candidate", "_place")
+
+    def __init__(self, candidate: Candidate, tag: str, text: str) -> None:
+        object.__setattr__(self, "_candidate", candidate)
+        object.__setattr__(self, "_place", (tag, text))
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._candidate.call(self._place, arguments, keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._candidate.value("get", *self._place, text_to_hex(name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._candidate.value("set", *self._place, text_to_hex(name), encode(value, _encode_remote))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._candidate.value("item", *self._place, encode(key, _encode_remote))
+
+    def __len__(self) -> int:
+        return int(self._candidate.value("length", *self._place))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and self._place == other._place
+
+    def __hash__(self) -> int:
+        return hash(self._place)
+
+    def __iter__(self) -> Any:
+        iterator = self._candidate.value("iterate", *self._place)
+        while (reply := self._candidate.ask("next", *iterator._place))[0] != "end":
+            yield self._candidate.decode(reply[1])
+
+
+class CandidateError(Exception):
+    """An exception of the program's that is no built-in one."""
+
+
+class Candidate:
+    """Asks the candidate through the host."""
+
+    def __init__(self, messages: Messages) -> None:
+        import json
+
+        self.messages, self.loads = messages, json.loads
+
+    def ask(self, *request: Any) -> list[Any]:
+        """Returns the program's reply, ``["value", …]`` or ``["end"]``; raises what it says that it raised."""
+        self.messages.send(list(request))
+        reply = self.loads(self.messages.receive())
+        if not isinstance(reply, list) or not reply:
+            raise TransferError("no reply")
+        if reply[0] == "stop":
+            raise Stopped
+        if reply[0] == "error":
+            raise _exception(reply)
+        if reply[0] not in ("value", "end"):
+            raise TransferError("no reply")
+        return reply
+
+    def value(self, *request: Any) -> Any:
+        return self.decode(self.ask(*request)[1])
+
+    def call(self, place: tuple[str, str], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        reply = self.ask("call", *place, encode(list(arguments), _encode_remote), encode(keywords, _encode_remote))
+        for argument, after in zip(arguments, self.decode(reply[2]), strict=True):
+            _update(argument, after)
+        return self.decode(reply[1])
+
+    def decode(self, code: Any) -> Any:
+        return decode(code, lambda tag, text: Remote(self, "h", str(int(text))))
+
+
+def _encode_remote(value: Any) -> list[Any]:
+    if isinstance(value, Remote):
+        return [*value._place]
+    raise TransferError(f"a test hands over a {type(value).__name__}, which cannot leave the checker")
+
+
+def _exception(reply: list[Any]) -> Exception:
+    import builtins
+
+    _, built_in, own_name, text = reply
+    kind: Any = getattr(builtins, built_in, None)
+    error: Exception
+    try:
+        if not issubclass(kind, Exception):
+            raise TypeError(built_in)
+        error = kind(text_from_hex(text))
+    except TypeError:  # none that can be raised with a text alone
+        error = CandidateError(text_from_hex(text))
+    error._candidate = text_from_hex(own_name)  # type: ignore[attr-defined]
+    return error
+
+
+def _update(before: Any, after: Any) -> None:
+    """Makes an argument what the call left of it."""
+    if type(before) is not type(after):
+        return
+    if isinstance(before, list):
+        if len(before) == len(after):
+            kept = [old if _is_mutable(old) and type(old) is type(new) else new for old, new in zip(before, after)]  # noqa: B905
+            for old, new in zip(kept, after):  # noqa: B905
+                _update(old, new)
+            after = kept
+        before[:] = after
+    elif isinstance(before, (dict, set)):
+        before.clear()
+        before.update(after)
+    elif isinstance(before, bytearray):
+        before[:] = after
+
+
+def _is_mutable(value: Any) -> bool:
+    return isinstance(value, (list, dict, set, bytearray))
+
+
+def _run_tests(check: dict[str, Any], messages: Messages) -> list[Any]:
+    """Returns ``["done", kind, detail, text]`` of one problem; all but the kind are hexadecimal."""
+    candidate = Candidate(messages)
+    names = _names_used("\n".join([check["setup"], *check["tests"]]))
+    namespace: dict[str, Any] = {name: Remote(candidate, "g", text_to_hex(name)) for name in names}
+    namespace["__name__"] = "checker"
+    try:
+        exec(compile(check["setup"], "<setup>", "exec", dont_inherit=True), namespace)
+        if check["entry_point"]:
+            namespace[check["entry_point"]] = Remote(candidate, "g", text_to_hex(check["entry_point"]))
+        for test in check["tests"]:
+            exec(compile(test, "<tests>", "exec", dont_inherit=True), namespace)
+    except Stopped:
+        return ["done", "stopped", "", ""]
+    except BaseException as error:
+        own = getattr(error, "_candidate", None)
+        kind = "failed" if isinstance(error, AssertionError) and own is None else "error"
+        return ["done", kind, text_to_hex(own or type(error).__name__), text_to_hex(str(error)[:500])]
+    return ["done", "passed", "", ""]
+
+
+def _names_used(source: str) -> set[str]:
+    """The names that code reads and no built-in one has: what it defines itself takes their place when it runs."""
+    import ast
+    import builtins
+
+    read = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    return {name for name in read if not hasattr(builtins, name)}

@@ -1,0 +1,400 @@
+"""What a comparison found: every trial judged, ranked and written down as HTML, Markdown and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds import durable
+from codeparrot_ds.run.comparison import FINISHED, Candidate, Request, Results, Trial, trials_of
+from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_gpu
+from codeparrot_ds.run.initial_weights_folder import fingerprints
+from codeparrot_ds.zero.ds_config import leaves, precision, zero_stage
+from codeparrot_ds.zero.ranking import Speed, pareto, ranked, speed_of
+from codeparrot_ds.zero.verdict import (
+    REFERENCE,
+    ROUNDOFF,
+    Sensitivity,
+    Trace,
+    Verdict,
+    judge,
+    loss_bands,
+    sensitivity_of,
+)
+
+WAITING = "not run yet"
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """One candidate with all that its trials gave.
+
+    Attributes:
+        candidate: what was run.
+        results: ``result.json`` of each trial, by repeat.
+        status: of the first trial that did not finish, ``skipped``, `WAITING`, or ``finished``.
+        reason: why it did not.
+        speed: tokens/s; None where no scored step was measured.
+        verdict: on its losses; None where it has none.
+        found: what the first trial that has anything found.
+    """
+
+    candidate: Candidate
+    results: Sequence[Mapping[str, Any]]
+    status: str
+    reason: str | None = None
+    speed: Speed | None = None
+    verdict: Verdict | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The training rows of the first trial."""
+        return list(self.found.get("rows", []))
+
+    def scored(self, key: str, warmup_steps: int) -> list[float]:
+        """A figure of every scored step of every trial."""
+        return [
+            float(row[key])
+            for result in self.results
+            for row in (result.get("found") or {}).get("rows", [])[warmup_steps:]
+            if row.get(key) is not None
+        ]
+
+    @property
+    def device_bytes(self) -> int | None:
+        """The most that tensors took on any rank's device; None on CPUs."""
+        peaks = [max(found["device_peak_bytes"]) for found in self._whole() if found.get("device_peak_bytes")]
+        return max(peaks, default=None)
+
+    @property
+    def host_bytes(self) -> int | None:
+        """The most that any rank's process had resident."""
+        peaks = [max(found["resident_peak_bytes"]) for found in self._whole()]
+        return max(peaks, default=None)
+
+    @property
+    def grown_bytes(self) -> int | None:
+        """How much more than its libraries alone any rank's process had resident."""
+        grown = [
+            max(p - b for p, b in zip(found["resident_peak_bytes"], found["resident_before_bytes"], strict=True))
+            for found in self._whole()
+        ]
+        return max(grown, default=None)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What a rank's device holds: on CPUs what the process grew by."""
+        return self.device_bytes if self.device_bytes is not None else self.grown_bytes
+
+    def _whole(self) -> list[Mapping[str, Any]]:
+        found = [result.get("found") or {} for result in self.results]
+        return [each for each in found if "resident_peak_bytes" in each]
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """A comparison as far as it has come.
+
+    Attributes:
+        request: what was asked for.
+        outcomes: of all candidates, in the order of the request.
+        reference: the name of the one that losses are compared with.
+        sensitivity: of the reference to errors of each precision whose sensitivity run has been made.
+        device: what the ranks ran on.
+        tried: what a search says of its way; empty without one.
+    """
+
+    request: Request
+    outcomes: Sequence[Outcome]
+    reference: str | None
+    sensitivity: Mapping[str, Sensitivity]
+    device: str
+    tried: Sequence[str] = ()
+
+    @property
+    def speeds(self) -> dict[str, Speed]:
+        """Of all that were measured."""
+        return {each.name: each.speed for each in self.outcomes if each.speed is not None}
+
+    @property
+    def ranking(self) -> list[tuple[str, list[str]]]:
+        """Names by falling tokens/s, each with those that it is tied with."""
+        return ranked(self.speeds)
+
+    def outcome(self, name: str) -> Outcome:
+        """The outcome of a name."""
+        return next(each for each in self.outcomes if each.name == name)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trial has its result."""
+        return all(each.status != WAITING for each in self.outcomes)
+
+    @property
+    def front(self) -> list[str]:
+        """The Pareto front of memory and tokens/s among those that train the same."""
+        points = {
+            each.name: (float(each.memory_bytes), each.speed.median)
+            for each in self.outcomes
+            if each.speed is not None and each.memory_bytes is not None and (each.verdict is None or each.verdict.same)
+        }
+        return pareto(points)
+
+    @property
+    def recommendation(self) -> str:
+        """One sentence: which config to take, and why."""
+        usable = {
+            name: speed
+            for name, speed in self.speeds.items()
+            if (verdict := self.outcome(name).verdict) and verdict.same
+        }
+        if not usable:
+            return "No config was measured that trains the same as the reference."
+        order = ranked(usable)
+        fastest, ties = order[0]
+        chosen = min([fastest, *ties], key=lambda name: self.outcome(name).memory_bytes or math.inf)
+        speed, outcome = usable[chosen], self.outcome(chosen)
+        sentence = f"Take {_on_ranks(outcome.candidate)}: {speed.median:,.0f} tokens/s"
+        slowest = order[-1][0]
+        if self.reference in usable and chosen != self.reference:
+            ratio = speed.median / usable[self.reference].median
+            sentence += f", {ratio:.2f}x the tokens/s of the reference {self.reference}"
+        elif slowest != chosen:
+            sentence += f", {speed.median / usable[slowest].median:.2f}x the tokens/s of {slowest}"
+        spare = self._spare_bytes(outcome)
+        if spare is not None:
+            sentence += f", with {gigabytes(spare)} of the device to spare"
+        if ties:
+            tied = [name for name in [fastest, *ties] if name != chosen]
+            sentence += (
+                f"; {', '.join(tied)} {'is' if len(tied) == 1 else 'are'} as fast within the spread, with more memory"
+            )
+        if not self.complete:
+            sentence += " (so far: some trials have not been run)"
+        return sentence + "."
+
+    def _spare_bytes(self, outcome: Outcome) -> int | None:
+        gpu = smallest_gpu() if outcome.device_bytes is not None else None
+        if gpu is None or outcome.device_bytes is None:
+            return None
+        return gpu[1] - load_overhead().total(outcome.device_bytes, outcome.candidate.world_size)
+
+    def lines(self) -> list[str]:
+        """The findings for a terminal."""
+        width = max((len(each.name) for each in self.outcomes), default=0)
+        lines = []
+        for place, (name, ties) in enumerate(self.ranking, 1):
+            outcome = self.outcome(name)
+            assert outcome.speed is not None
+            memory = "" if outcome.memory_bytes is None else f", {gigabytes(outcome.memory_bytes)} a rank"
+            lines.append(
+                f"{place:2}. {name:{width}}  {outcome.speed.median:8,.0f} tokens/s "
+                f"({outcome.speed.low:,.0f} to {outcome.speed.high:,.0f}){memory}; losses: {outcome.verdict or 'none'}"
+                + (f"; tied with {', '.join(ties)}" if ties else "")
+            )
+        lines += [f"    {each.name:{width}}  {each.status}: {each.reason}" for each in self.outcomes if each.reason]
+        return [*lines, "", self.recommendation]
+
+
+def _on_ranks(candidate: Candidate) -> str:
+    return f"{candidate.label} on {candidate.world_size} rank{'s' * (candidate.world_size != 1)}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+def judge_all(
+    request: Request,
+    results: Results,
+    candidates: Sequence[Candidate],
+    reference: Candidate,
+    tried: Sequence[str] = (),
+) -> Findings:
+    """Reads every result, and judges it against the reference, or the first that has losses where that has none."""
+    outcomes = [_outcome(request, results, candidate) for candidate in candidates]
+    with_losses = [each for each in outcomes if each.rows]
+    chosen = next((each for each in with_losses if each.name == reference.name), None)
+    chosen = chosen or next(iter(with_losses), None)
+    sensitivity: dict[str, Sensitivity] = {}
+    base = None
+    if chosen is not None:
+        base = trace_of(chosen)
+        for name in ROUNDOFF:
+            result = results.of(Trial(candidate=chosen.candidate, repeat=0, perturbed=name))
+            if result is not None and (result.get("found") or {}).get("rows"):
+                twin = Outcome(candidate=chosen.candidate, results=[result], status=FINISHED, found=result["found"])
+                sensitivity[name] = sensitivity_of(base, trace_of(twin), name)
+    expected = fingerprints(results.folder / "initial")
+    for each in with_losses:
+        if chosen is not None and base is not None:
+            verdict = judge(trace_of(each), base, sensitivity, expected)
+            each.verdict = dataclasses.replace(verdict, kind=REFERENCE) if each is chosen and verdict.same else verdict
+    device = next((str(each.found["device"]) for each in with_losses if "device" in each.found), "")
+    return Findings(
+        request=request,
+        outcomes=outcomes,
+        reference=None if chosen is None else chosen.name,
+        sensitivity=sensitivity,
+        device=device,
+        tried=tried,
+    )
+
+
+def _outcome(request: Request, results: Results, candidate: Candidate) -> Outcome:
+    if candidate.skipped is not None:
+        return Outcome(candidate=candidate, results=[], status="skipped", reason=candidate.skipped)
+    done = [result for trial in trials_of(candidate) if (result := results.of(trial)) is not None]
+    broken = next((result for result in done if result["status"] != FINISHED), None)
+    status = WAITING if len(done) < candidate.repeats else FINISHED
+    outcome = Outcome(candidate=candidate, results=done, status=broken["status"] if broken else status)
+    outcome.reason = broken["reason"] if broken else None
+    if status == WAITING and not broken and done:
+        outcome.reason = f"{len(done)} of {candidate.repeats} trials"
+    steps = [
+        [float(row["tokens_per_second"]) for row in result["found"]["rows"][request.warmup_steps :]]
+        for result in done
+        if result["status"] == FINISHED and result.get("found")
+    ]
+    outcome.speed = speed_of(steps)
+    outcome.found = next((result["found"] for result in done if (result.get("found") or {}).get("rows")), {})
+    return outcome
+
+
+def trace_of(outcome: Outcome) -> Trace:
+    """What an outcome's first trial left to be judged by."""
+    found, candidate = outcome.found, outcome.candidate
+    settings = {name: value for name, value in dataclasses.asdict(candidate.config).items() if name != "deepspeed"}
+    settings |= {"deepspeed: " + ".".join(path): value for path, value in leaves(candidate.resolved)}
+    rows = found["rows"]
+    return Trace(
+        losses=[float(row["loss"]) for row in rows],
+        grad_norms=[None if row["grad_norm"] is None else float(row["grad_norm"]) for row in rows],
+        skipped=[int(row["skipped_steps"]) for row in rows],
+        row_hashes=found.get("row_hashes", []),
+        weights=(found["weights"]["dtype"], found["weights"]["sha256"]),
+        settings=settings,
+        precision=precision(candidate.resolved),
+        world_size=candidate.world_size,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def figures_of(outcome: Outcome, request: Request) -> dict[str, Any]:
+    """The figures of one outcome, for tables and for programs; None where something was not measured."""
+    candidate, found, warmup = outcome.candidate, outcome.found, request.warmup_steps
+    predicted = candidate.predicted
+    seconds, mfu, waits = (outcome.scored(key, warmup) for key in ("step_seconds", "mfu", "data_wait_seconds"))
+    laps = found.get("startup_seconds")
+    verdict = outcome.verdict
+    return {
+        "name": outcome.name,
+        "config": candidate.label,
+        "world_size": candidate.world_size,
+        "micro_batch_size": candidate.config.micro_batch_size,
+        "zero_stage": zero_stage(candidate.resolved) if candidate.resolved else None,
+        "precision": precision(candidate.resolved) if candidate.resolved else None,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "step": next((result["step"] for result in outcome.results if result.get("step")), None),
+        "peak_bytes": next((result["peak_bytes"] for result in outcome.results if result.get("peak_bytes")), None),
+        "tokens_per_second": None if outcome.speed is None else dataclasses.asdict(outcome.speed),
+        "step_seconds": statistics.median(seconds) if seconds else None,
+        "data_wait_seconds": statistics.mean(waits) if waits else None,
+        "mfu": statistics.median(mfu) if mfu else None,
+        "memory": {
+            "predicted_device_bytes": None if predicted is None else predicted.peak_bytes,
+            "predicted_host_bytes": None if predicted is None else predicted.host_bytes,
+            "prediction": None if predicted is None else predicted.depth,
+            "device_bytes": outcome.device_bytes,
+            "host_resident_bytes": outcome.host_bytes,
+            "host_grown_bytes": outcome.grown_bytes,
+        },
+        "parts": found.get("parts"),
+        "checkpoint": found.get("checkpoint"),
+        "startup_seconds": sum(laps.values()) if laps else None,
+        "verdict": None if verdict is None else {**dataclasses.asdict(verdict), "text": str(verdict)},
+        "losses": [row["loss"] for row in outcome.rows],
+        "grad_norms": [row["grad_norm"] for row in outcome.rows],
+        "notes": list(candidate.notes),
+        "trials": [{key: result[key] for key in ("name", "status", "seconds")} for result in outcome.results],
+    }
+
+
+def as_json(findings: Findings) -> dict[str, Any]:
+    """The whole comparison for programs; what is not finite is a string."""
+    request = findings.request
+    reference = findings.reference and findings.outcome(findings.reference)
+    bands = {}
+    if reference:
+        base = trace_of(reference)
+        bands = {name: loss_bands(base, sensitivity) for name, sensitivity in findings.sensitivity.items()}
+    report = {
+        "recommendation": findings.recommendation,
+        "complete": findings.complete,
+        "reference": findings.reference,
+        "device": findings.device,
+        "steps": request.steps,
+        "warmup_steps": request.warmup_steps,
+        "repeats": request.repeats,
+        "config": dataclasses.asdict(request.config),
+        "ranking": [{"name": name, "tied_with": ties} for name, ties in findings.ranking],
+        "pareto_front": findings.front,
+        "sensitivity": {name: dataclasses.asdict(each) for name, each in findings.sensitivity.items()},
+        "loss_bands": bands,
+        "configs": [figures_of(each, request) for each in findings.outcomes],
+        "tried": list(findings.tried),
+    }
+    return dict(_plain(report))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def differences(findings: Findings) -> list[tuple[str, list[str]]]:
+    """Every setting in which the candidates differ: the key, and a text for each; the first row has the names."""
+    shown = [each for each in findings.outcomes if each.candidate.resolved]
+    flat = []
+    for each in shown:
+        settings = {"ranks": each.candidate.world_size}
+        settings |= {
+            key: value for key, value in dataclasses.asdict(each.candidate.config).items() if key != "deepspeed"
+        }
+        settings |= {"deepspeed: " + ".".join(path): value for path, value in leaves(each.candidate.resolved)}
+        flat.append(settings)
+    keys = list(dict.fromkeys(key for settings in flat for key in settings))
+    rows = [(key, [json.dumps(settings[key]) if key in settings else "–" for settings in flat]) for key in keys]
+    differing = [(key, values) for key, values in rows if len(set(values)) > 1]
+    return [("setting", [each.name for each in shown]), *differing] if differing else []
+
+
+def write_reports(findings: Findings, folder: Path) -> None:
+    """Writes ``report.json``, ``report.md``, its PNGs, and ``report.html``; each whole or not at all."""
+    from codeparrot_ds.run.comparison_charts import pictures_of
+    from codeparrot_ds.run.comparison_page import html_page, markdown_page
+
+    durable.write_json(folder / "report.json", as_json(findings))
+    pictures = pictures_of(findings)
+    for picture in pictures:
+        durable.replace_file(folder / f"{picture.name}.png", [picture.images["light"]])
+    durable.replace_file(folder / "report.md", [markdown_page(findings, pictures).encode()])
+    durable.replace_file(folder / "report.html", [html_page(findings, pictures).encode()])

@@ -1,0 +1,93 @@
+"""The weights that every config of a comparison begins with: made once, saved as a model folder, known by their hash.
+
+A run in bf16 or fp16 rounds them, so the folder has the hash of each precision: a trial that began with anything else
+is found out. Run as a program this module makes the folder, so that ``compare`` itself needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codeparrot_ds import durable
+from codeparrot_ds.config import RunConfig, load_config
+from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.model.shapes import find_shape
+from codeparrot_ds.run.checkpoint_files import TOKENIZER_FILES, WEIGHTS
+from codeparrot_ds.run.initial_weights_folder import FINGERPRINTS
+from codeparrot_ds.run.rounding_noise import SPACING, factors
+from codeparrot_ds.run.tensor_file import save_tensors
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_initial_weights(config: RunConfig, folder: Path, *, perturbed: str | None = None) -> None:
+    """Makes a model folder in Hugging Face format that ``init_from`` takes, with ``fingerprints.json``.
+
+    Args:
+        config: a run's; its model, tokenizer and seed decide, or its ``init_from``.
+        folder: of the model, new.
+        perturbed: change each weight by a random factor within one spacing of this precision: ``bf16`` for 1 ± 2^-7.
+    """
+    from codeparrot_ds.model.gpt2 import build_model, load_weights
+
+    encoder = load_encoder(config.tokenizer)
+    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    model: Any = build_model(shape, eos_token_id=encoder.eos_token_id, seed=config.seed)
+    if config.init_from:
+        load_weights(model, Path(config.init_from) / WEIGHTS, partitioned=False)
+    weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    if perturbed is not None:
+        generator = torch.Generator().manual_seed(config.seed)
+        for weight in weights.values():
+            weight.mul_(factors(weight, SPACING[perturbed], generator))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (Path(config.tokenizer) / name).is_file():
+            shutil.copyfile(Path(config.tokenizer) / name, folder / name)
+    model.config.save_pretrained(folder)
+    save_tensors(folder / WEIGHTS, weights)
+    hashes = {
+        name: weights_fingerprint((key, weight.to(dtype)) for key, weight in sorted(weights.items()))
+        for name, dtype in DTYPES.items()
+    }
+    durable.write_json(folder / FINGERPRINTS, hashes)  # last: it says that the folder is whole
+
+
+def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 of names, shapes and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def engine_fingerprint(engine: Any, *, partitioned: bool) -> tuple[str, str]:
+    """The working weights' dtype, by torch's name, and their fingerprint; collective where they are partitioned.
+
+    Rank 0's answer counts: below stage 3 every rank has all weights, at stage 3 each is gathered in turn.
+    """
+    import deepspeed
+
+    parameters = sorted(engine.module.named_parameters())
+
+    def whole() -> Iterable[tuple[str, torch.Tensor]]:
+        for name, parameter in parameters:
+            gathered = deepspeed.zero.GatheredParameters(parameter) if partitioned else contextlib.nullcontext()
+            with gathered:
+                yield name, parameter.data
+
+    dtype = str(parameters[0][1].dtype).removeprefix("torch.")
+    return dtype, weights_fingerprint(whole())
+
+
+if __name__ == "__main__":
+    make_initial_weights(load_config(sys.argv[1]), Path(sys.argv[2]), perturbed=next(iter(sys.argv[3:]), None))

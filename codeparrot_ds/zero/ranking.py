@@ -1,0 +1,63 @@
+"""Which config is faster, and which are not to be told apart: medians, their spread, ties and the Pareto front.
+
+Pure. The spread of a config is the range from the lowest first to the highest third quartile that any of its trials
+saw: it holds what differs between steps of one process, and between processes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Tokens/s of one config: the median over all scored steps of its trials, and the spread around it."""
+
+    median: float
+    low: float
+    high: float
+    steps: int
+    trials: int
+
+    def tied(self, other: Speed) -> bool:
+        """Whether either median lies in the other's spread: then another comparison may rank them otherwise."""
+        return self.low <= other.median <= self.high or other.low <= self.median <= other.high
+
+
+def speed_of(trials: Sequence[Sequence[float]]) -> Speed | None:
+    """The speed from the tokens/s of each scored step of each trial; None where there is none."""
+    kept = [list(steps) for steps in trials if steps]
+    if not kept:
+        return None
+    everything = [value for steps in kept for value in steps]
+    return Speed(
+        median=statistics.median(everything),
+        low=min(_quartile(steps, 1) for steps in kept),
+        high=max(_quartile(steps, 3) for steps in kept),
+        steps=len(everything),
+        trials=len(kept),
+    )
+
+
+def _quartile(values: Sequence[float], number: int) -> float:
+    if len(values) == 1:
+        return values[0]
+    return statistics.quantiles(values, n=4, method="inclusive")[number - 1]
+
+
+def ranked(speeds: Mapping[str, Speed]) -> list[tuple[str, list[str]]]:
+    """Names by falling median, each with those that it is tied with."""
+    order = sorted(speeds, key=lambda name: -speeds[name].median)
+    return [(name, [other for other in order if other != name and speeds[name].tied(speeds[other])]) for name in order]
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of which no other takes as little memory and is as fast: (memory, tokens/s), by rising memory."""
+    front = []
+    for name, (memory, speed) in points.items():
+        others = (point for other, point in points.items() if other != name)
+        if not any(m <= memory and s >= speed and (m, s) != (memory, speed) for m, s in others):
+            front.append(name)
+    return sorted(front, key=lambda name: points[name])

@@ -1,0 +1,152 @@
+"""humaneval, from completions to the result file: resumed, shared among processes, judged in the sandbox."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codeparrot_ds.cli import main
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
+from codeparrot_ds.evaluation.pass_at_k import estimate
+from codeparrot_ds.evaluation.problems import load_problems
+
+FILE = Path(__file__).with_name("problems.jsonl")
+SETTINGS = Settings(problems=str(FILE), num_samples=2, temperatures=(0.0, 0.6), max_new_tokens=8)
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def write(folder, name, content):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def completed(model_folder, folder, **settings):
+    values = {**SETTINGS.__dict__, **settings}
+    return humaneval(model_folder, folder, settings=Settings(**values), judge=False, batch_size=4)
+
+
+def test_completions_that_solve_problems_are_counted_and_told(model_folder, tmp_path, capsys):
+    """A tiny model solves nothing: the completions of a better one are put in their places."""
+    completed(model_folder, tmp_path / "r")
+    problems = load_problems(FILE)
+    kept = rows(tmp_path / "r", "generations-t0.6")
+    assert {(row["task_id"], row["sample"]) for row in kept} == {(p.task_id, n) for p in problems for n in (0, 1)}
+    assert len({row["seed"] for row in kept}) == len(kept) and max(row["tokens"] for row in kept) <= 8
+    solved = {problem.task_id: problem.solution + "\n\ndef" for problem in problems[:3]}
+    for row in kept:
+        if row["task_id"] in solved and (row["sample"] == 0 or row["task_id"] == problems[0].task_id):
+            row["completion"] = solved[row["task_id"]]
+    write(tmp_path / "r", "generations-t0.6", kept)
+    code = main(
+        ["humaneval", str(model_folder), "--problems", str(FILE), "--num-samples", "2", "--temperatures", "0", "0.6"]
+        + ["--max-new-tokens", "8", "--out", str(tmp_path / "r"), "--allow-execution", "--k", "1,2"]
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    expected = [estimate([(2, 2), (2, 1), (2, 1), (2, 0), (2, 0)], k) for k in (1, 2)]
+    metrics = results["results"]["problems"]
+    assert metrics["pass@1,create_test"] == expected[0].value == pytest.approx(0.4)
+    assert metrics["pass@2,create_test"] == expected[1].value == pytest.approx(0.6)
+    assert metrics["pass@1_stderr,create_test"] == expected[0].stderr
+    own = results["codeparrot_ds"]
+    assert own["best"]["1"]["temperature"] == 0.6 and own["temperatures"]["0"]["pass_at_k"]["1"]["value"] == 0.0
+    assert own["temperatures"]["0.6"]["verdicts"]["passed"] == 4 and own["temperatures"]["0.6"]["problems_solved"] == 3
+    assert sum(own["temperatures"]["0.6"]["verdicts"].values()) == 10
+    assert results["n-samples"]["problems"] == {"original": 5, "effective": 5}
+    assert f"{100 * 0.4:6.2f}% ({100 * expected[0].low:.1f} - {100 * expected[0].high:.1f})*" in printed
+    assert printed == describe(results) + f"\nresults in {tmp_path / 'r'}\n"
+    verdicts = rows(tmp_path / "r", "verdicts-t0.6")
+    assert {row["task_id"] for row in verdicts if row["kind"] == "passed"} == set(solved)
+
+
+def test_a_killed_command_goes_on_where_it_was(model_folder, tmp_path, monkeypatch):
+    completed(model_folder, tmp_path / "whole")
+    completed(model_folder, tmp_path / "r", num_samples=1, temperatures=(0.6,))
+    path = tmp_path / "r" / "generations-t0.6.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # cut in the middle of a line
+    begun = path.read_bytes()[: len(b"".join(lines[:3]))]
+    completed(model_folder, tmp_path / "r")
+    assert path.read_bytes().startswith(begun)
+    for name in ("generations-t0.6", "generations-t0"):
+        by_key = [
+            {(row["task_id"], row["sample"]): row["completion"] for row in rows(tmp_path / folder, name)}
+            for folder in ("whole", "r")
+        ]
+        assert by_key[0] == by_key[1] and len(rows(tmp_path / "r", name)) == len(by_key[0])
+    # All is there: no model is needed any more, and nothing is judged twice.
+    results = humaneval(model_folder, tmp_path / "r", settings=SETTINGS, num_workers=2)
+    verdicts = (tmp_path / "r" / "verdicts-t0.6.jsonl").read_bytes()
+    monkeypatch.setattr("codeparrot_ds.evaluation.source.load_model", None)
+    monkeypatch.setattr("codeparrot_ds.evaluation.humaneval.judge_all", None)
+    again = humaneval(model_folder, tmp_path / "r", settings=SETTINGS)
+    assert again["results"] == results["results"]
+    assert (tmp_path / "r" / "verdicts-t0.6.jsonl").read_bytes() == verdicts
+
+
+def test_processes_share_the_problems_and_write_the_same(model_folder, tmp_path):
+    settings = {"temperatures": (0.6,)}
+    completed(model_folder, tmp_path / "one", **settings)
+    humaneval(
+        model_folder,
+        tmp_path / "two",
+        settings=Settings(**{**SETTINGS.__dict__, **settings}),
+        judge=False,
+        num_processes=2,
+        device="cpu",
+    )
+    parts = [rows(tmp_path / "two", f"generations-t0.6.{n}of2") for n in (1, 2)]
+    assert [len(part) for part in parts] == [6, 4]
+    key = ("task_id", "sample", "completion", "seed")
+    found = sorted(tuple(row[k] for k in key) for part in parts for row in part)
+    assert found == sorted(tuple(row[k] for k in key) for row in rows(tmp_path / "one", "generations-t0.6"))
+
+
+def test_other_settings_and_other_folders_are_refused(model_folder, tmp_path, save_model):
+    completed(model_folder, tmp_path / "r", temperatures=(0.0,))
+    with pytest.raises(UserError, match=r"max_new_tokens was 8 and is 9; name another folder with --out"):
+        completed(model_folder, tmp_path / "r", max_new_tokens=9)
+    other = save_model(tmp_path / "other", dtype="bfloat16")
+    with pytest.raises(UserError, match="model was"):
+        completed(other, tmp_path / "r")
+    humaneval(
+        model_folder,
+        tmp_path / "r",
+        settings=Settings(**{**SETTINGS.__dict__, "temperatures": (0.0,), "max_new_tokens": 3}),
+        judge=False,
+        overwrite=True,
+    )
+    assert max(row["tokens"] for row in rows(tmp_path / "r", "generations-t0")) <= 3
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty and holds no results"):
+        completed(model_folder, tmp_path / "full")
+    for wrong in ({"temperatures": ()}, {"temperatures": (-1.0,)}, {"temperatures": (1.0, 1.0)}, {"top_p": 0.0}):
+        with pytest.raises(UserError):
+            completed(model_folder, tmp_path / "new", **wrong)
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_runs_unless_it_is_allowed(model_folder, tmp_path, capsys, monkeypatch):
+    command = ["humaneval", str(model_folder), "--problems", str(FILE), "--out", str(tmp_path / "r")]
+    for options in ([], ["--allow-execution", "--generate-only"]):
+        assert main([*command, *options]) == 2
+        assert "allow that with --allow-execution" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap
+    process = subprocess.run(
+        [sys.executable, "-m", "codeparrot_ds", *command, "--allow-execution"], capture_output=True, text=True
+    )
+    assert process.returncode == 2 and "apt-get install bubblewrap" in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_results_of_a_run_lie_in_it(run_folder):
+    assert default_folder(run_folder, "humaneval") == run_folder / "humaneval" / "step-00001000-humaneval"
+    assert default_folder("org/name", "google/mbpp:test") == Path("humaneval/name-mbpp")

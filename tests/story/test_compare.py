@@ -1,0 +1,84 @@
+"""A real comparison: the command line, fresh launches, and a report."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from stories import run_command, run_here
+
+from codeparrot_ds.run.comparison_trial import FOUND
+
+CONFIGS = ("zero0_fp32", "zero2_fp32,max_grad_norm=0", "zero2_fp32,max_grad_norm=0,micro_batch_size=4")
+
+
+def command(workshop, folder, *more):
+    """Arguments of a comparison on one rank."""
+    options = workshop.options(*more)
+    for option in ("--wandb", "--hub", "--output-dir", "--log-steps"):  # a comparison decides these
+        place = options.index(option)
+        del options[place : place + 2]
+    steps = ("--steps", "6", "--warmup-steps", "2", "--repeats", "1")
+    return ["compare", *CONFIGS, "--preset", *options, "--world-sizes", "1", *steps, "--out", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def comparison(workshop, tmp_path_factory):
+    """Three configs on one rank, two of them without clipping, which makes them different."""
+    folder = tmp_path_factory.mktemp("compared") / "out"
+    process = run_command([sys.executable, "-m", "codeparrot_ds", *command(workshop, folder)])
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder, process.stdout, json.loads((folder / "report.json").read_text())
+
+
+def test_what_was_measured(comparison):
+    folder, said, report = comparison
+    assert report["complete"] and report["reference"] == "zero0_fp32 on 1"
+    for config in report["configs"]:
+        assert config["status"] == "finished" and len(config["losses"]) == 6
+        assert config["tokens_per_second"]["steps"] == 4
+        parts = config["parts"]
+        assert parts["steps"] == 3 and all(parts["seconds"][name] > 0 for name in ("data", "forward", "backward"))
+        assert sum(parts["seconds"].values()) == pytest.approx(parts["total_seconds"], rel=0.1)
+        assert config["checkpoint"]["error"] is None and config["checkpoint"]["bytes"] > 4 * 12 * 200_000
+        assert config["memory"]["predicted_device_bytes"] and config["memory"]["host_grown_bytes"] > 10**6
+        assert config["startup_seconds"] > 0.5
+    assert "report: " in said and report["recommendation"] in said
+    assert not any((folder / "runs").glob("*/checkpoints"))  # measured, and gone
+
+
+def test_the_same_weights_and_rows_and_what_parts(comparison):
+    folder, _, report = comparison
+    found = [json.loads(path.read_text()) for path in sorted((folder / "trials").glob(f"*/{FOUND}"))]
+    assert len(found) == 4  # with the sensitivity run, whose weights have errors
+    assert len({tuple(each["row_hashes"]) for each in found}) == 1
+    assert len({each["weights"]["sha256"] for each in found}) == 2
+    verdicts = {config["name"]: config["verdict"] for config in report["configs"]}
+    assert verdicts["zero0_fp32 on 1"]["kind"] == "reference"
+    for name, verdict in verdicts.items():
+        if "max_grad_norm" in name:
+            # The first update is of a clipped gradient and not: the second loss shows it.
+            assert (verdict["kind"], verdict["step"]) == ("different", 2)
+            assert "clipping 0.0, reference 1.0" in verdict["reason"]
+    assert report["recommendation"].startswith("Take zero0_fp32 on 1 rank")
+
+
+def test_the_page_stands_alone(comparison):
+    folder, _, report = comparison
+    page = (folder / "report.html").read_text()
+    assert report["recommendation"] in page and "clipping 0.0, reference 1.0" in page
+    assert 'src="http' not in page and "<link" not in page and "<script" not in page
+    assert page.count("data:image/png;base64,") >= 8  # four charts in two themes
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+    markdown = (folder / "report.md").read_text()
+    for name in ("memory-speed.png", "parts.png", "losses.png", "differences.png"):
+        assert f"]({name})" in markdown and (folder / name).is_file()
+
+
+def test_it_goes_on_only_as_it_began(comparison, workshop):
+    folder, _, report = comparison
+    answer = run_here(*command(workshop, folder, "--seed", "2"))
+    assert answer.returncode == 2 and "seed was 1 and is 2" in answer.stderr
+    answer = run_here(*command(workshop, folder))  # nothing is left to do
+    assert answer.returncode == 0 and report["recommendation"] in answer.stdout and "[1/" not in answer.stdout
