@@ -20,7 +20,7 @@ from codeparrot_ds.run import checkpoint_files
 
 OF_THE_CLOCK = {"time", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "memory_bytes"}
 OF_THE_CLOCK |= {"rank_seconds_median", "rank_seconds_max", "slowest_rank"}
-HUNG_SECONDS = 150
+HUNG_SECONDS = 240
 EVERY = 10
 """Steps between two evaluations, and between two checkpoints."""
 
@@ -144,7 +144,7 @@ def _read(path: str) -> str:
     return Path(path).read_bytes().decode(errors="replace")
 
 
-def train_on_one_host(run: Path, arguments: list[str], ranks: int) -> None:
+def train_on_one_host(run: Path, arguments: list[str], ranks: int, seconds: float = HUNG_SECONDS) -> None:
     """The same run on this machine alone."""
     kept = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
     command = [sys.executable, "-m", "codeparrot_ds", "train", *arguments, "--num-gpus", str(ranks)]
@@ -156,7 +156,7 @@ def train_on_one_host(run: Path, arguments: list[str], ranks: int) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=HUNG_SECONDS,
+        timeout=seconds,
     )
     assert said.returncode == 0, said.stderr
 
