@@ -726,7 +726,7 @@ def _add_compare(commands: Any) -> None:
     )
     group.add_argument(
         "--hang-limit", type=_count, default=300, metavar="SECONDS",
-        help=_default("end a trial that writes nothing for so long", 300),
+        help=_default("the most that a rank of a trial may stay in one place", 300),
     )  # fmt: skip
     group.add_argument("--retry-failed", action="store_true", help="when going on, run again what did not finish")
     group.add_argument(

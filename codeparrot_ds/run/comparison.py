@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/comparison.json            the request, and the candidates with their plans
+    DIR/comparison.json            what must stay the same when it goes on
     DIR/ds_configs/<name>.json     the DeepSpeed JSON of each, as it was when the comparison began
     DIR/initial/                   the weights that all begin with
     DIR/perturbed-<precision>/     the same with rounding errors

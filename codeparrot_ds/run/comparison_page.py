@@ -220,12 +220,23 @@ def _differing(table: Sequence[tuple[str, list[str]]]) -> Table:
         return [corner, *names], [[(key, "name"), *((value, "") for value in values)] for key, values in rows]
     cells: list[list[Cell]] = []
     for key, values in rows:
-        counts = Counter(values).most_common()
-        usual = counts[0][0]
-        texts = [f"{value}: {', '.join(name for name, mine in zip(names, values, strict=True) if mine == value)}"
-                 for value, _ in counts[1:]]  # fmt: skip
+        if key == "ranks":  # the names say it
+            continue
+        usual, *others = [value for value, _ in Counter(values).most_common()]
+        having = {value: [name for name, mine in zip(names, values, strict=True) if mine == value] for value in others}
+        texts = [f"{value}: {', '.join(_without_ranks(chosen, names))}" for value, chosen in having.items()]
         cells.append([(key, "name"), (usual, ""), ("; ".join(texts), "wrap")])
     return [corner, "most", "others"], cells
+
+
+def _without_ranks(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Names, as one where a config is among them with all its numbers of ranks."""
+    labels = {name: name.rpartition(" on ")[0] for name in names}
+    short = []
+    for name in chosen:
+        all_of_it = [each for each in names if labels[each] == labels[name]]
+        short.append(labels[name] if set(all_of_it) <= set(chosen) else name)
+    return list(dict.fromkeys(short))
 
 
 def _memory(findings: Findings, measured: Sequence[Outcome]) -> Table:

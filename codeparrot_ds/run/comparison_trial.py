@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,8 +29,12 @@ from codeparrot_ds.run.trial_failure import OUT_OF_MEMORY, REFUSED, processes_ki
 
 FOUND = "found.json"
 HUNG, CRASHED = "hung", "crashed"
+_TOLD = re.compile(r"^codeparrot-ds train: (rank lost|hang): (.+)$", re.MULTILINE)
+"""What the watchdog of a trial says of its ranks."""
 POLL_SECONDS = 0.2
 PROGRAM = (sys.executable, "-m", "codeparrot_ds.trial")
+WATCHDOG_SECONDS = 30.0
+"""Longer than the trial's own watchdog has, which can say which rank hangs where."""
 SAMPLE_SECONDS = 1.0
 """Between two looks at the memory of all processes: for a trial that is killed before it can say."""
 
@@ -75,7 +80,8 @@ def run_trial(
     save_config(config, place / "config.yaml")
     durable.write_json(place / "orders.json", orders | {"folder": str(place.absolute())})
     command = [*program, "--config", str(place / "config.yaml")]
-    command += ["--num-gpus", str(trial.candidate.world_size), "--ignore-memory-plan"]
+    command += ["--num-gpus", str(trial.candidate.world_size), "--hang-seconds", f"{hang_seconds:g}"]
+    command += ["--ignore-memory-plan"]
     environment = os.environ | {"CODEPARROT_DS_TRIAL": str((place / "orders.json").absolute())}
     package_parent = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
@@ -144,7 +150,7 @@ class _Watch:
             self._progress(found[0])
             if found != signs:
                 last_sign, signs = now, found
-            elif now - last_sign > self._hang_seconds:
+            elif now - last_sign > self._hang_seconds + WATCHDOG_SECONDS:
                 end_processes(self._process)
                 return True
         return False
@@ -219,18 +225,23 @@ def judge_end(
         peaks = [failure["device_peak_bytes"] or failure["resident_peak_bytes"] for failure in failures]
         result |= {"phase": failed["phase"], "step": failed["step"], "peak_bytes": max(peaks)}
     where = f"in step {result['step']}" if result["phase"] == "steps" else f"in its {result['phase']} phase"
+    log = (place / "output.log").read_text(encoding="utf-8", errors="replace")
+    told = _TOLD.search(log)
+    kind, sentence = told.groups() if told else (None, None)
+    if kind == "hang":
+        return result | {"status": HUNG, "reason": sentence}
     if hung:
         after = f"after step {result['step']}" if result["step"] else where
         return result | {"status": HUNG, "reason": f"wrote nothing for too long {after} and was ended"}
     if memory is not None:
         reason = f"{where}, at a peak of {gigabytes(result['peak_bytes'])}: {memory['message']}"
         return result | {"status": OUT_OF_MEMORY, "reason": reason}
-    log = (place / "output.log").read_text(encoding="utf-8", errors="replace")
-    if "exits with return code = -9" in log or code in (-9, 137):  # what other ranks say is of their lost peer
+    if kind == "rank lost" or code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        # What other ranks say is of their lost peer.
         if killed_for_memory:
             reason = f"the system's, {where}, at a peak of {gigabytes(sampled_peak_bytes)} in all"
             return result | {"status": OUT_OF_MEMORY, "reason": reason, "peak_bytes": sampled_peak_bytes}
-        return result | {"status": CRASHED, "reason": f"a process was killed (SIGKILL) {where}"}
+        return result | {"status": CRASHED, "reason": sentence or f"a process was killed (SIGKILL) {where}"}
     if failed is not None and failed["kind"] == REFUSED:
         return result | {"status": REFUSED, "reason": failed["message"]}
     if failed is None and code == UserError.exit_code:

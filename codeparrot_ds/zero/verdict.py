@@ -225,6 +225,10 @@ def judge(
             judged_steps=None if judged == steps else judged,
             numerics=numerics,
         )
+    broken = next((step for step in range(judged) if not math.isfinite(differences[step])), None)
+    if sensitivity is None and broken is not None:
+        reason = f"its loss is {trace.losses[broken]} and the reference's {reference.losses[broken]:.4g}"
+        return Verdict(kind=DIFFERENT, step=broken + 1, largest=largest, reason=reason, numerics=numerics)
     if sensitivity is None:
         reason = f"the sensitivity run of {precision}, which says how far rounding carries, is missing"
         return Verdict(kind=UNJUDGED, largest=largest, reason=reason, numerics=numerics)

@@ -24,6 +24,7 @@ def start(make_config, tmp_path, monkeypatch):
     """Compares ``a`` and ``b``, fp32 at stages 0 and 1, with trials that do as they are told."""
     monkeypatch.setattr(comparison_trial, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(comparison_trial, "SAMPLE_SECONDS", 0.05)
+    monkeypatch.setattr(comparison_trial, "WATCHDOG_SECONDS", 0.0)
     paths = []
     for stage, name in enumerate("ab"):
         paths.append(tmp_path / f"{name}.json")
@@ -72,6 +73,14 @@ def test_all_go_well(start):
     assert said[-1].endswith("nothing left") and "sensitivity run of fp32" in said[1]
     for name in ("report.html", "report.md"):
         assert "Take a on 1 rank" in (start.folder / name).read_text()
+
+
+def test_a_terminal_has_a_bar_with_the_time_that_is_left(start, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, said = start({"b": "crash"})
+    shown = capsys.readouterr().err
+    assert "comparing" in shown and "a-on-1-0, time left unknown" in shown and "about 0 s left" in shown
+    assert "b on 1: crashed: RuntimeError: the crash" in shown and said == []
 
 
 @pytest.mark.parametrize(
@@ -161,6 +170,9 @@ def test_a_trial_that_says_success_without_a_result_has_crashed(tmp_path):
     assert end["status"] == "crashed" and "bye" in end["reason"]
 
 
+LOST = "step 3: loss 9\ncodeparrot-ds train: rank lost: rank 1 was killed by SIGKILL in forward, step 4\nmore\n"
+
+
 def failure(rank, kind, error, phase="steps", step=4):
     return {
         "kind": kind, "message": f"words of rank {rank}", "type": error, "phase": phase, "step": step,
@@ -174,9 +186,12 @@ def failure(rank, kind, error, phase="steps", step=4):
         # Its peers' complaints of a lost connection do not hide the rank that ran out of memory.
         (1, "", [failure(0, "error", "RuntimeError"), failure(1, "out of memory", "RuntimeError")], False,
          "out of memory", "in step 4, at a peak of 2.0 GB: words of rank 1"),
-        (1, "exits with return code = -9", [failure(0, "error", "RuntimeError")], True,
+        (4, LOST, [failure(0, "error", "RuntimeError")], True,
          "out of memory", "the system's, in step 4, at a peak of 7.0 GB in all"),
-        (1, "exits with return code = -9", [], False, "crashed", "a process was killed (SIGKILL) in its start phase"),
+        (4, LOST, [failure(0, "error", "RuntimeError")], False, "crashed", "rank 1 was killed by SIGKILL in forward"),
+        (137, "", [], False, "crashed", "a process was killed (SIGKILL) in its start phase"),
+        (5, "step 3\ncodeparrot-ds train: hang: rank 1 hangs in data, step 4, for 31 s\n", [], False,
+         "hung", "rank 1 hangs in data, step 4, for 31 s"),
         # What one rank found wrong the others only pass on.
         (1, "", [failure(0, "refused", "SharedError"), failure(1, "error", "ValueError", "checkpoint")], False,
          "crashed", "ValueError: words of rank 1 (in its checkpoint phase; exit code 1"),
