@@ -38,7 +38,7 @@ _STOP_SECONDS = 1.0  # of a problem's tests, which do nothing more
 # Users that systemd keeps for services without one, which nothing else has. Spread, so that two programs of two hosts'
 # processes hardly ever share one: they would only share the limit on their number.
 _FIRST_USER, _NUM_USERS, _SPREAD = 61184, 4336, 2654435761
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+_DEVICES = ("null", "urandom")
 _START = "import sys,marshal;exec(marshal.loads(bytes.fromhex(sys.argv[1])));main(eval(sys.argv[2]))"
 _ENDS = (
     (b'["memory"', "memory", ""),
@@ -402,7 +402,7 @@ def _code() -> str:
 @cache
 def _compiled() -> str:
     path = Path(__file__).with_name("sandbox_inside.py")
-    return marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec")).hex()
+    return marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec", optimize=2)).hex()
 
 
 def _settings(side: str, limits: Limits, user: int, write_to: int) -> dict[str, Any]:

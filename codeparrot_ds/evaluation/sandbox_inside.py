@@ -285,8 +285,10 @@ def run_checker(messages: Messages) -> None:
     """Runs the tests of one problem after another, each in a child of its own."""
     import ast  # noqa: F401 (its children find it loaded)
     import collections  # noqa: F401
+    import gc
     import json
 
+    gc.freeze()  # a collection in a child would copy all that it shares
     while True:
         check = json.loads(messages.receive())
         child = posix.fork()
