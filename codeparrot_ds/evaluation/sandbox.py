@@ -302,7 +302,8 @@ class _Inside:
             os.close(inner_write)
         assert self.process.stdin is not None and self.process.stdout is not None
         self._to_inside, self._output = self.process.stdin.fileno(), self.process.stdout.fileno()
-        os.write(self._to_inside, _code())
+        with suppress(BrokenPipeError):  # it has ended; expect_hello says why
+            os.write(self._to_inside, _code())
         os.set_blocking(self._to_inside, False)
         os.set_blocking(self._output, False)
         self._first_output = b""
