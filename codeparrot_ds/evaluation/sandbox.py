@@ -47,6 +47,7 @@ _ENDS = (
     (b'["syntax"', "syntax", ""),
     (b'["output"', "output", "a result is too large"),
 )
+_REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]')
 _CPU_LIMIT_REACHED = 128 + 24  # SIGXCPU, as bubblewrap hands it on
 
 
@@ -258,6 +259,8 @@ def _check_reply(reply: bytes) -> None:
     for start, kind, detail in _ENDS:
         if reply.startswith(start):
             raise _Ended(kind, detail)
+    if not reply.startswith(_REPLIES):  # such as what only this process may tell the checker
+        raise _Ended("error", "no reply")
 
 
 def _name_of(reply: bytes) -> str:
