@@ -39,13 +39,15 @@ _STOP_SECONDS = 1.0  # of a problem's tests, which do nothing more
 # processes hardly ever share one: they would only share the limit on their number.
 _FIRST_USER, _NUM_USERS, _SPREAD = 61184, 4336, 2654435761
 _DEVICES = ("null", "urandom")
-_START = "import sys,marshal;exec(marshal.loads(bytes.fromhex(sys.argv[1])));main(eval(sys.argv[2]))"
+_PIPE_BYTES = 65536  # that a pipe takes without a reader
+_START = f"import sys,marshal,posix;exec(marshal.loads(posix.read(0,{_PIPE_BYTES})));main(eval(sys.argv[1]))"
 _ENDS = (
     (b'["memory"', "memory", ""),
     (b'["exit"', "exited", "SystemExit"),
     (b'["syntax"', "syntax", ""),
     (b'["output"', "output", "a result is too large"),
 )
+_REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]')
 _CPU_LIMIT_REACHED = 128 + 24  # SIGXCPU, as bubblewrap hands it on
 
 
@@ -173,6 +175,8 @@ class Judge:
     def __init__(self, limits: Limits, slot: int) -> None:
         self.limits, self.slot = limits, slot
         self._checker: _Inside | None = None
+        self._checked: Check | None = None
+        """Whose tests the checker has."""
 
     def __call__(self, program: str, check: Check) -> Verdict:
         started = time.monotonic()
@@ -197,6 +201,7 @@ class Judge:
         if self._checker is not None:
             self._checker.close()
             self._checker = None
+            self._checked = None
 
     def _ready_checker(self) -> _Inside:
         if self._checker is None:
@@ -215,8 +220,15 @@ class Judge:
             raise _Ended("error", _name_of(reply))
         try:
             checker.printed_bytes = 0
-            message = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
-            checker.send(json.dumps(message).encode(), deadline)
+            if check != self._checked:
+                if self._checked is not None:
+                    checker.send(b'["end"]', deadline)
+                    checker.receive(deadline)
+                self._checked = check
+                message = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
+                checker.send(json.dumps(message).encode(), deadline)
+            else:
+                checker.send(b'["again"]', deadline)
             return self._carry(candidate, checker, deadline)
         except BaseException:
             # Whatever state the tests are in, the next problem begins with a checker of its own.
@@ -247,6 +259,8 @@ def _check_reply(reply: bytes) -> None:
     for start, kind, detail in _ENDS:
         if reply.startswith(start):
             raise _Ended(kind, detail)
+    if not reply.startswith(_REPLIES):  # such as what only this process may tell the checker
+        raise _Ended("error", "no reply")
 
 
 def _name_of(reply: bytes) -> str:
@@ -276,7 +290,7 @@ class _Inside:
         read_end, inner_write = os.pipe()
         self._from_inside = read_end
         settings = _settings(side, limits, user, inner_write)
-        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, _code(), repr(settings)]
+        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, repr(settings)]
         try:
             self.process = subprocess.Popen(
                 command,
@@ -291,6 +305,8 @@ class _Inside:
             os.close(inner_write)
         assert self.process.stdin is not None and self.process.stdout is not None
         self._to_inside, self._output = self.process.stdin.fileno(), self.process.stdout.fileno()
+        with suppress(BrokenPipeError):  # it has ended; expect_hello says why
+            os.write(self._to_inside, _code())
         os.set_blocking(self._to_inside, False)
         os.set_blocking(self._output, False)
         self._first_output = b""
@@ -394,15 +410,17 @@ class _Inside:
 _code_lock = threading.Lock()
 
 
-def _code() -> str:
+def _code() -> bytes:
     with _code_lock:
         return _compiled()
 
 
 @cache
-def _compiled() -> str:
+def _compiled() -> bytes:
     path = Path(__file__).with_name("sandbox_inside.py")
-    return marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec", optimize=2)).hex()
+    code = marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec", optimize=2))
+    assert len(code) < _PIPE_BYTES
+    return code
 
 
 def _settings(side: str, limits: Limits, user: int, write_to: int) -> dict[str, Any]:

@@ -195,9 +195,16 @@ def check_that_nothing_is_left(judge):
     judge("def f(): return 1", Check(tests=("import builtins\nbuiltins.leak = 1\nleaked = f()",)))
     check = Check(tests=("import builtins\nassert not hasattr(builtins, 'leak') and not hasattr(f(), 'x')",))
     assert judge("import os\ndef f(): return len(os.listdir('/tmp'))", check).passed
+    for answer in (1, 2, 1):  # the same tests on several programs: each begins anew
+        counting = Check(tests=("assert 'mark' not in globals()\nglobals()['mark'] = 1\nassert f() == 1",))
+        assert judge(f"def f(): return {answer}", counting).passed == (answer == 1)
     slow = Check(tests=("while True: f()",))  # the tests themselves do not end
     assert judge("def f(): return 1", slow).kind == "timeout"
     assert judge("def f(): return 1", Check(tests=("assert f() == 1",))).passed
+    broken = Check(tests=("assert f( == 1",))
+    for _ in range(2):
+        verdict = judge("def f(): return 1", broken)
+        assert (verdict.kind, verdict.detail) == ("error", "SyntaxError in the tests")
     endless = Check(tests=("try:\n    f()\nexcept BaseException:\n    while True: pass",))
     assert judge("import os\ndef f(): os._exit(1)", endless).kind == "exited"
     assert judge("def f(): return 1", Check(tests=("assert f() == 1",))).passed
