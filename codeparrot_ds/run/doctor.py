@@ -407,7 +407,8 @@ def describe(examination: Examination) -> str:
     lines += [f"{'warning' if finding.warning else 'error'}: {finding}" for finding in examination.findings]
     count, hosts = len(examination.findings), len(examination.hosts)
     found = f"{count} finding(s)" if count else "nothing is wrong"
-    where = f"; ranks meet at {examination.master_addr}:{examination.master_port}" if hosts > 1 else ""
+    known = hosts > 1 and examination.master_addr is not None
+    where = f"; ranks meet at {examination.master_addr}:{examination.master_port}" if known else ""
     return "\n".join([*lines, f"{hosts} host(s) in {examination.seconds:.1f} s: {found}{where}"])
 
 
