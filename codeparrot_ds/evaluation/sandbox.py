@@ -105,13 +105,13 @@ def judge_all(
 
     Args:
         items: all read at once.
-        num_workers: one a core by default.
+        num_workers: one more than cores by default, since each waits now and then.
 
     Raises ``UserError`` where no sandbox can be had.
     """
     limits = limits or Limits()
     check_sandbox()
-    workers = num_workers or len(os.sched_getaffinity(0))
+    workers = num_workers or len(os.sched_getaffinity(0)) + 1
     with ThreadPoolExecutor(workers, thread_name_prefix="sandbox") as pool:
         judges: queue.SimpleQueue[Judge] = queue.SimpleQueue()
         every = [Judge(limits, slot) for slot in range(workers)]
