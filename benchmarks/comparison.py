@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -110,22 +111,31 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
-        stages = [compare_stages(options, folder / f"stages-{number}") for number in range(options.times)]
         wrong = [*compare_cases(options, folder, CASES, 1), *compare_cases(options, folder, CASES_ON_2, 2)]
+        stages: list[dict[str, Any]] = []
+        record(options, wrong, stages)
+        for number in range(options.times):
+            stages.append(compare_stages(options, folder / f"stages-{number}"))
+            record(options, wrong, stages)
+
+
+def record(options: argparse.Namespace, wrong: list[dict[str, Any]], stages: list[dict[str, Any]]) -> None:
+    """Writes down what is known so far: all of it takes half an hour."""
     text = "\n\n".join([*([stages_text(stages)] if stages else []), wrong_text(wrong)])
     raw = {"stages": stages, "wrong": wrong}
-    place = write_record(
-        options.name, title="Comparisons of ZeRO stages, and of configs made wrong", text=text, raw=raw, out=options.out
-    )
-    print((place / "README.md").read_text())
+    title = "Comparisons of ZeRO stages, and of configs made wrong"
+    place = write_record(options.name, title=title, text=text, raw=raw, out=options.out)
+    print((place / "README.md").read_text(), flush=True)
 
 
-def compare(options: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
+def compare(options: argparse.Namespace, folder: Path, arguments: Sequence[str], **environment: str) -> dict[str, Any]:
     """One command, with the seconds that it took."""
     command = [sys.executable, "-m", "codeparrot_ds", "compare", *arguments]
     command += ["--data", options.data, "--tokenizer", options.tokenizer, "--out", str(folder)]
     started = time.monotonic()
-    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     if process.returncode:
         sys.exit(f"{process.stdout[-2000:]}\n{process.stderr[-2000:]}")
     print(process.stdout, flush=True)
@@ -211,7 +221,7 @@ def compare_cases(
         configs.append(f"{path},{case.fields}" if case.fields else str(path))
     arguments = ["zero0_fp32", *configs, *SMALL, "--world-sizes", str(world_size), "--steps", str(WRONG_STEPS)]
     arguments += ["--repeats", "1", "--parts-steps", "0", "--no-checkpoint"]
-    report = compare(options, place / "out", arguments)
+    report = compare(options, place / "out", arguments, OMP_NUM_THREADS="1")  # speed is not what is looked at
     verdicts = [config["verdict"] for config in report["configs"][1:]]
     found = []
     for case, config, verdict in zip(cases, report["configs"][1:], verdicts, strict=True):

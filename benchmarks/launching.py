@@ -6,6 +6,7 @@ python benchmarks/launching.py --parts stops --moments 5 --out /tmp/record
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -53,9 +54,10 @@ class Breaker:
         problems: everything that was not as it must be, in sentences.
     """
 
-    def __init__(self, cluster: Cluster, course: Path, room: Path, seed: int) -> None:
+    def __init__(self, cluster: Cluster, course: Path, room: Path, seed: int, seconds: float) -> None:
         self.cluster, self.course, self.room = cluster, course, room
         self.draw = random.Random(seed)
+        self.deadline = time.monotonic() + seconds
         self.events: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self.reference = room / "alone" / "brave-otter-7"
@@ -72,6 +74,8 @@ class Breaker:
         """SIGTERM to the front door, again and again, of one run that then finishes."""
         run = self.room / "stopped" / "brave-otter-7"
         for number in range(moments):
+            if time.monotonic() > self.deadline:
+                break
             training = self._start(run)
             moment = MOMENTS[number % len(MOMENTS)]
             self._wait_for(training, moment)
@@ -95,7 +99,7 @@ class Breaker:
         plan = [(fault, moment) for fault in FAULTS for moment in MOMENTS]
         order: list[tuple[str, str]] = []
         done = 0
-        while done < moments:
+        while done < moments and time.monotonic() < self.deadline:
             training = self._start(run, "--max-restarts", "1", "--hang-seconds", str(HANG_SECONDS))
             for restarts in (True, False):
                 order = order or self.draw.sample(plan, len(plan))
@@ -264,6 +268,7 @@ def main() -> int:
     parser = record_parser(__doc__, name="launching-cpu")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--moments", type=int, default=20, help="of stops, and of losses")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which no further moment of a part is tried")
     parser.add_argument("--hosts", type=int, default=16, help="that doctor looks at")
     parser.add_argument("--rounds", type=int, default=5, help="of doctor and of the launchers")
     parser.add_argument("--seed", type=int, default=1)
@@ -284,7 +289,7 @@ def main() -> int:
             elif part == "overhead":
                 raw[part] = overhead(course, room / part, options_given.rounds)
             else:
-                raw[part], found = _break_runs(part, course, room / part, options_given.moments, options_given.seed)
+                raw[part], found = _break_runs(part, course, room / part, options_given)
                 problems += found
             print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
     for problem in problems:
@@ -300,14 +305,16 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def _break_runs(part: str, course: Path, room: Path, moments: int, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+def _break_runs(
+    part: str, course: Path, room: Path, given: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[str]]:
     (room / "cluster").mkdir()
     cluster = Cluster(room / "cluster", HOSTS)
     try:
         cluster.start()
-        breaker = Breaker(cluster, course, room, seed)
+        breaker = Breaker(cluster, course, room, given.seed, 60 * given.minutes)
         work: Callable[[int], Iterator[dict[str, Any]]] = breaker.stops if part == "stops" else breaker.losses
-        for event in work(moments):
+        for event in work(given.moments):
             print(event, flush=True)
         return breaker.events, breaker.problems
     finally:

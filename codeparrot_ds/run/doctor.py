@@ -184,6 +184,12 @@ def _judge(
         yield finding("versions", f"{', '.join(other)}: install the same versions on every host")
     if reply["code"] != probe.code_hash():
         yield finding("code", "its codeparrot-ds is not the one here: update it there, or use one shared checkout")
+    if reply.get("front_door_problem"):
+        yield finding(
+            "front door",
+            f"cannot connect back to {reply['front_door_problem']}: let its network reach this machine's ports, or use "
+            "--no-ssh on each host; a stop signal and the watchdog need the connection",
+        )
     yield from _judge_devices(host, reply, wanted.device)
     space = reply["folders"][str(folder)]
     if space["free_bytes"] < wanted.needed_bytes:

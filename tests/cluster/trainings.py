@@ -129,8 +129,9 @@ class Training:
                     if same and "codeparrot_ds.train" in _read(f"/proc/{pid}/cmdline") and "RANK" in variables:
                         found.setdefault(int(variables["RANK"]), []).append((parent, pid))
         # A rank's loader workers have the same words: the rank is the child of the guard, who is nobody's among these.
+        # After a cut the ranks of the start before may not be gone yet: the newer ones count.
         return {
-            rank: next(pid for parent, pid in pairs if parent not in {child for _, child in pairs})
+            rank: max(pid for parent, pid in pairs if parent not in {child for _, child in pairs})
             for rank, pairs in found.items()
         }
 

@@ -10,7 +10,17 @@ from stories import run_command, run_here
 
 from codeparrot_ds.run.comparison_trial import FOUND
 
-CONFIGS = ("zero0_fp32", "zero2_fp32,max_grad_norm=0", "zero2_fp32,max_grad_norm=0,micro_batch_size=4")
+WRONG = "zero2_fp32,max_grad_norm=0"
+# As for the Hugging Face Trainer, which fills in what is "auto".
+TRAINER = {
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e6},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": 4,
+}
 
 
 def command(workshop, folder, *more):
@@ -20,12 +30,26 @@ def command(workshop, folder, *more):
         place = options.index(option)
         del options[place : place + 2]
     steps = ("--steps", "6", "--warmup-steps", "2", "--repeats", "1")
-    return ["compare", *CONFIGS, "--preset", *options, "--world-sizes", "1", *steps, "--out", str(folder)]
+    trainer = folder.parent / "trainer.json"
+    trainer.write_text(json.dumps(TRAINER))
+    return [
+        "compare",
+        "zero0_fp32",
+        WRONG,
+        str(trainer),
+        "--preset",
+        *options,
+        "--world-sizes",
+        "1",
+        *steps,
+        "--out",
+        str(folder),
+    ]
 
 
 @pytest.fixture(scope="module")
 def comparison(workshop, tmp_path_factory):
-    """Three configs on one rank, two of them without clipping, which makes them different."""
+    """Three configs on one rank: the reference, one without clipping, and one that was written for the Trainer."""
     folder = tmp_path_factory.mktemp("compared") / "out"
     process = run_command([sys.executable, "-m", "codeparrot_ds", *command(workshop, folder)])
     assert process.returncode == 0, process.stderr[-3000:]
@@ -56,12 +80,14 @@ def test_the_same_weights_and_rows_and_what_parts(comparison):
     assert len({each["weights"]["sha256"] for each in found}) == 2
     verdicts = {config["name"]: config["verdict"] for config in report["configs"]}
     assert verdicts["zero0_fp32 on 1"]["kind"] == "reference"
-    for name, verdict in verdicts.items():
-        if "max_grad_norm" in name:
-            # Adam's first update is the same for a gradient and its half; from the second on the two are weighed.
-            assert (verdict["kind"], verdict["step"]) == ("different", 3)
-            assert "clipping 0.0, reference 1.0" in verdict["reason"]
-    assert report["recommendation"].startswith("Take zero0_fp32 on 1 rank")
+    assert verdicts["trainer on 1"]["kind"] in ("equal bit for bit", "equal to rounding")
+    wrong = verdicts[f"{WRONG} on 1"]
+    # Adam's first update is the same for a gradient and its half; from the second on the two are weighed.
+    assert (wrong["kind"], wrong["step"]) == ("different", 3)
+    assert "clipping 0.0, reference 1.0" in wrong["reason"]
+    assert "max_grad_norm" not in report["recommendation"]
+    micro_batches = {config["name"]: config["micro_batch_size"] for config in report["configs"]}
+    assert micro_batches == {"zero0_fp32 on 1": 2, f"{WRONG} on 1": 2, "trainer on 1": 4}
 
 
 def test_the_page_stands_alone(comparison):
