@@ -146,6 +146,8 @@ def check_sandbox() -> None:
             "def answer():\n    return 1", Check(tests=("assert answer() == 1",))
         )
     except SandboxError as error:
+        if "option" in str(error).lower():
+            raise UserError(f"the sandbox needs bubblewrap 0.7 or newer; the one that is installed: {error}") from error
         advice = "run as another user than root, or allow" if os.geteuid() == 0 else "allow"
         raise UserError(
             f"generated programs run in a sandbox only, and bubblewrap cannot make one here ({error}); {advice} it to "
