@@ -931,7 +931,7 @@ def _add_humaneval(commands: Any) -> None:
     group.add_argument(
         "--memory-mb", type=_count, default=512, metavar="N", help=_default("a program's process may take", 512)
     )
-    group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: one a core)")
+    group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: cores + 1)")
     group = parser.add_argument_group("results")
     group.add_argument(
         "--out", type=Path, metavar="DIR",

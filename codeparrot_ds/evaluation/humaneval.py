@@ -87,7 +87,7 @@ def humaneval(
         settings: of the completions; others than the folder's are refused.
         k: those over the number of samples are left out.
         judge: whether the programs are run. They never run outside the sandbox.
-        num_workers: programs that are judged at once; one a core by default.
+        num_workers: programs that are judged at once; see ``judge_all``.
         num_processes: that generate, each with a model of its own; None: one a GPU, or one.
         share: ``(i, n)`` generates every n-th problem from the i-th on, and does nothing else: such a process's part.
 

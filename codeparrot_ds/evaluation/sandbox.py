@@ -105,13 +105,13 @@ def judge_all(
 
     Args:
         items: all read at once.
-        num_workers: one a core by default.
+        num_workers: one more than cores by default, since each waits now and then.
 
     Raises ``UserError`` where no sandbox can be had.
     """
     limits = limits or Limits()
     check_sandbox()
-    workers = num_workers or len(os.sched_getaffinity(0))
+    workers = num_workers or len(os.sched_getaffinity(0)) + 1
     with ThreadPoolExecutor(workers, thread_name_prefix="sandbox") as pool:
         judges: queue.SimpleQueue[Judge] = queue.SimpleQueue()
         every = [Judge(limits, slot) for slot in range(workers)]
@@ -146,6 +146,8 @@ def check_sandbox() -> None:
             "def answer():\n    return 1", Check(tests=("assert answer() == 1",))
         )
     except SandboxError as error:
+        if "option" in str(error).lower():
+            raise UserError(f"the sandbox needs bubblewrap 0.7 or newer; the one that is installed: {error}") from error
         advice = "run as another user than root, or allow" if os.geteuid() == 0 else "allow"
         raise UserError(
             f"generated programs run in a sandbox only, and bubblewrap cannot make one here ({error}); {advice} it to "

@@ -240,6 +240,7 @@ def test_an_ordinary_users_sandbox_confines_as_well(hostile_verdicts, monkeypatc
     ("bwrap", "message"),
     [
         (None, "bubblewrap, which makes it, is not installed; on Debian and Ubuntu: apt-get install bubblewrap"),
+        ("echo 'bwrap: Unknown option --size' >&2; exit 1", "needs bubblewrap 0.7 or newer.*Unknown option --size"),
         ("echo 'bwrap: No permissions to create new namespace' >&2; exit 1", "cannot make one here .*No permissions"),
     ],
 )
