@@ -63,22 +63,7 @@ def run_trial(
     Raises:
         KeyboardInterrupt: the user's; all its processes are gone and there is no result.
     """
-    place, run = folder / "trials" / trial.name, folder / "runs" / trial.name
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.rmtree(run, ignore_errors=True)
-    place.mkdir(parents=True)
-    config = dataclasses.replace(
-        trial.candidate.config,
-        output_dir=str((folder / "runs").absolute()),
-        run_name=trial.name,
-        init_from=str(initial.absolute()),
-        log_steps=1,
-        wandb="off",
-        hub="off",
-        resume="never",
-    )
-    save_config(config, place / "config.yaml")
-    durable.write_json(place / "orders.json", orders | {"folder": str(place.absolute())})
+    place, run = prepare_trial(trial, folder, initial=initial, orders=orders), folder / "runs" / trial.name
     command = [*program, "--config", str(place / "config.yaml")]
     command += ["--num-gpus", str(trial.candidate.world_size), "--hang-seconds", f"{hang_seconds:g}"]
     command += ["--ignore-memory-plan"]
@@ -108,6 +93,27 @@ def run_trial(
     durable.write_json(place / RESULT, result)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # measured, and of no further use
     return result
+
+
+def prepare_trial(trial: Trial, folder: Path, *, initial: Path, orders: dict[str, Any]) -> Path:
+    """Makes a trial's folder with its ``config.yaml`` and ``orders.json``, and returns it."""
+    place = folder / "trials" / trial.name
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(folder / "runs" / trial.name, ignore_errors=True)
+    place.mkdir(parents=True)
+    config = dataclasses.replace(
+        trial.candidate.config,
+        output_dir=str((folder / "runs").absolute()),
+        run_name=trial.name,
+        init_from=str(initial.absolute()),
+        log_steps=1,
+        wandb="off",
+        hub="off",
+        resume="never",
+    )
+    save_config(config, place / "config.yaml")
+    durable.write_json(place / "orders.json", orders | {"folder": str(place.absolute())})
+    return place
 
 
 def orders_of(request: Request, trial: Trial) -> dict[str, Any]:

@@ -363,12 +363,15 @@ def differing(trace: Trace, reference: Trace, parts: Iterable[str]) -> list[str]
     return found
 
 
+# What an unset key means, where that is not "off".
+_UNSET = {"deepspeed: optimizer.params.bias_correction": True, "deepspeed: optimizer.params.adam_w_mode": True}
 _OF_PRECISION = ("deepspeed: data_types.grad_accum_dtype", "deepspeed: communication_data_type")
 
 
 def _differs(key: str, values: tuple[Any, Any], precisions: tuple[str, str]) -> bool:
     """Whether two values of a setting mean different things; dtypes that follow the precision do not count again."""
-    mine, theirs = (None if value is False else value for value in values)
+    default = _UNSET.get(key, False)
+    mine, theirs = (default if value is None else value for value in values)
     if key in _OF_PRECISION:
         mine, theirs = (_SHORT.get(str(value), str(value)) if value else own
                         for value, own in zip((mine, theirs), precisions, strict=True))  # fmt: skip

@@ -78,9 +78,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu") -> 
     for options in runs:
         check_run(config_from_arguments(parser.parse_args(options)), device=device, world_size=ranks)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        node = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}"]
+    node = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "runs.json"
         file.write_text(json.dumps(runs))
@@ -91,6 +89,13 @@ def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu") -> 
         process = run_command([*launcher, *script], env=environment, timeout=540)
         assert process.returncode == 0, process.stderr[-3000:]
         return json.loads(file.with_suffix(".outcomes.json").read_text())
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def run_command(command: list[str], *, timeout: int = 300, **kwargs) -> subprocess.CompletedProcess:

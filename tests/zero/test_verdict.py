@@ -226,6 +226,20 @@ def test_dropout_draws_other_masks_on_another_number_of_ranks():
     assert verdict.reason == "dropout draws other masks: ranks 2, reference 1"
 
 
+@pytest.mark.parametrize(
+    ("key", "theirs", "says"),
+    [
+        ("deepspeed: optimizer.params.bias_correction", False, "bias correction False, reference unset"),
+        ("deepspeed: optimizer.params.bias_correction", True, None),  # as when it is unset
+        ("deepspeed: torch_autocast.enabled", False, None),
+        ("deepspeed: torch_autocast.enabled", True, "autocast True, reference unset"),
+    ],
+)
+def test_an_unset_key_means_its_default(key, theirs, says):
+    verdict = judge(trace(moved(LOSSES, 1e-3, 2), settings={key: theirs}), trace(), noise())
+    assert verdict.reason == says or (says is None and "no setting says why" in verdict.reason)
+
+
 def test_a_setting_that_follows_the_precision_is_no_reason_of_its_own():
     theirs = trace(
         moved(LOSSES, 0.3), settings={"deepspeed: data_types.grad_accum_dtype": "bf16"},
