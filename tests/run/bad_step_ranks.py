@@ -32,7 +32,6 @@ from codeparrot_ds.model.shapes import GPT2Shape
 from codeparrot_ds.run.bad_steps import BadSteps, DivergedError
 from codeparrot_ds.run.engine import create_engine, loss_scale
 from codeparrot_ds.run.fragments import optimizer_step_count, owned_fragments
-from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators
 from codeparrot_ds.run.ranks import join_ranks, leave_ranks
 from codeparrot_ds.train import accumulate_gradients
@@ -106,10 +105,6 @@ class Trainer:
         model = build_model(SHAPE, eos_token_id=encoder.eos_token_id, seed=1, zero3_config=zero3, device=ranks.device)
         self.engine = create_engine(model, ds_config, config)
         self.loader = TrainingLoader(stream, micro_batch_size=MICRO_BATCH, rank=ranks.rank, world_size=2)
-        self.meter = Meter(
-            loader=self.loader, tokens_per_step=BATCH * 32, flops_per_token=1.0, peak_flops=1.0, device=ranks.device,
-            tokens=0, step=0, max_train_steps=50,
-        )  # fmt: skip
         self.lines: list[str] = []
         self.bad_steps = BadSteps(
             engine=self.engine, ranks=ranks, stream=stream, loader=self.loader, global_batch_size=BATCH,
