@@ -6,6 +6,7 @@ python benchmarks/launching.py --parts stops --moments 5 --out /tmp/record
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from trainings import Training, newest_valid_step, options, outcome, rows, train
 
 PARTS = ("stops", "losses", "doctor", "overhead")
 HOSTS = ("alpha", "beta")
-STEPS = 700
+STEPS = 400
 MOMENTS = ("step", "evaluate", "save")
 HANG_SECONDS = 10
 FAULTS = {
@@ -40,6 +41,8 @@ FAULTS = {
     "cut": ("rank lost: ", r"host {host} \(rank {rank}\) has not been heard of", 4, HANG_SECONDS + 5),
 }
 """Of each: how the line begins, the rest of it, the exit code, and the seconds within which it must be said."""
+PATIENCE_SECONDS = 900.0
+"""For a whole run that nobody touches, on a machine that does other things."""
 GONE_SECONDS = {"stop": 30.0, "killed": 30.0, "stopped": 30.0, "cut": 60.0}
 
 
@@ -51,13 +54,14 @@ class Breaker:
         problems: everything that was not as it must be, in sentences.
     """
 
-    def __init__(self, cluster: Cluster, course: Path, room: Path, seed: int) -> None:
+    def __init__(self, cluster: Cluster, course: Path, room: Path, seed: int, seconds: float) -> None:
         self.cluster, self.course, self.room = cluster, course, room
         self.draw = random.Random(seed)
+        self.deadline = time.monotonic() + seconds
         self.events: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self.reference = room / "alone" / "brave-otter-7"
-        train_on_one_host(self.reference, self._options(), len(HOSTS))
+        train_on_one_host(self.reference, self._options(), len(HOSTS), PATIENCE_SECONDS)
 
     def _options(self) -> list[str]:
         return options(self.course, "--max-train-steps", str(STEPS))
@@ -70,6 +74,8 @@ class Breaker:
         """SIGTERM to the front door, again and again, of one run that then finishes."""
         run = self.room / "stopped" / "brave-otter-7"
         for number in range(moments):
+            if time.monotonic() > self.deadline:
+                break
             training = self._start(run)
             moment = MOMENTS[number % len(MOMENTS)]
             self._wait_for(training, moment)
@@ -93,7 +99,7 @@ class Breaker:
         plan = [(fault, moment) for fault in FAULTS for moment in MOMENTS]
         order: list[tuple[str, str]] = []
         done = 0
-        while done < moments:
+        while done < moments and time.monotonic() < self.deadline:
             training = self._start(run, "--max-restarts", "1", "--hang-seconds", str(HANG_SECONDS))
             for restarts in (True, False):
                 order = order or self.draw.sample(plan, len(plan))
@@ -176,7 +182,7 @@ class Breaker:
 
     def _finish(self, run: Path) -> None:
         training = self._start(run)
-        code = training.wait(600)
+        code = training.wait(PATIENCE_SECONDS)
         if code != 0:
             self._problem(training, f"exit code {code} of the start that nobody touched")
         found, wanted = rows(run), rows(self.reference)
@@ -262,6 +268,7 @@ def main() -> int:
     parser = record_parser(__doc__, name="launching-cpu")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--moments", type=int, default=20, help="of stops, and of losses")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which no further moment of a part is tried")
     parser.add_argument("--hosts", type=int, default=16, help="that doctor looks at")
     parser.add_argument("--rounds", type=int, default=5, help="of doctor and of the launchers")
     parser.add_argument("--seed", type=int, default=1)
@@ -273,7 +280,7 @@ def main() -> int:
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         room = Path(name)
-        course = lay_course(room / "course", validation_documents=300)
+        course = lay_course(room / "course", validation_documents=120)
         for part in options_given.parts:
             (room / part).mkdir()
             began = time.monotonic()
@@ -282,7 +289,7 @@ def main() -> int:
             elif part == "overhead":
                 raw[part] = overhead(course, room / part, options_given.rounds)
             else:
-                raw[part], found = _break_runs(part, course, room / part, options_given.moments, options_given.seed)
+                raw[part], found = _break_runs(part, course, room / part, options_given)
                 problems += found
             print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
     for problem in problems:
@@ -298,14 +305,16 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def _break_runs(part: str, course: Path, room: Path, moments: int, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+def _break_runs(
+    part: str, course: Path, room: Path, given: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[str]]:
     (room / "cluster").mkdir()
     cluster = Cluster(room / "cluster", HOSTS)
     try:
         cluster.start()
-        breaker = Breaker(cluster, course, room, seed)
+        breaker = Breaker(cluster, course, room, given.seed, 60 * given.minutes)
         work: Callable[[int], Iterator[dict[str, Any]]] = breaker.stops if part == "stops" else breaker.losses
-        for event in work(moments):
+        for event in work(given.moments):
             print(event, flush=True)
         return breaker.events, breaker.problems
     finally:

@@ -793,14 +793,19 @@ def _add_evaluate(commands: Any) -> None:
     group.add_argument(
         "--max-eval-steps", type=int, metavar="N", help="batches; -1 for all (default: the run's, or -1)"
     )
+    parser.add_argument(
+        "--num-gpus", "--num-processes", type=_count, dest="num_processes", metavar="N",
+        help="processes that share the rows, a GPU each (default: all GPUs, or one process without)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.evaluation.perplexity import evaluate_model
+    from codeparrot_ds.evaluation.perplexity import evaluate_in_processes
 
-    result = evaluate_model(
+    result = evaluate_in_processes(
         arguments.source,
+        num_processes=arguments.num_processes,
         data=arguments.data,
         split=arguments.split,
         seq_length=arguments.seq_length,
@@ -926,7 +931,7 @@ def _add_humaneval(commands: Any) -> None:
     group.add_argument(
         "--memory-mb", type=_count, default=512, metavar="N", help=_default("a program's process may take", 512)
     )
-    group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: one a core)")
+    group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: cores + 1)")
     group = parser.add_argument_group("results")
     group.add_argument(
         "--out", type=Path, metavar="DIR",

@@ -12,8 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ from codeparrot_ds import __version__, durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.pass_at_k import PassAtK, estimate
 from codeparrot_ds.evaluation.problems import Problem, load_problems
+from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
 from codeparrot_ds.evaluation.sandbox import Limits, check_sandbox, judge_all
 from codeparrot_ds.evaluation.source import find_model, find_run
 
@@ -88,7 +87,7 @@ def humaneval(
         settings: of the completions; others than the folder's are refused.
         k: those over the number of samples are left out.
         judge: whether the programs are run. They never run outside the sandbox.
-        num_workers: programs that are judged at once; one a core by default.
+        num_workers: programs that are judged at once; see ``judge_all``.
         num_processes: that generate, each with a model of its own; None: one a GPU, or one.
         share: ``(i, n)`` generates every n-th problem from the i-th on, and does nothing else: such a process's part.
 
@@ -104,8 +103,9 @@ def humaneval(
     started = time.time()
     if share == (0, 1):
         _open_folder(folder, identity, overwrite=overwrite)
-    if num_processes is None or num_processes > 1:
-        _generate_in_processes(source, folder, settings, num_processes, batch_size=batch_size, device=device)
+    number = number_of_processes(num_processes, device)
+    if number > 1:
+        _generate_in_processes(source, folder, settings, number, batch_size=batch_size, device=device)
     _generate(model, folder, problems[share[0] :: share[1]], settings, batch_size, device, share, progress)
     if share != (0, 1) or not judge:
         return {}
@@ -278,46 +278,19 @@ def _seed(*parts: object) -> int:
 
 
 def _generate_in_processes(
-    source: str | Path, folder: Path, settings: Settings, number: int | None, *, batch_size: int, device: str | None
+    source: str | Path, folder: Path, settings: Settings, number: int, *, batch_size: int, device: str | None
 ) -> None:
-    """Runs one process a GPU, or so many on the processor's cores; each generates its share of the problems."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    number = number or (gpus if device is None else 1)
-    if number < 2:
-        return
-    command = [sys.executable, "-m", "codeparrot_ds.evaluation.humaneval"]
-    processes = []
-    try:
-        for rank in range(number):
-            task = {
-                "source": str(source),
-                "out": str(folder),
-                "settings": dataclasses.asdict(settings),
-                "batch_size": batch_size,
-                "device": device or (f"cuda:{rank % gpus}" if gpus else "cpu"),
-                "share": [rank, number],
-                "threads": max(1, len(os.sched_getaffinity(0)) // number),
-            }
-            processes.append(subprocess.Popen([*command, json.dumps(task)]))
-        codes = [process.wait() for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if any(codes):
-        raise UserError(
-            f"process {next(rank for rank, code in enumerate(codes) if code) + 1} of {number} ended with {max(codes)}; "
-            "what was generated is kept, and the same command goes on"
-        )
+    """Runs processes that generate a share of the problems each; what is there when one fails is kept."""
+    task = {
+        "source": str(source),
+        "out": str(folder),
+        "settings": dataclasses.asdict(settings),
+        "batch_size": batch_size,
+    }
+    run_processes(__spec__.name, [{**task, "share": [rank, number]} for rank in range(number)], device=device)
 
 
 def _run_share(task: dict[str, Any]) -> None:
-    import torch
-
-    torch.set_num_threads(task["threads"])
     settings = Settings(**task["settings"] | {"temperatures": tuple(task["settings"]["temperatures"])})
     humaneval(
         task["source"],
@@ -483,7 +456,4 @@ def describe(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        _run_share(json.loads(sys.argv[1]))
-    except UserError as error:
-        sys.exit(f"codeparrot-ds: error: {error}")
+    run_task(_run_share)

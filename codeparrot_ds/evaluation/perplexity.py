@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.details import Details
+from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
 from codeparrot_ds.evaluation.source import context_length, find_model, find_run, load_model
 from codeparrot_ds.evaluation.token_classes import TokenClasses
 from codeparrot_ds.model.gpt2 import document_inputs
@@ -169,6 +170,8 @@ def evaluate_model(
     num_lanes: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, Any]:
     """Evaluates a run, checkpoint, export or Hub model on a corpus folder, with its own tokenizer.
 
@@ -184,6 +187,8 @@ def evaluate_model(
         max_eval_steps: batches at most; -1 for all, also for a model that says nothing.
         num_lanes: see ``ValidationLoader``.
         dtype: one of ``DTYPES``; ``auto`` keeps the precision of the stored weights.
+        rank, world_size: of this process, where several share the rows; ``torch.distributed`` is initialised then, with
+            gloo, and each gets the figures over all of them.
 
     Returns:
         ``source``, ``model`` (what was loaded), ``data``, ``split``, ``seq_length``, ``dtype``, ``loss``,
@@ -224,8 +229,9 @@ def evaluate_model(
         num_lanes=num_lanes or as_trained.get("num_lanes") or RunConfig().num_lanes,
         batch_size=batch_size,
         max_rows=None if max_eval_steps == -1 else max_eval_steps * batch_size,
+        rank=rank,
+        world_size=world_size,
     )
-
     token_bytes = encoder.bytes_of_tokens()
     classes = None if token_bytes is None else TokenClasses(token_bytes, encoder.eos_token_id)
     details = Details(seq_length, classes, model.device)
@@ -238,7 +244,14 @@ def evaluate_model(
         return losses
 
     started = time.perf_counter()
-    result = evaluate_batches(loss_fn, loader, token_bytes=encoder.token_bytes(), device=model.device, details=details)
+    result = evaluate_batches(
+        loss_fn,
+        loader,
+        token_bytes=encoder.token_bytes(),
+        reduce=_sum_on_host if world_size > 1 else None,
+        device=model.device,
+        details=details,
+    )
     if not result.eval_tokens:
         raise UserError(f"{data}: split '{split}' has no text to evaluate")
     return {
@@ -255,6 +268,38 @@ def evaluate_model(
         **details.result(),
         "seconds": time.perf_counter() - started,
     }
+
+
+def _sum_on_host(tensor: torch.Tensor) -> None:
+    """Sums over the processes in host memory, which needs no library of the device's."""
+    total = tensor.cpu()
+    torch.distributed.all_reduce(total)
+    tensor.copy_(total)
+
+
+def evaluate_in_processes(
+    source: str | Path, *, num_processes: int | None = None, device: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """``evaluate_model`` on several processes of this machine: one a GPU by default, and a single one without."""
+    number = number_of_processes(num_processes, device)
+    if number == 1:
+        return evaluate_model(source, device=device, **options)
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    with TemporaryDirectory() as folder:
+        task = {"source": str(source), "options": plain, "folder": folder, "world_size": number}
+        run_processes(__spec__.name, [{**task, "rank": rank} for rank in range(number)], device=device)
+        result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _evaluate_share(task: dict[str, Any]) -> None:
+    ranks = {"rank": task["rank"], "world_size": task["world_size"]}
+    folder = Path(task["folder"])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", **ranks)
+    result = evaluate_model(task["source"], device=task["device"], **task["options"], **ranks)
+    if not task["rank"]:
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    torch.distributed.destroy_process_group()
 
 
 def _evaluated_with(source: str | Path) -> dict[str, Any]:
@@ -275,3 +320,7 @@ def _encoder_of(tokenizer: Any) -> Any:
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return load_encoder(folder)
+
+
+if __name__ == "__main__":
+    run_task(_evaluate_share)

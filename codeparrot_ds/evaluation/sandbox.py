@@ -38,14 +38,16 @@ _STOP_SECONDS = 1.0  # of a problem's tests, which do nothing more
 # Users that systemd keeps for services without one, which nothing else has. Spread, so that two programs of two hosts'
 # processes hardly ever share one: they would only share the limit on their number.
 _FIRST_USER, _NUM_USERS, _SPREAD = 61184, 4336, 2654435761
-_DEVICES = ("null", "zero", "full", "random", "urandom")
-_START = "import sys,marshal;exec(marshal.loads(bytes.fromhex(sys.argv[1])));main(eval(sys.argv[2]))"
+_DEVICES = ("null", "urandom")
+_PIPE_BYTES = 65536  # that a pipe takes without a reader
+_START = f"import sys,marshal,posix;exec(marshal.loads(posix.read(0,{_PIPE_BYTES})));main(eval(sys.argv[1]))"
 _ENDS = (
     (b'["memory"', "memory", ""),
     (b'["exit"', "exited", "SystemExit"),
     (b'["syntax"', "syntax", ""),
     (b'["output"', "output", "a result is too large"),
 )
+_REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]')
 _CPU_LIMIT_REACHED = 128 + 24  # SIGXCPU, as bubblewrap hands it on
 
 
@@ -103,13 +105,13 @@ def judge_all(
 
     Args:
         items: all read at once.
-        num_workers: one a core by default.
+        num_workers: one more than cores by default, since each waits now and then.
 
     Raises ``UserError`` where no sandbox can be had.
     """
     limits = limits or Limits()
     check_sandbox()
-    workers = num_workers or len(os.sched_getaffinity(0))
+    workers = num_workers or len(os.sched_getaffinity(0)) + 1
     with ThreadPoolExecutor(workers, thread_name_prefix="sandbox") as pool:
         judges: queue.SimpleQueue[Judge] = queue.SimpleQueue()
         every = [Judge(limits, slot) for slot in range(workers)]
@@ -144,6 +146,8 @@ def check_sandbox() -> None:
             "def answer():\n    return 1", Check(tests=("assert answer() == 1",))
         )
     except SandboxError as error:
+        if "option" in str(error).lower():
+            raise UserError(f"the sandbox needs bubblewrap 0.7 or newer; the one that is installed: {error}") from error
         advice = "run as another user than root, or allow" if os.geteuid() == 0 else "allow"
         raise UserError(
             f"generated programs run in a sandbox only, and bubblewrap cannot make one here ({error}); {advice} it to "
@@ -173,6 +177,8 @@ class Judge:
     def __init__(self, limits: Limits, slot: int) -> None:
         self.limits, self.slot = limits, slot
         self._checker: _Inside | None = None
+        self._checked: Check | None = None
+        """Whose tests the checker has."""
 
     def __call__(self, program: str, check: Check) -> Verdict:
         started = time.monotonic()
@@ -197,6 +203,7 @@ class Judge:
         if self._checker is not None:
             self._checker.close()
             self._checker = None
+            self._checked = None
 
     def _ready_checker(self) -> _Inside:
         if self._checker is None:
@@ -215,8 +222,15 @@ class Judge:
             raise _Ended("error", _name_of(reply))
         try:
             checker.printed_bytes = 0
-            message = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
-            checker.send(json.dumps(message).encode(), deadline)
+            if check != self._checked:
+                if self._checked is not None:
+                    checker.send(b'["end"]', deadline)
+                    checker.receive(deadline)
+                self._checked = check
+                message = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
+                checker.send(json.dumps(message).encode(), deadline)
+            else:
+                checker.send(b'["again"]', deadline)
             return self._carry(candidate, checker, deadline)
         except BaseException:
             # Whatever state the tests are in, the next problem begins with a checker of its own.
@@ -247,6 +261,8 @@ def _check_reply(reply: bytes) -> None:
     for start, kind, detail in _ENDS:
         if reply.startswith(start):
             raise _Ended(kind, detail)
+    if not reply.startswith(_REPLIES):  # such as what only this process may tell the checker
+        raise _Ended("error", "no reply")
 
 
 def _name_of(reply: bytes) -> str:
@@ -276,7 +292,7 @@ class _Inside:
         read_end, inner_write = os.pipe()
         self._from_inside = read_end
         settings = _settings(side, limits, user, inner_write)
-        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, _code(), repr(settings)]
+        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, repr(settings)]
         try:
             self.process = subprocess.Popen(
                 command,
@@ -291,6 +307,8 @@ class _Inside:
             os.close(inner_write)
         assert self.process.stdin is not None and self.process.stdout is not None
         self._to_inside, self._output = self.process.stdin.fileno(), self.process.stdout.fileno()
+        with suppress(BrokenPipeError):  # it has ended; expect_hello says why
+            os.write(self._to_inside, _code())
         os.set_blocking(self._to_inside, False)
         os.set_blocking(self._output, False)
         self._first_output = b""
@@ -394,15 +412,17 @@ class _Inside:
 _code_lock = threading.Lock()
 
 
-def _code() -> str:
+def _code() -> bytes:
     with _code_lock:
         return _compiled()
 
 
 @cache
-def _compiled() -> str:
+def _compiled() -> bytes:
     path = Path(__file__).with_name("sandbox_inside.py")
-    return marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec")).hex()
+    code = marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec", optimize=2))
+    assert len(code) < _PIPE_BYTES
+    return code
 
 
 def _settings(side: str, limits: Limits, user: int, write_to: int) -> dict[str, Any]:

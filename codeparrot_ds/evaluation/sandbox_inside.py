@@ -282,24 +282,40 @@ def _failure(error: BaseException) -> list[Any]:
 
 
 def run_checker(messages: Messages) -> None:
-    """Runs the tests of one problem after another, each in a child of its own."""
+    """Runs the tests of one problem after another, each in a child of its own; ends where such a child dies."""
     import ast  # noqa: F401 (its children find it loaded)
     import collections  # noqa: F401
+    import gc
     import json
 
+    gc.freeze()  # a collection in a child would copy all that it shares
     while True:
         check = json.loads(messages.receive())
         child = posix.fork()
         if not child:
             try:
-                verdict = _run_tests(check, messages)
-                messages.send(verdict)
+                _check_programs(check, messages)
             except BaseException:
                 posix._exit(1)
             posix._exit(0)
         _, status = posix.waitpid(child, 0)
         if status:
-            messages.send(["done", "error", text_to_hex("the tests' own process died"), ""])
+            posix._exit(1)
+
+
+def _check_programs(check: dict[str, Any], messages: Messages) -> None:
+    """Runs a problem's tests on one program after another, until the host has another problem."""
+    failure, names, codes = None, set(), []
+    try:
+        names = _names_used("\n".join([check["setup"], *check["tests"]]))
+        codes = [compile(text, "<tests>", "exec", dont_inherit=True) for text in (check["setup"], *check["tests"])]
+    except (SyntaxError, ValueError) as error:  # the problem's mistake
+        failure = ["done", "error", text_to_hex(f"{type(error).__name__} in the tests"), ""]
+    while True:
+        messages.send(failure or _run_tests(names, codes, check["entry_point"], messages))
+        if messages.receive() == b'["end"]':
+            messages.send(["ended"])
+            return
 
 
 class Remote:
@@ -429,18 +445,21 @@ def _is_mutable(value: Any) -> bool:
     return isinstance(value, (list, dict, set, bytearray))
 
 
-def _run_tests(check: dict[str, Any], messages: Messages) -> list[Any]:
-    """Returns ``["done", kind, detail, text]`` of one problem; all but the kind are hexadecimal."""
+def _run_tests(names: set[str], codes: list[Any], entry_point: str, messages: Messages) -> list[Any]:
+    """Returns ``["done", kind, detail, text]`` of one program; all but the kind are hexadecimal.
+
+    Args:
+        codes: the setup's, then each test's.
+    """
     candidate = Candidate(messages)
-    names = _names_used("\n".join([check["setup"], *check["tests"]]))
     namespace: dict[str, Any] = {name: Remote(candidate, "g", text_to_hex(name)) for name in names}
     namespace["__name__"] = "checker"
     try:
-        exec(compile(check["setup"], "<setup>", "exec", dont_inherit=True), namespace)
-        if check["entry_point"]:
-            namespace[check["entry_point"]] = Remote(candidate, "g", text_to_hex(check["entry_point"]))
-        for test in check["tests"]:
-            exec(compile(test, "<tests>", "exec", dont_inherit=True), namespace)
+        exec(codes[0], namespace)
+        if entry_point:
+            namespace[entry_point] = Remote(candidate, "g", text_to_hex(entry_point))
+        for test in codes[1:]:
+            exec(test, namespace)
     except Stopped:
         return ["done", "stopped", "", ""]
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Where a rank is in its run, in memory that another process reads: two stores a beat, nothing waited for. No torch.
+"""Where a rank is in its run, in memory that another process reads; nothing is waited for. No torch.
 
 The rank writes step, phase and micro-batch as it goes; its guard (:mod:`codeparrot_ds.run.guard`) reads them without
 asking it, so that they are known of a rank that hangs or is stopped, too.
@@ -15,6 +15,7 @@ PHASES = ("start", "agree", "data", "forward", "backward", "step", "log", "evalu
 STEP_PHASES = ("agree", "data", "forward", "backward", "step", "log")
 """Those that a training step goes through; the time in them is learned from."""
 _LAYOUT = struct.Struct("=QqqqQdd")
+_SLOTS = 8  # where the first of two places for a record begins; the byte before them says which one is whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,14 @@ class Place:
 
 
 class Beats:
-    """The shared memory of one rank and its guard."""
+    """The shared memory of one rank and its guard.
+
+    A record has several numbers, and its reader may look while they are being written. So there are two: the writer
+    fills the one that is not in use and then counts up the byte that says which one is.
+    """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _LAYOUT.size)  # shared with forked children
+        self._memory = mmap.mmap(-1, _SLOTS + 2 * _LAYOUT.size)  # shared with forked children
         self._changes = self._step = self._highest = self._steps_done = 0
         self._phase = self._batch = 0
         self._began = time.monotonic()
@@ -72,14 +77,21 @@ class Beats:
         self._write()
 
     def _write(self) -> None:
+        count = (self._memory[0] + 1) % 256
         _LAYOUT.pack_into(
-            self._memory, 0,
+            self._memory, _SLOTS + count % 2 * _LAYOUT.size,
             *(self._changes, self._phase, self._step, self._batch, self._steps_done, self._began, self._longest),
         )  # fmt: skip
+        self._memory[0] = count
 
     def read(self) -> Place:
         """What the rank wrote last; both processes have the same clock."""
-        changes, phase, step, batch, steps_done, began, longest = _LAYOUT.unpack_from(self._memory, 0)
+        while True:
+            count = self._memory[0]
+            record = _LAYOUT.unpack_from(self._memory, _SLOTS + count % 2 * _LAYOUT.size)
+            if self._memory[0] == count:  # else it may have been overwritten meanwhile
+                break
+        changes, phase, step, batch, steps_done, began, longest = record
         return Place(
             changes=changes,
             phase=PHASES[phase],

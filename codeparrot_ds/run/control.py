@@ -202,12 +202,18 @@ class ControlServer:
 
 
 def connect(environment: os._Environ[str] | dict[str, str], seconds: float = 10.0) -> Line | None:
-    """A guard's end; None where the front door cannot be reached."""
+    """A guard's end; None where the front door cannot be reached within so many seconds.
+
+    Raises:
+        ConnectionRefusedError: its host answers and nobody listens there: it has ended already.
+    """
     host, _, port = environment[ADDRESS].rpartition(":")
     deadline = time.monotonic() + seconds
     while True:
         try:
             return Line(socket.create_connection((host, int(port)), timeout=max(0.1, deadline - time.monotonic())))
+        except ConnectionRefusedError:
+            raise
         except OSError:
             if time.monotonic() > deadline - 0.5:
                 return None

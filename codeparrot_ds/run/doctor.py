@@ -184,6 +184,12 @@ def _judge(
         yield finding("versions", f"{', '.join(other)}: install the same versions on every host")
     if reply["code"] != probe.code_hash():
         yield finding("code", "its codeparrot-ds is not the one here: update it there, or use one shared checkout")
+    if reply.get("front_door_problem"):
+        yield finding(
+            "front door",
+            f"cannot connect back to {reply['front_door_problem']}: let its network reach this machine's ports, or use "
+            "--no-ssh on each host; a stop signal and the watchdog need the connection",
+        )
     yield from _judge_devices(host, reply, wanted.device)
     space = reply["folders"][str(folder)]
     if space["free_bytes"] < wanted.needed_bytes:
@@ -401,7 +407,8 @@ def describe(examination: Examination) -> str:
     lines += [f"{'warning' if finding.warning else 'error'}: {finding}" for finding in examination.findings]
     count, hosts = len(examination.findings), len(examination.hosts)
     found = f"{count} finding(s)" if count else "nothing is wrong"
-    where = f"; ranks meet at {examination.master_addr}:{examination.master_port}" if hosts > 1 else ""
+    known = hosts > 1 and examination.master_addr is not None
+    where = f"; ranks meet at {examination.master_addr}:{examination.master_port}" if known else ""
     return "\n".join([*lines, f"{hosts} host(s) in {examination.seconds:.1f} s: {found}{where}"])
 
 

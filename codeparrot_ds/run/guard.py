@@ -44,6 +44,7 @@ def guard_this_rank() -> None:
     """Becomes two processes: the one that returns trains, the other guards it and never returns."""
     beats = Beats()
     guard = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until either has its handlers
     rank = os.fork()
     if rank == 0:
         _begin_as_rank(beats, guard)
@@ -66,6 +67,7 @@ def _begin_as_rank(beats: Beats, guard: int) -> None:
 
     for number in STOPS:
         signal.signal(number, remember)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     faulthandler.register(DUMP, file=sys.stderr, all_threads=True)  # until the run has its log
 
 
@@ -86,6 +88,18 @@ class _Guard:
     def stop(self) -> None:
         self.stop_sent = self.stop_sent or time.monotonic()
         self.signal_rank(signal.SIGTERM)
+
+    def lose_front_door(self) -> None:
+        """From now on nobody waits for this rank."""
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+        print(
+            f"rank {os.environ.get('RANK')} on {socket.gethostname()}: the front door is gone; the rank saves if the "
+            "others can, and ends",
+            file=sys.stderr,
+        )
+        self.stop()
 
     def obey(self, message: dict[str, Any]) -> None:
         order = message.get("do")
@@ -123,9 +137,15 @@ def _guard(rank: int, beats: Beats) -> int:
     guard = _Guard(rank, beats)
     for number in STOPS:
         signal.signal(number, lambda number, frame: guard.stop())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    had_line = False
     if ADDRESS in os.environ:
-        guard.line = _report_for_duty(rank)
-    had_line = guard.line is not None
+        try:
+            guard.line = _report_for_duty(rank)
+            had_line = guard.line is not None
+        except ConnectionRefusedError:  # it ended while this rank started
+            had_line = True
+            guard.lose_front_door()
     while True:
         ended = _ended(rank)
         if ended is not None:
@@ -173,14 +193,7 @@ def _listen(guard: _Guard) -> None:
         guard.last_report = now
         reachable = line.send(guard.report())
     if not reachable:
-        line.close()
-        guard.line = None
-        print(
-            f"rank {os.environ.get('RANK')} on {socket.gethostname()}: the front door is gone; the rank saves if the "
-            "others can, and ends",
-            file=sys.stderr,
-        )
-        guard.stop()
+        guard.lose_front_door()
 
 
 def _end_alone(guard: _Guard) -> None:

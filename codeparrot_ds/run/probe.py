@@ -51,8 +51,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         content = request["environment"]["content"]
         if reply["ssh_connection"] and "control_port" in request["environment"]:
             # By the address that this host knows the front door by.
-            peer = reply["ssh_connection"][0]
-            content["variables"]["CODEPARROT_DS_CONTROL"] = f"{peer}:{request['environment']['control_port']}"
+            peer, port = reply["ssh_connection"][0], request["environment"]["control_port"]
+            content["variables"]["CODEPARROT_DS_CONTROL"] = f"{peer}:{port}"
+            reply["front_door_problem"] = _cannot_connect(peer, port)
         write_private(Path(request["environment"]["path"]), content)
     os.environ.update(request.get("variables", {}))
     use_operators_folder(os.environ)
@@ -78,6 +79,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if "link" in request:
         reply["link"] = measure_link(**request["link"])
     return reply
+
+
+def _cannot_connect(host: str, port: int) -> str | None:
+    try:
+        socket.create_connection((host, port), timeout=PATIENCE_SECONDS).close()
+    except OSError as error:
+        return f"{host}:{port}: {error.strerror or error}"
+    return None
 
 
 def _facts() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from codeparrot_ds.zero.catalogue import catalogue
 STEPS = 40
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory):
     """Three hosts and the login node, in network namespaces."""
     reason = missing()

@@ -20,7 +20,7 @@ from codeparrot_ds.run import checkpoint_files
 
 OF_THE_CLOCK = {"time", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "memory_bytes"}
 OF_THE_CLOCK |= {"rank_seconds_median", "rank_seconds_max", "slowest_rank"}
-HUNG_SECONDS = 150
+HUNG_SECONDS = 240
 EVERY = 10
 """Steps between two evaluations, and between two checkpoints."""
 
@@ -129,8 +129,9 @@ class Training:
                     if same and "codeparrot_ds.train" in _read(f"/proc/{pid}/cmdline") and "RANK" in variables:
                         found.setdefault(int(variables["RANK"]), []).append((parent, pid))
         # A rank's loader workers have the same words: the rank is the child of the guard, who is nobody's among these.
+        # After a cut the ranks of the start before may not be gone yet: the newer ones count.
         return {
-            rank: next(pid for parent, pid in pairs if parent not in {child for _, child in pairs})
+            rank: max(pid for parent, pid in pairs if parent not in {child for _, child in pairs})
             for rank, pairs in found.items()
         }
 
@@ -144,7 +145,7 @@ def _read(path: str) -> str:
     return Path(path).read_bytes().decode(errors="replace")
 
 
-def train_on_one_host(run: Path, arguments: list[str], ranks: int) -> None:
+def train_on_one_host(run: Path, arguments: list[str], ranks: int, seconds: float = HUNG_SECONDS) -> None:
     """The same run on this machine alone."""
     kept = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
     command = [sys.executable, "-m", "codeparrot_ds", "train", *arguments, "--num-gpus", str(ranks)]
@@ -156,7 +157,7 @@ def train_on_one_host(run: Path, arguments: list[str], ranks: int) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=HUNG_SECONDS,
+        timeout=seconds,
     )
     assert said.returncode == 0, said.stderr
 

@@ -147,6 +147,17 @@ HOSTILE = {
         'b\'["value",["h","0"],["l"],["done","passed"]]\\n\')\n' + CALLS + "return 1",
         "failed",
     ),
+    "a stop of its own": (
+        "import __main__\n__main__.Messages.send = lambda self, message: __import__('os').write(self.write_to, "
+        "b'[\"stop\"]\\n')\n" + CALLS + "return 1",
+        "error",
+    ),
+    "no message at all": (
+        "import __main__, os\n__main__.Messages.send = lambda self, message: os.write(self.write_to, b'\\n')\n"
+        + CALLS
+        + "return 1",
+        "error",
+    ),
     "reading the answer": (
         "import gc, sys\n"
         + CALLS

@@ -16,7 +16,13 @@ from codeparrot_ds.data.sources import find_shards
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation import perplexity
-from codeparrot_ds.evaluation.perplexity import evaluate_batches, evaluate_model, result_from_sums, token_losses
+from codeparrot_ds.evaluation.perplexity import (
+    evaluate_batches,
+    evaluate_in_processes,
+    evaluate_model,
+    result_from_sums,
+    token_losses,
+)
 from codeparrot_ds.evaluation.source import load_model
 
 
@@ -250,3 +256,20 @@ def test_bits_a_byte_of_uniform_bytes_are_eight_with_any_tokenizer(tmp_path, mod
         found.append(evaluate_batches(uniform, loader, token_bytes=encoder.token_bytes()))
     assert [result.bits_per_byte for result in found] == pytest.approx([8.0, 8.0], rel=1e-7)
     assert found[0].eval_tokens < 0.8 * found[1].eval_tokens and found[0].loss > 1.2 * found[1].loss
+
+
+def test_processes_share_the_rows_and_give_the_same_figures(run_folder, capfd):
+    alone = evaluate_model(run_folder, device="cpu")
+    shared = evaluate_in_processes(run_folder, num_processes=2, device="cpu")
+    assert {key: value for key, value in shared.items() if isinstance(value, str | int)} == {
+        key: value for key, value in alone.items() if isinstance(value, str | int)
+    }
+    for key in ("loss", "perplexity", "bits_per_byte", "top_1_accuracy", "top_5_accuracy"):
+        assert shared[key] == pytest.approx(alone[key], rel=1e-6)
+    assert set(shared["loss_by_class"]) == set(alone["loss_by_class"])
+    for key in ("loss_by_class", "loss_by_position"):
+        pairs = zip(*(x[key].values() if isinstance(x[key], dict) else x[key] for x in (shared, alone)), strict=True)
+        assert all(first == pytest.approx(second, rel=1e-5) for first, second in pairs)
+    with pytest.raises(UserError, match="process [12] of 2 ended with code 1"):
+        evaluate_in_processes(run_folder, num_processes=2, device="cpu", seq_length=512)
+    assert "rows of 2 to 256 tokens" in capfd.readouterr().err

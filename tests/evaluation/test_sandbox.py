@@ -14,10 +14,11 @@ from hostile import HOSTILE
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation import sandbox
-from codeparrot_ds.evaluation.sandbox import KINDS, Check, Judge, Limits, Verdict, check_sandbox, judge_all
+from codeparrot_ds.evaluation.sandbox import KINDS, Check, Judge, Limits, check_sandbox, judge_all
 
 SECRET = "secret-5e0f3a"
-LIMITS = Limits(seconds=2.0, memory_bytes=256 << 20)
+PATIENT = Limits(seconds=30.0, memory_bytes=256 << 20)  # a busy machine is no reason for another verdict
+HASTY = Limits(seconds=1.5, memory_bytes=256 << 20)  # for what goes on for ever
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +33,7 @@ def there_is_a_sandbox():
 
 @pytest.fixture(scope="module")
 def judge():
-    with_checker = Judge(LIMITS, 0)
+    with_checker = Judge(PATIENT, 0)
     yield with_checker
     with_checker.close()
 
@@ -87,11 +88,14 @@ def hostile_verdicts(tmp_path_factory):
     }
     os.environ["CANARY"] = SECRET
     check = Check(tests=(f"assert answer() == {SECRET!r}",))
-    programs = [
-        (text.format_map(places) if any("{" + place in text for place in places) else text, check)
-        for text, _ in HOSTILE.values()
-    ]
-    yield dict(zip(HOSTILE, judge_all(programs, limits=LIMITS, num_workers=4), strict=True))
+    verdicts = {}
+    for limits in (HASTY, PATIENT):
+        names = [name for name, (_, kinds) in HOSTILE.items() if ("timeout" in kinds) == (limits is HASTY)]
+        texts = [HOSTILE[name][0] for name in names]
+        texts = [text.format_map(places) if any("{" + place in text for place in places) else text for text in texts]
+        found = judge_all([(text, check) for text in texts], limits=limits, num_workers=4)
+        verdicts |= zip(names, found, strict=True)
+    yield verdicts
     del os.environ["CANARY"]
     for server in servers:
         server.shutdown(socket.SHUT_RDWR)
@@ -163,7 +167,8 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_program_passes(judge, name):
     program, tests = RIGHT[name]
-    assert judge(program, Check(tests=(tests,))) == Verdict("passed", "", pytest.approx(1.0, abs=1.0))
+    verdict = judge(program, Check(tests=(tests,)))
+    assert verdict.passed and verdict.seconds > 0, verdict
 
 
 def test_setup_helps_the_tests_and_the_entry_point_is_the_programs(judge):
@@ -174,16 +179,32 @@ def test_setup_helps_the_tests_and_the_entry_point_is_the_programs(judge):
     )
     assert judge("def helper(x):\n    return 'other'\ndef wanted(x):\n    return x + 1", check).passed
     assert judge("def wanted(x):\n    return 1", check).kind == "failed"
-    assert judge("def other(x):\n    return 1", check) == Verdict("error", "NameError", pytest.approx(1, abs=1))
+    missing = judge("def other(x):\n    return 1", check)
+    assert (missing.kind, missing.detail) == ("error", "NameError")
 
 
-def test_one_problem_leaves_nothing_to_the_next(judge):
+def test_one_problem_leaves_nothing_to_the_next():
+    judge = Judge(HASTY, 0)
+    try:
+        check_that_nothing_is_left(judge)
+    finally:
+        judge.close()
+
+
+def check_that_nothing_is_left(judge):
     judge("def f(): return 1", Check(tests=("import builtins\nbuiltins.leak = 1\nleaked = f()",)))
     check = Check(tests=("import builtins\nassert not hasattr(builtins, 'leak') and not hasattr(f(), 'x')",))
     assert judge("import os\ndef f(): return len(os.listdir('/tmp'))", check).passed
+    for answer in (1, 2, 1):  # the same tests on several programs: each begins anew
+        counting = Check(tests=("assert 'mark' not in globals()\nglobals()['mark'] = 1\nassert f() == 1",))
+        assert judge(f"def f(): return {answer}", counting).passed == (answer == 1)
     slow = Check(tests=("while True: f()",))  # the tests themselves do not end
     assert judge("def f(): return 1", slow).kind == "timeout"
     assert judge("def f(): return 1", Check(tests=("assert f() == 1",))).passed
+    broken = Check(tests=("assert f( == 1",))
+    for _ in range(2):
+        verdict = judge("def f(): return 1", broken)
+        assert (verdict.kind, verdict.detail) == ("error", "SyntaxError in the tests")
     endless = Check(tests=("try:\n    f()\nexcept BaseException:\n    while True: pass",))
     assert judge("import os\ndef f(): os._exit(1)", endless).kind == "exited"
     assert judge("def f(): return 1", Check(tests=("assert f() == 1",))).passed
@@ -191,10 +212,10 @@ def test_one_problem_leaves_nothing_to_the_next(judge):
 
 def test_verdicts_come_in_order_and_stop_when_nobody_wants_more():
     items = [(f"def f():\n    return {n % 2}", Check(tests=("assert f() == 1",))) for n in range(8)]
-    verdicts = judge_all(items, limits=LIMITS, num_workers=2)
+    verdicts = judge_all(items, limits=PATIENT, num_workers=2)
     assert [next(verdicts).passed for _ in range(3)] == [False, True, False]
     verdicts.close()
-    assert [verdict.kind for verdict in judge_all(items, limits=LIMITS, num_workers=3)] == ["failed", "passed"] * 4
+    assert [verdict.kind for verdict in judge_all(items, limits=PATIENT, num_workers=3)] == ["failed", "passed"] * 4
 
 
 def test_an_ordinary_users_sandbox_confines_as_well(hostile_verdicts, monkeypatch):
@@ -204,7 +225,7 @@ def test_an_ordinary_users_sandbox_confines_as_well(hostile_verdicts, monkeypatc
     assert "--unshare-user" in sandbox._bubblewrap(1 << 20)
     check = Check(tests=(f"assert answer() == {SECRET!r}",))
     names = ("home", "environment", "open files in /proc", "network", "signal to the host", "end without a word")
-    judge = Judge(LIMITS, 0)
+    judge = Judge(PATIENT, 0)
     try:
         assert judge(f"def answer():\n    return {SECRET!r}", check).passed
         for name in names:
@@ -219,6 +240,7 @@ def test_an_ordinary_users_sandbox_confines_as_well(hostile_verdicts, monkeypatc
     ("bwrap", "message"),
     [
         (None, "bubblewrap, which makes it, is not installed; on Debian and Ubuntu: apt-get install bubblewrap"),
+        ("echo 'bwrap: Unknown option --size' >&2; exit 1", "needs bubblewrap 0.7 or newer.*Unknown option --size"),
         ("echo 'bwrap: No permissions to create new namespace' >&2; exit 1", "cannot make one here .*No permissions"),
     ],
 )

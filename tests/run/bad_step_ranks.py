@@ -6,6 +6,7 @@ or to one number of its gradient.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -111,6 +113,7 @@ class Trainer:
             give_up=lambda step: Path("runs/brave/checkpoints/step-00000001"),
         )  # fmt: skip
         self.accumulation_steps, self.step = 2, 0
+        self.meter = SimpleNamespace(forward=contextlib.nullcontext)  # nobody compares the ranks here
         self.poison: tuple[str, float, int] | None = None
         self.engine.module.transformer.ln_f.register_forward_hook(self._poison_gradient)
         self.engine.module.register_forward_hook(self._poison_loss)

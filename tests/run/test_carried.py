@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -46,20 +47,28 @@ def test_the_file_is_this_users_alone(tmp_path):
     assert take_carried({}) is None
 
 
-def test_a_host_writes_the_file_and_puts_in_the_address_that_it_knows_the_front_door_by(tmp_path):
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_host_writes_the_file_and_puts_in_the_address_that_it_knows_the_front_door_by(tmp_path, listens):
     path = tmp_path / "environment.0"
-    content = {"variables": {"HF_TOKEN": "secret", "CODEPARROT_DS_CONTROL": "login:7000"}, "arguments": []}
-    request = {"environment": {"path": str(path), "content": content, "control_port": 7000}}
+    front_door = socket.create_server(("127.0.0.1", 0))
+    port = front_door.getsockname()[1]
+    if not listens:
+        front_door.close()
+    content = {"variables": {"HF_TOKEN": "secret", "CODEPARROT_DS_CONTROL": f"login:{port}"}, "arguments": []}
+    request = {"environment": {"path": str(path), "content": content, "control_port": port}}
     said = subprocess.run(
         [sys.executable, "-m", "codeparrot_ds.run.probe"],
         input=json.dumps(request),
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "SSH_CONNECTION": "10.0.0.9 50000 10.0.0.1 22"},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "SSH_CONNECTION": "127.0.0.1 50000 10.0.0.1 22"},
         capture_output=True,
         text=True,
         check=True,
     )
     assert "secret" not in said.stdout + said.stderr
-    assert json.loads(path.read_text())["variables"]["CODEPARROT_DS_CONTROL"] == "10.0.0.9:7000"
+    assert json.loads(path.read_text())["variables"]["CODEPARROT_DS_CONTROL"] == f"127.0.0.1:{port}"
+    problem = json.loads(said.stdout.splitlines()[-1].removeprefix(probe.MARK))["front_door_problem"]
+    assert problem == (None if listens else f"127.0.0.1:{port}: Connection refused")
+    front_door.close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     probe.answer({"forget": str(path)})
     assert not path.exists()

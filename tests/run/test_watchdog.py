@@ -1,6 +1,10 @@
 """Verdicts on what guards report."""
 
 import dataclasses
+import itertools
+import os
+import signal
+import time
 
 import pytest
 
@@ -104,3 +108,21 @@ def test_beats_are_read_without_asking():
     assert str(place) == "in evaluate, batch 4, step 3"
     assert 0 <= place.seconds < 10 and place.longest_seconds < 10
     assert str(Beats().read()) == "while starting"
+
+
+def test_what_is_read_while_it_is_written_is_whole():
+    """A record of zeros would be of a rank that has hung since the machine was started."""
+    beats = Beats()
+    writer = os.fork()
+    if writer == 0:
+        for step in itertools.count(1):
+            beats.beat("forward", step=step, batch=step % 7 + 1)
+    try:
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            place = beats.read()
+            assert place.seconds < 60 and (place.step == 0 or place.batch == place.step % 7 + 1), place
+        assert place.step > 1000
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)

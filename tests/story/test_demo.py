@@ -16,9 +16,9 @@ from stories import REPOSITORY, clean_environment, evaluations, metrics, run_com
 
 from codeparrot_ds.evaluation.perplexity import evaluate_model
 
-# Two fifths of the demo's steps, with the whole schedule. All 300 bring the perplexity from 8,263 to 340; these must
+# A third of the demo's steps, with the whole schedule. All 300 bring the perplexity from 8,263 to 340; these must
 # bring it below a tenth of the vocabulary, which is about what knowing every token's frequency would give.
-STEPS = 120
+STEPS = 100
 PERPLEXITY_LIMIT = 1 / 10
 
 
