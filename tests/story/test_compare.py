@@ -64,8 +64,8 @@ def test_what_was_measured(comparison):
         assert config["tokens_per_second"]["steps"] == 4
         parts = config["parts"]
         assert parts["steps"] == 3 and all(parts["seconds"][name] > 0 for name in ("data", "forward", "backward"))
-        assert sum(parts["seconds"].values()) == pytest.approx(parts["total_seconds"], rel=0.1)
-        assert config["checkpoint"]["error"] is None and config["checkpoint"]["bytes"] > 4 * 12 * 200_000
+        assert 0.5 * parts["total_seconds"] < sum(parts["seconds"].values()) <= parts["total_seconds"]
+        assert config["checkpoint"]["error"] is None and config["checkpoint"]["bytes"] > 12 * 500_000
         assert config["memory"]["predicted_device_bytes"] and config["memory"]["host_grown_bytes"] > 10**6
         assert config["startup_seconds"] > 0.5
     assert "report: " in said and report["recommendation"] in said
