@@ -192,7 +192,9 @@ class Cluster:
                 f"Port 22\nListenAddress {self.address(name)}\nHostKey {self.folder / f'{name}_key'}\n"
                 f"AuthorizedKeysFile {self.folder / 'authorized_keys'}\nPidFile none\nStrictModes no\nUsePAM no\n"
                 "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\nUseDNS no\n"
-                f"PrintMotd no\nMaxStartups 100\nSetEnv PYTHONPATH={self.folder / f'{name}-python'}\n"
+                "PrintMotd no\nMaxStartups 100\n"
+                # Operators lie in a folder of the home: that of whoever runs the tests, which root's need not be.
+                f"SetEnv PYTHONPATH={self.folder / f'{name}-python'} HOME={Path.home()}\n"
             )
         (self.folder / "known_hosts").write_text("".join(known))
         config.append(
