@@ -197,6 +197,7 @@ def test_launch_test_runs_pytest_in_the_checkout(checkout, environment):
 
 def test_two_first_calls_do_not_collide(checkout, environment):
     settings = os.environ | {"VIRTUAL_ENV": str(environment), "PIP_NO_BUILD_ISOLATION": "0"}
+    settings.pop("PYTHONPATH", None)  # which may name this checkout's own package
     calls = [
         subprocess.Popen(
             [str(checkout / "launch.sh")], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
