@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codeparrot_ds.run.comparison_report import Findings, Outcome, trace_of
-from codeparrot_ds.run.plots import THEMES, Chart, Series, draw, legend_columns, marker_of, number
+from codeparrot_ds.run.plots import THEMES, Chart, Series, draw, legend_columns, marker_of, number, plain_axes
 from codeparrot_ds.zero.verdict import loss_bands
 
 PARTS = ("forward", "backward", "communication", "optimizer", "data")
@@ -259,13 +259,7 @@ def _figure(theme: str, height: float) -> tuple[Any, Any]:
     figure = Figure(figsize=(7, height), dpi=160, layout="constrained", facecolor=colours["paper"])
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_facecolor(colours["paper"])
-    axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(colours["faint"])
-    axes.tick_params(colors=colours["faint"], labelsize=9, length=0)
+    plain_axes(axes, colours)
     return figure, axes
 
 

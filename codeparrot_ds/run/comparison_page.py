@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from codeparrot_ds.run.comparison import FINISHED
 from codeparrot_ds.run.comparison_report import WAITING, Findings, Outcome, differences, figures_of
 from codeparrot_ds.run.plots import THEMES, number
-from codeparrot_ds.run.report_page import CSS, NOTHING
+from codeparrot_ds.run.report_page import CSS, NOTHING, PAGE
 from codeparrot_ds.zero.verdict import BAND, BITS, DIFFERENT, REFERENCE, ROUNDING, UNJUDGED
 
 if TYPE_CHECKING:
@@ -38,22 +38,6 @@ p.note { color: var(--faint); font-size: .9rem; max-width: 60rem; }
 @media print { .table { overflow: visible; } table { font-size: 8pt; } th, td { padding: .2rem .4rem;
   white-space: normal; overflow-wrap: anywhere; } td.number { white-space: nowrap; } td.wrap { min-width: 0; }
   .charts { grid-template-columns: 1fr 1fr; } .advice { font-size: 12pt; } }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
 """
 
 MOST_COLUMNS = 6
@@ -88,7 +72,7 @@ def html_page(findings: Findings, pictures: Sequence[Picture]) -> str:
             parts.append(
                 f"<details><summary>{html.escape(each.name)}: DeepSpeed config</summary><pre>{text}</pre></details>"
             )
-    return _PAGE.format(title=html.escape(title), css=CSS + _CSS, body="\n".join(parts))
+    return PAGE.format(title=html.escape(title), css=CSS + _CSS, body="\n".join(parts))
 
 
 def markdown_page(findings: Findings, pictures: Sequence[Picture]) -> str:

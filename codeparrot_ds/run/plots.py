@@ -134,9 +134,8 @@ def _running_mean(y: np.ndarray, reach: int) -> np.ndarray:
         return np.where(known, (total[high] - total[low]) / (count[high] - count[low]), np.nan)
 
 
-def _dress(axes: Any, chart: Chart, colours: dict[str, Any]) -> None:
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
+def plain_axes(axes: Any, colours: dict[str, Any]) -> None:
+    """What the axes of every chart have in common."""
     axes.set_facecolor(colours["paper"])
     axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
@@ -144,6 +143,12 @@ def _dress(axes: Any, chart: Chart, colours: dict[str, Any]) -> None:
         spine.set_visible(side == "bottom")
         spine.set_color(colours["faint"])
     axes.tick_params(colors=colours["faint"], labelsize=9, length=0)
+
+
+def _dress(axes: Any, chart: Chart, colours: dict[str, Any]) -> None:
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    plain_axes(axes, colours)
     axes.tick_params(which="minor", length=0)
     axes.tick_params(axis="x", length=3)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -48,7 +48,7 @@ pre { overflow-x: auto; font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consola
   .charts { grid-template-columns: 1fr 1fr; } h2 { break-after: avoid; } details:not([open]) { display: none; } }
 """
 
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -135,7 +135,7 @@ def html_page(
     if differences:
         parts.append("<h2>Settings that differ</h2>" + _html_table(differences))
     parts.append("<h2>Settings</h2>" + "".join(map(_details, summaries, settings)))
-    return _PAGE.format(title=html.escape(title), css=CSS, body="\n".join(parts))
+    return PAGE.format(title=html.escape(title), css=CSS, body="\n".join(parts))
 
 
 def markdown_page(
