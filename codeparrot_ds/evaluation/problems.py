@@ -78,7 +78,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; name a .jsonl or .jsonl.gz file of problems") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: no JSON: {error}") from error
+        raise UserError(f"{path}, line {number}: no JSON: {error.msg} at column {error.pos + 1}") from error
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
         raise UserError(f"{path} cannot be read as {path.suffix} text: {error}") from error
 

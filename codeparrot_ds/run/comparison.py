@@ -173,8 +173,10 @@ def _parsed(text: str, key: str, value: str) -> Any:
 def candidates_of(request: Request, folder: Path, *, device: str) -> list[Candidate]:
     """Every config of a request at every number of ranks and micro-batch, checked and planned.
 
-    Their JSONs are written into the folder. What is wrong with one is its ``skipped``; only a mistake in how it was
-    typed raises.
+    Their JSONs are written into the folder. Why one cannot run is its ``skipped``.
+
+    Raises:
+        UserError: one was mistyped, is not there, or is no JSON: that is mended before any is trained.
     """
     parsed = [(text, *parse_config(text)) for text in request.configs]
     stems = [Path(name).stem for _, name, _ in parsed]
@@ -204,8 +206,8 @@ def _candidate(
     device: str,
 ) -> Candidate:
     label = base + (f",{given}" if given else "")
+    file = read_ds_config(find_ds_config(name))
     try:
-        file = read_ds_config(find_ds_config(name))
         imported = import_ds_config(file.config, request.config)
     except UserError as error:
         return Candidate(

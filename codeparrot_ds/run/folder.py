@@ -82,9 +82,6 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def has_checkpoints(self) -> bool:
-        return bool(checkpoint_folders(self.checkpoints))
-
     def reload(self) -> None:
         """Reads ``run.json`` as rank 0 wrote it."""
         self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))

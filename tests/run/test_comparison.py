@@ -113,7 +113,6 @@ def test_every_config_on_every_number_of_ranks_with_every_micro_batch(make_reque
 @pytest.mark.parametrize(
     ("config", "changes", "words"),
     [
-        ("zero9", {}, "zero9"),
         ("zero2_fp16", {}, "fp16"),
         ("zero2,micro_batch_size=3", {}, "global_batch_size"),
         ("zero2,micro_batch_size=4", {"world_sizes": (4,)}, "global_batch_size"),
@@ -123,6 +122,14 @@ def test_what_cannot_be_run_is_skipped_with_its_reason(make_request, tmp_path, c
     request = make_request(config, "zero1,micro_batch_size=1", **changes)
     skipped, other = candidates_of(request, tmp_path, device="cpu")
     assert words in skipped.skipped and other.skipped is None
+
+
+@pytest.mark.parametrize(("config", "words"), [("zero9", "did you mean 'zero3'"), ("mine.json", "mine.json:1")])
+def test_a_config_that_is_not_there_or_no_json_is_refused_before_any_trains(make_request, tmp_path, config, words):
+    (tmp_path / "mine.json").write_text("{'stage': 2}")
+    path = str(tmp_path / config) if config == "mine.json" else config
+    with pytest.raises(UserError, match=re.escape(words)):
+        candidates_of(make_request("zero1", path), tmp_path, device="cpu")
 
 
 def test_what_cannot_fit_is_skipped_by_its_plan(make_request, tmp_path, monkeypatch):
