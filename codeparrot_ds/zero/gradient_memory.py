@@ -13,6 +13,7 @@ from functools import cached_property
 
 from codeparrot_ds.zero.model_memory import FP32, Moment, Parameter
 
+NORM_WIDTH = 8  # utils.py, get_norm_dtype: gradient norms are taken in fp64
 # Elements that `engine.allreduce_gradients` flattens at once (engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
 STAGE0_BUCKET_ELEMENTS = 500_000_000
 
@@ -59,9 +60,18 @@ class Partition:
         return found
 
     @cached_property
+    def slices(self) -> dict[str, int]:
+        """Elements of each parameter that lie in the share (``grad_position``)."""
+        found, left = {}, self.numel
+        for member in self.owned:
+            found[member.name] = min(member.numel, left)
+            left -= found[member.name]
+        return found
+
+    @property
     def largest_slice(self) -> int:
         """Elements of the largest piece of a parameter in the share."""
-        return min(max((member.numel for member in self.owned), default=0), self.numel)
+        return max(self.slices.values(), default=0)
 
     @property
     def pieces(self) -> int:
@@ -150,6 +160,7 @@ class PartitionedGradients:
     def __init__(self, shares: Sequence[Partition], buckets: Buckets, *, compact: bool, offloaded: bool) -> None:
         self.buckets, self.compact, self.offloaded = buckets, compact, offloaded
         self.owners = {name: ranks for share in shares for name, ranks in share.owners().items()}
+        self.slices = {name: numel for share in shares for name, numel in share.slices.items()}
         self.shares = shares
         self.pending: list[Parameter] = []
         self.owned_bytes = self._owned_bytes()
@@ -229,10 +240,16 @@ class PartitionedGradients:
         return copy + oversized + self._owned_copies(mine)
 
     def _owned_copies(self, mine: Sequence[Parameter]) -> int:
-        """The widest copy of one owned parameter: to fp32 on its way to the host, or into the compact partition."""
-        if not mine or not (self.compact or self.offloaded):
-            return 0
-        return FP32 * max(parameter.numel for parameter in mine)
+        """The widest copy of one owned parameter.
+
+        On its way to the host the norm of what this rank owns is taken (``set_norm_for_param_grad_in_gpu``), which
+        takes more than its conversion to fp32 after that. The compact partition adds whole gradients in fp32.
+        """
+        if self.offloaded:
+            return NORM_WIDTH * max((self.slices[parameter.name] for parameter in mine), default=0)
+        if self.compact:
+            return FP32 * max((parameter.numel for parameter in mine), default=0)
+        return 0
 
 
 def sharded_gradients(

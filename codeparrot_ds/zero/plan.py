@@ -15,6 +15,7 @@ from typing import Any
 from codeparrot_ds.model.shapes import num_parameters
 from codeparrot_ds.zero.ds_config import activation_checkpointing, offload_device, precision, value_at, zero_stage
 from codeparrot_ds.zero.gradient_memory import (
+    NORM_WIDTH,
     Buckets,
     GradientMemory,
     Partition,
@@ -28,7 +29,6 @@ from codeparrot_ds.zero.memory import CATEGORIES, Memory, Workload
 from codeparrot_ds.zero.model_memory import FP32, BackwardPass, Moment, parameters
 
 WIDTHS = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "half": 2, "bf16": 2, "bfloat16": 2}
-NORM_WIDTH = 8  # utils.py, get_norm_dtype: gradient norms are taken in fp64
 # Defaults of zero/config.py.
 REDUCE_BUCKET_SIZE, PREFETCH_BUCKET_SIZE, PERSISTENCE_THRESHOLD = 500_000_000, 50_000_000, 100_000
 MAX_LIVE_PARAMETERS, SUB_GROUP_SIZE = 1_000_000_000, 1_000_000_000
@@ -175,8 +175,8 @@ class EngineMemory:
 
     Attributes:
         parameters, optimizer, buckets, gradients, temporary: resident between two steps.
-        gathered: whole weights at each moment (stage 3).
-        backward: gradients and buckets at each moment of the first and of later micro-batches of a step.
+        gathered: whole weights at each moment of the first and of later micro-batches of a step (stage 3), and copies.
+        backward: gradients and buckets at the same moments.
         before_step: gradients that the backward pass leaves.
         step_temporary: what the optimizer step adds to them at its peak.
         initialization: the peak while the engine is built.
@@ -187,7 +187,7 @@ class EngineMemory:
     buckets: int = 0
     gradients: int = 0
     temporary: int = 0
-    gathered: Sequence[tuple[int, int]] = ()
+    gathered: Sequence[Sequence[tuple[int, int]]] = ()
     backward: Sequence[Sequence[GradientMemory]] = field(default_factory=list)
     before_step: int = 0
     step_temporary: int = 0
@@ -270,7 +270,7 @@ class QuickPlan:
             device=step if phases["step"] > phases["forward_backward"] else device,
             resident_bytes=engine.resident,
             phases=phases,
-            host_bytes=engine.host[1 if later else 0] + self._host_activations(micro_batch_size),
+            host_bytes=engine.host[later] + self._host_activations(micro_batch_size),
             nvme_bytes=engine.nvme,
             checkpoint_bytes=self.checkpoint_bytes,
         )
@@ -288,8 +288,8 @@ class QuickPlan:
     def _device_at(self, index: int, rows: int, later: bool) -> dict[str, int]:
         """What lies on the device at one moment of the last micro-batch of a step, by category."""
         engine, moment = self.engine, self._with_end[index]
-        held = engine.backward[1 if later else 0][index]
-        gathered, copies = engine.gathered[index] if engine.gathered else (0, 0)
+        held = engine.backward[later][index]
+        gathered, copies = engine.gathered[later][index] if engine.gathered else (0, 0)
         temporary = rows * moment.temporary_a_row + held.temporary + copies
         return {
             "parameters": engine.parameters + gathered,
@@ -486,7 +486,7 @@ class QuickPlan:
             optimizer=0 if offloaded else states,
             gradients=0 if offloaded else gradients,
             buckets=buckets,
-            gathered=self._gathered(persistent, away),
+            gathered=[self._gathered(persistent, away, later) for later in (False, True)],
             backward=[self._backward_of_stage3()] * 2,
             step_temporary=0 if offloaded else self._step_of_stage3() + self._second_copy,
             # zero.Init draws one weight at a time in fp32; a master is converted, then cloned.
@@ -498,7 +498,7 @@ class QuickPlan:
             nvme=self._nvme(mine),
         )
 
-    def _gathered(self, persistent: int, away: bool) -> list[tuple[int, int]]:
+    def _gathered(self, persistent: int, away: bool, later: bool) -> list[tuple[int, int]]:
         """Whole weights at each moment, and the copies of the newest.
 
         From the second step on the coordinator knows the order of the modules and prefetches until
@@ -512,14 +512,14 @@ class QuickPlan:
         live = max(0, settings.max_live_parameters - persistent)
         total = num_parameters(self.workload.shape)
         prefetched = min(settings.prefetch_elements, total) * settings.width
-        second = self._second_copy  # made as weights are given back
+        second = self._second_copy  # made as weights are given back, kept until the step
         found = []
         for moment in self.moments:
             needed = min(max(0, moment.needed - persistent), live)
             waits = total > settings.max_live_parameters and moment.name not in ("loss", "head")
             found.append(
                 (
-                    settings.width * needed + second * (total - needed) // total,
+                    settings.width * needed + (second if later else second * (total - needed) // total),
                     prefetched if waits and moment.needed > live else 0,
                 )
             )
