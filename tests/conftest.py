@@ -15,6 +15,9 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 from codeparrot_ds.run.ops import are_built
 
+# A suite that was started in the background has SIGINT ignored, and what it starts would have it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 OPERATORS = ["fused_adam", "cpu_adam", "pin_memory", "async_io"]
 BUILD = """

@@ -266,14 +266,19 @@ def test_the_local_place_needs_no_network(run, repository, tmp_path):
     unreachable = subprocess.run([*probe, sys.executable, "-c", connect], capture_output=True, text=True, check=False)
     assert "unreachable" in unreachable.stderr
     export = make_export(run, 1)
-    with_network = shutil.copytree(run.parent, tmp_path / "with-network")
-    spent = []
-    for prefix, runs in ((probe, run.parent), ([], with_network)):
-        command = [*prefix, sys.executable, "-c", OFFLINE, str(runs), NAME, str(export)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        spent.append(json.loads(done.stdout.split("]")[0] + "]"))
-    assert max(without - usual for without, usual in zip(*spent, strict=True)) < 1
+    fresh = shutil.copytree(run.parent, tmp_path / "fresh")
+    delays = []
+    while not delays or delays[-1] >= 1 and len(delays) < 4:  # a busy machine delays once, a missing network always
+        spent = []
+        for prefix, runs in ((probe, run.parent), ([], tmp_path / "with-network")):
+            shutil.rmtree(runs, ignore_errors=True)
+            shutil.copytree(fresh, runs)
+            command = [*prefix, sys.executable, "-c", OFFLINE, str(runs), NAME, str(export)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            spent.append(json.loads(done.stdout.split("]")[0] + "]"))
+        delays.append(max(without - usual for without, usual in zip(*spent, strict=True)))
+    assert delays[-1] < 1, delays
     assert repository.read_file("main", "config.json") == b"{}"
     assert [commit.title for commit in repository.commits(NAME)][:2] == ["Step 2", "Step 1"]
 
