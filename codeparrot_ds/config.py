@@ -156,6 +156,12 @@ class RunConfig:
     )
 
     log_steps: int = _setting(10, "logging", "optimizer steps between lines of metrics", minimum=1)
+    profile: int = _setting(
+        0,
+        "logging",
+        "steps to profile, from the fourth of a start on: a trace and a table (0: none)",
+        minimum=0,
+    )
     wandb: str = _setting(
         "auto",
         "logging",

@@ -78,8 +78,9 @@ def train_session(session: Session) -> dict[str, Any]:
         if last or stopping:
             break
 
-        losses = accumulate_gradients(engine, batches, session)
         step += 1
+        with session.profiled(step):
+            losses = accumulate_gradients(engine, batches, session)
         session.bad_steps.check(step)
         if step == first_step + 1:
             session.first_step_done()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -59,6 +60,7 @@ from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.plan import predict
+from codeparrot_ds.run.profiler import StepProfiler
 from codeparrot_ds.run.rank_times import RankTimes
 from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
 from codeparrot_ds.run.samples import Sampler, open_sampler
@@ -111,6 +113,8 @@ class Session:
     evaluations: list[dict[str, Any]]
     sampler: Sampler | None = None
     """Of completions at each evaluation."""
+    profiler: StepProfiler | None = None
+    """On rank 0 of a start with ``--profile``."""
     saver: CheckpointSaver = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -203,6 +207,7 @@ class Session:
             validation=validation,
             evaluations=list(restored.extra["evaluations"]) if restored else [],
             sampler=sampler,
+            profiler=_profiler(config, ranks, folder, engine, loader, step, progress, meter),
         )
         if restored is not None:
             ranks.on_main(lambda: session._queue_again(restored))
@@ -236,6 +241,10 @@ class Session:
         if not self.config.intra_document_masking:
             return {"input_ids": ids}
         return {"input_ids": ids, **document_inputs(ids, self.encoder.eos_token_id)}
+
+    def profiled(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Around a step of training."""
+        return contextlib.nullcontext() if self.profiler is None else self.profiler.step(step)
 
     def mean_loss(self, loss_sum: torch.Tensor) -> float:
         """The mean loss of the step's global batch, nats a token; collective, waits for the device.
@@ -463,6 +472,8 @@ class Session:
         """Ends loader, trackers and the branch's queue; says where everything is. Returns the outcome."""
         beat("save", step=step)
         data = self._data_account()
+        if self.profiler is not None:
+            self.profiler.close()
         self.loader.close()
         last_save = self.saver.wait()
         self.progress.close()
@@ -649,6 +660,30 @@ def _training_loader(config: RunConfig, stream: StreamConfig, ranks: Ranks, star
         world_size=ranks.world_size,
         start_row=start.row,
         lane_states=start.lane_states,
+    )
+
+
+def _profiler(
+    config: RunConfig,
+    ranks: Ranks,
+    folder: RunFolder,
+    engine: Any,
+    loader: TrainingLoader,
+    step: int,
+    progress: Progress,
+    meter: Meter,
+) -> StepProfiler | None:
+    if not config.profile or not ranks.is_main:
+        return None
+    return StepProfiler(
+        engine=engine,
+        loader=loader,
+        device=ranks.device,
+        folder=folder.path,
+        num_steps=config.profile,
+        first_step=step + 1,
+        say=progress.say,
+        pause=meter.pause,
     )
 
 

@@ -32,6 +32,26 @@ RING: dict[str, Callable[[int], float]] = {
 }
 
 
+@contextlib.contextmanager
+def replaced_collectives(
+    backend: Any, replacement: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replaces the collectives of DeepSpeed's backend (``deepspeed.comm.comm.cdb``) while the context lasts.
+
+    Args:
+        backend: the one that is in use.
+        replacement: of a collective's name and the collective.
+    """
+    for name in RING:
+        if hasattr(backend, name):
+            setattr(backend, name, replacement(name, getattr(backend, name)))
+    try:
+        yield
+    finally:
+        for name in RING:
+            backend.__dict__.pop(name, None)
+
+
 class Communication:
     """Counts and times the collectives that DeepSpeed calls while it is installed, each made to finish at once.
 
@@ -53,14 +73,8 @@ class Communication:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Puts the counter into DeepSpeed's backend, and takes it out again."""
-        for name in RING:
-            if hasattr(self._backend, name):
-                setattr(self._backend, name, self._counted(name, getattr(self._backend, name)))
-        try:
+        with replaced_collectives(self._backend, self._counted):
             yield
-        finally:
-            for name in RING:
-                self._backend.__dict__.pop(name, None)
 
     def _counted(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(collective)
