@@ -1,15 +1,23 @@
-"""Ours against the recipe's plain loop, in turn: tokens/s of ``codeparrot-ds train`` and of ``recipe_loop.py``.
+"""Ours against four other loops, in turn: tokens/s of ``codeparrot-ds train`` and of the loops in ``peer_loops.py``.
 
     python benchmarks/training_speed.py --data CORPUS --tokenizer TOKENIZER --rounds 3
+    python benchmarks/training_speed.py --data CORPUS --tokenizer TOKENIZER --model demo --seq-length 256 --rows 16
 
-Each round runs both as their users would, in fresh processes: the recipe's loop (fp32, eager attention, dropout 0.1,
-``.item()`` every step) on all cores or one GPU, then ours through the real launcher with as many rows a step.
+Each round runs every loop as its users would, in a fresh process, on the same rows from the same initial weights:
+
+- the recipe's loop on Accelerate, fp32 and bf16 autocast, one process on all cores (or one GPU);
+- ``transformers.Trainer`` with DeepSpeed ZeRO-2 in bf16, in as many processes as ours has ranks;
+- a compiled module in the manner of nanoGPT; our model and its arithmetic in bare torch, without an engine;
+- ours through the real launcher, with each number of ranks.
+
+Beside them each round measures products of bf16 matrices: what the cores (or the GPU) can do at that time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,98 +26,178 @@ from pathlib import Path
 
 from record import REPOSITORY, record_parser, write_record
 
-PEERS = ("fp32", "bf16")
+PEERS = ("recipe fp32", "recipe bf16", "trainer", "nanogpt", "bare")
+LOSS_BAND = 0.03  # nats, of two bf16 loops after a few steps of warm-up; fp32 agrees to 1e-3
+MATMUL = """
+import json, sys, time, torch
+threads, device = int(sys.argv[1]), "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_num_threads(threads)
+size = 8192 if device == "cuda" else 1024
+a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+rates, begun = [], time.perf_counter()
+while time.perf_counter() - begun < 3:
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ b
+    if device == "cuda":
+        torch.cuda.synchronize()
+    rates.append(4 * 2 * size**3 / (time.perf_counter() - start))
+print(json.dumps(rates[len(rates) // 4 :]))
+"""
 
 
-def recipe(options: argparse.Namespace, precision: str) -> dict:
-    """One run of the recipe's loop; tokens/s of every step after the warm-up, and the losses."""
+def matmul_rate(processes: int) -> float:
+    """FLOP/s of bf16 products in as many processes at once, together; the median of a few seconds of each."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    command = [sys.executable, "-c", MATMUL, str(threads)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    return sum(statistics.median(json.loads(process.communicate()[0])) for process in started)
+
+
+def peer(options: argparse.Namespace, name: str, processes: int) -> dict:
+    """One run of a peer: tokens/s of every step after the warm-up, and the losses."""
+    loop, _, precision = name.partition(" ")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
     command = [
-        *(sys.executable, str(REPOSITORY / "benchmarks" / "recipe_loop.py"), "--shape", options.model),
-        *("--precision", precision, "--micro-batch", str(options.rows), "--seq-length", str(options.seq_length)),
-        *("--steps", str(options.recipe_steps), "--warmup", "1"),
+        *(sys.executable, *launcher, str(REPOSITORY / "benchmarks" / "peer_loops.py"), loop),
+        *("--shape", options.model, "--micro-batch", str(options.rows // processes)),
+        *("--seq-length", str(options.seq_length), "--steps", str(options.peer_steps), "--warmup", str(options.warmup)),
         *("--data", options.data, "--tokenizer", options.tokenizer),
+        *(("--precision", precision) if precision else ()),
+        *(() if options.dropout is None else ("--dropout", str(options.dropout))),
     ]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise SystemExit(f"{name} failed:\n{answer.stderr[-3000:]}")
     result = json.loads(answer.stdout.splitlines()[-1])
-    return {"tokens_per_second": result["window_tokens_per_second"], "losses": result["losses"]}
+    return {"tokens_per_second": result["step_tokens_per_second"], "losses": result["losses"]}
 
 
-def ours(options: argparse.Namespace, run_name: str, output_dir: str) -> dict:
-    """One run of ``codeparrot-ds train``; tokens/s of every step after the first two, and the losses."""
+def ours(options: argparse.Namespace, ranks: int, run_name: str, output_dir: str) -> dict:
+    """One run of ``codeparrot-ds train``; tokens/s of every step after the warm-up, and the losses."""
     command = [
         *(sys.executable, "-m", "codeparrot_ds", "train", "small", "--model", options.model),
         *("--data", options.data, "--tokenizer", options.tokenizer, "--deepspeed", options.deepspeed),
         *("--seq-length", str(options.seq_length), "--global-batch-size", str(options.rows)),
-        *("--micro-batch-size", str(options.rows // options.ranks), "--num-gpus", str(options.ranks)),
-        *("--max-train-steps", str(options.our_steps + 2), "--log-steps", "1", "--max-eval-steps", "1"),
-        *("--wandb", "off", "--hub", "off", "--output-dir", output_dir, "--run-name", run_name),
+        *("--micro-batch-size", str(options.rows // ranks), "--num-gpus", str(ranks)),
+        *("--max-train-steps", str(options.our_steps + options.warmup), "--log-steps", "1", "--max-eval-steps", "1"),
+        *("--wandb", "off", "--hub", "off", "--output-dir", output_dir, "--run-name", run_name, *options.train),
     ]
     subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
     lines = (Path(output_dir) / run_name / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
+    counted = rows[options.warmup :]
     return {
-        "tokens_per_second": [row["tokens_per_second"] for row in rows[2:]],
-        "mfu": [row["mfu"] for row in rows[2:]],
-        "data_wait_share": [row["data_wait_seconds"] / row["step_seconds"] for row in rows[2:]],
+        "tokens_per_second": [row["tokens_per_second"] for row in counted],
+        "data_wait_share": [row["data_wait_seconds"] / row["step_seconds"] for row in counted],
         "losses": [row["loss"] for row in rows],
     }
 
 
+def plan_of(options: argparse.Namespace) -> dict[str, tuple[str, int]]:
+    """The runs of a round: their names, with what runs and in how many processes."""
+    runs: dict[str, tuple[str, int]] = {}
+    for name in options.peers:
+        for processes in options.ranks if name == "trainer" else [1]:
+            runs[f"{name}, {processes} process{'es' * (processes > 1)}"] = (name, processes)
+    return runs | {f"ours, {ranks} rank{'s' * (ranks > 1)}": ("ours", ranks) for ranks in options.ranks}
+
+
 def main() -> None:
-    parser = record_parser(__doc__, name="training-cpu")
+    parser = record_parser(__doc__, name="training")
     parser.add_argument("--data", required=True, help="corpus folder")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--model", default="gpt2")
     parser.add_argument("--seq-length", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=2, help="rows a step of both")
-    parser.add_argument("--ranks", type=int, default=2, help="of ours; the recipe's is one process on all cores")
+    parser.add_argument("--rows", type=int, default=2, help="rows a step of each")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of ours and of the Trainer's")
     parser.add_argument("--deepspeed", default="zero2")
+    parser.add_argument("--dropout", type=float, help="of the recipe's loop and the Trainer's (default: GPT-2's 0.1)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--recipe-steps", type=int, default=3, help="counted steps of the recipe's loop a round")
+    parser.add_argument("--warmup", type=int, default=2, help="steps of each run that do not count")
+    parser.add_argument("--peer-steps", type=int, default=5, help="counted steps of a peer a round")
     parser.add_argument("--our-steps", type=int, default=8, help="counted steps of ours a round")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["fp32"], help="precisions of the recipe's loop")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="more options of train, last")
     options = parser.parse_args()
 
-    raw: dict[str, list[dict]] = {f"recipe {precision}": [] for precision in options.peers} | {"ours": []}
+    runs = plan_of(options)
+    raw: dict[str, list[dict]] = {name: [] for name in runs}
+    rates: list[float] = []
     with tempfile.TemporaryDirectory() as output_dir:
         for number in range(options.rounds):
-            for precision in options.peers:
-                raw[f"recipe {precision}"].append(recipe(options, precision))
-            raw["ours"].append(ours(options, f"round-{number}", output_dir))
-            speeds = {name: statistics.median(rounds[-1]["tokens_per_second"]) for name, rounds in raw.items()}
-            print(number, {name: round(speed, 1) for name, speed in speeds.items()}, flush=True)
+            for index, (name, (what, processes)) in enumerate(runs.items()):
+                if what == "ours":
+                    raw[name].append(ours(options, processes, f"round-{number}-{index}", output_dir))
+                else:
+                    raw[name].append(peer(options, what, processes))
+                print(
+                    number, name, f"{statistics.median(raw[name][-1]['tokens_per_second']):,.1f} tokens/s", flush=True
+                )
+            rates.append(matmul_rate(max(options.ranks)))
     folder = write_record(
-        options.name, title=f"Training speed: {options.model} against the recipe's loop", text=table(raw), raw=raw,
-        out=options.out,
+        options.name, title=f"Training speed: {options.model} against four other loops", text=text(options, raw, rates),
+        raw={"runs": raw, "matmul_flops": rates}, out=options.out,
     )  # fmt: skip
     print((folder / "README.md").read_text())
 
 
-def table(raw: dict[str, list[dict]]) -> str:
-    """The medians over all rounds, the ratio round by round, and the losses."""
-    speeds = {name: [s for one in rounds for s in one["tokens_per_second"]] for name, rounds in raw.items()}
+def medians(rounds: list[dict]) -> list[float]:
+    """The median speed of each round."""
+    return [statistics.median(one["tokens_per_second"]) for one in rounds]
+
+
+def text(options: argparse.Namespace, raw: dict[str, list[dict]], rates: list[float]) -> str:
+    """The medians over all rounds, ours against each round by round, and whether the losses are equal."""
+    from codeparrot_ds.data.encoder import load_encoder
+    from codeparrot_ds.model.shapes import find_shape, flops_per_token
+
+    mine = [name for name in raw if name.startswith("ours")]
+    vocab_size = load_encoder(options.tokenizer).vocab_size
+    shape = find_shape(options.model, vocab_size=vocab_size, seq_length=options.seq_length)
+    flops = flops_per_token(shape, options.seq_length)
     lines = [
-        "| loop | tokens/s, median | min - max | windows | ours is faster by | losses |",
-        "|---|---|---|---|---|---|",
+        "| loop | tokens/s, median | min - max | steps | of the matmul rate | "
+        + "".join(f"{name}: faster by | " for name in mine)
+        + "losses |",
+        "|---" * (6 + len(mine)) + "|",
     ]
-    for name, values in speeds.items():
-        ratios = [
-            statistics.median(mine["tokens_per_second"]) / statistics.median(theirs["tokens_per_second"])
-            for mine, theirs in zip(raw["ours"], raw[name], strict=True)
-        ]
-        ratio = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} - {max(ratios):.2f})"
-        losses = raw[name][0]["losses"]
-        lines.append(
-            f"| {name} | {statistics.median(values):,.1f} | {min(values):,.1f} - {max(values):,.1f} | {len(values)} | "
-            f"{'1' if name == 'ours' else ratio} | {losses[0]:.3f} … {losses[-1]:.3f} ({len(losses)} steps) |"
-        )
-    mfu = statistics.median(value for one in raw["ours"] for value in one["mfu"])
-    wait = statistics.median(value for one in raw["ours"] for value in one["data_wait_share"])
+    for name, rounds in raw.items():
+        speeds = [speed for one in rounds for speed in one["tokens_per_second"]]
+        shares = [speed * flops / rate for speed, rate in zip(medians(rounds), rates, strict=True)]
+        cells = [
+            name, f"{statistics.median(speeds):,.1f}", f"{min(speeds):,.1f} - {max(speeds):,.1f}", str(len(speeds)),
+            f"{statistics.median(shares):.0%}", *(against(raw[ours], rounds) if ours != name else "1" for ours in mine),
+            "{0[0]:.4f} … {0[-1]:.4f}".format(rounds[0]["losses"]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    waits = [share for name in mine for one in raw[name] for share in one["data_wait_share"]]
     lines += [
         "",
-        f"Ours: {mfu:.0%} of the measured peak (6N + 12·L·d·s FLOPs a token), {wait:.2%} of a step waiting for data.",
+        f"bf16 products of matrices in the same rounds: {statistics.median(rates) / 1e9:,.0f} GFLOP/s "
+        f"({min(rates) / 1e9:,.0f} - {max(rates) / 1e9:,.0f}); a token is {flops / 1e9:.3f} GFLOP (6N + 12·L·d·s). "
+        f"Ours waited for data for {statistics.median(waits):.2%} of a step.",
+        "",
+        loss_gate(raw, dropout=options.dropout),
     ]
     return "\n".join(lines)
+
+
+def against(ours: list[dict], theirs: list[dict]) -> str:
+    ratios = [mine / their for mine, their in zip(medians(ours), medians(theirs), strict=True)]
+    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} - {max(ratios):.2f})"
+
+
+def loss_gate(raw: dict[str, list[dict]], *, dropout: float | None) -> str:
+    """The largest difference of the loops' losses, step by step, to ours; loops with dropout have others."""
+    reference = next(rounds[0]["losses"] for name, rounds in raw.items() if name.startswith("ours"))
+    lines = []
+    for name, rounds in raw.items():
+        gap = max(abs(a - b) for one in rounds for a, b in zip(one["losses"], reference, strict=False))
+        with_dropout = name.split()[0].rstrip(",") in ("recipe", "trainer") and dropout != 0
+        verdict = "dropout" if with_dropout else "equal" if gap <= LOSS_BAND else "NOT EQUAL"
+        lines.append(f"{name} {gap:.4f} ({verdict})")
+    return f"Largest difference to ours of a step's loss, nats: {'; '.join(lines)}. The band is {LOSS_BAND}."
 
 
 if __name__ == "__main__":

@@ -1,0 +1,405 @@
+"""The peers: training loops that a user would write instead, timed. Prints one JSON object.
+
+    python benchmarks/peer_loops.py recipe --shape gpt2 --micro-batch 1 --steps 6 --warmup 1 --threads 2
+    python benchmarks/peer_loops.py bare --shape demo --data CORPUS --tokenizer TOKENIZER --seq-length 256
+    torchrun --nproc-per-node 2 benchmarks/peer_loops.py trainer …
+
+- ``recipe``: the recipe's loop (NLP with Transformers, chapter 10) on Accelerate as its users run it: fp32 or bf16
+  autocast, eager attention, GPT-2's defaults (dropout 0.1, ``gelu_new``), torch's AdamW, a log line with ``.item()``
+  in every step.
+- ``trainer``: ``transformers.Trainer`` with DeepSpeed ZeRO-2 in bf16, its values "auto"; GPT-2's defaults. Several
+  processes under torchrun.
+- ``nanogpt``: a compiled module of its own in the manner of nanoGPT: autocast to bf16, fused attention and AdamW, no
+  dropout.
+- ``bare``: what our engine does, without an engine: our model in bf16, fp32 masters, torch's fused AdamW.
+
+All train on the same rows from the same initial weights with the same schedule. Rows are prepared before the clock
+starts, which spares these loops the recipe's tokenizing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from codeparrot_ds.model.shapes import GPT2Shape, find_shape
+
+logger = logging.getLogger("peer")
+
+
+class Step(NamedTuple):
+    """One optimizer step: its time with the device waited for, and its loss before the update."""
+
+    seconds: float
+    loss: float
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("loop", choices=LOOPS)
+    parser.add_argument("--shape", default="gpt2", help="gpt2, demo or another known shape")
+    parser.add_argument("--vocab-size", type=int, default=32_768, help="with --data it is the tokenizer's")
+    parser.add_argument("--seq-length", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows a process a step")
+    parser.add_argument("--steps", type=int, default=10, help="steps that count")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them that do not")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the recipe's loop")
+    parser.add_argument("--dropout", type=float, help="of the recipe's loop and the Trainer's (default: GPT-2's 0.1)")
+    parser.add_argument(
+        "--threads", type=int, help="of torch on the CPU; all cores, shared by the processes, by default"
+    )
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--num-warmup-steps", type=int, default=2000, help="of the learning rate")
+    parser.add_argument("--max-train-steps", type=int, default=150_000, help="of the schedule")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--data", metavar="DIR", help="rows of a training run on this corpus, in its order; else random"
+    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="with --data")
+    options = parser.parse_args(arguments)
+    if bool(options.data) != bool(options.tokenizer):
+        parser.error("--data and --tokenizer go together")
+    if options.loop != "trainer" and world_size() > 1:
+        parser.error(f"{options.loop} is a loop of one process")
+    return options
+
+
+def world_size() -> int:
+    """Processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def load_rows(options: argparse.Namespace) -> torch.Tensor:
+    """Returns the token ids of all steps and processes, (rows, seq_length); sets the vocabulary to the tokenizer's."""
+    num_rows = (options.warmup + options.steps) * options.micro_batch * world_size()
+    if options.data:
+        rows = corpus_rows(options, num_rows)
+    else:
+        rows = np.random.default_rng(options.seed).integers(options.vocab_size, size=(num_rows, options.seq_length))
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+def corpus_rows(options: argparse.Namespace, num_rows: int) -> np.ndarray:
+    """Returns the first rows of a training run with the same seed and the default lanes and shuffle buffer."""
+    from codeparrot_ds.config import RunConfig
+    from codeparrot_ds.data.encoder import load_encoder
+    from codeparrot_ds.data.sources import find_shards
+    from codeparrot_ds.data.stream import Dataset, StreamConfig, TrainingStream
+
+    encoder, defaults = load_encoder(options.tokenizer), RunConfig()
+    options.vocab_size = encoder.vocab_size
+    config = StreamConfig(
+        datasets=[Dataset(name=str(options.data), shards=find_shards(options.data, "train"))],
+        encoder=encoder,
+        seq_length=options.seq_length,
+        num_lanes=defaults.num_lanes,
+        shuffle_buffer=defaults.shuffle_buffer,
+        seed=options.seed,
+    )
+    return np.stack([row.ids for row in itertools.islice(TrainingStream(config), num_rows)])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models and parameters
+
+
+def shape_of(options: argparse.Namespace) -> GPT2Shape:
+    return find_shape(options.shape, vocab_size=options.vocab_size, seq_length=options.seq_length)
+
+
+def our_model(options: argparse.Namespace) -> nn.Module:
+    """Returns the model of a training run, whose initial weights all loops begin with."""
+    from codeparrot_ds.model.gpt2 import build_model
+
+    return build_model(shape_of(options), eos_token_id=0, seed=options.seed)
+
+
+def plain_model(options: argparse.Namespace) -> nn.Module:
+    """Returns transformers' GPT-2 with its own defaults for everything that is not a size, and our initial weights."""
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    chosen = (
+        {} if options.dropout is None else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), options.dropout)
+    )
+    config = GPT2Config(**asdict(shape_of(options)), bos_token_id=0, eos_token_id=0, **chosen)
+    eager = {"attn_implementation": "eager"} if options.loop == "recipe" else {}
+    model = AutoModelForCausalLM.from_config(config, **eager)
+    model.load_state_dict(our_model(options).state_dict())
+    return model
+
+
+class Block(nn.Module):
+    """One transformer block, with fused projections and attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.c_attn, self.attn_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.c_fc, self.mlp_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, tokens, width = x.shape
+        q, k, v = (
+            part.view(rows, tokens, self.heads, width // self.heads).transpose(1, 2)
+            for part in self.c_attn(self.ln_1(x)).split(width, dim=2)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn_proj(attended.transpose(1, 2).reshape(rows, tokens, width))
+        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+
+
+class CompactGPT(nn.Module):
+    """GPT-2 as one writes it for torch.compile: tied embeddings, learned positions, the loss inside."""
+
+    def __init__(self, shape: GPT2Shape) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.wpe = nn.Embedding(shape.n_positions, shape.n_embd)
+        self.blocks = nn.ModuleList(Block(shape.n_embd, shape.n_head) for _ in range(shape.n_layer))
+        self.ln_f = nn.LayerNorm(shape.n_embd)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.ln_f(x)[:, :-1], self.wte.weight)
+        return F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+    @torch.no_grad()
+    def load_gpt2(self, model: nn.Module) -> None:
+        """Takes the weights of transformers' module, whose products are transposed."""
+        own, theirs = self.state_dict(), model.state_dict()
+        names = {"attn_proj": "attn.c_proj", "c_attn": "attn.c_attn", "c_fc": "mlp.c_fc", "mlp_proj": "mlp.c_proj"}
+        for name, tensor in own.items():
+            source = f"transformer.{name.replace('blocks.', 'h.')}"
+            for mine, their in names.items():
+                source = source.replace(f".{mine}.", f".{their}.")
+            is_product = any(f".{mine}.weight" in name for mine in names)
+            tensor.copy_(theirs[source].t() if is_product else theirs[source])
+
+
+def recipe_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
+    """Returns the recipe's groups, by its match of names."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (others if any(part in name for part in ("bias", "LayerNorm.weight")) else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def cosine(optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> Any:
+    from transformers import get_scheduler
+
+    return get_scheduler("cosine", optimizer, options.num_warmup_steps, options.max_train_steps)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait() -> None:
+    """Waits for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loops
+
+
+def recipe(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> Iterator[Step]:
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+    from torch.utils.tensorboard import SummaryWriter
+
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if options.precision == "bf16" else "no"
+    )
+    logging.basicConfig(filename=f"{log_dir}/debug_0.log", level=logging.INFO, force=True)
+    writer = SummaryWriter(log_dir)
+    model = plain_model(options)
+    optimizer = torch.optim.AdamW(recipe_groups(model), lr=options.learning_rate)
+    scheduler = cosine(optimizer, options)
+    loader: DataLoader = DataLoader(list(rows), batch_size=options.micro_batch)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    started = time.perf_counter()
+    for step, batch in enumerate(loader, start=1):
+        loss = model(batch, labels=batch).loss
+        metrics = {"lr": optimizer.param_groups[0]["lr"], "loss/train": loss.item()}
+        logger.info(f"Step {step}: {metrics}")
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        wait()
+        yield Step(time.perf_counter() - started, metrics["loss/train"])
+        started = time.perf_counter()  # what the caller did in between is not ours
+
+
+def nanogpt(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> Iterator[Step]:
+    module = CompactGPT(shape_of(options))
+    module.load_gpt2(our_model(options))
+    module.to(device())
+    decayed = [parameter for parameter in module.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in module.parameters() if parameter.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+    scheduler = cosine(optimizer, options)
+    compiled = torch.compile(module)
+    for batch in rows.split(options.micro_batch):
+        started = time.perf_counter()
+        with torch.autocast(device().type, torch.bfloat16):
+            loss = compiled(batch.to(device(), non_blocking=True))
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait()
+        yield Step(time.perf_counter() - started, loss.item())
+
+
+def bare(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> Iterator[Step]:
+    from codeparrot_ds.model.gpt2 import get_grouped_params
+    from codeparrot_ds.run.engine import keep_freed_pages
+
+    keep_freed_pages()
+    model = our_model(options).to(device())
+    groups = get_grouped_params(model)
+    masters = {id(p): p.detach().clone().requires_grad_() for group in groups for p in group["params"]}
+    pairs = [(p, masters[id(p)]) for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(
+        [group | {"params": [masters[id(p)] for p in group["params"]]} for group in groups],
+        lr=options.learning_rate, fused=True,
+    )  # fmt: skip
+    scheduler = cosine(optimizer, options)
+    model.to(torch.bfloat16).train()
+    for batch in rows.split(options.micro_batch):
+        started = time.perf_counter()
+        batch = batch.to(device(), non_blocking=True)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        for parameter, master in pairs:
+            master.grad, parameter.grad = parameter.grad.float(), None
+        nn.utils.clip_grad_norm_([master for _, master in pairs], 1.0)
+        optimizer.step()
+        scheduler.step()
+        with torch.no_grad():
+            for parameter, master in pairs:
+                parameter.copy_(master)
+                master.grad = None
+        wait()
+        yield Step(time.perf_counter() - started, loss.item())
+
+
+def trainer(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> Iterator[Step]:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    steps: list[Step] = []
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            wait()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            wait()
+            self.seconds = time.perf_counter() - self.started
+
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            if "loss" in logs:
+                steps.append(Step(self.seconds, float(logs["loss"])))
+
+    ds_config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    }
+    arguments = TrainingArguments(
+        output_dir=log_dir,
+        per_device_train_batch_size=options.micro_batch,
+        max_steps=len(rows) // options.micro_batch // world_size(),
+        learning_rate=options.learning_rate,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=options.num_warmup_steps,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=ds_config,
+        logging_steps=1,
+        report_to=["tensorboard"],
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+    )
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    InOrder(model=plain_model(options), args=arguments, train_dataset=data, callbacks=[Clock()]).train()
+    yield from steps
+
+
+LOOPS = {"recipe": recipe, "trainer": trainer, "nanogpt": nanogpt, "bare": bare}
+
+
+def summarize(options: argparse.Namespace, steps: list[Step]) -> dict:
+    """Returns the run's settings and figures; the steps of the warm-up count in the losses only."""
+    tokens = options.micro_batch * world_size() * options.seq_length
+    seconds = [step.seconds for step in steps[options.warmup :]]
+    samples = [tokens / step for step in seconds]
+    names = ("loop", "shape", "vocab_size", "seq_length", "micro_batch", "precision", "dropout")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": world_size(),
+        "threads": torch.get_num_threads(),
+        "tokens_per_second": statistics.median(samples),
+        "step_tokens_per_second": samples,
+        "losses": [step.loss for step in steps],
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads or max(1, len(os.sched_getaffinity(0)) // world_size()))
+    torch.manual_seed(options.seed)
+    rows = load_rows(options)
+    with tempfile.TemporaryDirectory() as log_dir:
+        steps = list(LOOPS[options.loop](options, rows, log_dir))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(summarize(options, steps)))
+
+
+if __name__ == "__main__":
+    main()
