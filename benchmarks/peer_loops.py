@@ -365,7 +365,8 @@ def trainer(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> It
         disable_tqdm=True,
         dataloader_drop_last=True,
     )
-    data = [{"input_ids": row, "labels": row} for row in rows]
+    # The first label is nobody's target, but the Trainer divides by the number of labels.
+    data = [{"input_ids": row, "labels": torch.cat([torch.tensor([-100]), row[1:]])} for row in rows]
     InOrder(model=plain_model(options), args=arguments, train_dataset=data, callbacks=[Clock()]).train()
     yield from steps
 

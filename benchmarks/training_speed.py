@@ -57,7 +57,8 @@ def matmul_rate(processes: int) -> float:
 def peer(options: argparse.Namespace, name: str, processes: int) -> dict:
     """One run of a peer: tokens/s of every step after the warm-up, and the losses."""
     loop, _, precision = name.partition(" ")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+    launched = loop == "trainer"  # DeepSpeed wants a launcher's environment for one process too
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if launched else []
     command = [
         *(sys.executable, *launcher, str(REPOSITORY / "benchmarks" / "peer_loops.py"), loop),
         *("--shape", options.model, "--micro-batch", str(options.rows // processes)),
