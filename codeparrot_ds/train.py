@@ -151,7 +151,7 @@ def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, com
     signal_at_parents_end(signal.SIGTERM, launcher_of_this_rank())()
     choose_interface(os.environ)
     guard_this_rank()  # before torch: the guard stays small
-    os.environ.setdefault("KINETO_LOG_LEVEL", "3")  # else torch's profiler tells each of its stages
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler tells each of its stages
     from codeparrot_ds.run.ranks import SharedError, leave_ranks
 
     parser = ArgumentParser(prog="codeparrot_ds.train", description="one rank of a training run")
