@@ -36,10 +36,26 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 # The fields
 
 
+class _Auto(int):
+    """What ``auto`` stands for where a number is expected; no number that a user gives is one."""
+
+    def __repr__(self) -> str:
+        return "auto"
+
+
+AUTO = _Auto(0)
+
+
 def _setting(
-    default: Any, group: str, text: str, *, minimum: float | None = None, choices: tuple[str, ...] = ()
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    minimum: float | None = None,
+    choices: tuple[str, ...] = (),
+    words: Mapping[str, int] | None = None,
 ) -> Any:
-    metadata = {"group": group, "help": text, "minimum": minimum, "choices": choices}
+    metadata = {"group": group, "help": text, "minimum": minimum, "choices": choices, "words": words or {}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -96,7 +112,13 @@ class RunConfig:
     deepspeed: str = _setting("zero2", "model", "DeepSpeed JSON: the name of a shipped file or a path")
 
     global_batch_size: int = _setting(192, "batch and schedule", "rows a step over all ranks", minimum=1)
-    micro_batch_size: int = _setting(12, "batch and schedule", "rows a rank a forward pass", minimum=1)
+    micro_batch_size: int = _setting(
+        12,
+        "batch and schedule",
+        "rows a rank a forward pass; auto: as many as the memory plan says fit",
+        minimum=1,
+        words={"auto": AUTO},
+    )
     learning_rate: float = _setting(5e-4, "batch and schedule", "peak learning rate", minimum=0.0)
     lr_scheduler_type: str = _setting(
         "cosine", "batch and schedule", "decay after the warm-up", choices=("cosine", "linear", "constant")
@@ -175,6 +197,8 @@ class RunConfig:
             value = getattr(self, name)
             if field.kind == "float" and _is_number(value):
                 object.__setattr__(self, name, float(value))
+            if isinstance(value, str) and value in field.words:
+                object.__setattr__(self, name, field.words[value])
             problem = field.problem(getattr(self, name))
             if problem:
                 problems.append(f"{name} {problem}")
@@ -185,7 +209,7 @@ class RunConfig:
 
     def _cross_field_problems(self) -> list[str]:
         problems = []
-        if self.global_batch_size % self.micro_batch_size:
+        if not self.auto_micro_batch and self.global_batch_size % self.micro_batch_size:
             sizes = _nearest_divisors(self.global_batch_size, self.micro_batch_size)
             problems.append(
                 f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size "
@@ -202,8 +226,15 @@ class RunConfig:
             problems.append(f"run_name must be a plain folder name, not {name!r}")
         return problems
 
+    @property
+    def auto_micro_batch(self) -> bool:
+        """Whether the micro-batch is still to be chosen (`codeparrot_ds.run.micro_batch`)."""
+        return isinstance(self.micro_batch_size, _Auto)
+
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks adds up for one optimizer step: global / (micro x world)."""
+        if self.auto_micro_batch:
+            raise UserError("micro_batch_size auto is chosen when a run starts; give a number here")
         rows = self.micro_batch_size * world_size
         if self.global_batch_size % rows == 0:
             return self.global_batch_size // rows
@@ -241,15 +272,16 @@ class _Field:
     help: str
     minimum: float | None
     choices: tuple[str, ...]
+    words: Mapping[str, int]  # that stand for values which no number does
 
     @property
     def expected(self) -> str:
         text = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}[self.kind]
-        return f"{text} or none" if self.optional else text
+        return " or ".join([text, *self.words, *(["none"] if self.optional else [])])
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with `value`, or None."""
-        if value is None and self.optional:
+        if (value is None and self.optional) or (self.words and isinstance(value, _Auto)):
             return None
         types: Any = {"str": str, "int": int, "float": (int, float), "bool": bool}[self.kind]
         if not isinstance(value, types) or (isinstance(value, bool) and self.kind != "bool"):
@@ -266,6 +298,8 @@ class _Field:
         """The value that a flag's text means; ValueError if it means none (``1e5`` is a whole number)."""
         if self.optional and text.lower() in ("none", "null"):
             return None
+        if text in self.words:
+            return self.words[text]
         if self.kind == "float":
             return float(text)
         if self.kind == "int":

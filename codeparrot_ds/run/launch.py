@@ -42,6 +42,7 @@ from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.initial import with_initial_model
 from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, cores, rank_environment, run_job, shared_variables
 from codeparrot_ds.run.launcher import MODULE, hosts_of, is_local
+from codeparrot_ds.run.micro_batch import with_micro_batch
 from codeparrot_ds.run.ops import are_built, build_apart, needed_operators
 from codeparrot_ds.run.plan import predict, why_too_large
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
@@ -79,6 +80,10 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
     config = with_initial_model(dataclasses.replace(config, run_name=name))
     if config.init_from:  # as resolved: a branch may move
         arguments = [*arguments, "--init-from", config.init_from, "--tokenizer", config.tokenizer]
+    if config.auto_micro_batch:
+        check_named(config)
+        config = with_micro_batch(config, world_size=ranks, device=device)
+        arguments = [*arguments, "--micro-batch-size", str(config.micro_batch_size)]
     ds_config = check_run(config, device=device, world_size=ranks)
     if is_local(hosts):
         check_memory(config, ds_config, device=device, ranks=ranks, refuse=not launch.ignore_memory_plan)
@@ -117,11 +122,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     """
     check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
     check_run_name(str(config.run_name))
-    for field in ("data", "tokenizer"):
-        if not getattr(config, field):
-            raise UserError(
-                f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
-            )
+    check_named(config)
     file = read_ds_config(find_ds_config(config.deepspeed))
     check_for_secrets(json.dumps(file.config), str(file.path))
     encoder = load_encoder(config.tokenizer)
@@ -159,6 +160,15 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     if changed:
         print(f"{run} goes on with another DeepSpeed config: {'; '.join(map(str, changed))}", file=sys.stderr)
     return resolved
+
+
+def check_named(config: RunConfig) -> None:
+    """Refuses a run without data or tokenizer."""
+    for field in ("data", "tokenizer"):
+        if not getattr(config, field):
+            raise UserError(
+                f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
+            )
 
 
 def check_memory(config: RunConfig, ds_config: dict[str, Any], *, device: str, ranks: int, refuse: bool = True) -> None:

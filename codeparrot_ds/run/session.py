@@ -58,6 +58,7 @@ from codeparrot_ds.run.hardware import peak_flops
 from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
+from codeparrot_ds.run.micro_batch import with_micro_batch
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.plan import predict
 from codeparrot_ds.run.profiler import StepProfiler
@@ -139,7 +140,7 @@ class Session:
         ranks = join_ranks()
         startup.lap("DeepSpeed import and process group")
         stop = StopSignal(ranks, config.max_hours)
-        config = ranks.on_main(lambda: with_initial_model(_named(config)))
+        config = ranks.on_main(lambda: _ready(config, ranks))
         resolved, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
         ds_config = resolved.config
         sampler = open_sampler(config, ranks, together=zero_stage(ds_config) == 3)
@@ -514,6 +515,12 @@ def _share_the_cores() -> None:
 
 def _named(config: RunConfig) -> RunConfig:
     return config if config.run_name else dataclasses.replace(config, run_name=new_run_name(Path(config.output_dir)))
+
+
+def _ready(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """The config with what the front door decides where there is one: name, initial model and micro-batch."""
+    config = with_initial_model(_named(config))
+    return with_micro_batch(config, world_size=ranks.world_size, device=ranks.device.type)
 
 
 def _resolve(config: RunConfig, ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Shape]:
