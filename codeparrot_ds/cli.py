@@ -616,6 +616,12 @@ def _add_plan(commands: Any) -> None:
         help=_default("kernel: fused, or one that keeps whole scores", "flash"),
     )  # fmt: skip
     group.add_argument("--dropout", type=float, metavar="X", help=_default("probability", 0.0))
+    group.add_argument(
+        "--chunked-loss",
+        action="store_true",
+        default=None,
+        help="as the run config's chunked_loss (default: the preset's)",
+    )
     group = parser.add_argument_group("device")
     group.add_argument(
         "--device-memory", metavar="SIZE", help="of one device, as 80GB or 80GiB (default: this machine's smallest GPU)"

@@ -108,6 +108,9 @@ class RunConfig:
     intra_document_masking: bool = _setting(
         False, "model", "attend inside a document only, with positions that restart; costs a dense mask"
     )
+    chunked_loss: bool = _setting(
+        False, "model", "never hold the softmax of all tokens in fp32: less memory for the logits, the same loss"
+    )
     compile: bool = _setting(False, "model", "compile the model with torch.compile")
     deepspeed: str = _setting("zero2", "model", "DeepSpeed JSON: the name of a shipped file or a path")
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from codeparrot_ds.model.shapes import GPT2Shape
+from codeparrot_ds.model.shapes import GPT2Shape, chunk_of_tokens
 
 CAUSAL_ATTENTION = "codeparrot_causal"
 
@@ -58,6 +58,7 @@ def build_model(
     eos_token_id: int,
     seed: int,
     dropout: float = 0.0,
+    chunked_loss: bool = False,
     zero3_config: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
@@ -69,6 +70,7 @@ def build_model(
         seed: the run's seed: every parameter's initial values follow from it and from the parameter's name alone, so
             they are equal at every ZeRO stage and world size.
         dropout: probability for residual, embedding and attention dropout.
+        chunked_loss: whether the loss is `chunked_lm_loss` instead of `causal_lm_loss`.
         zero3_config: the resolved DeepSpeed config of a stage 3 run: the model is then built under ``zero.Init``, each
             parameter partitioned as soon as it exists.
         device: where the weights of the other stages are created.
@@ -93,7 +95,7 @@ def build_model(
     if shape.tie_word_embeddings:
         model.tie_weights()
     initialize_weights(model, seed, partitioned=zero3_config is not None)
-    model.loss_function = causal_lm_loss
+    model.loss_function = chunked_lm_loss if chunked_loss else causal_lm_loss
     return model
 
 
@@ -160,6 +162,53 @@ def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, 
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     return F.cross_entropy(logits.float().view(-1, vocab_size), targets.reshape(-1), ignore_index=-100)
+
+
+def chunked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+    """`causal_lm_loss` with the fp32 softmax of some tokens at a time: what it adds to the logits is a gradient.
+
+    The same arithmetic in another order; the plain one holds three fp32 tensors of the logits' size.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+    chunk = chunk_of_tokens(labels.shape[1], vocab_size)
+    return _ChunkedCrossEntropy.apply(logits.view(-1, vocab_size), targets, chunk)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean of -log softmax(logits)[target] over the targets that are not -100: (tokens, vocab), (tokens) -> ()."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+        known = targets != -100
+        picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
+        log_sums = torch.cat([_log_sum_exp(part) for part in logits.split(chunk)])
+        count = known.sum()
+        ctx.save_for_backward(logits, targets, log_sums, count)
+        ctx.chunk = chunk
+        return torch.where(known, log_sums - picked, 0.0).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, targets, log_sums, count = ctx.saved_tensors
+        chunk, found = ctx.chunk, torch.empty_like(logits)
+        weights = (targets != -100) * (gradient / count)
+        columns = targets.clamp(min=0)[:, None]
+        minus_one = torch.full((1, 1), -1.0, device=logits.device)
+        softmax = torch.empty(min(chunk, len(logits)), logits.shape[1], dtype=torch.float32, device=logits.device)
+        for begin in range(0, len(logits), chunk):
+            rows = slice(begin, begin + chunk)
+            part = softmax[: len(targets[rows])]
+            part.copy_(logits[rows]).sub_(log_sums[rows, None]).exp_()
+            part.scatter_add_(1, columns[rows], minus_one.expand(len(part), 1))
+            found[rows] = part.mul_(weights[rows, None])
+        return found, None, None
+
+
+def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """(tokens, vocab) -> (tokens) in fp32; takes one fp32 copy, where ``torch.logsumexp`` takes several."""
+    copy = logits.to(torch.float32, copy=True)
+    largest = copy.amax(1, keepdim=True)
+    return copy.sub_(largest).exp_().sum(1).log_().add_(largest[:, 0])
 
 
 @torch.no_grad()

@@ -11,6 +11,9 @@ from typing import Any
 from codeparrot_ds.config import did_you_mean
 from codeparrot_ds.errors import UserError
 
+# Of the fp32 softmax of a chunked loss: 128 MiB.
+CHUNK_ELEMENTS = 2**25
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Shape:
@@ -96,6 +99,11 @@ def num_parameters(shape: GPT2Shape) -> int:
     layer_norms = 2 * 2 * d
     head = 0 if shape.tie_word_embeddings else shape.vocab_size * d
     return embeddings + shape.n_layer * (attention + mlp + layer_norms) + 2 * d + head
+
+
+def chunk_of_tokens(seq_length: int, vocab_size: int) -> int:
+    """Tokens whose softmax a chunked loss holds at a time: never more than a row's."""
+    return max(1, min(seq_length, CHUNK_ELEMENTS // vocab_size))
 
 
 def flops_per_token(shape: GPT2Shape, seq_length: int) -> float:

@@ -52,6 +52,7 @@ class PlanRequest:
     vocab_size: int | None = None
     attention: str = "flash"
     dropout: float | None = None
+    chunked_loss: bool | None = None
     device_memory: int | None = None
     trace: bool = False
     num_workers: int = 1
@@ -133,6 +134,7 @@ def plan_of(
         vocab_size=arguments.vocab_size,
         attention=arguments.attention,
         dropout=arguments.dropout,
+        chunked_loss=arguments.chunked_loss,
         device_memory=device_memory,
         trace=arguments.trace,
         num_workers=arguments.num_workers or len(os.sched_getaffinity(0)),
@@ -195,7 +197,7 @@ def _run_of(request: PlanRequest) -> tuple[RunConfig, GPT2Shape]:
     elif request.model not in KNOWN_SHAPES and "/" not in request.model and not request.model.endswith(".json"):
         hint = did_you_mean(request.model, [*PRESETS, *KNOWN_SHAPES])
         raise UserError(f"model {request.model!r} is neither a preset, a known shape nor a GPT-2 config.json{hint}")
-    for field in ("global_batch_size", "seq_length", "dropout"):
+    for field in ("global_batch_size", "seq_length", "dropout", "chunked_loss"):
         if getattr(request, field) is not None:
             values[field] = getattr(request, field)
     if request.global_batch_size is not None:
@@ -255,6 +257,7 @@ def _workload(
         seq_length=config.seq_length,
         attention=request.attention,
         dropout=config.dropout,
+        chunked_loss=config.chunked_loss,
     )
 
 
@@ -313,6 +316,7 @@ def predict(
         seq_length=config.seq_length,
         attention=attention,
         dropout=config.dropout,
+        chunked_loss=config.chunked_loss,
     )
     return _traced_or_quick(cached(workload), _quick_memories([workload])[0])
 
@@ -457,6 +461,7 @@ def activations(plan: Plan, micro_batch_size: int) -> dict[str, dict[str, int]]:
                 width=WIDTHS["bf16"],
                 attention=attention,
                 dropout=plan.config.dropout > 0,
+                chunked_loss=plan.config.chunked_loss,
                 checkpointing=checkpointing,
             )
             largest = max(moment.activations_a_row for moment in backward.moments())

@@ -164,6 +164,7 @@ class Session:
             eos_token_id=encoder.eos_token_id,
             seed=config.seed,
             dropout=config.dropout,
+            chunked_loss=config.chunked_loss,
             zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
             device=ranks.device,
         )

@@ -90,6 +90,7 @@ def measure(workload: Workload, counter: StorageCounter, device: torch.device) -
             eos_token_id=0,
             seed=0,
             dropout=workload.dropout,
+            chunked_loss=workload.chunked_loss,
             zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
             device=device,
         )

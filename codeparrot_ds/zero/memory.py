@@ -25,6 +25,7 @@ class Workload:
     seq_length: int
     attention: str = "flash"  # or "math": whole (tokens x tokens) scores
     dropout: float = 0.0
+    chunked_loss: bool = False
 
     @property
     def micro_batch_size(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from codeparrot_ds.model.shapes import GPT2Shape
+from codeparrot_ds.model.shapes import GPT2Shape, chunk_of_tokens
 
 FP32 = 4
 STATISTICS = 2  # LayerNorm saves mean and reciprocal standard deviation
@@ -84,6 +84,7 @@ class BackwardPass:
         attention: ``flash`` or ``math`` (whole scores).
         dropout: whether dropout is on: one byte a masked element, as CUDA's ``native_dropout`` saves it.
         checkpointing: whether each block keeps its input only and is computed again in the backward pass.
+        chunked_loss: whether the fp32 softmax is there for some tokens at a time (``model/gpt2.py``).
         checkpoints_on_host: whether those inputs wait in host memory.
     """
 
@@ -96,11 +97,12 @@ class BackwardPass:
         attention: str,
         dropout: bool,
         checkpointing: bool,
+        chunked_loss: bool = False,
         checkpoints_on_host: bool = False,
     ) -> None:
         self.shape, self.seq_length, self.width = shape, seq_length, width
         self.attention, self.dropout, self.checkpointing = attention, dropout, checkpointing
-        self.checkpoints_on_host = checkpoints_on_host
+        self.checkpoints_on_host, self.chunked_loss = checkpoints_on_host, chunked_loss
         self.hidden = width * seq_length * shape.n_embd  # bytes of one row of the residual stream
         self.inner = width * seq_length * (shape.n_inner or 4 * shape.n_embd)
         self.norm = self.hidden + STATISTICS * FP32 * seq_length
@@ -134,8 +136,18 @@ class BackwardPass:
 
     @property
     def logits(self) -> int:
-        """Bytes a row of the loss's backward pass: log-probabilities and two gradients of their size, all fp32."""
-        return 3 * FP32 * self.seq_length * self.shape.vocab_size
+        """Bytes a row of the loss's backward pass: log-probabilities and two gradients of their size, all fp32.
+
+        A chunked loss has the logits and their gradient, in the precision of the weights.
+        """
+        widths = 2 * self.width if self.chunked_loss else 3 * FP32
+        return widths * self.seq_length * self.shape.vocab_size
+
+    @property
+    def softmax_chunk(self) -> int:
+        """Bytes of the fp32 chunk of a chunked loss."""
+        vocab_size = self.shape.vocab_size
+        return FP32 * chunk_of_tokens(self.seq_length, vocab_size) * vocab_size if self.chunked_loss else 0
 
     def kept(self, blocks: int) -> int:
         """Bytes a row that the embeddings and the first ``blocks`` blocks keep for the backward pass."""
@@ -158,7 +170,13 @@ class BackwardPass:
         head = self.width * shape.vocab_size * shape.n_embd
         row_logits = self.width * self.seq_length * shape.vocab_size
         kept = self.kept(shape.n_layer) + self.norm
-        yield Moment(name="loss", activations_a_row=kept, logits_a_row=self.logits, needed=needed)
+        yield Moment(
+            name="loss",
+            activations_a_row=kept,
+            logits_a_row=self.logits,
+            temporary=self.softmax_chunk,
+            needed=needed,
+        )
         yield Moment(
             name="head",
             activations_a_row=kept,

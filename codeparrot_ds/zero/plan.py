@@ -218,6 +218,7 @@ class QuickPlan:
             width=self.settings.width,
             attention=workload.attention,
             dropout=workload.dropout > 0,
+            chunked_loss=workload.chunked_loss,
             checkpointing=activation_checkpointing(workload.ds_config),
             checkpoints_on_host=self.settings.checkpoints_on_host,
         ).moments()

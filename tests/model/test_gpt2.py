@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from codeparrot_ds.model import shapes
 from codeparrot_ds.model.gpt2 import (
     build_model,
     causal_attention,
@@ -144,6 +147,85 @@ def test_loss_is_the_mean_over_the_next_tokens_in_fp32():
     assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
     expected = F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("chunk_elements", [7 * 300, 2**25], ids=["several chunks a row", "a row a chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunked_loss_is_the_plain_one(monkeypatch, dtype, chunk_elements):
+    monkeypatch.setattr(shapes, "CHUNK_ELEMENTS", chunk_elements)
+    plain, chunked = build().to(dtype), build(chunked_loss=True).to(dtype)
+    ids = rows()
+    labels = ids.clone()
+    labels[1, 20:] = -100
+    losses = [model(input_ids=ids, labels=labels).loss for model in (plain, chunked)]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-6)
+    for loss in losses:
+        (3 * loss).backward()
+    gradients = dict(plain.named_parameters())
+    for name, parameter in chunked.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, gradients[name].grad, msg=name, atol=1e-7 if dtype == torch.float32 else 1e-4, rtol=1e-4
+        )
+
+
+class LargestFP32(TorchDispatchMode):
+    """Notes the most elements of an fp32 tensor that anything makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+                self.most = max(self.most, made.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_chunked_loss_holds_no_fp32_tensor_of_the_logits_size(monkeypatch, chunked):
+    monkeypatch.setattr(shapes, "CHUNK_ELEMENTS", 10 * 300)
+    model, ids = build(chunked_loss=chunked).to(torch.bfloat16), rows()
+    with LargestFP32() as seen:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert (seen.most >= ids.numel() * 300) == (not chunked)
+    assert not chunked or seen.most == 10 * 300
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_the_model_with_its_loss_is_one_graph_and_keeps_the_flash_kernel(chunked):
+    """``dynamo`` alone: what a compiled model's graph holds, without compiling it."""
+    torch._dynamo.reset()
+    model, ids, graphs = build(chunked_loss=chunked), rows(), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=keep, fullgraph=True)
+    loss = compiled(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss, model(input_ids=ids, labels=ids).loss, atol=1e-5, rtol=0)
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    attention = [node for node in graph.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+    assert len(attention) == TINY.n_layer, called
+    assert all(node.kwargs["attn_mask"] is None and node.kwargs["is_causal"] for node in attention)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_nothing_in_a_micro_step_asks_for_a_value(chunked):
+    """``.item()``, ``bool()`` and ``nonzero`` make the host wait for a GPU; all show in a CPU's profile too."""
+    model, ids = build(chunked_loss=chunked), rows()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(input_ids=ids, labels=ids).loss.backward()
+    calls = {event.key for event in profile.key_averages()}
+    assert "aten::addmm" in calls
+    assert not calls & {
+        "aten::_local_scalar_dense",
+        "aten::item",
+        "aten::nonzero",
+        "aten::masked_select",
+        "aten::equal",
+    }
 
 
 @pytest.mark.parametrize("training", [True, False])

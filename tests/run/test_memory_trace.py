@@ -18,6 +18,7 @@ from codeparrot_ds.run.memory_trace import cache_key, cached, keep, trace_all, t
 from codeparrot_ds.zero.catalogue import catalogue
 from codeparrot_ds.zero.ds_config import resolve_ds_config
 from codeparrot_ds.zero.memory import CATEGORIES, Memory, Workload
+from codeparrot_ds.zero.plan import quick_memory
 
 HERE = Path(__file__).parent
 SHAPE = GPT2Shape(n_layer=2, n_embd=64, n_head=2, vocab_size=512, n_positions=64)
@@ -119,6 +120,7 @@ TRACED = {
     "many micro-batches": workload("zero2", accumulation=64),
     "math": workload("zero2", attention="math"),
     "dropout": workload("zero2", dropout=0.1),
+    "chunked": dataclasses.replace(workload("zero2"), chunked_loss=True),
     "offload": workload("zero3_offload", world_size=8),
     "nvme": workload("zero3_nvme", world_size=1),
     "fp16": workload("zero0_fp16"),
@@ -177,6 +179,16 @@ def test_dropout_keeps_masks_of_a_byte(traced):
     grown = traced["dropout"].device["activations"] - traced["plain"].device["activations"]
     masks = (2 * SHAPE.n_layer + 1) * 2 * 64 * 64
     assert masks <= grown <= 4 * masks
+
+
+def test_a_chunked_loss_keeps_logits_in_the_weights_precision(traced):
+    plain, chunked = traced["plain"], traced["chunked"]
+    logits = 2 * 64 * 512
+    # Plain: three fp32 tensors of the logits' size. Chunked: logits and gradient in bf16, and a row's fp32 softmax.
+    fewer = (3 * 4 - 2 * 2) * logits - 4 * 64 * 512
+    assert plain.peak_bytes - chunked.peak_bytes == pytest.approx(fewer, rel=0.05)
+    quick = quick_memory(TRACED["chunked"])
+    assert quick.peak_bytes == pytest.approx(chunked.peak_bytes, rel=0.03)
 
 
 def test_offloading_moves_to_the_host(traced):
