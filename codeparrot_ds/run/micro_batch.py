@@ -1,7 +1,6 @@
 """``--micro-batch-size auto``: the largest micro-batch that the memory plan says fits. No torch here.
 
-More rows a forward pass are never slower until the device is full, and change nothing in training: the rows of a step
-are the same. Beyond some tens of thousands of tokens a micro-batch they win nothing either.
+The rows of a step are the same whatever the micro-batch; larger ones keep the device busier, up to a point.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_g
 from codeparrot_ds.run.plan import predict
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
 
-# Rows of these many tokens fill a device: one H200 gains nothing from more (records/2026-11-28-gpu-memory-h200), two
-# CPU cores gained 8% from 4,096 instead of 2,048.
+# Tokens of a micro-batch. 64 rows of 1,024 are the most that an H200 was given (records/2026-11-28-gpu-memory-h200): its
+# products of matrices are large long before. On a CPU more than some thousand only cost memory.
 MAX_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 # Of a CPU's memory, for the tensors of all ranks: the processes, the page cache and other programs have the rest.
 CPU_SHARE = 0.5
