@@ -64,7 +64,7 @@ def test_it_climbs_to_the_fastest_and_says_its_way(start):
         "stage 0, micro-batch 8 on 1 (micro-batch 8, from stage 0, micro-batch 4 on 1)",
         "stage 1, micro-batch 8, bucket 5e+06 on 1 (stage 1, from stage 0, micro-batch 8 on 1)",
         "no neighbour of stage 0, micro-batch 8 on 1 is faster",
-        "more trials of stage 0, micro-batch 8 on 1",
+        "more trials of stage 0, micro-batch 8 on 1, stage 1, micro-batch 8, bucket 5e+06 on 1",
     ]
     page = (start.folder / "report.html").read_text()
     assert "What the search tried" in page and "no neighbour of stage 0, micro-batch 8 on 1 is faster" in page

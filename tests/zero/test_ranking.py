@@ -14,11 +14,19 @@ def test_the_median_is_of_all_steps_and_the_spread_of_the_trials_quartiles():
 
 def test_trials_without_a_scored_step_do_not_count():
     assert speed_of([]) is None and speed_of([[]]) is None
-    assert speed_of([[], [7.0]]) == Speed(median=7.0, low=7.0, high=7.0, steps=1, trials=1)
+    assert speed_of([[], [100.0], [100.0]]) == Speed(median=100.0, low=100.0, high=100.0, steps=2, trials=2)
 
 
 def test_one_slow_step_does_not_widen_the_spread():
-    assert speed_of([[1.0, *[100.0] * 9]]).low == 100.0
+    assert speed_of([[1.0, *[100.0] * 9], [100.0] * 10]).low == 100.0
+
+
+def test_one_trial_does_not_show_how_processes_differ():
+    assert speed_of([[], [100.0] * 9]) == Speed(median=100.0, low=95.0, high=105.0, steps=9, trials=1)
+    wide = speed_of([[50.0, 60.0, 100.0, 140.0, 150.0]])
+    assert (wide.low, wide.high) == (60.0, 140.0)
+    assert speed_of([[100.0] * 9]).tied(speed_of([[96.0] * 9]))
+    assert not speed_of([[100.0] * 9] * 2).tied(speed_of([[96.0] * 9] * 2))
 
 
 def test_tied_where_one_median_lies_in_the_others_spread_whichever_is_asked():
