@@ -18,8 +18,8 @@ from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_g
 from codeparrot_ds.run.plan import predict
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
 
-# Tokens of a micro-batch. 64 rows of 1,024 are the most that an H200 was given (records/2026-11-28-gpu-memory-h200): its
-# products of matrices are large long before. On a CPU more than some thousand only cost memory.
+# Tokens of a micro-batch. 64 rows of 1,024 are the most that an H200 was given (records/2026-11-28-gpu-memory-h200):
+# its products of matrices are large long before. On a CPU more than some thousands only cost memory.
 MAX_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 # Of a CPU's memory, for the tensors of all ranks: the processes, the page cache and other programs have the rest.
 CPU_SHARE = 0.5

@@ -1,8 +1,8 @@
 """Which config is faster, and which are not to be told apart: medians, their spread, ties and the Pareto front.
 
 Pure. The spread of a config is the range from the lowest first to the highest third quartile that any of its trials
-saw: it holds what differs between steps of one process, and between processes. One trial shows nothing of the latter, so
-its spread is taken to be `PROCESS_SPREAD` at least.
+saw: it holds what differs between steps of one process, and between processes. One trial shows nothing of the latter,
+so its spread is taken to be `PROCESS_SPREAD` at least.
 """
 
 from __future__ import annotations
