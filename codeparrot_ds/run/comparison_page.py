@@ -14,6 +14,7 @@ from codeparrot_ds.run.comparison import FINISHED
 from codeparrot_ds.run.comparison_report import WAITING, Findings, Outcome, differences, figures_of
 from codeparrot_ds.run.plots import THEMES, number
 from codeparrot_ds.run.report_page import CSS, NOTHING, PAGE
+from codeparrot_ds.zero.ranking import PROCESS_SPREAD
 from codeparrot_ds.zero.verdict import BAND, BITS, DIFFERENT, REFERENCE, ROUNDING, UNJUDGED
 
 if TYPE_CHECKING:
@@ -122,8 +123,9 @@ def _subtitle(findings: Findings) -> str:
 def _spread_note(findings: Findings) -> str:
     return (
         "tokens/s: median over the scored steps of all trials, and from the lowest first to the highest third quartile "
-        "of a trial. Two configs are tied where the median of one lies within the other's spread; the column has their "
-        f"places. Losses are compared with {findings.reference or 'nothing'}, step by step on the same rows from the "
+        f"of a trial (of a single one at least {PROCESS_SPREAD:.0%} to either side). Two configs are tied where the "
+        "median of one lies within the other's spread; the column has their places. "
+        f"Losses are compared with {findings.reference or 'nothing'}, step by step on the same rows from the "
         "same weights; the band is what rounding explains (docs/comparisons.md)."
     )
 
