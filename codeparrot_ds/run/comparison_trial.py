@@ -31,6 +31,8 @@ FOUND = "found.json"
 HUNG, CRASHED = "hung", "crashed"
 _TOLD = re.compile(r"^codeparrot-ds train: (rank lost|hang): (.+)$", re.MULTILINE)
 """What the watchdog of a trial says of its ranks."""
+_KILLED = re.compile(r"'--local_rank=(\d+)'.* exits with return code = -9\b")
+"""What DeepSpeed's launcher says of the rank that it lost (``launcher/launch.py``, ``sigkill_handler``)."""
 POLL_SECONDS = 0.2
 PROGRAM = (sys.executable, "-m", "codeparrot_ds.trial")
 WATCHDOG_SECONDS = 30.0
@@ -242,12 +244,14 @@ def judge_end(
     if memory is not None:
         reason = f"{where}, at a peak of {gigabytes(result['peak_bytes'])}: {memory['message']}"
         return result | {"status": OUT_OF_MEMORY, "reason": reason}
-    if kind == "rank lost" or code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    killed = _KILLED.search(log)
+    if kind == "rank lost" or killed or code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         # What other ranks say is of their lost peer.
         if killed_for_memory:
             reason = f"the system's, {where}, at a peak of {gigabytes(sampled_peak_bytes)} in all"
             return result | {"status": OUT_OF_MEMORY, "reason": reason, "peak_bytes": sampled_peak_bytes}
-        return result | {"status": CRASHED, "reason": sentence or f"a process was killed (SIGKILL) {where}"}
+        who = f"rank {killed[1]}" if killed else "a process"
+        return result | {"status": CRASHED, "reason": sentence or f"{who} was killed by SIGKILL {where}"}
     if failed is not None and failed["kind"] == REFUSED:
         return result | {"status": REFUSED, "reason": failed["message"]}
     if failed is None and code == UserError.exit_code:

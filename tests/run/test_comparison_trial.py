@@ -87,7 +87,7 @@ def test_a_terminal_has_a_bar_with_the_time_that_is_left(start, monkeypatch, cap
     ("plan", "status", "words"),
     [
         ("crash", "crashed", "RuntimeError: the crash (in step 2; exit code 1; see"),
-        ("killed", "crashed", "a process was killed (SIGKILL) in step 2"),
+        ("killed", "crashed", "a process was killed by SIGKILL in step 2"),
         ("no memory", "out of memory", "in step 3, at a peak of 5.0 GB: you tried to allocate 8 GB"),
     ],
     ids=["crash", "killed", "no memory"],
@@ -170,6 +170,10 @@ def test_a_trial_that_says_success_without_a_result_has_crashed(tmp_path):
     assert end["status"] == "crashed" and "bye" in end["reason"]
 
 
+LOST_BY_LAUNCHER = (
+    "[ERROR] [launch.py:259:sigkill_handler] ['python', '-m', 'codeparrot_ds.trial', '--local_rank=1', '--run-name', 'x'] "
+    "exits with return code = -9\n"
+)
 LOST = "step 3: loss 9\ncodeparrot-ds train: rank lost: rank 1 was killed by SIGKILL in forward, step 4\nmore\n"
 
 
@@ -189,7 +193,8 @@ def failure(rank, kind, error, phase="steps", step=4):
         (4, LOST, [failure(0, "error", "RuntimeError")], True,
          "out of memory", "the system's, in step 4, at a peak of 7.0 GB in all"),
         (4, LOST, [failure(0, "error", "RuntimeError")], False, "crashed", "rank 1 was killed by SIGKILL in forward"),
-        (137, "", [], False, "crashed", "a process was killed (SIGKILL) in its start phase"),
+        (247, LOST_BY_LAUNCHER, [failure(0, "error", "RuntimeError")], False, "crashed", "rank 1 was killed by SIGKILL in"),
+        (137, "", [], False, "crashed", "a process was killed by SIGKILL in its start phase"),
         (5, "step 3\ncodeparrot-ds train: hang: rank 1 hangs in data, step 4, for 31 s\n", [], False,
          "hung", "rank 1 hangs in data, step 4, for 31 s"),
         # What one rank found wrong the others only pass on.
