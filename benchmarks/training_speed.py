@@ -169,7 +169,7 @@ def text(options: argparse.Namespace, raw: dict[str, list[dict]], rates: list[fl
         cells = [
             name, f"{statistics.median(speeds):,.1f}", f"{min(speeds):,.1f} - {max(speeds):,.1f}", str(len(speeds)),
             f"{statistics.median(shares):.0%}", *(against(raw[ours], rounds) if ours != name else "1" for ours in mine),
-            "{0[0]:.4f} … {0[-1]:.4f}".format(rounds[0]["losses"]),
+            f"{rounds[0]['losses'][0]:.4f} … {rounds[0]['losses'][-1]:.4f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     waits = [share for name in mine for one in raw[name] for share in one["data_wait_share"]]
