@@ -289,16 +289,16 @@ def bare(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> Itera
     from codeparrot_ds.run.engine import keep_freed_pages
 
     keep_freed_pages()
-    model = our_model(options).to(device())
+    model = our_model(options).to(device(), torch.bfloat16).train()
     groups = get_grouped_params(model)
-    masters = {id(p): p.detach().clone().requires_grad_() for group in groups for p in group["params"]}
+    # As DeepSpeed makes them: of the weights that are bf16 already.
+    masters = {id(p): p.detach().float().requires_grad_() for group in groups for p in group["params"]}
     pairs = [(p, masters[id(p)]) for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(
         [group | {"params": [masters[id(p)] for p in group["params"]]} for group in groups],
         lr=options.learning_rate, fused=True,
     )  # fmt: skip
     scheduler = cosine(optimizer, options)
-    model.to(torch.bfloat16).train()
     for batch in rows.split(options.micro_batch):
         started = time.perf_counter()
         batch = batch.to(device(), non_blocking=True)
