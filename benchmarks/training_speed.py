@@ -204,9 +204,9 @@ def loss_gate(raw: dict[str, list[dict]], *, dropout: float | None) -> str:
             verdict = "equal" if gap <= LOSS_BAND else "NOT EQUAL"
         lines.append(f"{name} {gap:.4f} ({verdict})")
     return (
-        f"Largest difference to ours of a step's loss, nats: {'; '.join(lines)}. Equal is up to {LOSS_BAND}. Loops with "
-        "fp32 weights move from the second step on; of bf16 weights, whose masters begin on bf16's grid, few change while "
-        "the warm-up's steps are a small part of that grid."
+        f"Largest difference to ours of a step's loss, nats: {'; '.join(lines)}. Equal is up to {LOSS_BAND}. "
+        "Loops with fp32 weights move from the second step on; of bf16 weights, whose masters begin on its grid, few "
+        "change while the warm-up's steps are a small part of that grid."
     )
 
 
