@@ -59,9 +59,9 @@ def train(cluster, course, tmp_path):
 def on_one_host(course, tmp_path):
     """Trains the same on this machine alone; returns the run's folder."""
 
-    def reference(ranks: int) -> Path:
+    def reference(ranks: int, *extra: str) -> Path:
         run = tmp_path / "alone" / "brave-otter-7"
-        train_on_one_host(run, options(course, "--max-train-steps", str(STEPS)), ranks)
+        train_on_one_host(run, options(course, "--max-train-steps", str(STEPS), *extra), ranks)
         return run
 
     return reference
