@@ -165,7 +165,7 @@ def _wanted(subject: Subject, path: KeyPath, field: str) -> Any:
     if subject.run is None:
         return None
     if path != ("gradient_accumulation_steps",):
-        return getattr(subject.run, field)
+        return None if field == "micro_batch_size" and subject.run.auto_micro_batch else getattr(subject.run, field)
     rows = subject.run.micro_batch_size * (subject.world_size or 0)
     if rows == 0 or subject.run.global_batch_size % rows:
         return None

@@ -105,6 +105,13 @@ def test_keys_of_the_run():
     scheduler = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}}
     assert findings(scheduler) == [("warning", "scheduler")]
     assert findings(scheduler, config=RunConfig()) == [("error", "scheduler")]
+
+
+@pytest.mark.parametrize(("size", "severity"), [(8, "error"), ("auto", "warning")])
+def test_a_micro_batch_that_is_still_to_be_chosen_contradicts_none(size, severity):
+    ds_config = load_ds_config(find_ds_config("zero2")) | {"train_micro_batch_size_per_gpu": 12}
+    config = RunConfig(micro_batch_size=size)
+    assert findings(ds_config, config=config) == [(severity, "train_micro_batch_size_per_gpu")]
     assert findings({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}) == []
     assert findings({"wandb": {"enabled": True}}) == [("warning", "wandb")]
 
