@@ -269,7 +269,7 @@ def state_of(pid: int) -> str:
 def test_batches_wait_ready(config: StreamConfig) -> None:
     loader = TrainingLoader(config, micro_batch_size=4, num_workers=1)
     next(loader)
-    time.sleep(1)  # pretended compute, in which the next ones are put together
+    time.sleep(2)  # pretended compute, in which the next ones are put together
     waited = loader.wait_seconds
     for _ in range(BATCHES_AHEAD):
         next(loader)
