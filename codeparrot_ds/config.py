@@ -353,7 +353,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "deepspeed": "zero2",
     },
 }
-SET_BY_COMPARE = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps")
+SET_BY_COMPARE = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps", "profile")
 """Fields that ``compare`` decides itself for each of its trials."""
 PRESET_HELP = "small (111M parameters, the defaults), large (1.5B) or demo (a few million)"
 

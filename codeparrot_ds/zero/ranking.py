@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Of the median, to either side. Of 16 configs that were compared twice with one trial each, 14 differed by less
+# Of the median, to either side. Of 16 configs that were compared twice with one trial each, 13 differed by less
 # (records/2026-11-28-comparison-2-cores).
 PROCESS_SPREAD = 0.05
 

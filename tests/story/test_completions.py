@@ -8,6 +8,7 @@ import shutil
 import pytest
 from stories import REPOSITORY, losses, train_in_turn
 
+from codeparrot_ds.config import load_config
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS, first_block
 from codeparrot_ds.evaluation.generate import Request, Sampling, generate
 from codeparrot_ds.evaluation.problems import load_problems
@@ -27,12 +28,14 @@ SAMPLING = (
     "12",
 )
 
+CHOSEN = ("--profile", "1", "--micro-batch-size", "auto", "--chunked-loss")
+
 
 @pytest.fixture(scope="module")
 def runs(workshop):
-    """Stages 2 and 3 with completions, stage 3 without."""
+    """Stages 2 and 3 with completions, stage 3 without; stage 2 also profiled, with what is chosen for it."""
     chosen = {
-        "told-2": ("--deepspeed", "zero2", *SAMPLING),
+        "told-2": ("--deepspeed", "zero2", *SAMPLING, *CHOSEN),
         "told-3": ("--deepspeed", "zero3_fp32", *SAMPLING, "--wandb", "offline"),
         "untold-3": ("--deepspeed", "zero3_fp32"),
     }
@@ -106,3 +109,20 @@ def test_what_cannot_be_completed_is_said_before_anything_starts(workshop, tmp_p
         assert answer.returncode == 2 and words in answer.stderr, answer.stderr
     assert not (tmp_path / "refused").exists()
     shutil.rmtree(tmp_path)
+
+
+def test_a_profiled_run_tells_where_its_fourth_step_went(runs):
+    profile = json.loads((runs["told-2"] / "profile" / "profile.json").read_text())
+    parts = {(part["phase"], part["kind"]): part["host_seconds"] for part in profile["parts"]}
+    assert profile["steps"] == 1 and profile["attention"]
+    assert all(parts[phase, "matrix products"] > 0 for phase in ("forward", "backward"))
+    assert parts["forward", "attention"] > 0 and ("optimizer", "rest") in parts
+    assert any(kind == "communication" for _, kind in parts)
+    told = sum(parts.values()) + profile["data_seconds"] + profile["other_seconds"]
+    assert told == pytest.approx(profile["step_seconds"], rel=0.01)
+    assert (runs["told-2"] / "profile" / "trace.json.gz").is_file() and not (runs["told-3"] / "profile").exists()
+
+
+def test_a_micro_batch_that_was_chosen_is_kept_as_a_number(runs):
+    config = load_config(runs["told-2"] / "config.yaml")
+    assert config.micro_batch_size == config.global_batch_size // 2 and config.chunked_loss
