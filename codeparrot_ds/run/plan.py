@@ -455,18 +455,22 @@ def activations(plan: Plan, micro_batch_size: int) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for attention in ("flash", "math"):
         for checkpointing in (False, True):
-            backward = BackwardPass(
-                plan.shape,
-                seq_length=plan.config.seq_length,
-                width=WIDTHS["bf16"],
-                attention=attention,
-                dropout=plan.config.dropout > 0,
-                chunked_loss=plan.config.chunked_loss,
-                checkpointing=checkpointing,
-            )
+            backward = _backward_in_16_bits(plan, attention, checkpointing)
             largest = max(moment.activations_a_row for moment in backward.moments())
             found.setdefault(attention, {})["checkpointed" if checkpointing else "kept"] = micro_batch_size * largest
     return found
+
+
+def _backward_in_16_bits(plan: Plan, attention: str, checkpointing: bool) -> BackwardPass:
+    return BackwardPass(
+        plan.shape,
+        seq_length=plan.config.seq_length,
+        width=WIDTHS["bf16"],
+        attention=attention,
+        dropout=plan.config.dropout > 0,
+        chunked_loss=plan.config.chunked_loss,
+        checkpointing=checkpointing,
+    )
 
 
 def activation_line(plan: Plan, micro_batch_size: int) -> str:
@@ -474,7 +478,8 @@ def activation_line(plan: Plan, micro_batch_size: int) -> str:
     sizes = activations(plan, micro_batch_size)
     parts = [f"{gigabytes(size['kept'])} with {name} attention ({gigabytes(size['checkpointed'])} checkpointed)"
              for name, size in sizes.items()]  # fmt: skip
-    logits = 12 * micro_batch_size * plan.config.seq_length * plan.shape.vocab_size
+    backward = _backward_in_16_bits(plan, "flash", False)
+    logits = micro_batch_size * backward.logits + backward.softmax_chunk
     return f"activations of {micro_batch_size} row(s) in 16 bits: {', '.join(parts)}; logits {gigabytes(logits)}"
 
 

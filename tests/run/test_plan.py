@@ -17,7 +17,7 @@ from codeparrot_ds.run.device_memory import Overhead, calibrate, load_overhead, 
 from codeparrot_ds.run.launch import check_memory, check_run
 from codeparrot_ds.run.memory_check import MeasuredMemory, MemoryCheck
 from codeparrot_ds.run.memory_trace import keep
-from codeparrot_ds.run.plan import PlanRequest, as_json, describe, make_plan, predict, why_too_large
+from codeparrot_ds.run.plan import PlanRequest, activation_line, as_json, describe, make_plan, predict, why_too_large
 from codeparrot_ds.run.plan_chart import draw_plan
 from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config, shipped_names
 from codeparrot_ds.zero.memory import Memory
@@ -176,6 +176,14 @@ def test_attention_and_checkpointing_are_compared():
 
 def demo_plan(*configs, **values):
     return plan(model="demo", world_sizes=(2,), ds_configs=configs, micro_batch_sizes=(2,), **values)
+
+
+def test_a_chunked_loss_takes_less_for_its_logits_wherever_they_are_told():
+    plain, chunked = (plan(ds_configs=("zero2",), chunked_loss=chosen) for chosen in (None, True))
+    assert activation_line(plain, 2).endswith("; logits 0.8 GB")  # 3 x 4 bytes x 2 x 1024 x 32,768
+    assert activation_line(chunked, 2).endswith("; logits 0.4 GB")  # 2 x 2 bytes, and a row's softmax in fp32
+    peaks = [row.memory.peak_bytes for row in chunked.rows], [row.memory.peak_bytes for row in plain.rows]
+    assert all(less <= more for less, more in zip(*peaks, strict=True)) and peaks[0][-1] < peaks[1][-1]
 
 
 def test_traces_agree_with_the_formulas_and_replace_them():
