@@ -22,7 +22,9 @@ LAYERS = {
     "run": 1,
     "hub": 1,
     "evaluation": 1,
+    "model.attention": 1,
     "model.gpt2": 1,
+    "model.loss": 1,
 }
 HEAVY = {"torch", "deepspeed", "transformers"}
 # Loaders are torch's own; running without torch is not asked of them.

@@ -24,7 +24,7 @@ from codeparrot_ds.evaluation.details import Details
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
 from codeparrot_ds.evaluation.source import context_length, find_model, find_run, load_model
 from codeparrot_ds.evaluation.token_classes import TokenClasses
-from codeparrot_ds.model.gpt2 import document_inputs
+from codeparrot_ds.model.attention import document_inputs
 
 IGNORED_LABEL = -100
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32

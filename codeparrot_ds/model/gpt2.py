@@ -1,8 +1,8 @@
-"""GPT-2 from a config: the same initial weights at every ZeRO stage, attention without a mask or dense scores.
+"""GPT-2 from a config: the same initial weights at every ZeRO stage.
 
 The module is ``transformers``' own ``GPT2LMHeadModel``, so that a checkpoint is a plain Hugging Face model. Three
-things are set for training: attention goes to the fused causal kernel without a mask, GELU is PyTorch's own tanh form
-(the same function as ``gelu_new``, 40% fewer activation bytes), and the loss takes logits in fp32 once.
+things are set for training: attention without a mask (:mod:`codeparrot_ds.model.attention`), GELU in PyTorch's own tanh
+form (the same function as ``gelu_new``, 40% fewer activation bytes), and the loss (:mod:`codeparrot_ds.model.loss`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from codeparrot_ds.model.shapes import GPT2Shape, chunk_of_tokens
-
-CAUSAL_ATTENTION = "codeparrot_causal"
+from codeparrot_ds.model.attention import register_causal_attention
+from codeparrot_ds.model.loss import causal_lm_loss, chunked_lm_loss
+from codeparrot_ds.model.shapes import GPT2Shape
 
 
 def hugging_face_config(shape: GPT2Shape, *, eos_token_id: int, dropout: float = 0.0) -> Any:
@@ -78,7 +77,7 @@ def build_model(
     from transformers import GPT2LMHeadModel
 
     config = hugging_face_config(shape, eos_token_id=eos_token_id, dropout=dropout)
-    config._attn_implementation = _register_causal_attention()
+    config._attn_implementation = register_causal_attention()
     if zero3_config is not None:
         import deepspeed
 
@@ -97,118 +96,6 @@ def build_model(
     initialize_weights(model, seed, partitioned=zero3_config is not None)
     model.loss_function = chunked_lm_loss if chunked_loss else causal_lm_loss
     return model
-
-
-def _register_causal_attention() -> str:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    # A name without a mask function: transformers then builds no mask at all, so the fused kernel stays in eager mode
-    # and under torch.compile (where the packed-sequence check would otherwise turn into a dense mask).
-    ALL_ATTENTION_FUNCTIONS.register(CAUSAL_ATTENTION, causal_attention)
-    return CAUSAL_ATTENTION
-
-
-def causal_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention over whole rows: (batch, heads, tokens, head size) in, (batch, tokens, heads, head size) out.
-
-    ``attention_mask`` is None or that of ``document_inputs``, which is causal itself.
-    """
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=dropout if module.training else 0.0,
-        is_causal=attention_mask is None,
-        scale=scaling,
-    )
-    return output.transpose(1, 2), None
-
-
-def document_inputs(input_ids: torch.Tensor, eos_token_id: int) -> dict[str, torch.Tensor]:
-    """What keeps attention inside the documents of packed rows: positions that restart, and a mask.
-
-    Args:
-        input_ids: (batch, tokens); a document ends with its end-of-sequence token.
-
-    Returns:
-        ``position_ids`` (batch, tokens), counted from each document's first token in the row, and ``attention_mask``
-        (batch, 1, tokens, tokens), boolean: tokens squared bytes a row, 1 MiB for 1024, where no mask is needed without
-        it; the fused kernels that take a mask are slower than those that know causality.
-    """
-    tokens = input_ids.shape[1]
-    places = torch.arange(tokens, device=input_ids.device)
-    begins = F.pad(input_ids[:, :-1] == eos_token_id, (1, 0), value=True)
-    documents = begins.long().cumsum(1)
-    first_places = torch.where(begins, places, 0).cummax(1).values
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    return {"position_ids": places - first_places, "attention_mask": same & (places[:, None] >= places)}
-
-
-def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
-    """Mean cross entropy in nats over the targets of (batch, tokens, vocab) logits; label -100 is left out.
-
-    The labels are shifted instead of the logits, so the logits (the largest tensor of the step) are not copied to drop
-    their last position.
-    """
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return F.cross_entropy(logits.float().view(-1, vocab_size), targets.reshape(-1), ignore_index=-100)
-
-
-def chunked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
-    """`causal_lm_loss` with the fp32 softmax of some tokens at a time: what it adds to the logits is a gradient.
-
-    The same arithmetic in another order; the plain one holds three fp32 tensors of the logits' size.
-    """
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
-    chunk = chunk_of_tokens(labels.shape[1], vocab_size)
-    return _ChunkedCrossEntropy.apply(logits.view(-1, vocab_size), targets, chunk)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean of -log softmax(logits)[target] over the targets that are not -100: (tokens, vocab), (tokens) -> ()."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
-        known = targets != -100
-        picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
-        log_sums = torch.cat([_log_sum_exp(part) for part in logits.split(chunk)])
-        count = known.sum()
-        ctx.save_for_backward(logits, targets, log_sums, count)
-        ctx.chunk = chunk
-        return torch.where(known, log_sums - picked, 0.0).sum() / count
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logits, targets, log_sums, count = ctx.saved_tensors
-        chunk, found = ctx.chunk, torch.empty_like(logits)
-        weights = (targets != -100) * (gradient / count)
-        columns = targets.clamp(min=0)[:, None]
-        minus_one = torch.full((1, 1), -1.0, device=logits.device)
-        softmax = torch.empty(min(chunk, len(logits)), logits.shape[1], dtype=torch.float32, device=logits.device)
-        for begin in range(0, len(logits), chunk):
-            rows = slice(begin, begin + chunk)
-            part = softmax[: len(targets[rows])]
-            part.copy_(logits[rows]).sub_(log_sums[rows, None]).exp_()
-            part.scatter_add_(1, columns[rows], minus_one.expand(len(part), 1))
-            found[rows] = part.mul_(weights[rows, None])
-        return found, None, None
-
-
-def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    """(tokens, vocab) -> (tokens) in fp32; takes one fp32 copy, where ``torch.logsumexp`` takes several."""
-    copy = logits.to(torch.float32, copy=True)
-    largest = copy.amax(1, keepdim=True)
-    return copy.sub_(largest).exp_().sum(1).log_().add_(largest[:, 0])
 
 
 @torch.no_grad()

@@ -22,13 +22,13 @@ REST = "rest"
 KINDS: dict[str, re.Pattern[str]] = {
     COMMUNICATION: re.compile(r"^communication$|^nccl|^c10d::"),
     "attention": re.compile(
-        r"scaled_dot_product|flash_attention|flash_(fwd|bwd)|fmha|efficient_attention|_sdpa_", re.I
+        r"scaled_dot_product|flash_attention|flash_(fwd|bwd)|fmha|efficient_attention|_sdpa_|BlockedAttention", re.I
     ),
-    "loss": re.compile(r"cross_entropy|log_?softmax|nll_?loss", re.I),
+    "loss": re.compile(r"cross_?entropy|log_?softmax|nll_?loss", re.I),
     "matrix products": re.compile(r"^aten::(add|b|baddb)?mm$"),
 }
 # What tells which implementation of attention was chosen, and the kernels that it ran.
-ATTENTION_OPERATOR = re.compile(r"^aten::_(scaled_dot_product_\w+)$")
+ATTENTION_OPERATOR = re.compile(r"^(?:aten::_)?(scaled_dot_product_\w+|BlockedAttention)$")
 DEVICE_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 LAUNCH_CATEGORIES = {"cuda_runtime", "cuda_driver"}
 TOP = 10

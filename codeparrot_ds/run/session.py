@@ -43,7 +43,8 @@ from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import is_remote, open_repository
 from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.hub.worker import start_drain
-from codeparrot_ds.model.gpt2 import build_model, document_inputs
+from codeparrot_ds.model.attention import document_inputs
+from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.bad_steps import BadSteps

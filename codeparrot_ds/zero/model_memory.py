@@ -145,9 +145,10 @@ class BackwardPass:
 
     @property
     def softmax_chunk(self) -> int:
-        """Bytes of the fp32 chunk of a chunked loss."""
+        """Bytes of a chunked loss's chunk of logits in fp32, where they are not, and of its softmax."""
         vocab_size = self.shape.vocab_size
-        return FP32 * chunk_of_tokens(self.seq_length, vocab_size) * vocab_size if self.chunked_loss else 0
+        tensors = 1 if self.width == FP32 else 2
+        return tensors * FP32 * chunk_of_tokens(self.seq_length, vocab_size) * vocab_size if self.chunked_loss else 0
 
     def kept(self, blocks: int) -> int:
         """Bytes a row that the embeddings and the first ``blocks`` blocks keep for the backward pass."""
