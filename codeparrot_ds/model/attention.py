@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 CAUSAL_ATTENTION = "codeparrot_causal"
-# Tokens whose scores are one product. Small ones skip more of what lies after a token, large ones multiply faster.
+# Tokens whose scores are one product. Small blocks skip more of what lies after a token, large ones multiply faster.
 BLOCK = 128
 
 

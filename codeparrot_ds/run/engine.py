@@ -50,7 +50,7 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
         else:
             _undo_construction_step(engine)
             _scale_the_loss_at_stage0(engine)
-    _check_unchecked_gradients(engine)
+    _decide_by_the_norm(engine)
     _bound_stage3_norms(engine)
     _drop_offloaded_sums(engine)
     _let_the_loss_scale_rest(engine)
@@ -151,18 +151,20 @@ def _guard_bare_optimizer(engine: Any) -> None:
         scaler.step = scaler_step
 
 
-def _check_unchecked_gradients(engine: Any) -> None:
-    """Makes stages 1 and 2 leave a bad step out also where the JSON has switched their check of the gradients off.
+def _decide_by_the_norm(engine: Any) -> None:
+    """Makes the norm of the gradient, which is there anyway, decide at stages 1 and 2 whether a step is left out.
 
-    With ``bf16.check_grad_overflow`` false DeepSpeed saves a pass over the gradients, but takes no notice of their norm
-    either, and NaN goes into the weights. Here the norm, which is there anyway, decides. With ``compute_grad_norm``
-    false there is none, so the pass is made: in fp32, too, which has no such switch.
+    DeepSpeed first takes the largest and the smallest of every gradient, which tell nothing that the norm does not. It
+    saves these passes where ``bf16.check_grad_overflow`` is false, but takes no notice of the norm either then, and NaN
+    goes into the weights. With ``compute_grad_norm`` false there is no norm, so the passes are made: in fp32, too, which
+    has no such switch. An offloaded optimizer looks while the gradients arrive.
     """
     optimizer = engine.optimizer
-    if getattr(optimizer, "check_grad_overflow", True):
+    if not hasattr(optimizer, "check_grad_overflow"):
         return
+    looks_itself = optimizer.cpu_offload and optimizer.check_grad_overflow
     optimizer.check_grad_overflow = True
-    if optimizer.compute_grad_norm:
+    if optimizer.compute_grad_norm and not looks_itself:
         optimizer.check_overflow = lambda **_: None
 
 

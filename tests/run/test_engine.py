@@ -177,7 +177,7 @@ def test_deepspeed_still_lets_a_nan_into_the_weights_of_stage_0_in_fp32(build):
 
 
 def test_deepspeed_still_steps_on_a_nan_that_it_does_not_check(build):
-    """When this fails, DeepSpeed has mended it: remove ``_check_unchecked_gradients``."""
+    """When this fails, DeepSpeed has mended it: remove ``_decide_by_the_norm``."""
     for name, blocks in (
         ("zero2", {"bf16": {"check_grad_overflow": False}}),
         ("zero2_fp32", {"zero_optimization": {"compute_grad_norm": False}}),
