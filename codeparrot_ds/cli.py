@@ -743,11 +743,10 @@ def _add_compare(commands: Any) -> None:
 
 def _run_compare(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.compare import run_comparison
-    from codeparrot_ds.run.comparison import Request
-    from codeparrot_ds.run.launch import local_device, local_ranks
+    from codeparrot_ds.run.comparison import Request, local_world_size
 
     config = config_from_arguments(arguments)
-    world_sizes = arguments.world_sizes or (local_ranks(local_device()),)
+    world_sizes = arguments.world_sizes or (local_world_size(_local_device()),)
     if not arguments.ds_configs and not arguments.search:
         raise UserError("nothing to compare: name DeepSpeed JSONs, such as zero1 zero2 zero3")
     if arguments.search and len(world_sizes) > 1:

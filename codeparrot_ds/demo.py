@@ -38,7 +38,7 @@ def run_demo(
     Args:
         workdir: folder for everything; created.
         max_train_steps: optimizer steps, the preset's by default.
-        num_gpus: ranks; one a GPU, or two on a CPU, by default.
+        num_gpus: ranks; one a GPU, or one on a CPU, by default.
         deepspeed: DeepSpeed JSON, the preset's by default.
         hub: place of the branch, a git repository beside the runs by default.
         overwrite: start afresh in a folder that holds a demo.

@@ -30,7 +30,8 @@ from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
 from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_gpu
-from codeparrot_ds.run.launch import check_run
+from codeparrot_ds.run.job import cores
+from codeparrot_ds.run.launch import check_run, local_ranks
 from codeparrot_ds.run.ops import are_built
 from codeparrot_ds.run.plan import predict
 from codeparrot_ds.zero.ds_config import find_ds_config, precision, read_ds_config, resolve_ds_config, zero_stage
@@ -279,11 +280,17 @@ def plan_candidate(candidate: Candidate, ds_config: Mapping[str, Any], *, device
     return dataclasses.replace(candidate, resolved=resolved, predicted=predicted, notes=notes, skipped=skipped)
 
 
+def local_world_size(device: str) -> int:
+    """How many ranks are compared on this machine unless told: two on a CPU that has the cores.
+
+    One, as ``train`` has there, would have all of the model whatever the ZeRO stage.
+    """
+    return local_ranks(device) if device == "cuda" else min(2, cores())
+
+
 def _why_not_here(predicted: Memory, world_size: int, device: str) -> str | None:
     """Why this machine cannot run it: too few devices, or too little memory by the plan."""
     import psutil
-
-    from codeparrot_ds.run.launch import local_ranks
 
     if device == "cuda":
         devices, gpu = local_ranks(device), smallest_gpu()

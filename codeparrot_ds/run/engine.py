@@ -156,7 +156,7 @@ def _decide_by_the_norm(engine: Any) -> None:
 
     DeepSpeed first takes the largest and the smallest of every gradient, which tell nothing that the norm does not. It
     saves these passes where ``bf16.check_grad_overflow`` is false, but takes no notice of the norm either then, and NaN
-    goes into the weights. With ``compute_grad_norm`` false there is no norm, so the passes are made: in fp32, too, which
+    goes into the weights. With ``compute_grad_norm`` false there is no norm, so the passes are made, also in fp32 that
     has no such switch. An offloaded optimizer looks while the gradients arrive.
     """
     optimizer = engine.optimizer

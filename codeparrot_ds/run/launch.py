@@ -40,7 +40,7 @@ from codeparrot_ds.run.folder import (
 )
 from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.initial import with_initial_model
-from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, cores, rank_environment, run_job, shared_variables
+from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, rank_environment, run_job, shared_variables
 from codeparrot_ds.run.launcher import MODULE, hosts_of, is_local
 from codeparrot_ds.run.micro_batch import with_micro_batch
 from codeparrot_ds.run.ops import are_built, build_apart, needed_operators
@@ -48,8 +48,6 @@ from codeparrot_ds.run.plan import predict, why_too_large
 from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
 from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
 from codeparrot_ds.zero.memory import Memory
-
-DEFAULT_CPU_RANKS = 2
 
 
 def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *, module: str = MODULE) -> int:
@@ -273,10 +271,12 @@ def local_devices(device: str) -> list[int | str]:
 
 
 def local_ranks(device: str) -> int:
-    """How many ranks this machine offers: its visible GPUs, or two on a CPU with two cores."""
-    if device == "cuda":
-        return _visible_gpus()
-    return min(DEFAULT_CPU_RANKS, cores())
+    """How many ranks a run has on this machine unless told: one a visible GPU, or one on a CPU, on all its cores.
+
+    More ranks on a CPU only add what they say to each other: two of one core are slower than one of two
+    (``docs/performance.md``).
+    """
+    return _visible_gpus() if device == "cuda" else 1
 
 
 def _visible_gpus() -> int:

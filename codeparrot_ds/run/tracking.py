@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,25 +112,33 @@ class Tracker:
         self.samples = Metrics(folder.path / "samples.jsonl")
         self.tensorboard: Any = None
         self._wandb: concurrent.futures.Future[Any] | None = None
+        self._told_wandb: list[concurrent.futures.Future[None]] = []
+        self._wandb_may_start = threading.Event()
         self.hyperparameters = {key: value for key, value in hyperparameters.items() if value is not None}
         self.last_evaluation: dict[str, Any] = {}
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"))
-            # wandb takes seconds to start, longer without an answer from its server: the first step does not wait.
-            starter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="wandb-start")
-            self._wandb = starter.submit(_start_wandb, folder, mode, self.hyperparameters)
-            starter.shutdown(wait=False)
+            # wandb takes seconds to start, longer without an answer from its server: training does not wait, nor for
+            # what is told to it, and it starts beside the second step. One thread keeps the order.
+            self._wandb_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="wandb")
+            self._wandb = self._wandb_thread.submit(self._start_wandb, folder, mode)
 
     @property
     def wandb(self) -> Any:
         """The wandb run, waiting for its start; None when it is off and on the other ranks."""
+        self._wandb_may_start.set()
         return None if self._wandb is None else self._wandb.result()
+
+    def _start_wandb(self, folder: RunFolder, mode: str) -> Any:
+        self._wandb_may_start.wait()
+        return _start_wandb(folder, mode, self.hyperparameters)
 
     def train(self, row: dict[str, Any]) -> None:
         """Records a training row (see the keys in the README)."""
         self._write(row, "train")
+        self._wandb_may_start.set()
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Records an evaluation row."""
@@ -146,12 +155,15 @@ class Tracker:
             f"{row.get('verdict', '')}\n\n```python\n{row['prompt']}{row['completion']}\n```".strip() for row in rows
         ]
         self.tensorboard.add_text("completions", "\n\n---\n\n".join(texts), step)
-        if self.wandb is not None:
+
+        def tell(run: Any) -> None:
             import wandb
 
             columns = ["step", "prompt", "completion", "log_probability", "parses", "verdict"]
             data = [[{"step": step, **row}.get(name) for name in columns] for row in rows]
-            self.wandb.log({"completions": wandb.Table(columns=columns, data=data), "step": step})
+            run.log({"completions": wandb.Table(columns=columns, data=data), "step": step})
+
+        self._to_wandb(tell)
 
     def _write(self, row: dict[str, Any], group: str) -> None:
         if self.tensorboard is None:
@@ -165,8 +177,18 @@ class Tracker:
         }
         for name, value in numbers.items():
             self.tensorboard.add_scalar(name, value, row["step"])
-        if self.wandb is not None:
-            self.wandb.log(numbers | {"step": row["step"]})
+        self._to_wandb(lambda run: run.log(numbers | {"step": row["step"]}))
+
+    def _to_wandb(self, tell: Callable[[Any], Any]) -> None:
+        """Has the thread of wandb tell its run something, after all before; raises what went wrong with any of it."""
+        while self._told_wandb and self._told_wandb[0].done():
+            self._told_wandb.pop(0).result()
+
+        def work() -> None:
+            if self.wandb is not None:
+                tell(self.wandb)
+
+        self._told_wandb.append(self._wandb_thread.submit(work))
 
     def close(self) -> None:
         """Writes the hyperparameters with the final figures and ends TensorBoard and wandb."""
@@ -182,8 +204,11 @@ class Tracker:
         }
         self.tensorboard.add_hparams(plain, figures, run_name=".")
         self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._wandb_may_start.set()
+        self._to_wandb(lambda run: run.finish())
+        self._wandb_thread.shutdown()
+        for told in self._told_wandb:
+            told.result()
 
 
 def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) -> Any:

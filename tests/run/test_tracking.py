@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import socket
+import threading
 import warnings
 from pathlib import Path
 
@@ -190,6 +191,43 @@ def test_wandb_off(folder, stranger, caplog):
     tracker.close()
     assert tracker.wandb is None and not (folder.path / "wandb").exists()
     assert "wandb: off" in caplog.text
+
+
+class SlowRun:
+    """A run of wandb's that starts when it is told to."""
+
+    def __init__(self):
+        self.may_start, self.told = threading.Event(), []
+
+    def start(self, *_):
+        assert self.may_start.wait(20)
+        return self
+
+    def log(self, values):
+        if values["step"] == 3:
+            raise OSError("wandb's disk is full")
+        self.told.append(values["step"])
+
+    def finish(self):
+        self.told.append("finish")
+
+
+def test_training_does_not_wait_for_wandb_and_hears_of_its_faults(folder, monkeypatch):
+    run = SlowRun()
+    monkeypatch.setattr(tracking, "_start_wandb", run.start)
+    tracker = Tracker(folder, active=True, mode="auto", hyperparameters={})
+    for step in (1, 2, 4):
+        tracker.train({**TRAINING_ROW, "step": step})
+    assert run.told == []
+    run.may_start.set()
+    tracker.close()
+    assert run.told == [1, 2, 4, "finish"]
+    tracker = Tracker(folder, active=True, mode="auto", hyperparameters={})
+    tracker.train({**TRAINING_ROW, "step": 3})
+    tracker._told_wandb[0].exception(timeout=20)
+    with pytest.raises(OSError, match="disk is full"):
+        tracker.train({**TRAINING_ROW, "step": 4})
+    tracker.close()
 
 
 def test_an_unreachable_wandb_server_turns_a_run_offline(folder, stranger, caplog, monkeypatch):
