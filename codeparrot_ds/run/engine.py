@@ -8,8 +8,11 @@ stands still. ``optimizer.overflow`` says so, the same on all ranks.
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +40,7 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
     def factor(step: int) -> float:
         return learning_rate_factor(config.lr_scheduler_type, step, config.num_warmup_steps, config.max_train_steps)
 
+    _import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=get_grouped_params(model, config.weight_decay),
@@ -56,6 +60,26 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
     _let_the_loss_scale_rest(engine)
     _forget_beta_powers(engine)
     return engine
+
+
+def _import_muon_uncompiled() -> None:
+    """Imports DeepSpeed's Muon, for whose class ZeRO's optimizers look, without all of torch's compiler.
+
+    Its functions are compiled as they are defined, which imports inductor: a third of a second of every start. Here
+    they are when they are first called.
+    """
+    from deepspeed.runtime import compiler
+
+    def compile_when_called(function: Callable) -> Callable:
+        compiled = functools.cache(lambda: torch.compile(function))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    plain_compile = compiler.compile
+    compiler.compile = lambda: compile_when_called
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = plain_compile
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The DeepSpeed engine on one real rank: groups, schedule, and the mends of what DeepSpeed does at stage 0."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -245,3 +246,27 @@ def test_freed_pages_are_kept_and_used_again():
     answer = json.loads(answer.stdout)
     assert answer["faults"] < 16_384  # what a single tensor of 64 MiB would take from the system; here are twenty
     assert answer["grown"] < 64 * 1024  # KiB
+
+
+def test_muon_is_imported_without_a_compiler_and_still_compiled():
+    """In a fresh process: importing it would bring inductor in, which takes a third of a second."""
+    script = """
+import sys
+import torch
+from codeparrot_ds.run.engine import _import_muon_uncompiled
+import deepspeed
+from deepspeed.runtime import compiler
+before = compiler.compile
+_import_muon_uncompiled()
+assert "torch._inductor.compile_fx" not in sys.modules, "inductor was imported"
+assert compiler.compile is before
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+from deepspeed.runtime.zero.muon import original_muon
+asked = []
+torch.compile = lambda function: asked.append(function.__name__) or function
+matrix = torch.randn(8, 8)
+first, second = (original_muon.zeropower_via_newtonschulz5(matrix, steps=5) for _ in range(2))
+assert torch.equal(first, second) and asked == ["zeropower_via_newtonschulz5"], asked
+"""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
