@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="corpus folder")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--deepspeed", default="zero2")
+    parser.add_argument("--num-gpus", type=int, default=1, help="ranks")
     parser.add_argument("--saves", type=int, default=20)
     parser.add_argument("--every", type=int, default=8, help="steps between saves")
     options = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
         }
     folder = write_record(
         options.name,
-        title=f"The step after a save, demo shape, {options.deepspeed}, 2 ranks",
+        title=f"The step after a save, demo shape, {options.deepspeed}, {options.num_gpus} rank(s)",
         text=table(runs),
         raw=runs,
         out=options.out,
@@ -55,6 +56,7 @@ def train(options: argparse.Namespace, folder: Path, name: str, steps: int, extr
         *(sys.executable, "-m", "codeparrot_ds", "train", "demo", "--deepspeed", options.deepspeed),
         *("--data", options.data, "--tokenizer", options.tokenizer, "--max-train-steps", str(steps)),
         *("--output-dir", str(folder), "--run-name", run.name, "--log-steps", "1", "--wandb", "off", "--hub", "off"),
+        *("--num-gpus", str(options.num_gpus)),
         *("--eval-steps", str(steps), "--max-eval-steps", "1", "--keep-checkpoints", "2", *extra),
     ]
     with (folder / "words").open("w") as words:
@@ -84,7 +86,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     saves = runs["in the background"]["saves"]
     num_bytes, seconds = saves[0]["bytes"], statistics.median(save["seconds"] for save in saves)
     lines += ["", f"A checkpoint has {num_bytes / 1e6:.1f} MB and is complete {seconds:.2f} s after its step (median)."]
-    lines.append(f"Cores: {os.cpu_count()}, busy with training on both ranks.")
+    lines.append(f"Cores: {os.cpu_count()}, all busy with training.")
     return "\n".join(lines)
 
 

@@ -4,7 +4,8 @@
 
 - rows on one core: ours, the recipe's class with the Hugging Face tokenizer on the same files, and a memory-mapped file
   of token ids (what nobody who tokenizes can beat), interleaved, in MB of text per CPU-second; and where the time goes;
-- whether a training step has to wait: steps that do nothing but take their time, with two loader workers;
+- whether a training step has to wait: steps that do nothing but take their time, with two loader workers, beside the
+  same with rows of the memory-mapped file;
 - the first batch, on the corpus and on 1 GB;
 - peak memory, on the corpus and on ten times as much.
 """
@@ -26,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from record import write_record
 
 from codeparrot_ds.config import RunConfig
@@ -305,10 +307,10 @@ def stages(workdir: Path) -> dict[str, Callable[[], Timed]]:
 def paced(workdir: Path) -> list[dict[str, float]]:
     """The share of the time that steps of 100,352 tokens wait for data after the first, for several paces."""
     results = []
-    for step_seconds in (0.001, 0.0015, 0.002, 0.003, 0.005):
+    for step_seconds in (0.001, 0.0015, 0.002, 0.003, 0.005, 0.02, 0.1):
         loader = TrainingLoader(open_stream(workdir, "corpus"), micro_batch_size=STEP_ROWS, num_workers=2)
         next(loader)
-        steps, waited, started = 2000, loader.wait_seconds, time.perf_counter()
+        steps, waited, started = int(min(2000, 20 / step_seconds)), loader.wait_seconds, time.perf_counter()
         for _ in range(steps):
             time.sleep(step_seconds)
             next(loader)
@@ -319,10 +321,24 @@ def paced(workdir: Path) -> list[dict[str, float]]:
                 "asked_tokens_per_second": STEP_ROWS * SEQ_LENGTH / step_seconds,
                 "tokens_per_second": steps * STEP_ROWS * SEQ_LENGTH / seconds,
                 "wait_share": (loader.wait_seconds - waited) / seconds,
+                "mapped_wait_share": mapped_wait_share(workdir, step_seconds, steps),
             }
         )
         loader.close()
     return results
+
+
+def mapped_wait_share(workdir: Path, step_seconds: float, steps: int) -> float:
+    """The same of a loop that takes its rows from the memory-mapped file, in random order."""
+    rows = np.load(workdir / "tokens.npy", mmap_mode="r")
+    chosen = np.random.default_rng(0).integers(len(rows), size=(steps, STEP_ROWS))
+    waited, started = 0.0, time.perf_counter()
+    for indices in chosen:
+        time.sleep(step_seconds)
+        asked = time.perf_counter()
+        torch.from_numpy(rows[indices])
+        waited += time.perf_counter() - asked
+    return waited / (time.perf_counter() - started)
 
 
 def first_batches(workdir: Path) -> dict[str, dict[str, float]]:
@@ -400,11 +416,12 @@ def summary(raw: dict[str, Any]) -> str:
         "",
         "Steps of 100,352 tokens that only take their time, two workers:",
         "",
-        "| step | asked for, M tokens/s | got | share of the time waiting |",
-        "|---|---|---|---|",
+        "| step | asked for, M tokens/s | got | share of the time waiting | of the memory-mapped file |",
+        "|---|---|---|---|---|",
         *(
             f"| {row['step_seconds'] * 1e3:.1f} ms | {row['asked_tokens_per_second'] / 1e6:.0f} | "
-            f"{row['tokens_per_second'] / 1e6:.1f} | {row['wait_share']:.1%} |"
+            f"{row['tokens_per_second'] / 1e6:.1f} | {row['wait_share']:.3%} | "
+            f"{row['mapped_wait_share']:.3%} |"
             for row in raw["paced"]
         ),
         "",

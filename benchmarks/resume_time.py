@@ -3,7 +3,7 @@
 python benchmarks/resume_time.py --data CORPUS --tokenizer TOKENIZER
 
 An engine trains two steps and saves; ``checkpoint import`` makes three runs of that, whose data goes on at three places
-of the first epoch. Each is resumed on two ranks, a fresh copy each time.
+of the first epoch. Each is resumed, a fresh copy each time.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     parser = record_parser(__doc__, name="resume-time-cpu")
     parser.add_argument("--data", required=True, help="corpus folder")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
+    parser.add_argument("--num-gpus", type=int, default=1, help="ranks")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine", type=Path, help="used by this script itself: where to save an engine")
     options = parser.parse_args()
@@ -52,14 +53,14 @@ def main() -> None:
         laps: dict[float, list[dict[str, float]]] = {share: [] for share in SHARES}
         for number in range(options.rounds + 1):
             for share in SHARES if number % 2 else reversed(SHARES):
-                startup = resume(base / f"at-{share}", base / "again")
+                startup = resume(base / f"at-{share}", base / "again", options.num_gpus)
                 if number:  # the first one warms the disk's cache
                     laps[share].append(startup)
                     print(f"{share:.0%}: {sum(startup.values()):.2f} s", flush=True)
     folder = write_record(
         options.name,
         title="Resuming at three places of an epoch",
-        text=report(rows, laps),
+        text=report(rows, laps, options.num_gpus),
         raw={"rows_of_an_epoch": rows, "startup_seconds": laps},
         out=options.out,
     )
@@ -122,12 +123,12 @@ def rows_of_an_epoch(options: argparse.Namespace) -> int:
     return next(number for number, row in enumerate(TrainingStream(stream)) if row.states[0].epoch)
 
 
-def resume(run: Path, folder: Path) -> dict[str, float]:
+def resume(run: Path, folder: Path, ranks: int) -> dict[str, float]:
     """Goes on with a copy of a run; seconds of its parts until the first step."""
     shutil.rmtree(folder, ignore_errors=True)
     copy = shutil.copytree(run, folder / run.name)
     command = [sys.executable, "-m", "codeparrot_ds", "train", "--config", str(copy / "config.yaml")]
-    command += ["--output-dir", str(folder), "--num-gpus", "2"]
+    command += ["--output-dir", str(folder), "--num-gpus", str(ranks)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode or "resumed from step 2" not in done.stdout + done.stderr:
         sys.exit((done.stdout + done.stderr)[-3000:])
@@ -135,7 +136,7 @@ def resume(run: Path, folder: Path) -> dict[str, float]:
     return seconds
 
 
-def report(rows: int, laps: dict[float, list[dict[str, float]]]) -> str:
+def report(rows: int, laps: dict[float, list[dict[str, float]]], ranks: int) -> str:
     """Medians and spread of each place, all together and of the parts that the data has to do with."""
     lines = ["| at | command to first step, s | of which data, checkpoint, loader and first step, s |", "|---|---|---|"]
     for share, runs in laps.items():
@@ -146,7 +147,10 @@ def report(rows: int, laps: dict[float, list[dict[str, float]]]) -> str:
         ):
             cells.append(f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})")
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Medians, least and most of {len(runs)} rounds; two ranks on {os.cpu_count()} cores."]
+    lines += ["", f"Medians, least and most of {len(runs)} rounds; {ranks} rank(s) on {os.cpu_count()} cores."]
+    everything = [one for runs in laps.values() for one in runs]
+    parts = (f"{name} {statistics.median(one[name] for one in everything):.2f}" for name in everything[0])
+    lines += ["", f"The parts, medians of all, s: {', '.join(parts)}."]
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--deepspeed", default="zero2")
+    parser.add_argument("--num-gpus", type=int, default=1, help="ranks")
     options = parser.parse_args()
 
     laps: list[dict[str, float]] = []
@@ -31,7 +32,7 @@ def main() -> None:
             command = [
                 *(sys.executable, "-m", "codeparrot_ds", "train", "demo", "--deepspeed", options.deepspeed),
                 *("--data", options.data, "--tokenizer", options.tokenizer, "--max-train-steps", "1"),
-                *("--output-dir", output_dir, "--run-name", f"round-{number}"),
+                *("--output-dir", output_dir, "--run-name", f"round-{number}", "--num-gpus", str(options.num_gpus)),
             ]
             subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
             record = json.loads((Path(output_dir) / f"round-{number}" / "run.json").read_text())
@@ -49,7 +50,7 @@ def main() -> None:
         lines.append(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} - {max(values):.2f} |")
     folder = write_record(
         options.name,
-        title="Launch to first training step, demo shape",
+        title=f"Launch to first training step, demo shape, {options.num_gpus} rank(s)",
         text="\n".join(lines),
         raw=laps,
         out=options.out,

@@ -2,6 +2,7 @@
 
     python benchmarks/training_speed.py --data CORPUS --tokenizer TOKENIZER --rounds 3
     python benchmarks/training_speed.py --data CORPUS --tokenizer TOKENIZER --model demo --seq-length 256 --rows 16
+    python benchmarks/training_speed.py --data CORPUS --tokenizer TOKENIZER --peers --ranks 1 2   # how it scales
 
 Each round runs every loop as its users would, in a fresh process, on the same rows from the same initial weights:
 
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps of each run that do not count")
     parser.add_argument("--peer-steps", type=int, default=5, help="counted steps of a peer a round")
     parser.add_argument("--our-steps", type=int, default=8, help="counted steps of ours a round")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--train", nargs=argparse.REMAINDER, default=[], help="more options of train, last")
     options = parser.parse_args()
 
