@@ -57,13 +57,23 @@ def test_operators_folder_belongs_to_the_versions(monkeypatch, tmp_path):
     assert operators_folder() == tmp_path / "mine"
 
 
+def test_a_cache_of_compiled_models_that_the_user_chose_stays():
+    environment = {"TORCHINDUCTOR_CACHE_DIR": "/mine"}
+    use_operators_folder(environment)
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+
+
 def test_use_operators_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     environment = {"PATH": "/usr/bin:/bin"}
     scripts = str(Path(sys.executable).parent)
     for _ in range(2):  # again changes nothing
         use_operators_folder(environment)
-        assert environment == {"PATH": f"{scripts}:/usr/bin:/bin", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+        assert environment == {
+            "PATH": f"{scripts}:/usr/bin:/bin",
+            "TORCH_EXTENSIONS_DIR": str(tmp_path),
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        }
     empty = {}
     use_operators_folder(empty)
     assert empty["PATH"] == scripts

@@ -59,7 +59,7 @@ def test_what_it_says_at_the_end(demo):
     ):
         assert words in process.stdout
     assert process.stdout.count("=" * 80) == 3  # four completions
-    assert (run / "report" / "report.html").is_file() and (run / "log" / "debug_1.log").is_file()
+    assert (run / "report" / "report.html").is_file() and (run / "log" / "debug_0.log").is_file()
 
 
 def test_rows_of_metrics(demo):
@@ -68,7 +68,7 @@ def test_rows_of_metrics(demo):
     training = [row for row in rows if "loss" in row]
     assert set(training[0]) == set(
         "step tokens epoch loss learning_rate grad_norm tokens_per_second mfu step_seconds data_wait_seconds "
-        "memory_bytes skipped_steps loss_scale rank_seconds_median rank_seconds_max slowest_rank time".split()
+        "memory_bytes skipped_steps loss_scale time".split()
     )
     evaluation = next(row for row in rows if "eval_loss" in row)
     assert set(evaluation) == set("step tokens eval_loss perplexity bits_per_byte eval_tokens time".split())
@@ -76,8 +76,8 @@ def test_rows_of_metrics(demo):
     # The median: operators are built beside the demo here, and a busy machine makes single steps wait.
     assert statistics.median(row["data_wait_seconds"] / row["step_seconds"] for row in training[1:]) < 0.02
     # Of what the ranks measured when they started: the tests beside it can make that less than what training reaches.
-    logs = [(run / "log" / f"debug_{rank}.log").read_text() for rank in range(2)]
-    peak = sum(float(re.search(r"peak of this rank: (\S+) FLOP/s", log)[1]) for log in logs)
+    log = (run / "log" / "debug_0.log").read_text()
+    peak = float(re.search(r"peak of this rank: (\S+) FLOP/s", log)[1])
     settings = json.loads((run / "run.json").read_text())
     flops = 6 * settings["parameters"] + 12 * 4 * 256 * 256  # layers, width, tokens a row
     assert all(row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / peak, rel=0.02) for row in training)

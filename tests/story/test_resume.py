@@ -29,7 +29,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     process = workshop.train(
-        *("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", *STEPS), output_dir=tmp_path
+        *("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", "--num-gpus", "2", *STEPS),
+        output_dir=tmp_path,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     assert "step-00000020/fragments-00001-000.safetensors is damaged" in process.stderr
@@ -42,7 +43,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with
 
 def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_dropout, tmp_path):
     """SIGINT; ``test_demo.py`` stops a demo with SIGTERM."""
-    arguments = ("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", *STEPS)
+    arguments = ("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", "--num-gpus", "2", *STEPS)
     command = workshop.command(*arguments, output_dir=tmp_path)
     process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stderr=subprocess.PIPE, text=True)
     run = tmp_path / "dropout"

@@ -16,7 +16,7 @@ from codeparrot_ds.run.comparison_report import judge_all
 from codeparrot_ds.run.comparison_trial import FOUND, orders_of, prepare_trial
 from codeparrot_ds.run.initial_weights_folder import initial_weights
 
-STEPS = 10
+STEPS = 12
 # Linear and cosine decay part late; that and more of a kind is in benchmarks/comparison.py.
 LEFT_OUT = {
     "linear decay", "clipping at 0.5", "another number of lanes", "learning rate 5% too high", "control: stage 2",
