@@ -200,7 +200,7 @@ class CheckpointSaver:
 
     def _write_behind(self, saved: _Save, stall: float) -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone: training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)  # of this thread alone: training goes first
             # Setting it for a thread is for that thread: a second set of compute threads would fight with training's.
             torch.set_num_threads(1)
             self._write(saved, stall)
