@@ -22,6 +22,7 @@ from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve
 # its products of matrices are large long before. On a CPU more than some thousands only cost memory.
 MAX_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 # Of a CPU's memory, for the tensors of all ranks: the processes, the page cache and other programs have the rest.
+# So have the probabilities that a CPU's attention keeps in bf16, which the plan of a GPU's does not know.
 CPU_SHARE = 0.5
 
 

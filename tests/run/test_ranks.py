@@ -93,7 +93,7 @@ def test_nobody_is_out_of_step_after_a_failure(answers):
 
 
 BUSY_THREAD = """
-import atexit, sys, threading, torch
+import atexit, concurrent.futures, sys, threading, torch
 
 def work():
     a = torch.randn(100)
@@ -103,13 +103,15 @@ def work():
 threading.Thread(target=work, daemon=True).start()
 threading.Thread(target=lambda: (threading.Event().wait(0.2), print("joined")), daemon=False).start()
 atexit.register(lambda: print("exit handler"))
+idle = concurrent.futures.ThreadPoolExecutor(1)  # as inductor leaves one: its thread waits for work, and is no daemon
+idle.submit(int).result()
 from codeparrot_ds.run.parent_end import end_process
 print("last words", end="")
 end_process(3)
 """
 
 
-def test_a_thread_in_torch_does_not_abort_the_end():
+def test_neither_a_thread_in_torch_aborts_the_end_nor_does_an_idle_pool_hold_it_up():
     # Python's own end aborts here.
-    end = subprocess.run([sys.executable, "-c", BUSY_THREAD], capture_output=True, text=True)
+    end = subprocess.run([sys.executable, "-c", BUSY_THREAD], capture_output=True, text=True, timeout=60)
     assert (end.returncode, end.stdout, end.stderr) == (3, "last wordsjoined\nexit handler\n", "")
