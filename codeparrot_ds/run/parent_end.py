@@ -57,7 +57,8 @@ def end_process(code: int) -> NoReturn:
     by unwinding its C++ frames, which aborts the process ("terminate called without an active exception"): now and then
     the launcher reported a finished run as failed. https://github.com/pytorch/pytorch/issues/38228
     """
-    threading._shutdown()  # has idle pools of threads end, inductor's for one, and waits for all that are not daemons
+    # Has idle pools of threads end, inductor's for one, and waits for all that are not daemons.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):  # nobody reads any more
