@@ -153,7 +153,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--max-train-steps", type=_count, metavar="N", help="optimizer steps (default: the preset's)")
     parser.add_argument(
         "--num-gpus", "--num-ranks", type=_count, dest="num_gpus", metavar="N",
-        help="ranks (default: one a GPU, or 2 without)",
+        help="ranks (default: one a GPU, or one without)",
     )  # fmt: skip
     parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed JSON (default: the preset's)")
     parser.add_argument(
@@ -466,7 +466,7 @@ def _add_check(commands: Any) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help=_default("what the ranks will have", "auto")
     )
-    parser.add_argument("--world-size", type=_count, metavar="N", help="ranks (default: what this machine offers)")
+    parser.add_argument("--world-size", type=_count, metavar="N", help="ranks (default: those of a run here)")
     parser.add_argument(
         "--explain", action="store_true",
         help="also print the config that a run would hand to DeepSpeed, and where each value came from",
@@ -703,7 +703,7 @@ def _add_compare(commands: Any) -> None:
     )  # fmt: skip
     group = parser.add_argument_group("comparison")
     group.add_argument(
-        "--world-sizes", type=_counts, metavar="N,...", help="numbers of ranks (default: all that this machine offers)"
+        "--world-sizes", type=_counts, metavar="N,...", help="numbers of ranks (default: all GPUs, or two on a CPU)"
     )
     group.add_argument(
         "--micro-batches", type=_counts, metavar="N,...", help="rows a rank a forward pass (default: each config's own)"

@@ -591,7 +591,7 @@ LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
 class LaunchOptions:
     """Where the ranks run; handed to the ``deepspeed`` launcher."""
 
-    num_gpus: int | None = None  # ranks on this machine, with or without GPUs; None: all that it offers
+    num_gpus: int | None = None  # ranks on this machine, with or without GPUs; None: one a GPU, or one
     hostfile: str | None = None
     include: str | None = None
     exclude: str | None = None
@@ -612,7 +612,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("launch")
     group.add_argument(
         "--num-gpus", "--num_gpus", "--num-ranks", "--num_ranks", type=_positive, metavar="N", dest="num_gpus",
-        help="ranks on this machine (default: one a GPU, or 2 on a machine without)",
+        help="ranks on this machine (default: one a GPU, or one on a machine without)",
     )  # fmt: skip
     group.add_argument("--hostfile", metavar="FILE", help="lines of `host slots=N` (default: this machine alone)")
     group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to use, as in a:0,2@b (default: all)")

@@ -7,6 +7,7 @@ own file and speak on the console only of errors.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import logging
 import math
@@ -113,7 +114,7 @@ class Tracker:
         self.tensorboard: Any = None
         self._wandb: concurrent.futures.Future[Any] | None = None
         self._told_wandb: list[concurrent.futures.Future[None]] = []
-        self._wandb_may_start = threading.Event()
+        self._untold_wandb: list[Callable[[Any], Any]] = []
         self.hyperparameters = {key: value for key, value in hyperparameters.items() if value is not None}
         self.last_evaluation: dict[str, Any] = {}
         if active:
@@ -123,22 +124,26 @@ class Tracker:
             # wandb takes seconds to start, longer without an answer from its server: training does not wait, nor for
             # what is told to it, and it starts beside the second step. One thread keeps the order.
             self._wandb_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="wandb")
-            self._wandb = self._wandb_thread.submit(self._start_wandb, folder, mode)
+            self._start = functools.partial(_start_wandb, folder, mode, self.hyperparameters)
 
     @property
     def wandb(self) -> Any:
         """The wandb run, waiting for its start; None when it is off and on the other ranks."""
-        self._wandb_may_start.set()
-        return None if self._wandb is None else self._wandb.result()
+        return None if self.tensorboard is None else self._started_wandb().result()
 
-    def _start_wandb(self, folder: RunFolder, mode: str) -> Any:
-        self._wandb_may_start.wait()
-        return _start_wandb(folder, mode, self.hyperparameters)
+    def _started_wandb(self) -> concurrent.futures.Future[Any]:
+        """Starts wandb in its thread, if nothing has yet, and tells it what was kept for it."""
+        if self._wandb is None:
+            self._wandb = self._wandb_thread.submit(self._start)
+            for tell in self._untold_wandb:
+                self._to_wandb(tell)
+        return self._wandb
 
     def train(self, row: dict[str, Any]) -> None:
         """Records a training row (see the keys in the README)."""
         self._write(row, "train")
-        self._wandb_may_start.set()
+        if self.tensorboard is not None:
+            self._started_wandb()
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Records an evaluation row."""
@@ -183,10 +188,15 @@ class Tracker:
         """Has the thread of wandb tell its run something, after all before; raises what went wrong with any of it."""
         while self._told_wandb and self._told_wandb[0].done():
             self._told_wandb.pop(0).result()
+        started = self._wandb
+        if started is None:
+            self._untold_wandb.append(tell)
+            return
 
         def work() -> None:
-            if self.wandb is not None:
-                tell(self.wandb)
+            run = started.result()
+            if run is not None:
+                tell(run)
 
         self._told_wandb.append(self._wandb_thread.submit(work))
 
@@ -204,7 +214,7 @@ class Tracker:
         }
         self.tensorboard.add_hparams(plain, figures, run_name=".")
         self.tensorboard.close()
-        self._wandb_may_start.set()
+        self._started_wandb()
         self._to_wandb(lambda run: run.finish())
         self._wandb_thread.shutdown()
         for told in self._told_wandb:

@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import socket
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -216,18 +218,36 @@ def test_training_does_not_wait_for_wandb_and_hears_of_its_faults(folder, monkey
     run = SlowRun()
     monkeypatch.setattr(tracking, "_start_wandb", run.start)
     tracker = Tracker(folder, active=True, mode="auto", hyperparameters={})
+    tracker.evaluation({"step": 0, "eval_loss": 9.0})
     for step in (1, 2, 4):
         tracker.train({**TRAINING_ROW, "step": step})
     assert run.told == []
     run.may_start.set()
     tracker.close()
-    assert run.told == [1, 2, 4, "finish"]
+    assert run.told == [0, 1, 2, 4, "finish"]
     tracker = Tracker(folder, active=True, mode="auto", hyperparameters={})
     tracker.train({**TRAINING_ROW, "step": 3})
     tracker._told_wandb[0].exception(timeout=20)
     with pytest.raises(OSError, match="disk is full"):
         tracker.train({**TRAINING_ROW, "step": 4})
     tracker.close()
+
+
+def test_a_run_that_fails_before_its_first_step_ends(tmp_path):
+    """Nobody closes its tracker: what is kept for wandb must not hold up the end of the rank."""
+    script = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from codeparrot_ds.run.parent_end import end_process
+from codeparrot_ds.run.tracking import Tracker
+folder = SimpleNamespace(path=Path(sys.argv[1]), name="brave-otter-7", record={"id": "brave-otter-7-abc123"})
+tracker = Tracker(folder, active=True, mode="offline", hyperparameters={})
+tracker.evaluation({"step": 0, "eval_loss": 9.0})
+end_process(4)
+"""
+    end = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60, check=False)
+    assert end.returncode == 4 and not (tmp_path / "wandb").exists()
 
 
 def test_an_unreachable_wandb_server_turns_a_run_offline(folder, stranger, caplog, monkeypatch):
