@@ -92,7 +92,7 @@ class BlockedAttention(torch.autograd.Function):
         later = torch.full((BLOCK, BLOCK), -math.inf, dtype=query.dtype, device=query.device).triu_(1)
         probabilities, outputs = [], []
         for begin, end in _blocks(tokens):
-            scores = torch.bmm(query[:, begin:end], key[:, :end].transpose(1, 2))
+            scores = torch.bmm(query[:, begin:end], _transposed(key[:, :end]))
             scores[:, :, begin:end] += later[: end - begin, : end - begin]
             probabilities.append(scores.softmax(-1))
             outputs.append(torch.bmm(probabilities[-1], value[:, :end]))
@@ -111,7 +111,7 @@ class BlockedAttention(torch.autograd.Function):
         of_key = of_value = torch.empty(0)
         for (begin, end), probability in reversed(blocks):  # the last one saw every key
             arrived = gradient[:, begin:end]
-            of_probability = torch.bmm(arrived, value[:, :end].transpose(1, 2))
+            of_probability = torch.bmm(arrived, _transposed(value[:, :end]))
             of_scores = torch._softmax_backward_data(of_probability, probability, -1, probability.dtype)
             of_queries.append(torch.bmm(of_scores, key[:, :end]))
             if len(of_queries) == 1:
@@ -122,6 +122,11 @@ class BlockedAttention(torch.autograd.Function):
                 of_value[:, :end].baddbmm_(probability.transpose(1, 2), arrived)
         of_query = torch.cat(of_queries[::-1], 1).mul_(ctx.scale)
         return of_query.view(shape), of_key.view(shape), of_value.view(shape), None
+
+
+def _transposed(some_tokens: torch.Tensor) -> torch.Tensor:
+    """(heads, tokens, head size) -> (heads, head size, tokens), as products take it without a transposing copy."""
+    return some_tokens.contiguous().transpose(1, 2)
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:

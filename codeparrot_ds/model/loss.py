@@ -27,10 +27,14 @@ def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, 
 def chunked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
     """`causal_lm_loss` with the fp32 softmax of some tokens at a time: what it adds to the logits is a gradient.
 
-    The same arithmetic in another order; the plain one holds three fp32 tensors of the logits' size.
+    The same arithmetic in another order; the plain one holds three fp32 tensors of the logits' size. A CPU that trains
+    writes this gradient over the logits.
     """
-    chunk = CACHED_ELEMENTS // vocab_size if _by_cache(logits) else chunk_of_tokens(labels.shape[1], vocab_size)
-    return ChunkedCrossEntropy.apply(logits.view(-1, vocab_size), _next_tokens(labels), max(1, chunk))
+    by_cache = _by_cache(logits)
+    chunk = CACHED_ELEMENTS // vocab_size if by_cache else chunk_of_tokens(labels.shape[1], vocab_size)
+    at_once = by_cache and logits.requires_grad and logits.dtype != torch.float16
+    cross_entropy = OnePassCrossEntropy if at_once else ChunkedCrossEntropy
+    return cross_entropy.apply(logits.view(-1, vocab_size), _next_tokens(labels), max(1, chunk))
 
 
 def _by_cache(logits: torch.Tensor) -> bool:
@@ -77,3 +81,38 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             found[rows] = softmax.mul_(weights[rows, None])
             del softmax  # before the next one is made
         return found, None, None
+
+
+class OnePassCrossEntropy(torch.autograd.Function):
+    """`ChunkedCrossEntropy` with one softmax instead of two: the forward pass puts the gradient in the logits' place.
+
+    For a CPU, where looking at a value stops nothing and fresh memory costs more than the arithmetic, and for what
+    needs no loss scale: the gradient is kept divided by the number of targets. The logits are gone; autograd raises
+    where something else had kept them for its own gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+        known = targets != -100
+        columns = targets.clamp(min=0)[:, None]
+        count = known.sum()
+        weights = (known / count)[:, None]
+        minus_one = torch.full((1, 1), -1.0)
+        found, parts = logits.detach(), []
+        for begin in range(0, len(logits), chunk):
+            rows = slice(begin, begin + chunk)
+            softmax = torch.softmax(logits[rows], 1, dtype=torch.float32)
+            probability = softmax.gather(1, columns[rows])
+            if probability.min() >= torch.finfo(torch.float32).tiny:
+                parts.append(probability.log())
+            else:  # below what fp32 holds: from 87 nats on
+                parts.append(torch.log_softmax(logits[rows], 1, dtype=torch.float32).gather(1, columns[rows]))
+            softmax.scatter_add_(1, columns[rows], minus_one.expand(len(softmax), 1))
+            found[rows] = softmax.mul_(weights[rows])
+        ctx.save_for_backward(found)
+        return -torch.where(known, torch.cat(parts)[:, 0], 0.0).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (found,) = ctx.saved_tensors
+        return (found if gradient == 1 else found * gradient), None, None
