@@ -11,7 +11,7 @@ Each round runs every loop as its users would, in a fresh process, on the same r
 - a compiled module in the manner of nanoGPT; our model and its arithmetic in bare torch, without an engine;
 - ours through the real launcher, with each number of ranks.
 
-Beside them each round measures products of bf16 matrices: what the cores (or the GPU) can do at that time.
+Before and after each of them products of bf16 matrices are measured: what the cores (or the GPU) can do at that time.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ import json, sys, time, torch
 threads, device = int(sys.argv[1]), "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(threads)
 size = 8192 if device == "cuda" else 1024
-a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+a, b, product = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(3))
 rates, begun = [], time.perf_counter()
 while time.perf_counter() - begun < 3:
     start = time.perf_counter()
     for _ in range(4):
-        a @ b
+        torch.mm(a, b, out=product)
     if device == "cuda":
         torch.cuda.synchronize()
     rates.append(4 * 2 * size**3 / (time.perf_counter() - start))
@@ -125,18 +125,22 @@ def main() -> None:
 
     runs = plan_of(options)
     raw: dict[str, list[dict]] = {name: [] for name in runs}
-    rates: list[float] = []
+    rates: dict[str, list[float]] = {name: [] for name in runs}  # the mean of before and after each run
     with tempfile.TemporaryDirectory() as output_dir:
         for number in range(options.rounds):
+            before = matmul_rate(max(options.ranks))
             for index, (name, (what, processes)) in enumerate(runs.items()):
                 if what == "ours":
                     raw[name].append(ours(options, processes, f"round-{number}-{index}", output_dir))
                 else:
                     raw[name].append(peer(options, what, processes))
+                after = matmul_rate(max(options.ranks))
+                rates[name].append((before + after) / 2)
+                before = after
+                speed = statistics.median(raw[name][-1]["tokens_per_second"])
                 print(
-                    number, name, f"{statistics.median(raw[name][-1]['tokens_per_second']):,.1f} tokens/s", flush=True
+                    f"{number} {name} {speed:,.1f} tokens/s, products {after / 1e9:,.0f} GFLOP/s after it", flush=True
                 )
-            rates.append(matmul_rate(max(options.ranks)))
     folder = write_record(
         options.name, title=f"Training speed: {options.model} against four other loops", text=text(options, raw, rates),
         raw={"runs": raw, "matmul_flops": rates}, out=options.out,
@@ -149,7 +153,7 @@ def medians(rounds: list[dict]) -> list[float]:
     return [statistics.median(one["tokens_per_second"]) for one in rounds]
 
 
-def text(options: argparse.Namespace, raw: dict[str, list[dict]], rates: list[float]) -> str:
+def text(options: argparse.Namespace, raw: dict[str, list[dict]], rates: dict[str, list[float]]) -> str:
     """The medians over all rounds, ours against each round by round, and whether the losses are equal."""
     from codeparrot_ds.data.encoder import load_encoder
     from codeparrot_ds.model.shapes import find_shape, flops_per_token
@@ -166,18 +170,20 @@ def text(options: argparse.Namespace, raw: dict[str, list[dict]], rates: list[fl
     ]
     for name, rounds in raw.items():
         speeds = [speed for one in rounds for speed in one["tokens_per_second"]]
-        shares = [speed * flops / rate for speed, rate in zip(medians(rounds), rates, strict=True)]
+        shares = [speed * flops / rate for speed, rate in zip(medians(rounds), rates[name], strict=True)]
         cells = [
             name, f"{statistics.median(speeds):,.1f}", f"{min(speeds):,.1f} - {max(speeds):,.1f}", str(len(speeds)),
-            f"{statistics.median(shares):.0%}", *(against(raw[ours], rounds) if ours != name else "1" for ours in mine),
+            f"{statistics.median(shares):.0%} ({min(shares):.0%} - {max(shares):.0%})",
+            *(against(raw[ours], rounds) if ours != name else "1" for ours in mine),
             f"{rounds[0]['losses'][0]:.4f} … {rounds[0]['losses'][-1]:.4f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     waits = [share for name in mine for one in raw[name] for share in one["data_wait_share"]]
+    measured = [rate / 1e9 for of_runs in rates.values() for rate in of_runs]
     lines += [
         "",
-        f"bf16 products of matrices in the same rounds: {statistics.median(rates) / 1e9:,.0f} GFLOP/s "
-        f"({min(rates) / 1e9:,.0f} - {max(rates) / 1e9:,.0f}); a token is {flops / 1e9:.3f} GFLOP (6N + 12·L·d·s). "
+        f"bf16 products of matrices before and after each run: {statistics.median(measured):,.0f} GFLOP/s "
+        f"({min(measured):,.0f} - {max(measured):,.0f}); a token is {flops / 1e9:.3f} GFLOP (6N + 12·L·d·s). "
         f"Ours waited for data for {statistics.median(waits):.2%} of a step.",
         "",
         loss_gate(raw, dropout=options.dropout),

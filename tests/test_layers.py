@@ -22,6 +22,7 @@ LAYERS = {
     "run": 1,
     "hub": 1,
     "evaluation": 1,
+    "model.activation": 1,
     "model.attention": 1,
     "model.gpt2": 1,
     "model.loss": 1,

@@ -2,8 +2,8 @@
 
 The module is ``transformers``' own ``GPT2LMHeadModel``, so that a checkpoint is a plain Hugging Face model. Three
 things are set for training: attention without a mask (:mod:`codeparrot_ds.model.attention`), GELU in PyTorch's own tanh
-form (:mod:`codeparrot_ds.model.activation`: the same function as ``gelu_new``, 40% fewer activation bytes), and the loss
-(:mod:`codeparrot_ds.model.loss`).
+form (the same function as ``gelu_new``, 40% fewer activation bytes; :mod:`codeparrot_ds.model.activation`), and the
+loss (:mod:`codeparrot_ds.model.loss`).
 """
 
 from __future__ import annotations

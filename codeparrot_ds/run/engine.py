@@ -55,6 +55,7 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
             _undo_construction_step(engine)
             _scale_the_loss_at_stage0(engine)
     _decide_by_the_norm(engine)
+    _norm_without_fp64_copies(engine)
     _bound_stage3_norms(engine)
     _drop_offloaded_sums(engine)
     _let_the_loss_scale_rest(engine)
@@ -148,7 +149,7 @@ def _guard_bare_optimizer(engine: Any) -> None:
 
     def total_norm() -> torch.Tensor:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
+        norms = torch.stack([torch.linalg.vector_norm(_norms_of_rows(grad), dtype=torch.float64) for grad in grads])
         return norms.square().sum().float().sqrt()  # infinite where fp32 cannot hold the square, as at other stages
 
     def clip() -> None:
@@ -190,6 +191,32 @@ def _decide_by_the_norm(engine: Any) -> None:
     optimizer.check_grad_overflow = True
     if optimizer.compute_grad_norm and not looks_itself:
         optimizer.check_overflow = lambda **_: None
+
+
+def _norm_without_fp64_copies(engine: Any) -> None:
+    """Hands ZeRO the norms of short rows of each gradient, whose norm is the gradient's.
+
+    It copies every gradient to fp64 for its norm, since fp32 loses digits over millions of squares. Over a thousand it
+    does not; of a CPU's step of 111M parameters these copies are 1%, and a large one may need fresh memory.
+    """
+    optimizer = engine.optimizer
+    if engine.device.type != "cpu" or not hasattr(optimizer, "get_grad_norm_direct"):
+        return
+    plain_norm = optimizer.get_grad_norm_direct
+
+    def norm(gradients: list[torch.Tensor], params: Any, **kwargs: Any) -> torch.Tensor:
+        gradients = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        return plain_norm([_norms_of_rows(gradient) for gradient in gradients], params, **kwargs)
+
+    optimizer.get_grad_norm_direct = norm
+
+
+def _norms_of_rows(tensor: torch.Tensor, width: int = 1024) -> torch.Tensor:
+    """The fp32 norms of each `width` numbers of a tensor, and the last few numbers themselves."""
+    numbers = tensor.detach().reshape(-1)
+    whole = numbers.numel() // width * width
+    norms = torch.linalg.vector_norm(numbers[:whole].view(-1, width), dim=1, dtype=torch.float32)
+    return torch.cat([norms, numbers[whole:].float()])
 
 
 def _bound_stage3_norms(engine: Any) -> None:
@@ -292,6 +319,6 @@ def keep_freed_pages() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # Another C library (musl): nothing to tune.
         return
-    m_trim_threshold, m_mmap_max, largest_int = -1, -4, 2**31 - 1
+    m_trim_threshold, m_mmap_max, never = -1, -4, -1  # not the largest int: more than 2 GiB may lie freed
     mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, largest_int)
+    mallopt(m_trim_threshold, never)

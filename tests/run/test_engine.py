@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codeparrot_ds.model.gpt2 import build_model, get_grouped_params
 from codeparrot_ds.model.shapes import GPT2Shape
@@ -177,6 +178,31 @@ def test_deepspeed_still_lets_a_nan_into_the_weights_of_stage_0_in_fp32(build):
     assert not all(tensor.isfinite().all() for tensor in weights_of(engine).values())
 
 
+class LargestFP64(TorchDispatchMode):
+    """Notes the most numbers of an fp64 tensor that anything makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_fp32", "zero3", "zero3_fp32"])
+def test_the_norm_is_exact_without_an_fp64_copy_of_a_gradient(build, name):
+    """4,096 numbers have the token embeddings, 1,056 the positions': a whole row and a part of one."""
+    norms, most = {}, {}
+    for mended in (True, False):
+        engine = build(name, mended=mended, max_grad_norm=0.25)
+        with LargestFP64() as seen:
+            train_step(engine)
+        norms[mended], most[mended] = float(engine.get_global_grad_norm()), seen.most
+    assert norms[True] == pytest.approx(norms[False], rel=1e-6) and norms[True] > 0.5
+    assert most[True] < 1200 and most[False] >= 4096  # when the second fails, DeepSpeed makes no copies any more
+
+
 def test_deepspeed_still_steps_on_a_nan_that_it_does_not_check(build):
     """When this fails, DeepSpeed has mended it: remove ``_decide_by_the_norm``."""
     for name, blocks in (
@@ -225,6 +251,18 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(build):
     assert len(calls) == 6  # once forward, once again in the backward pass
 
 
+LARGE = """
+import ctypes
+import torch
+from codeparrot_ds.run.engine import keep_freed_pages
+keep_freed_pages()
+end_of_heap = ctypes.CDLL(None).sbrk
+end_of_heap.argtypes, end_of_heap.restype = [ctypes.c_long], ctypes.c_void_p
+before = end_of_heap(0)
+torch.empty(5 * 2**29, dtype=torch.uint8)  # untouched: no memory is taken for it
+assert end_of_heap(0) - before > 2 * 2**30
+"""
+
 FAULTS = """
 import json, resource
 import torch
@@ -238,6 +276,11 @@ for step in range(30):
 after = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({"faults": after.ru_minflt - before.ru_minflt, "grown": after.ru_maxrss - before.ru_maxrss}))
 """
+
+
+def test_more_than_two_gigabytes_of_freed_pages_are_kept_too():
+    repository = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", LARGE], cwd=repository, check=True)
 
 
 def test_freed_pages_are_kept_and_used_again():
