@@ -103,10 +103,10 @@ class OnePassCrossEntropy(torch.autograd.Function):
             rows = slice(begin, begin + chunk)
             softmax = torch.softmax(logits[rows], 1, dtype=torch.float32)
             probability = softmax.gather(1, columns[rows])
-            if probability.min() >= torch.finfo(torch.float32).tiny:
-                parts.append(probability.log())
-            else:  # below what fp32 holds: from 87 nats on
+            if probability.min() < torch.finfo(torch.float32).tiny:  # from 87 nats on
                 parts.append(torch.log_softmax(logits[rows], 1, dtype=torch.float32).gather(1, columns[rows]))
+            else:
+                parts.append(probability.log())
             softmax.scatter_add_(1, columns[rows], minus_one.expand(len(softmax), 1))
             found[rows] = softmax.mul_(weights[rows])
         ctx.save_for_backward(found)
