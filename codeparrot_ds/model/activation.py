@@ -34,6 +34,7 @@ def _sigmoid_is_faster(values: torch.Tensor) -> bool:
         values.device.type == "cpu"
         and values.element_size() == 2
         and values.requires_grad
+        and values.is_contiguous()
         and not torch.compiler.is_compiling()
     )
 

@@ -33,9 +33,10 @@ def test_values_and_derivatives_are_as_near_as_their_precision_allows(monkeypatc
     torch.testing.assert_close(slope, exact_slope, rtol=1.01 * half_a_unit, atol=max(smallest, 1e-6))
 
 
-@pytest.mark.parametrize("case", ["evaluation", "fp32", "nothing to train"])
+@pytest.mark.parametrize("case", ["evaluation", "fp32", "nothing to train", "transposed"])
 def test_elsewhere_it_is_pytorchs_to_the_last_bit(case):
     x = values(torch.float32 if case == "fp32" else torch.bfloat16).requires_grad_(case != "nothing to train")
+    x = x.t() if case == "transposed" else x
     layer = TanhGELU().train(case != "evaluation")
     assert torch.equal(layer(x), F.gelu(x, approximate="tanh"))
 
