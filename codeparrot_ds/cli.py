@@ -502,15 +502,18 @@ def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | No
     """The findings of one DeepSpeed JSON, and what it resolves to when asked."""
     from codeparrot_ds.model.shapes import num_parameters
     from codeparrot_ds.run.ops import are_built
-    from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config
+    from codeparrot_ds.run.precision import device_precisions
+    from codeparrot_ds.zero.ds_config import CPU_PRECISIONS, GPU_PRECISIONS, find_ds_config, name_in, open_ds_config
     from codeparrot_ds.zero.lint import Finding, libaio_installed, lint_file
 
     # Only what is asked about this machine is judged by this machine.
     is_here = arguments.device == "auto"
+    other = GPU_PRECISIONS if arguments.device == "cuda" else CPU_PRECISIONS
+    precisions = device_precisions(_local_device()) if is_here else other
     path = name
     try:
-        path = str(find_ds_config(name))
-        file = read_ds_config(path)
+        path = str(find_ds_config(name_in(name, precisions[0])))
+        file = open_ds_config(path, precisions)
         findings = lint_file(
             file,
             config=config,
@@ -744,15 +747,20 @@ def _add_compare(commands: Any) -> None:
 def _run_compare(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.compare import run_comparison
     from codeparrot_ds.run.comparison import Request, local_world_size
+    from codeparrot_ds.run.precision import device_precisions, with_precision
+    from codeparrot_ds.zero.ds_config import name_in
 
-    config = config_from_arguments(arguments)
-    world_sizes = arguments.world_sizes or (local_world_size(_local_device()),)
+    device = _local_device()
+    fastest = device_precisions(device)[0]
+    config = with_precision(config_from_arguments(arguments), (fastest,))
+    named = [text.partition(",") for text in arguments.ds_configs]
+    world_sizes = arguments.world_sizes or (local_world_size(device),)
     if not arguments.ds_configs and not arguments.search:
         raise UserError("nothing to compare: name DeepSpeed JSONs, such as zero1 zero2 zero3")
     if arguments.search and len(world_sizes) > 1:
         raise UserError("--search looks for the best config of one number of ranks: give one with --world-sizes")
     request = Request(
-        configs=arguments.ds_configs or [str(config.deepspeed)],
+        configs=[name_in(name, fastest) + comma + fields for name, comma, fields in named] or [config.deepspeed],
         config=config,
         world_sizes=world_sizes,
         micro_batch_sizes=arguments.micro_batches,
@@ -807,7 +815,9 @@ def _add_evaluate(commands: Any) -> None:
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.evaluation.perplexity import evaluate_in_processes
+    from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 
+    multiply_in_fp32_where_needed()
     result = evaluate_in_processes(
         arguments.source,
         num_processes=arguments.num_processes,
@@ -868,7 +878,9 @@ def _add_complete(commands: Any) -> None:
 def _run_complete(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.data.inspect import uses_colour
     from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
+    from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 
+    multiply_in_fp32_where_needed()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes letters that some encodings lack
     run_complete(
@@ -954,7 +966,9 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
         )
     from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
     from codeparrot_ds.evaluation.sandbox import Limits
+    from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 
+    multiply_in_fp32_where_needed()
     settings = Settings(
         problems=arguments.problems,
         limit=arguments.limit,

@@ -112,7 +112,11 @@ class RunConfig:
         False, "model", "never hold the softmax of all tokens in fp32: less memory for the logits, the same loss"
     )
     compile: bool = _setting(False, "model", "compile the model with torch.compile")
-    deepspeed: str = _setting("zero2", "model", "DeepSpeed JSON: the name of a shipped file or a path")
+    deepspeed: str = _setting(
+        "zero2:auto",
+        "model",
+        "DeepSpeed JSON: a path, a shipped file's name, or NAME:auto for it in the precision that is fastest here",
+    )
 
     global_batch_size: int = _setting(192, "batch and schedule", "rows a step over all ranks", minimum=1)
     micro_batch_size: int = _setting(
@@ -337,7 +341,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_warmup_steps": 750,
         "max_train_steps": 50_000,
         "save_checkpoint_steps": 1024,
-        "deepspeed": "zero2_activation_checkpointing",
+        "deepspeed": "zero2_activation_checkpointing:auto",
     },
     "demo": {
         "model": "demo",
@@ -350,7 +354,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "save_checkpoint_steps": 150,
         "max_eval_steps": 12,
         "log_steps": 10,
-        "deepspeed": "zero2",
     },
 }
 SET_BY_COMPARE = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps", "profile")

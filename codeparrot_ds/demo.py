@@ -79,8 +79,10 @@ def _finish(run: Path, started: float, continuation: str) -> None:
     from codeparrot_ds.evaluation.complete import complete_code, load_generator
     from codeparrot_ds.hub.commands import hub_publish
     from codeparrot_ds.hub.worker import read_destination
+    from codeparrot_ds.model.products import multiply_in_fp32_where_needed
     from codeparrot_ds.run.report import write_report
 
+    multiply_in_fp32_where_needed()
     _say(4, "branch: every checkpoint is a commit on the run's branch, now merged into main")
     print(hub_publish(run))
     _say(5, f"completions of: {PROMPT.splitlines()[0]}")

@@ -26,6 +26,7 @@ LAYERS = {
     "model.attention": 1,
     "model.gpt2": 1,
     "model.loss": 1,
+    "model.products": 1,
 }
 HEAVY = {"torch", "deepspeed", "transformers"}
 # Loaders are torch's own; running without torch is not asked of them.

@@ -61,6 +61,9 @@ def run_task(work: Callable[[dict[str, Any]], None]) -> None:
     """The main function of a module that ``run_processes`` runs: its task is the only argument."""
     import torch
 
+    from codeparrot_ds.model.products import multiply_in_fp32_where_needed
+
+    multiply_in_fp32_where_needed()
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task.pop("threads"))
     try:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from codeparrot_ds.model.products import has_bf16_products
+
 CAUSAL_ATTENTION = "codeparrot_causal"
 # Tokens whose scores are one product. Small blocks skip more of what lies after a token, large ones multiply faster.
 BLOCK = 128
@@ -65,13 +67,8 @@ def _blocks_are_faster(query: torch.Tensor, key: torch.Tensor) -> bool:
         and query.dtype == torch.bfloat16
         and query.shape == key.shape
         and not torch.compiler.is_compiling()
-        and _has_bf16_products()
+        and has_bf16_products()
     )
-
-
-def _has_bf16_products() -> bool:
-    """Whether this CPU multiplies bf16 matrices with more than scalar code."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -34,9 +34,10 @@ from codeparrot_ds.run.deepspeed_checkpoint import DeepSpeedCheckpoint, read_dee
 from codeparrot_ds.run.export import Export, run_export
 from codeparrot_ds.run.folder import RunFolder, check_run_name, package_versions
 from codeparrot_ds.run.fragment_files import fragment_entries, fragment_file_name
+from codeparrot_ds.run.precision import with_precision
 from codeparrot_ds.run.tensor_file import write_tensor_file
 from codeparrot_ds.schedule import learning_rate_factor
-from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
+from codeparrot_ds.zero.ds_config import open_ds_config, resolve
 from codeparrot_ds.zero.resolution import changes
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -91,6 +92,7 @@ def import_deepspeed(
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
     source = read_deepspeed_checkpoint(folder, parameter_shapes(shape), tag=tag)
+    config = with_precision(config, (source.precision,))
     _check_continuation(source, config, shape)
     datasets = open_datasets(config)
     stream = stream_of(config, datasets, encoder)
@@ -224,15 +226,14 @@ def _scheduler_step(source: DeepSpeedCheckpoint) -> int:
 
 def _check_continuation(source: DeepSpeedCheckpoint, config: RunConfig, shape: GPT2Shape) -> None:
     """Refuses a DeepSpeed JSON whose optimizer means something else by the same moments, as ``train`` would."""
-    file = read_ds_config(find_ds_config(config.deepspeed))
-    resolved = resolve_ds_config(
-        file.config,
+    file = open_ds_config(config.deepspeed, (source.precision,))
+    resolved = resolve(
+        file,
         config,
         world_size=1,
         model_hidden_size=shape.n_embd,
         nvme_path=Path(config.output_dir) / "nvme",
-        source=file.path,
-    )
+    ).config
     refused = [str(change) for change in changes(source.ds_config, resolved) if change.refused]
     if refused:
         raise UserError(f"{source.path} cannot be continued with {file.path}: {'; '.join(refused)}")

@@ -34,7 +34,14 @@ from codeparrot_ds.run.job import cores
 from codeparrot_ds.run.launch import check_run, local_ranks
 from codeparrot_ds.run.ops import are_built
 from codeparrot_ds.run.plan import predict
-from codeparrot_ds.zero.ds_config import find_ds_config, precision, read_ds_config, resolve_ds_config, zero_stage
+from codeparrot_ds.run.precision import device_precisions
+from codeparrot_ds.zero.ds_config import (
+    open_ds_config,
+    precision,
+    resolve_ds_config,
+    with_settled_precision,
+    zero_stage,
+)
 from codeparrot_ds.zero.imported import import_ds_config
 from codeparrot_ds.zero.lint import libaio_installed, lint
 from codeparrot_ds.zero.memory import Memory
@@ -207,9 +214,9 @@ def _candidate(
     device: str,
 ) -> Candidate:
     label = base + (f",{given}" if given else "")
-    file = read_ds_config(find_ds_config(name))
+    file = open_ds_config(name, device_precisions(device))
     try:
-        imported = import_ds_config(file.config, request.config)
+        imported = import_ds_config(with_settled_precision(file.config, device_precisions(device)), request.config)
     except UserError as error:
         return Candidate(
             label=label, world_size=world_size, ds_config=Path(name), config=request.config, skipped=str(error)
@@ -260,6 +267,7 @@ def plan_candidate(candidate: Candidate, ds_config: Mapping[str, Any], *, device
             world_size=world_size,
             parameters=num_parameters(shape),
             libaio=libaio_installed() or are_built(["async_io"]),
+            precisions=device_precisions(device),
         )
         errors = [f"{finding.key}: {finding.message}" for finding in findings if finding.severity == "error"]
         if errors:
@@ -271,6 +279,7 @@ def plan_candidate(candidate: Candidate, ds_config: Mapping[str, Any], *, device
             model_hidden_size=shape.n_embd,
             nvme_path=candidate.ds_config.parent.parent / "nvme",
             source=candidate.ds_config,
+            precisions=device_precisions(device),
         )
         predicted = predict(config, shape, resolved, world_size)
     except UserError as error:

@@ -59,21 +59,34 @@ def gigabytes(size: float) -> str:
 
 def smallest_gpu() -> tuple[str, int] | None:
     """Name and bytes of the visible GPU with the least memory, from ``nvidia-smi``; None where there is none."""
+    gpus = _visible_gpus("name", "memory.total")
+    found = [(name, int(mebibytes) * 2**20) for name, mebibytes in gpus if mebibytes.isdigit()]
+    return min(found, key=lambda gpu: gpu[1], default=None)
+
+
+def oldest_gpu() -> tuple[str, float] | None:
+    """Name and CUDA compute capability of the visible GPU with the least; None where there is none, or none says."""
+    gpus = _visible_gpus("name", "compute_cap")
+    found = [(name, float(version)) for name, version in gpus if re.fullmatch(r"\d+\.\d+", version)]
+    return min(found, key=lambda gpu: gpu[1], default=None)
+
+
+def _visible_gpus(*fields: str) -> list[list[str]]:
+    """What ``nvidia-smi`` says in these fields of each GPU that ``CUDA_VISIBLE_DEVICES`` shows."""
     if not shutil.which("nvidia-smi"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+        return []
+    query = ["nvidia-smi", f"--query-gpu=index,uuid,{','.join(fields)}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
-        return None
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     wanted = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
     found = []
     for line in answer.stdout.splitlines():
-        index, uuid, name, mebibytes = (part.strip() for part in line.split(","))
-        is_visible = wanted is None or index in wanted or any(uuid.startswith(part) for part in wanted)
-        if is_visible and mebibytes.isdigit():
-            found.append((name, int(mebibytes) * 2**20))
-    return min(found, key=lambda gpu: gpu[1], default=None)
+        index, uuid, *values = (part.strip() for part in line.split(","))
+        if wanted is None or index in wanted or any(uuid.startswith(part) for part in wanted):
+            found.append(values)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from codeparrot_ds.run import probe
 from codeparrot_ds.run.folder import package_versions
 from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.hosts import Answer, ask_all
+from codeparrot_ds.run.precision import device_precisions
 
 COMPARED = ("python", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 CLOCK_SECONDS = 5.0
@@ -235,6 +236,13 @@ def _skew(answer: Answer) -> float:
 
 
 def _judge_devices(host: Host, reply: dict[str, Any], device: str) -> Iterator[Finding]:
+    fast, fast_here = reply["precision"][device], device_precisions(device)[0]
+    if fast != fast_here and (reply["gpus"] or device == "cpu"):
+        detail = (
+            f"its {'GPUs' if device == 'cuda' else 'CPU'} multiply fast in {fast}, and those here in {fast_here}: all "
+            f"ranks go at the pace of the slowest, so name one that suits all, as --deepspeed zero2_{fast}"
+        )
+        yield Finding(host=host.name, check="precision", detail=detail, warning=True)
     needed = 1 + max((slot for slot in host.slots if isinstance(slot, int)), default=0)
     if device == "cuda":
         if len(reply["gpus"]) < needed:
@@ -374,6 +382,7 @@ def table(examination: Examination) -> str:
             continue
         reply, link = answer.reply, examination.links.get(host.name, {})
         devices = f"{len(reply['gpus'])} x {reply['gpus'][0]}" if reply["gpus"] else f"{reply['cores']} cores"
+        devices += f", {reply['precision']['cuda' if reply['gpus'] else 'cpu']}"
         speed = (
             f"{link['bits_per_second'] / 1e9:.2f} Gbit/s, {link['round_trip_seconds'] * 1e6:.0f} us"
             if ("bits_per_second" in link)

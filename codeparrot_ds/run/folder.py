@@ -158,8 +158,7 @@ def check_ds_continuation(config: RunConfig, path: Path, ds_config: dict[str, An
     """
     if config.resume == "never":
         return []
-    # A checkpoint's folder is <run>/checkpoints/step-…
-    run = path if config.resume == "auto" else Path(config.resume).absolute().parent.parent
+    run = path if config.resume == "auto" else run_of(config.resume)
     saved = saved_ds_config(run / "ds_config.json")
     if saved is None or (config.resume == "auto" and not checkpoint_folders(path / "checkpoints")):
         return []
@@ -170,6 +169,11 @@ def check_ds_continuation(config: RunConfig, path: Path, ds_config: dict[str, An
             f"{path}: the DeepSpeed config cannot continue the run: {'; '.join(refused)}: choose another --run-name"
         )
     return found
+
+
+def run_of(checkpoint: str) -> Path:
+    """The run's folder of a checkpoint, which is <run>/checkpoints/step-…"""
+    return Path(checkpoint).absolute().parent.parent
 
 
 def open_run(

@@ -7,6 +7,9 @@ import time
 
 import torch
 
+from codeparrot_ds.run.precision import WITHOUT_BF16, device_precisions
+from codeparrot_ds.zero.ds_config import GPU_PRECISIONS
+
 # Dense bf16/fp16 tensor-core peaks in FLOP/s, from the vendors' data sheets (no sparsity). First match wins.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -48,6 +51,13 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best, f"measured {precision} matrix products"
+
+
+def rank_precisions(device: torch.device) -> tuple[str, ...]:
+    """What this rank's device trains in, the fastest first."""
+    if device.type == "cuda":
+        return GPU_PRECISIONS if torch.cuda.is_bf16_supported(including_emulation=False) else WITHOUT_BF16
+    return device_precisions("cpu")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -45,7 +45,8 @@ from codeparrot_ds.run.launcher import MODULE, hosts_of, is_local
 from codeparrot_ds.run.micro_batch import with_micro_batch
 from codeparrot_ds.run.ops import are_built, build_apart, needed_operators
 from codeparrot_ds.run.plan import predict, why_too_large
-from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
+from codeparrot_ds.run.precision import describe_choice, device_precisions, open_for, run_precisions, with_precision
+from codeparrot_ds.zero.ds_config import resolve
 from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
 from codeparrot_ds.zero.memory import Memory
 
@@ -75,9 +76,16 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
     ranks = sum(len(host.slots) for host in hosts)
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
-    config = with_initial_model(dataclasses.replace(config, run_name=name))
+    asked, config = config.deepspeed, dataclasses.replace(config, run_name=name)
+    precisions = run_precisions(config, device_precisions(device))
+    config = with_precision(with_initial_model(config), precisions)
     if config.init_from:  # as resolved: a branch may move
         arguments = [*arguments, "--init-from", config.init_from, "--tokenizer", config.tokenizer]
+    if config.deepspeed != asked:
+        arguments = [*arguments, "--deepspeed", config.deepspeed]
+        said = describe_choice(asked, config.deepspeed, precisions, device=device)
+        if said is not None:
+            print(said, file=sys.stderr)
     if config.auto_micro_batch:
         check_named(config)
         config = with_micro_batch(config, world_size=ranks, device=device)
@@ -121,7 +129,8 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
     check_run_name(str(config.run_name))
     check_named(config)
-    file = read_ds_config(find_ds_config(config.deepspeed))
+    run = Path(config.output_dir) / str(config.run_name)
+    file = open_for(config, device)
     check_for_secrets(json.dumps(file.config), str(file.path))
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
@@ -133,20 +142,18 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
         parameters=num_parameters(shape),
         libaio=libaio_installed() or are_built(["async_io"]),
     )
-    run = Path(config.output_dir) / str(config.run_name)
     what_to_complete(config)
     datasets = open_datasets(config, recorded_pins(run))
     check_datasets(config, datasets)
     if world_size is not None:
         check_world_size(config.num_lanes, world_size)
-    resolved = resolve_ds_config(
-        file.config,
+    resolved = resolve(
+        file,
         config,
         world_size=world_size or 1,
         model_hidden_size=shape.n_embd,
         nvme_path=run / "nvme",
-        source=file.path,
-    )
+    ).config
     check_continuation(config, run)
     changed = check_ds_continuation(config, run, resolved)
     _check_data(config, run, stream_of(config, datasets, encoder))
@@ -234,7 +241,7 @@ def wanted_of(config: RunConfig, launch: LaunchOptions, *, build: bool, clear_lo
     """
     device = local_device(hostfile=launch.hostfile is not None)
     hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
-    file = read_ds_config(find_ds_config(config.deepspeed))
+    file = open_for(config, device)
     wanted = Wanted(
         device=device,
         output_dir=Path(config.output_dir),

@@ -16,7 +16,8 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import find_shape
 from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_gpu
 from codeparrot_ds.run.plan import predict
-from codeparrot_ds.zero.ds_config import find_ds_config, read_ds_config, resolve_ds_config
+from codeparrot_ds.run.precision import open_for
+from codeparrot_ds.zero.ds_config import resolve
 
 # Tokens of a micro-batch. 64 rows of 1,024 are the most that an H200 was given (records/2026-11-28-gpu-memory-h200):
 # its products of matrices are large long before. On a CPU more than some thousands only cost memory.
@@ -83,19 +84,18 @@ def config_fitting(
         UserError: none does.
     """
     shape = find_shape(config.model, vocab_size=load_encoder(config.tokenizer).vocab_size, seq_length=config.seq_length)
-    file = read_ds_config(find_ds_config(config.deepspeed))
+    file = open_for(config, device)
     available, place = budget
     overhead, needed = load_overhead(), 0
     for size in sorted(sizes, reverse=True):
         run = dataclasses.replace(config, micro_batch_size=size)
-        ds_config = resolve_ds_config(
-            file.config,
+        ds_config = resolve(
+            file,
             run,
             world_size=world_size,
             model_hidden_size=shape.n_embd,
             nvme_path=Path(run.output_dir) / "nvme",
-            source=file.path,
-        )
+        ).config
         memory = predict(run, shape, ds_config, world_size)
         on_device = overhead.total(memory.peak_bytes, world_size)
         needed = memory.peak_bytes + memory.host_bytes if device == "cpu" else on_device

@@ -22,10 +22,9 @@ from codeparrot_ds.run.device_memory import Overhead, gigabytes, load_overhead
 from codeparrot_ds.run.memory_trace import cached, trace_all
 from codeparrot_ds.zero.ds_config import (
     DsFile,
-    find_ds_config,
+    open_ds_config,
     precision,
-    read_ds_config,
-    resolve_ds_config,
+    resolve,
     shipped_names,
     value_at,
 )
@@ -229,7 +228,7 @@ def _with_micro_batch(config: RunConfig, size: int) -> RunConfig:
 
 def _checked(name: str, shape: GPT2Shape, world_size: int) -> DsFile:
     """A config without errors, as it would be on GPUs."""
-    file = read_ds_config(find_ds_config(name))
+    file = open_ds_config(name)
     check_ds_config(file, device="cuda", world_size=world_size, parameters=num_parameters(shape))
     # DeepSpeed asserts it when it makes the groups (utils/groups.py, _create_zero_param_parallel_group).
     ranks = value_at(file.config, ("zero_optimization", "zero_hpz_partition_size")) or 1
@@ -242,14 +241,13 @@ def _workload(
     file: DsFile, config: RunConfig, shape: GPT2Shape, request: PlanRequest, world_size: int, micro_batch_size: int
 ) -> Workload:
     run = _with_micro_batch(config, micro_batch_size)
-    ds_config = resolve_ds_config(
-        file.config,
+    ds_config = resolve(
+        file,
         run,
         world_size=world_size,
         model_hidden_size=shape.n_embd,
         nvme_path="nvme",
-        source=file.path,
-    )
+    ).config
     return Workload(
         shape=shape,
         ds_config=ds_config,
@@ -358,7 +356,7 @@ def _what_fits(
     """The smaller micro-batch and the shipped configs of the same precision that fit, those that need most first."""
     overhead, options = load_overhead(), []
     request = PlanRequest(model=config.model, device_memory=device_memory)
-    own = read_ds_config(find_ds_config(config.deepspeed))
+    own = open_ds_config(config.deepspeed, (precision(ds_config),))
     smaller = [size for size in _micro_batch_sizes(request, config, world_size) if size < config.micro_batch_size]
     for size in sorted(smaller, reverse=True):
         run = _with_micro_batch(config, size)

@@ -24,6 +24,7 @@ from codeparrot_ds.run.carried import write_private
 from codeparrot_ds.run.folder import package_versions
 from codeparrot_ds.run.interface import VARIABLES, address_of, interface_toward
 from codeparrot_ds.run.ops import are_built, build_apart, operators_folder, use_operators_folder
+from codeparrot_ds.run.precision import device_precisions
 
 MARK = "codeparrot-ds-probe:"
 PIECE = bytes(1 << 18)
@@ -103,6 +104,7 @@ def _facts() -> dict[str, Any]:
         "versions": package_versions(),
         "code": code_hash(),
         "cores": len(os.sched_getaffinity(0)),
+        "precision": {device: device_precisions(device)[0] for device in ("cpu", "cuda")},
         "gpus": gpus,
         "driver": drivers,
         "memory_bytes": psutil.virtual_memory().available,

@@ -45,6 +45,7 @@ from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.hub.worker import start_drain
 from codeparrot_ds.model.attention import document_inputs
 from codeparrot_ds.model.gpt2 import build_model
+from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.bad_steps import BadSteps
@@ -55,13 +56,14 @@ from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import run_export
 from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
 from codeparrot_ds.run.guard import write_stacks_to
-from codeparrot_ds.run.hardware import peak_flops
+from codeparrot_ds.run.hardware import peak_flops, rank_precisions
 from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.micro_batch import with_micro_batch
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.plan import predict
+from codeparrot_ds.run.precision import run_precisions, with_precision
 from codeparrot_ds.run.profiler import StepProfiler
 from codeparrot_ds.run.rank_times import RankTimes
 from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
@@ -71,9 +73,8 @@ from codeparrot_ds.run.stopping import StopSignal
 from codeparrot_ds.run.tracking import Progress, Tracker, set_up_logging, warm_up
 from codeparrot_ds.zero.ds_config import (
     Resolved,
-    find_ds_config,
+    open_ds_config,
     precision,
-    read_ds_config,
     resolve,
     zero_stage,
 )
@@ -141,8 +142,10 @@ class Session:
         ranks = join_ranks()
         startup.lap("DeepSpeed import and process group")
         stop = StopSignal(ranks, config.max_hours)
-        config = ranks.on_main(lambda: _ready(config, ranks))
-        resolved, encoder, shape = ranks.together(lambda: _resolve(config, ranks))
+        if ranks.device.type == "cpu":
+            multiply_in_fp32_where_needed()
+        config, precisions = ranks.on_main(lambda: _ready(config, ranks))
+        resolved, encoder, shape = ranks.together(lambda: _resolve(config, precisions, ranks))
         ds_config = resolved.config
         sampler = open_sampler(config, ranks, together=zero_stage(ds_config) == 3)
         startup.lap("config and tokenizer")
@@ -519,16 +522,21 @@ def _named(config: RunConfig) -> RunConfig:
     return config if config.run_name else dataclasses.replace(config, run_name=new_run_name(Path(config.output_dir)))
 
 
-def _ready(config: RunConfig, ranks: Ranks) -> RunConfig:
-    """The config with what the front door decides where there is one: name, initial model and micro-batch."""
-    config = with_initial_model(_named(config))
-    return with_micro_batch(config, world_size=ranks.world_size, device=ranks.device.type)
+def _ready(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, tuple[str, ...]]:
+    """The config with what the front door decides where there is one, and what the ranks train in, the fastest first.
+
+    Decided are the name, the initial model, the precision and the micro-batch.
+    """
+    config = _named(config)
+    precisions = run_precisions(config, rank_precisions(ranks.device))
+    config = with_initial_model(with_precision(config, precisions))
+    return with_micro_batch(config, world_size=ranks.world_size, device=ranks.device.type), precisions
 
 
-def _resolve(config: RunConfig, ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Shape]:
+def _resolve(config: RunConfig, precisions: tuple[str, ...], ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Shape]:
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
-    file = read_ds_config(find_ds_config(config.deepspeed))
+    file = open_ds_config(config.deepspeed, precisions)
     # The front door has checked it too; a rank may have been started without.
     check_ds_config(file, config=config, device=ranks.device.type, world_size=ranks.world_size)
     resolved = resolve(

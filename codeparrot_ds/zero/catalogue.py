@@ -116,16 +116,18 @@ def _stages() -> dict[str, Entry]:
 
 def _precisions() -> dict[str, Entry]:
     entries = {}
-    for stage in range(4):
-        entries[f"zero{stage}_fp16"] = Entry(
-            config=_config(stage, "fp16"),
+    names: dict[str, tuple[int, dict[str, Any]]] = {f"zero{stage}": (stage, {}) for stage in range(4)}
+    names["zero2_activation_checkpointing"] = (2, {"activation_checkpointing": _CHECKPOINTING})
+    for name, (stage, blocks) in names.items():
+        entries[f"{name}_fp16"] = Entry(
+            config=_with(_config(stage, "fp16"), **blocks),
             use="GPUs without bf16 (before Ampere)",
             cost="the loss scale has to be found: the first steps are skipped, and some later ones",
             gpu_only=True,
         )
-        entries[f"zero{stage}_fp32"] = Entry(
-            config=_config(stage, "fp32"),
-            use="reference runs: losses of all stages agree to 1e-5",
+        entries[f"{name}_fp32"] = Entry(
+            config=_with(_config(stage, "fp32"), **blocks),
+            use="CPUs without bf16 instructions; reference runs: losses of all stages agree to 1e-5",
             cost="slow on GPUs; activations take twice the memory",
         )
     return entries

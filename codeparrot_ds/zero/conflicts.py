@@ -70,8 +70,31 @@ PRECISION = (
     Rule(
         "fp16.enabled",
         "error",
-        lambda s, value: value is True and s.get("bf16.enabled") is not True and s.device == "cpu",
-        "fp16 needs a GPU: DeepSpeed refuses it on the CPU; choose zero{stage}.json (bf16) or zero{stage}_fp32.json",
+        lambda s, value: (
+            value is True and s.get("bf16.enabled") is not True and s.device == "cpu" and "fp16" not in s.precisions
+        ),
+        "fp16 needs a GPU: DeepSpeed refuses it on a CPU without AVX512-FP16; choose zero{stage}.json (bf16) or "
+        "zero{stage}_fp32.json",
+    ),
+    Rule(
+        "bf16.enabled",
+        "warning",
+        lambda s, value: value is True and s.device == "cpu" and "bf16" not in s.precisions,
+        "this CPU has no bf16 instructions: matrix products are made in fp32 and rounded, which is no faster than fp32 "
+        "and often slower; choose zero{stage}_fp32.json",
+    ),
+    Rule(
+        "bf16.enabled",
+        "warning",
+        lambda s, value: value is True and s.device == "cuda" and "bf16" not in s.precisions,
+        "this GPU has no bf16 products (it is older than Ampere), and PyTorch's stand-in is slow; choose "
+        "zero{stage}_fp16.json",
+    ),
+    Rule(
+        "torch_autocast.enabled",
+        "warning",
+        lambda s, value: value is True and s.device == "cpu" and "bf16" not in s.precisions,
+        "this CPU has no bf16 instructions, so that its casts only cost time: leave the block out",
     ),
     Rule(
         "torch_autocast.enabled",

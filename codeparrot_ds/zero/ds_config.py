@@ -7,10 +7,11 @@ place where the run config's values enter it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +34,10 @@ RUN_OWNED_KEYS: Mapping[KeyPath, str] = {
     ("optimizer", "params", "lr"): "learning_rate",
     ("optimizer", "params", "weight_decay"): "weight_decay",
 }
+AUTO = ":auto"
+"""Behind a shipped name: that config in the precision that the device multiplies fastest."""
+GPU_PRECISIONS, CPU_PRECISIONS = ("bf16", "fp16", "fp32"), ("bf16", "fp32")
+"""What a device trains in of which nothing is known, the fastest first (`codeparrot_ds.run.precision` asks one)."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -57,6 +62,8 @@ def find_ds_config(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(text)
     if path.is_file():
         return path
+    if text.endswith(AUTO):
+        return find_ds_config(name_in(text, "bf16"))
     if path.is_dir():
         raise UserError(f"{text} is a folder; --deepspeed takes one JSON file or a shipped name such as zero2")
     shipped = ds_configs_folder() / (text if text.endswith(".json") else text + ".json")
@@ -66,13 +73,38 @@ def find_ds_config(name_or_path: str | os.PathLike[str]) -> Path:
     raise UserError(f"DeepSpeed config {text!r} is neither a file nor a shipped config{hint}")
 
 
+def name_in(name: str, precision: str) -> str:
+    """``zero2:auto`` in ``fp32`` → ``zero2_fp32``; a name without ``:auto`` and a path stay what they are.
+
+    Raises:
+        UserError: no such file is shipped.
+    """
+    if not name.endswith(AUTO) or Path(name).is_file():
+        return name
+    base = name.removesuffix(AUTO)
+    found, names = base if precision == "bf16" else f"{base}_{precision}", shipped_names()
+    if found in names:
+        return found
+    if Path(base).is_file():
+        raise UserError(f'{AUTO} goes with a shipped name; in {base} write "enabled": "auto" for bf16 and fp16')
+    if base not in names:
+        raise UserError(f"DeepSpeed config {name!r} is no shipped config{did_you_mean(base, names)}")
+    with_auto = [f"{other}{AUTO}" for other in names if f"{other}_fp32" in names and f"{other}_fp16" in names]
+    raise UserError(f"{base} is not shipped in {precision}: name a file, or one of {', '.join(with_auto)}")
+
+
 @dataclass(frozen=True)
 class DsFile:
-    """A DeepSpeed JSON as read: what it says, and the line of each key."""
+    """A DeepSpeed JSON as read: what it says, and the line of each key.
+
+    ``precisions`` are those of the device that it is read for, the fastest first: ``"enabled": "auto"`` follows them.
+    None is any device.
+    """
 
     path: Path
     config: dict[str, Any]
     lines: dict[KeyPath, int]
+    precisions: Sequence[str] | None = None
 
     def where(self, path: KeyPath) -> str:
         """``file:line`` of a key, for a reader."""
@@ -83,6 +115,12 @@ class DsFile:
 def load_ds_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in `path`; `UserError` with line and column when it is not plain JSON."""
     return read_ds_config(path).config
+
+
+def open_ds_config(name_or_path: str, precisions: Sequence[str] = GPU_PRECISIONS) -> DsFile:
+    """The file that a name, ``NAME:auto`` or a path means on a device that trains in `precisions`, as read."""
+    file = read_ds_config(find_ds_config(name_in(name_or_path, precisions[0])))
+    return dataclasses.replace(file, precisions=precisions)
 
 
 def read_ds_config(path: str | os.PathLike[str]) -> DsFile:
@@ -154,6 +192,33 @@ def precision(ds_config: Mapping[str, Any]) -> str:
         if any(value_at(ds_config, (key, "enabled")) is True for key in keys):
             return name
     return "fp32"
+
+
+def settled_precision(ds_config: Mapping[str, Any], precisions: Sequence[str]) -> dict[KeyPath, tuple[bool, str]]:
+    """What each ``"enabled": "auto"`` of bf16 and fp16 becomes on a device that trains in `precisions`, and why.
+
+    As the Hugging Face Trainer's flags would, it switches one of them on: the fastest of the device's that the file
+    leaves open. A file that knows bf16 alone, as most that are published, gets fp16 on a GPU without bf16.
+    """
+    said = {name: value_at(ds_config, (name, "enabled")) for name in ("bf16", "fp16")}
+    left_open = [name for name, value in said.items() if value == "auto"]
+    if not left_open:
+        return {}
+    chosen = next((name for name, value in said.items() if value is True), None)
+    if chosen is not None:
+        return {(name, "enabled"): (False, f"{chosen} is on") for name in left_open}
+    possible = [*left_open, "fp32", *(["fp16"] if "fp16" not in ds_config else [])]
+    chosen = next((name for name in precisions if name in possible), "fp32")
+    why = f"the device trains in {' or '.join(precisions)}"
+    return {(name, "enabled"): (name == chosen, why) for name in said if name in left_open or name == chosen}
+
+
+def with_settled_precision(ds_config: Mapping[str, Any], precisions: Sequence[str]) -> dict[str, Any]:
+    """A copy of a config in which `settled_precision` stands for ``"auto"``."""
+    config = copy.deepcopy(dict(ds_config))
+    for path, (value, _) in settled_precision(config, precisions).items():
+        _set(config, path, value)
+    return config
 
 
 def offload_device(ds_config: Mapping[str, Any], what: str) -> str:
@@ -255,9 +320,10 @@ def resolve_ds_config(
     model_hidden_size: int,
     nvme_path: str | os.PathLike[str] | None = None,
     source: str | os.PathLike[str] = "DeepSpeed config",
+    precisions: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The config of `resolve`, for those who do not ask where its values came from."""
-    file = DsFile(Path(source), dict(ds_config), {})
+    file = DsFile(Path(source), dict(ds_config), {}, precisions)
     return resolve(file, config, world_size=world_size, model_hidden_size=model_hidden_size, nvme_path=nvme_path).config
 
 
@@ -309,7 +375,9 @@ def resolve(
     filled.default(("wall_clock_breakdown",), False, "DeepSpeed's default")
     filled.set(("steps_per_print",), STEPS_PER_PRINT, "set here: the run has its own log, and DeepSpeed's costs time")
 
-    for path, (value, why) in auto_meanings(resolved, model_hidden_size, nvme_path).items():
+    for path, (chosen, why) in settled_precision(resolved, file.precisions or GPU_PRECISIONS).items():
+        filled.set(path, chosen, f'"auto" at {file.where(path)}: {why}')
+    for path, (value, why) in auto_meanings(model_hidden_size, nvme_path).items():
         if value_at(resolved, path) == "auto":
             filled.set(path, value, f'"auto" at {file.where(path)}: {why}')
     # Here "auto" is DeepSpeed's own word and its default.
@@ -367,10 +435,8 @@ def _fill_run_values(filled: _Filled, config: RunConfig, world_size: int, origin
     return problems
 
 
-def auto_meanings(
-    ds_config: Mapping[str, Any], hidden: int, nvme_path: str | os.PathLike[str] | None
-) -> dict[KeyPath, tuple[Any, str]]:
-    """What each ``"auto"`` means and why: those of the Trainer's DeepSpeed integration, and NVMe paths."""
+def auto_meanings(hidden: int, nvme_path: str | os.PathLike[str] | None) -> dict[KeyPath, tuple[Any, str]]:
+    """What each ``"auto"`` but a precision's means and why: those of the Trainer's integration, and NVMe paths."""
     zero, adam = "zero_optimization", "the recipe's"
     # Sizes as in transformers/integrations/deepspeed.py, HfTrainerDeepSpeedConfig.trainer_config_finalize.
     meanings: dict[KeyPath, tuple[Any, str]] = {
@@ -382,9 +448,6 @@ def auto_meanings(
         (zero, "stage3_gather_16bit_weights_on_model_save"): (False, "the run writes its own export"),
         ("wall_clock_breakdown",): (False, "DeepSpeed's default"),
         ("timers", "throughput", "enabled"): (False, "the timer costs time"),
-        # The Trainer's switch is a flag; here a file that leaves it open trains in bf16.
-        ("bf16", "enabled"): (value_at(ds_config, ("fp16", "enabled")) is not True, "bf16 unless fp16 is on"),
-        ("fp16", "enabled"): ("bf16" not in ds_config, "on only where the file has no bf16"),
     }
     if nvme_path is not None:
         for block in ("offload_optimizer", "offload_param"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from typing import Any
 from codeparrot_ds.config import RunConfig
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.zero.conflicts import CONFLICTS
-from codeparrot_ds.zero.ds_config import RUN_OWNED_KEYS, DsFile, leaves, modern, value_at
+from codeparrot_ds.zero.ds_config import (
+    CPU_PRECISIONS,
+    GPU_PRECISIONS,
+    RUN_OWNED_KEYS,
+    DsFile,
+    leaves,
+    modern,
+    value_at,
+    with_settled_precision,
+)
 from codeparrot_ds.zero.inert import INERT
 from codeparrot_ds.zero.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath
 from codeparrot_ds.zero.positions import line_of
@@ -53,6 +62,7 @@ def lint(
     world_size: int | None = None,
     parameters: int | None = None,
     libaio: bool | None = None,
+    precisions: Sequence[str] | None = None,
     lines: Mapping[KeyPath, int] | None = None,
 ) -> list[Finding]:
     """Everything wrong with `ds_config`, all at once, errors and warnings in the order of the file.
@@ -66,12 +76,20 @@ def lint(
         world_size: number of ranks, where it is known.
         parameters: of the model, where it is known.
         libaio: whether this machine can build NVMe offloading (`libaio_installed`); None is not judged.
+        precisions: that the device trains in, the fastest first; ``"enabled": "auto"`` follows them. None: of any.
         lines: the line of each key.
     """
+    precisions = precisions or (CPU_PRECISIONS if device == "cpu" else GPU_PRECISIONS)
     reading = read_keys(ds_config)
     now, renamed = modern(reading.config)
     subject = Subject(
-        config=now, run=config, device=device, world_size=world_size, parameters=parameters, libaio=libaio
+        config=with_settled_precision(now, precisions),
+        run=config,
+        device=device,
+        world_size=world_size,
+        parameters=parameters,
+        libaio=libaio,
+        precisions=precisions,
     )
     said = [*_two_names(reading.config, now), *_run_owned_keys(subject), *_missing_nvme_paths(subject)]
     if _stage_is_known(reading):
@@ -87,7 +105,7 @@ def lint(
 
 def lint_file(file: DsFile, **known: Any) -> list[Finding]:
     """`lint` of a file as read, with the lines of its keys."""
-    return lint(file.config, file.path, lines=file.lines, **known)
+    return lint(file.config, file.path, lines=file.lines, precisions=file.precisions, **known)
 
 
 def check_ds_config(file: DsFile, **known: Any) -> list[Finding]:

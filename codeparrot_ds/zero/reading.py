@@ -156,7 +156,7 @@ def _unknown(key: str, block: KeyPath, known: Mapping[str, Kind], near: str | No
 # --------------------------------------------------------------------------------------------------------------------
 # Values
 
-_AUTO = frozenset(auto_meanings({}, 1, ""))
+_AUTO = frozenset({*auto_meanings(1, ""), ("bf16", "enabled"), ("fp16", "enabled")})
 
 
 def _problem(path: KeyPath, kind: Kind, value: Any) -> str | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from codeparrot_ds.config import RunConfig
-from codeparrot_ds.zero.ds_config import offload_device, precision, value_at, zero_stage
+from codeparrot_ds.zero.ds_config import GPU_PRECISIONS, offload_device, precision, value_at, zero_stage
 from codeparrot_ds.zero.known_keys import KeyPath
 
 
@@ -21,6 +21,7 @@ class Subject:
     world_size: int | None = None
     parameters: int | None = None  # of the model
     libaio: bool | None = None  # whether this machine has what NVMe offloading is built with
+    precisions: Sequence[str] = GPU_PRECISIONS  # that the device trains in, the fastest first
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a dotted key; `default` where there is none, or an ``"auto"`` that the run will fill."""

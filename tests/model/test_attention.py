@@ -34,7 +34,7 @@ def test_attention_runs_the_flash_kernel_without_a_mask(training):
 
 @pytest.mark.parametrize(("training", "has_bf16"), [(True, True), (True, False), (False, True)])
 def test_training_in_bf16_on_a_cpu_attends_in_blocks_where_they_are_faster(monkeypatch, training, has_bf16):
-    monkeypatch.setattr(attention, "_has_bf16_products", lambda: has_bf16)
+    monkeypatch.setattr(attention, "has_bf16_products", lambda: has_bf16)
     monkeypatch.setattr(attention, "BLOCK", 16)
     model = build(dropout=0.1 if not training else 0.0).to(torch.bfloat16).train(training)
     calls, sizes = profiled(model, rows(tokens=48))

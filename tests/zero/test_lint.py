@@ -37,7 +37,7 @@ def test_shipped_files_are_clean(name, preset):
 def test_fp16_on_a_machine_without_gpu_names_what_to_choose():
     said = messages(load_ds_config(find_ds_config("zero2_fp16")), device="cpu")
     assert said == (
-        "mine.json: error: fp16.enabled: fp16 needs a GPU: DeepSpeed refuses it on the CPU; "
+        "mine.json: error: fp16.enabled: fp16 needs a GPU: DeepSpeed refuses it on a CPU without AVX512-FP16; "
         "choose zero2.json (bf16) or zero2_fp32.json"
     )
 

@@ -1,0 +1,167 @@
+"""The precision of a run that names none: its device's, then its own for as long as it lives."""
+
+import json
+
+import pytest
+
+from codeparrot_ds.config import PRESETS, RunConfig
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.precision import describe_choice, device_precisions, open_for, run_precisions, with_precision
+from codeparrot_ds.zero.ds_config import name_in, open_ds_config, precision, resolve, settled_precision
+from codeparrot_ds.zero.lint import lint
+
+OLD, NEW, T4 = ("fp32",), ("bf16", "fp32"), ("fp16", "fp32")
+H100 = ("bf16", "fp16", "fp32")
+BOTH = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+
+
+@pytest.fixture
+def smi(monkeypatch, tmp_path):
+    """Makes ``nvidia-smi`` say that there are GPUs of these compute capabilities."""
+
+    def put(*capabilities):
+        rows = "\n".join(f"{index}, GPU-{index}, Some GPU, {cap}" for index, cap in enumerate(capabilities))
+        script = tmp_path / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\ncase $1 in *compute_cap) echo '{rows}';; *) exit 9;; esac\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "visible", "precisions"),
+    [
+        (("9.0",), None, H100),
+        (("8.0", "7.5"), None, T4),
+        (("8.0", "7.5"), "0", H100),
+        (("7.0",), None, T4),
+        (("[N/A]",), None, H100),
+    ],
+)
+def test_gpus(smi, monkeypatch, capabilities, visible, precisions):
+    smi(*capabilities)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device_precisions("cuda") == precisions
+
+
+def test_a_gpu_that_cannot_be_asked_has_bf16(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert device_precisions("cuda") == H100
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("zero2:auto", {"bf16": "zero2", "fp32": "zero2_fp32", "fp16": "zero2_fp16"}),
+        ("zero0:auto", {"bf16": "zero0", "fp32": "zero0_fp32", "fp16": "zero0_fp16"}),
+        ("zero3_offload", {"bf16": "zero3_offload", "fp32": "zero3_offload"}),
+        ("my/own.json", {"fp32": "my/own.json"}),
+    ],
+)
+def test_names(name, chosen):
+    assert {precision: name_in(name, precision) for precision in chosen} == chosen
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("wanted", ["bf16", "fp16", "fp32"])
+def test_every_preset_has_its_config_in_every_precision(preset, wanted):
+    config = with_precision(RunConfig(**PRESETS[preset]), (wanted,))
+    file = open_ds_config(config.deepspeed)
+    bf16 = open_ds_config(with_precision(RunConfig(**PRESETS[preset]), ("bf16",)).deepspeed)
+    assert precision(file.config) == wanted
+    assert file.config["zero_optimization"] == bf16.config["zero_optimization"]
+    assert file.config.get("activation_checkpointing") == bf16.config.get("activation_checkpointing")
+
+
+def test_names_that_there_are_not(tmp_path):
+    with pytest.raises(UserError, match="'zerro2:auto' is no shipped config; did you mean 'zero2'"):
+        name_in("zerro2:auto", "fp32")
+    with pytest.raises(UserError, match="zero3_offload is not shipped in fp32: name a file, or one of .*zero3:auto"):
+        name_in("zero3_offload:auto", "fp32")
+    own = tmp_path / "own.json"
+    own.write_text("{}")
+    with pytest.raises(UserError, match='write "enabled": "auto"'):
+        name_in(f"{own}:auto", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "precisions", "chosen"),
+    [
+        (BOTH, NEW, "bf16"),
+        (BOTH, OLD, "fp32"),
+        (BOTH, T4, "fp16"),
+        (BOTH, H100, "bf16"),
+        ({"bf16": {"enabled": "auto"}}, T4, "fp16"),
+        ({"bf16": {"enabled": "auto"}}, OLD, "fp32"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}, T4, "fp32"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}, H100, "fp16"),
+        ({"fp16": {"enabled": "auto"}}, H100, "fp16"),
+        ({"fp16": {"enabled": "auto"}}, NEW, "fp32"),
+        ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": True}}, T4, "bf16"),
+        ({"bf16": {"enabled": True}}, OLD, "bf16"),
+    ],
+)
+def test_auto_in_a_file_follows_the_device(tmp_path, blocks, precisions, chosen):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **blocks}))
+    file = open_ds_config(str(path), precisions)
+    resolved = resolve(file, RunConfig(), world_size=1, model_hidden_size=64)
+    assert precision(resolved.config) == chosen
+    assert "auto" not in json.dumps(resolved.config)
+    for key in settled_precision(file.config, precisions):
+        assert f"{path}:" in resolved.sources[key] or "auto" in resolved.sources[key]
+
+
+def test_a_check_judges_what_auto_becomes():
+    told = {"zero_optimization": {"stage": 0}, **BOTH, "data_types": {"grad_accum_dtype": "bf16"}}
+    said = {
+        precisions: [finding.key for finding in lint(told, "f", device="cuda", precisions=precisions)]
+        for precisions in (H100, T4)
+    }
+    assert "data_types.grad_accum_dtype" not in said[H100] and "data_types.grad_accum_dtype" in said[T4]
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "precisions", "words"),
+    [
+        ({"bf16": {"enabled": True}}, "cpu", OLD, "this CPU has no bf16 instructions"),
+        ({"bf16": {"enabled": True}}, "cpu", NEW, None),
+        ({"bf16": {"enabled": True}}, "cuda", T4, "choose zero2_fp16.json"),
+        ({"bf16": {"enabled": True}}, "cuda", H100, None),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "cpu", OLD, "leave the block out"),
+    ],
+)
+def test_a_check_says_what_a_precision_costs(config, device, precisions, words):
+    config = {"zero_optimization": {"stage": 2}, **config}
+    said = [f.message for f in lint(config, "f", device=device, precisions=precisions)]
+    assert any(words in message for message in said) if words else not any("bf16" in message for message in said)
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(tmp_path):
+    config = RunConfig(output_dir=str(tmp_path), run_name="old")
+    assert run_precisions(config, NEW) == NEW
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "ds_config.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    assert run_precisions(config, H100) == ("fp32", "bf16", "fp16")
+    assert with_precision(config, run_precisions(config, NEW)).deepspeed == "zero2_fp32"
+    assert open_for(config, "cpu").path.name == "zero2_fp32.json"
+    # A branch of it goes on as it was; a start afresh is the device's.
+    checkpoint = str(tmp_path / "old" / "checkpoints" / "step-00000010")
+    branch = RunConfig(output_dir=str(tmp_path), run_name="new", resume=checkpoint)
+    assert run_precisions(branch, NEW)[0] == "fp32"
+    afresh = RunConfig(output_dir=str(tmp_path), run_name="old", resume="never")
+    assert run_precisions(afresh, NEW) == NEW
+
+
+def test_what_is_said_of_the_choice(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert describe_choice("zero2:auto", "zero2_fp32", OLD, device="cpu") == (
+        "training in fp32 (zero2_fp32): ONEDNN_MAX_CPU_ISA=AVX2 leaves this CPU no bf16 instructions; "
+        "--deepspeed zero2 trains in bf16 all the same, no faster"
+    )
+    said = describe_choice("zero2:auto", "zero2", ("bf16", "fp32"), device="cpu")
+    assert said == "training in bf16 (zero2), as this run began; this machine is faster in fp32"
+    assert describe_choice("zero2", "zero2", OLD, device="cpu") is None  # named
