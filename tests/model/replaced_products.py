@@ -17,6 +17,7 @@ from codeparrot_ds.cpu import cpu_precisions
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.products import HALVES, PRODUCTS, has_bf16_products, multiply_in_fp32_where_needed
 from codeparrot_ds.run.engine import create_engine
+from codeparrot_ds.run.ops import build_operators
 from codeparrot_ds.run.ranks import join_ranks
 from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
 
@@ -117,6 +118,7 @@ answer["refused"] = {
     "another precision's out": refusal(lambda: torch.mm(a, a, out=torch.empty(2, 2))),
     "shapes": refusal(lambda: torch.mm(a, torch.ones(3, 2, dtype=torch.bfloat16))),
 }
+build_operators(load_ds_config(find_ds_config("zero2")), "cpu")
 join_ranks()
 answer["calls"] = {name: train_and_evaluate(name) for name in ("zero0", "zero2", "zero3", "zero2_fp32")}
 with open(sys.argv[1], "w") as file:
