@@ -27,7 +27,9 @@ for name in ("zero2", "zero2_offload", "zero3_nvme"):
     build_operators(catalogue()[name].config, "cpu")
 """
 # Each starts two or three ranks at a time: one after another, and those that need no operator of the disk first.
-LAUNCHING = ("torture", "cluster", "story", "run/test_bad_steps.py", "run/test_checkpoint_matrix.py")
+LAUNCHING = (
+    *("torture", "cluster", "story", "test_old_runs.py", "run/test_bad_steps.py", "run/test_checkpoint_matrix.py"),
+)
 _builder: list[subprocess.Popen] = []
 
 

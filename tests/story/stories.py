@@ -67,7 +67,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu") -> 
     Each run passes the front door's checks first.
 
     Args:
-        runs: the options of each.
+        runs: the options of each; their paths are relative to the working folder.
         ranks: processes, each with its share of the cores.
         device: ``cpu`` or ``cuda``.
 
@@ -88,7 +88,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu") -> 
         launcher = [sys.executable, "-m", "deepspeed.launcher.launch", *node, "--quiet", "--no_local_rank"]
         threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
         environment = clean_environment(DS_ACCELERATOR=device, OMP_NUM_THREADS=threads)
-        process = run_command([*launcher, *script], env=environment, timeout=540)
+        process = run_command([*launcher, *script], cwd=Path.cwd(), env=environment, timeout=540)
         assert process.returncode == 0, process.stderr[-3000:]
         return json.loads(file.with_suffix(".outcomes.json").read_text())
 
