@@ -8,6 +8,7 @@ here="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)"
 environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$here/.venv}}"
 python="$environment/bin/python"
 extras=""
+arguments="$([ $# -eq 0 ] || printf ' %q' "$@")"
 if [ "${1:-}" = test ]; then extras="test"; fi
 
 fail() { echo "launch.sh: $*" >&2; exit 1; }
@@ -40,6 +41,14 @@ create_environment() {
     python3 -m venv --clear "$environment"
 }
 
+# On x86-64 Linux the package index has torch with CUDA; who told pip to look elsewhere has chosen already.
+offer_cpu_build() {
+    [ "$(uname -m)" = x86_64 ] && [ ! -e /dev/nvidiactl ] && ! "$python" -c 'import torch' 2> /dev/null || return 0
+    if "$python" -m pip config list | grep -qE "[.](index-url|extra-index-url|find-links|no-index)="; then return 0; fi
+    echo "launch.sh: no NVIDIA GPU here, and pip's torch is the CUDA build: 3 GB to fetch. For the CPU build (0.2 GB)" \
+        "press Ctrl-C and run: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ./launch.sh$arguments" >&2
+}
+
 install() {
     # pip is the last thing that venv writes, with its own place in the first line: absent or elsewhere, start afresh.
     if [ "$environment" = "$here/.venv" ] && ! grep -qs "^#!$environment/bin/" "$environment/bin/pip"; then
@@ -49,6 +58,7 @@ install() {
     local pip=("$python" -m pip --disable-pip-version-check) pins=(-c "$here/constraints.txt")
     "${pip[@]}" --version > /dev/null 2>&1 || fail "$environment has no pip; run $python -m ensurepip"
     echo "launch.sh: installing into $environment (a few minutes the first time)" >&2
+    offer_cpu_build
     rm -f "$environment/.codeparrot-ds" "$environment/.codeparrot-ds-test"
     if [ "$environment" != "$here/.venv" ] && "$python" -c 'import torch' 2> /dev/null; then
         pins=()  # somebody's own environment with a torch that fits the machine: only add what is missing

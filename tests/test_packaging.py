@@ -1,4 +1,5 @@
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -217,3 +218,28 @@ def test_an_old_python_is_refused_in_one_sentence(checkout, tmp_path):
     result = launch(checkout, fake.parent)
     assert result.returncode == 1
     assert result.stderr == f"launch.sh: needs Python 3.10 or newer, and {fake}/python is Python 3.8.1\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "offered"),
+    [({}, True), ({"PIP_EXTRA_INDEX_URL": "https://some.index/cpu"}, False), ({"PIP_FIND_LINKS": "/wheels"}, False)],
+    ids=["nothing set", "an index", "a folder"],
+)
+def test_a_machine_without_a_gpu_is_offered_the_cpu_build(
+    checkout, environment, tmp_path, monkeypatch, settings, offered
+):
+    fake = tmp_path / "without torch" / "bin"
+    fake.mkdir(parents=True)
+    # All of the environment but its torch; and pip installs nothing.
+    (fake / "python").write_text(
+        '#!/bin/sh\n[ "$1 $2" = "-c import torch" ] && exit 1\n[ "$4" = install ] && exit 1\n'
+        f'exec {environment}/bin/python "$@"\n'
+    )
+    (fake / "python").chmod(0o755)
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    said = launch(checkout, fake.parent, "train", "a b", PIP_CONFIG_FILE=os.devnull, **settings).stderr
+    has_no_gpu = platform.machine() == "x86_64" and not Path("/dev/nvidiactl").exists()
+    command = "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ./launch.sh train a\\ b\n"
+    assert said.endswith(command) == (offered and has_no_gpu)
+    assert ("3 GB to fetch" in said) == (offered and has_no_gpu)
