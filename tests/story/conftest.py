@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from old_cpu import OLD_CPU
 from stories import COMPARED, OTHERS, STEPS, Workshop, run_here, train_in_turn
 
 from codeparrot_ds.data.corpus import build_corpus
@@ -43,6 +44,17 @@ def on_two_ranks(workshop) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def on_an_old_cpu(workshop) -> dict[str, Path]:
+    """Two runs on two ranks whose CPU has AVX2 alone: one that names no DeepSpeed config, and one in bf16 by name."""
+    chosen = {"default": (), "zero2": ("--deepspeed", "zero2")}
+    runs = [
+        workshop.options("--run-name", f"{name}-on-an-old-cpu", *options, *STEPS) for name, options in chosen.items()
+    ]
+    outcomes = train_in_turn(runs, ranks=2, **OLD_CPU)
+    return {name: Path(outcome["run"]) for name, outcome in zip(chosen, outcomes, strict=True)}
+
+
+@pytest.fixture(scope="session")
 def on_one_rank(workshop, on_two_ranks) -> dict[str, Path]:
     """The fp32 runs again, on one rank: two launches at a time, a core for each.
 
@@ -67,10 +79,11 @@ def on_one_rank(workshop, on_two_ranks) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def continued(workshop, on_two_ranks) -> dict[str, Path]:
+def continued(workshop, on_two_ranks, on_an_old_cpu) -> dict[str, Path]:
     """Copies of runs that went on, in one launch of new processes.
 
-    ``zero0``, ``zero1`` and ``zero0_fp32`` from their step 10; ``zero2`` after its end; ``new data``: ``zero2``, of
+    ``zero0``, ``zero1`` and ``zero0_fp32`` from their step 10; ``default``, of an old CPU, from its step 10 without a
+    DeepSpeed config's name; ``zero2`` after its end; ``new data``: ``zero2``, of
     whose training data a document is gone, on half the lanes; ``new batch``: ``zero2`` in batches twice as large; and
     ``back``: ``zero3_fp32`` from its step 10, which it was told to go back to.
     """
@@ -79,22 +92,24 @@ def continued(workshop, on_two_ranks) -> dict[str, Path]:
     shard = min(shards.iterdir())
     shard.write_text("".join(shard.read_text().splitlines(keepends=True)[1:]))
     runs, options = {}, []
+    whole_runs = on_two_ranks | {"default": on_an_old_cpu["default"]}
     for key, name, *chosen in (
+        ("default", "default", *STEPS),
         *((name, name, *STEPS) for name in ("zero0", "zero1", "zero0_fp32", "zero2")),
         ("new data", "zero2", *("--data", str(shards.parent), "--num-lanes", "4", "--on-data-change", "restart"),
          "--max-train-steps", "22", "--save-checkpoint-steps", "1"),
         ("new batch", "zero2", "--global-batch-size", "16", "--on-batch-change", "continue", "--max-train-steps", "24"),
         ("back", "zero3_fp32", *STEPS, "--resume", "step-00000010"),
     ):  # fmt: skip
-        whole = on_two_ranks[name]
+        whole = whole_runs[name]
         runs[key] = base / key.replace(" ", "-") / whole.name
         shutil.copytree(whole, runs[key])
         if key == "back":
             chosen[-1] = str(runs[key] / "checkpoints" / chosen[-1])
         elif name != "zero2":
             shutil.rmtree(runs[key] / "checkpoints" / "step-00000020")
-        options.append(
-            workshop.options("--run-name", whole.name, "--deepspeed", name, *chosen, output_dir=runs[key].parent)
-        )
+        if name != "default":
+            chosen += ["--deepspeed", name]
+        options.append(workshop.options("--run-name", whole.name, *chosen, output_dir=runs[key].parent))
     train_in_turn(options, ranks=2)
     return runs

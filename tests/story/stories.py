@@ -61,7 +61,7 @@ class Workshop:
         return run_here("train", *self.options(*arguments, output_dir=output_dir))
 
 
-def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu") -> list[dict]:
+def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu", **variables: str) -> list[dict]:
     """Trains runs one after the other in one launch of ``train_in_turn.py``; most of a small run is its start.
 
     Each run passes the front door's checks first.
@@ -70,6 +70,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu") -> 
         runs: the options of each; their paths are relative to the working folder.
         ranks: processes, each with its share of the cores.
         device: ``cpu`` or ``cuda``.
+        variables: of the ranks' environment.
 
     Returns:
         What ``train`` returns for each.
@@ -87,7 +88,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu") -> 
         script = [str(Path(__file__).with_name("train_in_turn.py")), str(file)]
         launcher = [sys.executable, "-m", "deepspeed.launcher.launch", *node, "--quiet", "--no_local_rank"]
         threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-        environment = clean_environment(DS_ACCELERATOR=device, OMP_NUM_THREADS=threads)
+        environment = clean_environment(DS_ACCELERATOR=device, OMP_NUM_THREADS=threads, **variables)
         process = run_command([*launcher, *script], cwd=Path.cwd(), env=environment, timeout=540)
         assert process.returncode == 0, process.stderr[-3000:]
         return json.loads(file.with_suffix(".outcomes.json").read_text())
