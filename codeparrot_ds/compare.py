@@ -12,6 +12,7 @@ from pathlib import Path
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.comparison import (
+    COMPARISON,
     Candidate,
     Request,
     Results,
@@ -28,6 +29,7 @@ from codeparrot_ds.run.comparison_report import Findings, judge_all, write_repor
 from codeparrot_ds.run.comparison_trial import PROGRAM, orders_of, run_trial
 from codeparrot_ds.run.initial_weights_folder import initial_weights
 from codeparrot_ds.run.launch import local_device
+from codeparrot_ds.run.peak import Peak, peak_of_comparison
 from codeparrot_ds.search import Search
 
 Say = Callable[[str], None]
@@ -71,14 +73,16 @@ def run_comparison(
     if not ready:
         raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
     check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
+    peak = peak_of_comparison(folder / COMPARISON, device)
     if search_minutes is None:
-        findings = compare(request, folder, candidates, hang_seconds=hang_seconds, say=say)
+        findings = compare(request, folder, candidates, peak=peak, hang_seconds=hang_seconds, say=say)
     else:
         findings = search(
             request,
             folder,
             candidates,
             device=device,
+            peak=peak,
             minutes=search_minutes,
             hang_seconds=hang_seconds,
             say=say,
@@ -95,6 +99,7 @@ def compare(
     folder: Path,
     candidates: Sequence[Candidate],
     *,
+    peak: Peak | None = None,
     hang_seconds: float,
     say: Say,
     program: Sequence[str] = PROGRAM,
@@ -105,6 +110,7 @@ def compare(
         request: what to compare.
         folder: of the comparison.
         candidates: of the request, checked and planned.
+        peak: what all trials are held against for MFU; None lets each measure its own.
         hang_seconds: a trial that writes nothing for so long is ended.
         say: prints a line for the user.
         program: the command that runs a trial, less its options.
@@ -119,7 +125,7 @@ def compare(
                     trial,
                     folder,
                     initial=initial,
-                    orders=orders_of(request, trial),
+                    orders=orders_of(request, trial, peak),
                     hang_seconds=hang_seconds,
                     progress=progress.steps_done,
                     program=program,
@@ -139,6 +145,7 @@ def search(
     candidates: Sequence[Candidate],
     *,
     device: str,
+    peak: Peak | None = None,
     minutes: float,
     hang_seconds: float,
     say: Say,
@@ -151,7 +158,7 @@ def search(
             trial,
             folder,
             initial=initial_weights(request.config, folder, perturbed=trial.perturbed),
-            orders=orders_of(request, trial),
+            orders=orders_of(request, trial, peak),
             hang_seconds=hang_seconds,
             progress=lambda steps: None,
             program=program,

@@ -2,7 +2,7 @@
 
 It measures the configs given, then the fastest way to fit at each stage by the plan, and then climbs: from the fastest
 config so far to its neighbours, one change at a time, until none is faster or the budget is spent. What only looks
-faster within the spread is a tie and moves nothing; a config whose losses differ is never gone on from. All of it
+faster within the spread moves nothing; a config whose losses differ is never gone on from. All of it
 follows from the results on the disk, so that a search that was stopped goes on where it was.
 """
 
@@ -145,12 +145,12 @@ class Search:
         )
         for move in around:
             candidate = self._try(best, move, f"from {best.name}")
-            if candidate is not None and self._best() == candidate and not self._tied(candidate, best):
+            if candidate is not None and self._best() == candidate and self._passes(candidate, best):
                 return candidate
         return None
 
     def _finish(self) -> None:
-        """Further trials of the fastest and of those that are tied with it, in turn."""
+        """Further trials of the fastest and of those that are not told apart from it, in turn."""
         findings = self.findings()
         best = self._best()
         if best is None or self._request.repeats == 1:
@@ -221,9 +221,9 @@ class Search:
         name = next((name for name, _ in findings.ranking if _is_usable(findings, name)), None)
         return None if name is None else findings.outcome(name).candidate
 
-    def _tied(self, one: Candidate, other: Candidate) -> bool:
+    def _passes(self, one: Candidate, other: Candidate) -> bool:
         speeds = self.findings().speeds
-        return speeds[one.name].tied(speeds[other.name])
+        return speeds[one.name].passes(speeds[other.name])
 
     def _tell(self, line: str, kept: str | None = None) -> None:
         self.tried.append(kept or line)

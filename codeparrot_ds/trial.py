@@ -47,6 +47,7 @@ class Orders:
         parts_steps: steps that are taken apart afterwards.
         checkpoint: whether to save one.
         noise: the precision whose rounding errors every layer makes at random; None for none.
+        peak_flops: of all ranks together, for MFU; None lets the trial measure its own.
         folder: gets ``found.json``, ``failure-<rank>.json`` and ``phase``.
     """
 
@@ -55,6 +56,7 @@ class Orders:
     checkpoint: bool
     folder: str
     noise: str | None = None
+    peak_flops: float | None = None
 
     @staticmethod
     def read() -> Orders:
@@ -109,7 +111,7 @@ def run_trial(config: RunConfig, orders: Orders) -> None:
         from codeparrot_ds.run.session import Session
 
         before = resident_bytes()
-        session = Session.start(config)
+        session = Session.start(config, peak_flops=orders.peak_flops)
         gc.freeze()
         gc.enable()
         found = _introduce(session, before)

@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/comparison.json            what must stay the same when it goes on
+    DIR/comparison.json            what must stay the same when it goes on, and the peak that MFU is held against
     DIR/ds_configs/<name>.json     the DeepSpeed JSON of each, as it was when the comparison began
     DIR/initial/                   the weights that all begin with
     DIR/perturbed-<precision>/     the same with rounding errors
@@ -52,6 +52,7 @@ SHARED = (
     *("model", "tokenizer", "data", "seq_length", "global_batch_size", "init_from", "output_dir", "run_name"),
     *("deepspeed", "resume", "hub", "wandb"),
 )
+COMPARISON = "comparison.json"
 SENSITIVITY = "sensitivity"
 RESULT, FINISHED = "result.json", "finished"
 
@@ -344,7 +345,7 @@ def open_folder(folder: Path, request: Request) -> None:
     Raises:
         UserError: the folder is another comparison, or something else.
     """
-    path = folder / "comparison.json"
+    path = folder / COMPARISON
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is no comparison and not empty: choose another --out")

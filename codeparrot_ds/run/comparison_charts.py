@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import io
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from codeparrot_ds.run.comparison_report import Findings, Outcome, trace_of
-from codeparrot_ds.run.plots import THEMES, Chart, Series, draw, legend_columns, marker_of, number, plain_axes
+from codeparrot_ds.run.plots import (
+    THEMES,
+    Chart,
+    Series,
+    add_legend,
+    draw,
+    legend_layout,
+    marker_of,
+    new_figure,
+    number,
+    number_axis,
+    plain_axes,
+    png_of,
+    text_width,
+    wrapped,
+    write_title,
+)
+from codeparrot_ds.zero.ranking import Speed
 from codeparrot_ds.zero.verdict import loss_bands
 
 PARTS = ("forward", "backward", "communication", "optimizer", "data")
 HATCHES = ("", "///", "xx", "..", "\\\\")
-PART_COLOURS = (0, 1, 2, 3, 4)
 TINY = 1e-9
 """Where a difference of nothing lies on a logarithmic axis."""
+NAME_POINTS = 200
+"""The most that names take beside bars; longer ones have several lines."""
+SEEN = 0.002
+"""Of an axis: a part that is shorter in every bar is not seen, and not in the legend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +45,6 @@ class Picture:
     name: str
     alternative: str
     images: dict[str, bytes]
-    height: int = 640
 
 
 def pictures_of(findings: Findings) -> list[Picture]:
@@ -40,7 +59,7 @@ def _drawn(chart: Chart | None) -> Picture | None:
     if chart is None:
         return None
     images = {theme: draw(chart, theme) for theme in THEMES}
-    return Picture(name=chart.name, alternative=_in_words(chart), images=images, height=round(160 * chart.height))
+    return Picture(name=chart.name, alternative=_in_words(chart), images=images)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -63,10 +82,7 @@ def _losses(findings: Findings) -> Chart | None:
     ]
     if not series:
         return None
-    return Chart(
-        name="losses", title="Training loss", unit="nats a token", x_label="step", series=tuple(series),
-        height=_height([each.label for each in series]),
-    )  # fmt: skip
+    return Chart(name="losses", title="Training loss", unit="nats a token", x_label="step", series=tuple(series))
 
 
 def _differences(findings: Findings) -> Chart | None:
@@ -80,7 +96,8 @@ def _differences(findings: Findings) -> Chart | None:
         if each.name == findings.reference:
             continue
         pairs = list(zip(trace_of(each).losses, reference.losses, strict=False))
-        distances = [max(TINY, abs(mine - theirs)) for mine, theirs in pairs]
+        apart = [abs(mine - theirs) for mine, theirs in pairs]
+        distances = [TINY if distance < TINY else distance for distance in apart]  # not max(), which drops a NaN
         series.append(Series(label=each.name, x=range(1, len(distances) + 1), y=distances, style=index))
     for offset, (precision, sensitivity) in enumerate(findings.sensitivity.items()):
         band = loss_bands(reference, sensitivity)
@@ -94,7 +111,6 @@ def _differences(findings: Findings) -> Chart | None:
         x_label="step",
         series=tuple(series),
         log=True,
-        height=_height([each.label for each in series]),
     )
 
 
@@ -118,11 +134,6 @@ def _scaling(findings: Findings) -> Chart | None:
     )
 
 
-def _height(labels: list[str]) -> float:
-    """Inches of a picture whose legend has these labels."""
-    return 3.6 + 0.2 * math.ceil(len(labels) / legend_columns(labels))
-
-
 def _in_words(chart: Chart) -> str:
     ends = []
     for series in chart.series:
@@ -137,56 +148,70 @@ def _in_words(chart: Chart) -> str:
 
 
 def _pareto(findings: Findings) -> Picture | None:
-    points = [each for each in _measured(findings) if each.speed is not None and each.memory_bytes is not None]
+    points = [
+        (style, each, each.speed, each.memory_bytes)
+        for style, each in enumerate(_measured(findings))
+        if each.speed is not None and each.memory_bytes is not None
+    ]
     if not points:
         return None
     words = "; ".join(
-        f"{each.name} {number(each.speed.median)} tokens/s at {number((each.memory_bytes or 0) / 1e9)} GB"
-        for each in points
-        if each.speed is not None
+        f"{each.name} {number(speed.median)} tokens/s at {findings.in_memory_unit(memory)}"
+        for _, each, speed, memory in points
     )
     return Picture(
         name="memory-speed",
         alternative=f"Memory of a rank against tokens/s: {words}",
         images={theme: _draw_pareto(findings, points, theme) for theme in THEMES},
-        height=round(160 * _height([each.name for each in points])),
     )
 
 
-def _draw_pareto(findings: Findings, points: list[Outcome], theme: str) -> bytes:
-    colours = THEMES[theme]
-    figure, axes = _figure(theme, _height([each.name for each in points]))
-    front = findings.front
+def _draw_pareto(findings: Findings, points: Sequence[tuple[int, Outcome, Speed, int]], theme: str) -> bytes:
+    colours, front = THEMES[theme], findings.front
+    unit, scale = findings.memory_unit
     places = {name: place for place, (name, _) in enumerate(findings.ranking, 1)}
-    line = [(each.memory_bytes or 0, each.speed.median) for each in points if each.speed and each.name in front]
-    line.sort()
-    axes.plot([m / 1e9 for m, _ in line], [s for _, s in line], color=colours["faint"], linewidth=1, zorder=1)
-    for index, each in enumerate(points):
-        assert each.speed is not None and each.memory_bytes is not None
-        colour = colours["palette"][index % len(colours["palette"])]
-        x, speed = each.memory_bytes / 1e9, each.speed
-        error = [[speed.median - min(speed.low, speed.median)], [max(speed.high, speed.median) - speed.median]]
-        face = colour if each.name in front else "none"
+    points = sorted(points, key=lambda point: places[point[1].name])
+    figure = new_figure(theme, 3.6 + legend_layout([f"{len(places)}. {each.name}" for _, each, _, _ in points]).inches)
+    axes = figure.add_subplot()
+    plain_axes(axes, colours)
+    for style, each, speed, memory in reversed(points):  # the fastest on top
+        colour = colours["palette"][style % len(colours["palette"])]
+        low, high = _spread(speed)
         axes.errorbar(
-            x, speed.median, yerr=error, fmt=marker_of(index), color=colour, markerfacecolor=face, markersize=7,
-            elinewidth=1, capsize=2, label=each.name,
+            memory / scale, speed.median, yerr=[[speed.median - low], [high - speed.median]], fmt=marker_of(style),
+            color=colour, markerfacecolor=colour if each.name in front else "none", markersize=7, elinewidth=1,
+            capsize=2, label=f"{places[each.name]}. {each.name}",
         )  # fmt: skip
-        axes.annotate(
-            str(places[each.name]), (x, speed.median), xytext=(6, 4), textcoords="offset points", fontsize=8,
-            color=colours["ink"],
-        )  # fmt: skip
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    kind = "tensors on the device" if points[0].device_bytes is not None else "resident, beside the libraries"
-    axes.set_xlabel(f"GB a rank ({kind})", color=colours["faint"], fontsize=9)
-    _title(
-        axes,
-        "Memory and speed",
-        "tokens/s; numbers: rank; bars: spread; filled, joined: no other is better in both",
-        colours,
-    )
-    _legend(figure, colours)
-    return _png(figure, theme)
+    best = sorted((memory / scale, speed.median) for _, each, speed, memory in points if each.name in front)
+    if len(best) > 1:
+        axes.plot(*zip(*best, strict=True), color=colours["faint"], linewidth=1, zorder=1)
+    axes.set_xlim(*_axis([memory / scale for *_, memory in points]))
+    axes.tick_params(axis="x", length=3)  # and away from the vertical axis's lowest number
+    axes.set_ylim(*_axis([end for _, _, speed, _ in points for end in _spread(speed)]))
+    number_axis(axes.xaxis)
+    number_axis(axes.yaxis)
+    kind = "tensors on the device" if findings.on_gpu else "resident beside the libraries, measured on this CPU"
+    axes.set_xlabel(f"{unit} a rank ({kind})", color=colours["faint"], fontsize=9)
+    filled = "filled, joined" if len(best) > 1 else "filled"
+    told = f"; {filled}: no other is better in both" if best else ""
+    write_title(axes, "Memory and speed", f"tokens/s; bars: spread{told}", colours)
+    handles, labels = axes.get_legend_handles_labels()
+    add_legend(figure, (handles[::-1], labels[::-1]), colours)
+    return png_of(figure)
+
+
+def _spread(speed: Speed) -> tuple[float, float]:
+    """The ends of a bar, which holds the median also where that is of trials far apart."""
+    return min(speed.low, speed.median), max(speed.high, speed.median)
+
+
+def _axis(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis with room beside the values: from nothing where that leaves them most of it."""
+    low, high = min(values), max(values)
+    if low < 0.5 * high or high <= 0:
+        return 0.0, 1.08 * high if high > 0 else 1.0
+    room = max(0.15 * (high - low), 0.02 * high)
+    return low - room, high + room
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,87 +223,61 @@ def _bars(findings: Findings) -> Picture | None:
     if not shown:
         return None
     words = "; ".join(
-        each.name + " " + ", ".join(f"{part} {number(each.found['parts']['seconds'][part])}" for part in PARTS)
-        for each in shown
+        each.name + " " + ", ".join(f"{part} {number(_milliseconds(each, part))}" for part in PARTS) for each in shown
     )
-    height = 2.1 + 0.32 * len(shown)
     return Picture(
         name="parts",
-        alternative=f"Parts of a step in seconds: {words}",
-        images={theme: _draw_bars(findings, shown, theme, height) for theme in THEMES},
-        height=round(160 * height),
+        alternative=f"Parts of a step in ms: {words}",
+        images={theme: _draw_bars(findings, shown, theme) for theme in THEMES},
     )
 
 
-def _draw_bars(findings: Findings, shown: list[Outcome], theme: str, height: float) -> bytes:
+def _milliseconds(outcome: Outcome, part: str) -> float:
+    return 1000 * float(outcome.found["parts"]["seconds"][part])
+
+
+def _draw_bars(findings: Findings, shown: list[Outcome], theme: str) -> bytes:
     colours = THEMES[theme]
-    figure, axes = _figure(theme, height)
+    names = [wrapped(each.name, 9, NAME_POINTS) for each in shown]
+    row = 0.2 + 0.14 * max(1 + name.count("\n") for name in names)
+    figure = new_figure(theme, 1.8 + row * len(shown) + legend_layout([*PARTS, "a scored step"]).inches)
+    axes = figure.add_subplot()
+    plain_axes(axes, colours)
     places = list(range(len(shown)))[::-1]
-    left = [0.0] * len(shown)
-    for part, hatch, colour in zip(PARTS, HATCHES, PART_COLOURS, strict=True):
-        widths = [each.found["parts"]["seconds"][part] for each in shown]
-        axes.barh(
-            places, widths, left=left, height=0.7, label=part, color=colours["palette"][colour], hatch=hatch,
-            edgecolor=colours["paper"], linewidth=0.6,
-        )  # fmt: skip
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+    ends, stacks = [0.0] * len(shown), []
+    for part in PARTS:
+        widths = [_milliseconds(each, part) for each in shown]
+        stacks.append((part, widths, ends))
+        ends = [start + width for start, width in zip(ends, widths, strict=True)]
     medians = [_median_step(findings, each) for each in shown]
     known = [(median, place) for median, place in zip(medians, places, strict=True) if median is not None]
-    axes.plot(
-        [median for median, _ in known], [place for _, place in known], "|", color=colours["ink"], markersize=13,
-        markeredgewidth=2, label="a scored step",
-    )  # fmt: skip
-    axes.set_yticks(places, [each.name.replace(",", ",\n") for each in shown])
+    limit = 1.04 * max([*ends, *(median for median, _ in known)]) or 1.0
+    for colour, hatch, (part, widths, left) in zip(colours["palette"], HATCHES, stacks, strict=False):
+        axes.barh(
+            places, widths, left=left, height=0.7, label=part if max(widths) > SEEN * limit else "", color=colour,
+            hatch=hatch, edgecolor=colours["paper"], linewidth=0.6,
+        )  # fmt: skip
+    if known:
+        axes.plot(
+            [median for median, _ in known], [place for _, place in known], "|", color=colours["ink"], markersize=13,
+            markeredgewidth=2, label="a scored step",
+        )  # fmt: skip
+    axes.set_xlim(0, limit)
+    axes.set_yticks(places, names)
     for text in axes.get_yticklabels():
         text.set_color(colours["ink"])
         text.set_parse_math(False)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=colours["grid"], linewidth=0.8)
-    axes.set_xlabel("seconds", color=colours["faint"], fontsize=9)
-    _title(axes, "Parts of a step", "seconds; a scored step overlaps them", colours)
-    _legend(figure, colours)
-    return _png(figure, theme)
+    number_axis(axes.xaxis)
+    axes.set_xlabel("ms", color=colours["faint"], fontsize=9)
+    note = "means of steps taken apart" + ("; a scored step overlaps them" if known else "")
+    write_title(axes, "Parts of a step", note, colours, left=max(text_width(name, 9) for name in names))
+    add_legend(figure, axes.get_legend_handles_labels(), colours)
+    return png_of(figure)
 
 
 def _median_step(findings: Findings, outcome: Outcome) -> float | None:
-    import statistics
-
+    """Milliseconds of a scored step."""
     seconds = outcome.scored("step_seconds", findings.request.warmup_steps)
-    return statistics.median(seconds) if seconds else None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What all have
-
-
-def _figure(theme: str, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    colours = THEMES[theme]
-    figure = Figure(figsize=(7, height), dpi=160, layout="constrained", facecolor=colours["paper"])
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    plain_axes(axes, colours)
-    return figure, axes
-
-
-def _title(axes: Any, title: str, unit: str, colours: dict[str, Any]) -> None:
-    axes.set_title(title, loc="left", color=colours["ink"], fontsize=12, fontweight="bold", pad=24)
-    note = axes.annotate(unit, (0, 1), fontsize=9, xytext=(0, 8), xycoords="axes fraction", textcoords="offset points")
-    note.set_color(colours["faint"])
-
-
-def _legend(figure: Any, colours: dict[str, Any]) -> None:
-    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
-    legend = figure.legend(
-        loc="outside lower left", ncols=legend_columns(labels), frameon=False, fontsize=9, labelcolor=colours["ink"]
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _png(figure: Any, theme: str) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", facecolor=THEMES[theme]["paper"], metadata={"Software": None})
-    return file.getvalue()
+    return 1000 * statistics.median(seconds) if seconds else None

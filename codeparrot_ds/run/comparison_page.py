@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections import Counter
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds.run.comparison import FINISHED
 from codeparrot_ds.run.comparison_report import WAITING, Findings, Outcome, differences, figures_of
-from codeparrot_ds.run.plots import THEMES, number
-from codeparrot_ds.run.report_page import CSS, NOTHING, PAGE
+from codeparrot_ds.run.plots import number
+from codeparrot_ds.run.report_page import CSS, NOTHING, PAGE, picture_element
 from codeparrot_ds.zero.ranking import PROCESS_SPREAD
 from codeparrot_ds.zero.verdict import BAND, BITS, DIFFERENT, REFERENCE, ROUNDING, UNJUDGED
 
@@ -55,11 +54,12 @@ def html_page(findings: Findings, pictures: Sequence[Picture]) -> str:
         f'<p class="subtitle">{html.escape(_subtitle(findings))}</p>',
         f'<p class="advice{state}">{html.escape(findings.recommendation)}</p>',
         "<h2>Ranking</h2>" + _html_table(*_ranking(findings)),
-        f'<p class="note">{html.escape(_spread_note(findings))}</p>',
+        *(f'<p class="note">{html.escape(note)}</p>' for note in _ranking_notes(findings)),
     ]
     if left := _left_out(findings):
         parts.append("<h2>Not measured</h2>" + _html_table(*left))
-    parts.append('<div class="charts">' + "".join(map(_figure, pictures)) + "</div>")
+    figures = "".join(picture_element(picture.images, picture.alternative) for picture in pictures)
+    parts.append(f'<div class="charts">{figures}</div>')
     for heading, table, note in _sections(findings):
         parts.append(f"<h2>{html.escape(heading)}</h2>" + _html_table(*table))
         if note:
@@ -84,7 +84,7 @@ def markdown_page(findings: Findings, pictures: Sequence[Picture]) -> str:
         f"**{_md(findings.recommendation)}**",
         "## Ranking",
         _md_table(*_ranking(findings)),
-        _md(_spread_note(findings)),
+        *map(_md, _ranking_notes(findings)),
     ]
     if left := _left_out(findings):
         parts += ["## Not measured", _md_table(*left)]
@@ -120,21 +120,30 @@ def _subtitle(findings: Findings) -> str:
     return " · ".join(fact for fact in facts if fact)
 
 
-def _spread_note(findings: Findings) -> str:
-    return (
+def _ranking_notes(findings: Findings) -> list[str]:
+    notes = [
         "tokens/s: median over the scored steps of all trials, and from the lowest first to the highest third quartile "
-        f"of a trial (of a single one at least {PROCESS_SPREAD:.0%} to either side). Two configs are tied where the "
-        "median of one lies within the other's spread; the column has their places. "
+        f"of a trial (of a single one at least {PROCESS_SPREAD:.0%} to either side). Two configs are not told apart "
+        "where these spreads overlap; the column has their places. "
         f"Losses are compared with {findings.reference or 'nothing'}, step by step on the same rows from the "
         "same weights; the band is what rounding explains (docs/comparisons.md)."
-    )
+    ]
+    if findings.peak is not None:
+        whose = "this machine" if findings.peak.whole_machine else "a device"
+        notes.append(
+            f"MFU of all: against one peak of {findings.peak.flops / 1e12:,.3g} TFLOP/s of {whose} "
+            f"({findings.peak.source}), whatever a config's precision."
+        )
+    if not findings.on_gpu:
+        notes.append("Memory: what a rank's process had resident at most beside its libraries, measured on this CPU.")
+    return notes
 
 
 Table = tuple[list[str], list[list[Cell]]]
 
 
 def _ranking(findings: Findings) -> Table:
-    head = ["", "config", "tokens/s", "tied with", "losses", "step, s", "MFU", "memory of a rank"]
+    head = ["", "config", "tokens/s", "not told apart from", "losses", "step, s", "MFU", "memory of a rank"]
     rows = []
     places = {name: place for place, (name, _) in enumerate(findings.ranking, 1)}
     for place, (name, ties) in enumerate(findings.ranking, 1):
@@ -151,7 +160,7 @@ def _ranking(findings: Findings) -> Table:
                 (losses, "wrap losses" + " different" * (verdict is not None and verdict.kind == DIFFERENT)),
                 (_number(figures["step_seconds"]), "number"),
                 (_percent(figures["mfu"]), "number"),
-                (_gigabytes(outcome.memory_bytes), "number"),
+                (findings.in_memory_unit(outcome.memory_bytes), "number"),
             ]
         )
     return head, rows
@@ -188,7 +197,7 @@ def _sections(findings: Findings) -> list[tuple[str, Table, str]]:
     measured = [each for each in findings.outcomes if each.found]
     sections = []
     if measured:
-        sections.append(("Memory", _memory(findings, measured), _memory_note(measured)))
+        sections.append(("Memory", _memory(findings, measured), _GPU_MEMORY if findings.on_gpu else _CPU_MEMORY))
     if any(each.found.get("parts") for each in measured):
         sections.append(("Parts of a step", _parts(measured), _PARTS_NOTE))
         sections.append(("Communication, checkpoint, start", _costs(findings, measured), _COSTS_NOTE))
@@ -226,35 +235,35 @@ def _without_ranks(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _memory(findings: Findings, measured: Sequence[Outcome]) -> Table:
-    head = ["config", "predicted", "measured", "difference", "host, predicted", "host, resident"]
+    """On GPUs the plan beside what it predicts; on a CPU something else is measured, and nothing compared."""
+    if findings.on_gpu:
+        head = ["config", "predicted", "measured", "difference", "host, predicted", "host, resident"]
+    else:
+        head = [
+            *("config", "this CPU, grown", "this CPU, in all", "a GPU, planned", "its host, planned"),
+        ]
     rows = []
     for each in measured:
         memory = figures_of(each, findings.request)["memory"]
-        predicted, found = memory["predicted_device_bytes"], each.memory_bytes
-        known = predicted and each.device_bytes is not None  # on a CPU other things than tensors are measured
-        apart = f"{100 * (each.device_bytes / predicted - 1):+.1f}%" if known else NOTHING
-        rows.append(
-            [
-                (each.name, "name"),
-                (_gigabytes(predicted), "number"),
-                (_gigabytes(found), "number"),
-                (apart, "number"),
-                (_gigabytes(memory["predicted_host_bytes"]), "number"),
-                (_gigabytes(memory["host_resident_bytes"]), "number"),
-            ]
-        )
+        device, host = memory["predicted_device_bytes"], memory["predicted_host_bytes"]
+        sizes = [device, memory["device_bytes"], host, memory["host_resident_bytes"]]
+        if not findings.on_gpu:
+            sizes = [memory["host_grown_bytes"], memory["host_resident_bytes"], device, host]
+        cells = [findings.in_memory_unit(size) for size in sizes]
+        if findings.on_gpu:
+            apart = f"{100 * (each.device_bytes / device - 1):+.1f}%" if device and each.device_bytes else NOTHING
+            cells.insert(2, apart)
+        rows.append([(each.name, "name"), *((cell, "number") for cell in cells)])
     return head, rows
 
 
-def _memory_note(measured: Sequence[Outcome]) -> str:
-    if any(each.device_bytes is not None for each in measured):
-        return "Of a rank, at the peak of a step: tensors on the device as the plan has them, and as torch counts them."
-    return (
-        "Of a rank. Predicted: tensors at the peak of a step. Measured: what its process had resident at most beside "
-        "the libraries; on a CPU that holds freed pages, kernels' work space and the loader too, so it is larger."
-    )
-
-
+_GPU_MEMORY = "Of a rank, at the peak of a step: tensors on the device as the plan has them, and as torch counts them."
+_CPU_MEMORY = (
+    "Of a rank, and two things that are not to be compared. This CPU, measured: by how much its process grew beside "
+    "its libraries at most, and what it had resident in all; that holds kernels' work space, the loader and freed "
+    "pages, and no page of a tensor that was never written. A GPU, by the plan: all tensors of this config in full, "
+    "with the kernels that run there, at the peak of a step. Either may be the larger one."
+)
 _PARTS_NOTE = (
     "Means over ranks of steps that are not scored: the device is waited for after each part and every collective is "
     "made to finish at once. What a config overlaps shows as the difference to a scored step."
@@ -347,15 +356,6 @@ def _html_cell(cell: Cell) -> str:
     return f'<td class="{classes}">{inside}</td>' if classes else f"<td>{inside}</td>"
 
 
-def _figure(picture: Picture) -> str:
-    source = {theme: f"data:image/png;base64,{base64.b64encode(picture.images[theme]).decode()}" for theme in THEMES}
-    return (
-        f'<figure><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{source["dark"]}">'
-        f'<img src="{source["light"]}" width="1120" height="{picture.height}" '
-        f'alt="{html.escape(picture.alternative)}"></picture></figure>'
-    )
-
-
 def _md_table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     lines = [list(head), ["---"] * len(head), *([text for text, _ in row] for row in rows)]
     return "\n".join("| " + " | ".join(cell if cell == "---" else _md(cell) for cell in line) + " |" for line in lines)
@@ -373,7 +373,7 @@ def _number(value: Any) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return NOTHING if value is None else f"{100 * value:.1f}%"
+    return NOTHING if value is None else f"{100 * value:.3g}%"
 
 
 def _gigabytes(value: float | None) -> str:

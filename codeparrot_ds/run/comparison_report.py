@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
-from codeparrot_ds.run.comparison import FINISHED, Candidate, Request, Results, Trial, trials_of
+from codeparrot_ds.run.comparison import COMPARISON, FINISHED, Candidate, Request, Results, Trial, trials_of
 from codeparrot_ds.run.device_memory import gigabytes, load_overhead, smallest_gpu
 from codeparrot_ds.run.initial_weights_folder import fingerprints
+from codeparrot_ds.run.peak import Peak, recorded_peak
 from codeparrot_ds.zero.ds_config import leaves, precision, zero_stage
 from codeparrot_ds.zero.ranking import Speed, pareto, ranked, speed_of
 from codeparrot_ds.zero.verdict import (
@@ -29,6 +30,8 @@ from codeparrot_ds.zero.verdict import (
 )
 
 WAITING = "not run yet"
+WORTH = 0.05
+"""Of the memory: what a config must save to be taken before one that may be faster."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +44,7 @@ class Outcome:
         status: of the first trial that did not finish, ``skipped``, `WAITING`, or ``finished``.
         reason: why it did not.
         speed: tokens/s; None where no scored step was measured.
+        mfu: of that speed, against the comparison's peak; None where that is not known.
         verdict: on its losses; None where it has none.
         found: what the first trial that has anything found.
     """
@@ -50,6 +54,7 @@ class Outcome:
     status: str
     reason: str | None = None
     speed: Speed | None = None
+    mfu: float | None = None
     verdict: Verdict | None = None
     found: Mapping[str, Any] = field(default_factory=dict)
 
@@ -112,6 +117,7 @@ class Findings:
         reference: the name of the one that losses are compared with.
         sensitivity: of the reference to errors of each precision whose sensitivity run has been made.
         device: what the ranks ran on.
+        peak: what MFU is held against.
         tried: what a search says of its way; empty without one.
     """
 
@@ -120,6 +126,7 @@ class Findings:
     reference: str | None
     sensitivity: Mapping[str, Sensitivity]
     device: str
+    peak: Peak | None = None
     tried: Sequence[str] = ()
 
     @property
@@ -129,7 +136,7 @@ class Findings:
 
     @property
     def ranking(self) -> list[tuple[str, list[str]]]:
-        """Names by falling tokens/s, each with those that it is tied with."""
+        """Names by falling tokens/s, each with those that it is not told apart from."""
         return ranked(self.speeds)
 
     def outcome(self, name: str) -> Outcome:
@@ -140,6 +147,24 @@ class Findings:
     def complete(self) -> bool:
         """Whether every trial has its result."""
         return all(each.status != WAITING for each in self.outcomes)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the memory measured is that of tensors on devices; else it is what processes had resident."""
+        return any(each.device_bytes is not None for each in self.outcomes)
+
+    @property
+    def memory_unit(self) -> tuple[str, float]:
+        """The unit of memory in tables and pictures, and its bytes."""
+        most = max((each.memory_bytes or 0 for each in self.outcomes), default=0)
+        return ("GB", 1e9) if most >= 1e10 else ("MB", 1e6)
+
+    def in_memory_unit(self, size: float | None) -> str:
+        """A size in that unit."""
+        unit, scale = self.memory_unit
+        if not size:
+            return "–" if size is None else "0"
+        return f"{size / scale:,.{1 if unit == 'GB' else 0}f} {unit}"
 
     @property
     def front(self) -> list[str]:
@@ -153,7 +178,7 @@ class Findings:
 
     @property
     def recommendation(self) -> str:
-        """One sentence: which config to take, and why."""
+        """Which config to take, why, and how sure that is."""
         usable = {
             name: speed
             for name, speed in self.speeds.items()
@@ -161,28 +186,39 @@ class Findings:
         }
         if not usable:
             return "No config was measured that trains the same as the reference."
-        order = ranked(usable)
-        fastest, ties = order[0]
-        chosen = min([fastest, *ties], key=lambda name: self.outcome(name).memory_bytes or math.inf)
+        order = [name for name, _ in ranked(usable)]
+        # None of these is told apart from a faster one.
+        fastest = [name for name in order if not any(usable[other].low > usable[name].high for other in order)]
+        chosen = self._with_least_memory(fastest)
         speed, outcome = usable[chosen], self.outcome(chosen)
-        sentence = f"Take {_on_ranks(outcome.candidate)}: {speed.median:,.0f} tokens/s"
-        slowest = order[-1][0]
-        if self.reference in usable and chosen != self.reference:
-            ratio = speed.median / usable[self.reference].median
-            sentence += f", {ratio:.2f}x the tokens/s of the reference {self.reference}"
-        elif slowest != chosen:
-            sentence += f", {speed.median / usable[slowest].median:.2f}x the tokens/s of {slowest}"
+        alike = [name for name in order if name != chosen and usable[name].tied(speed)]
+        sentence = f"Take {_on_ranks(outcome.candidate)}: {_rate(speed)}"
+        other = self.reference if self.reference in usable and self.reference != chosen else order[-1]
+        if other != chosen and other not in alike:
+            kind = "the reference " if other == self.reference else ""
+            sentence += f", {_times(speed, usable[other])} the tokens/s of {kind}{other}"
         spare = self._spare_bytes(outcome)
         if spare is not None:
             sentence += f", with {gigabytes(spare)} of the device to spare"
-        if ties:
-            tied = [name for name in [fastest, *ties] if name != chosen]
-            sentence += (
-                f"; {', '.join(tied)} {'is' if len(tied) == 1 else 'are'} as fast within the spread, with more memory"
-            )
+        if alike:
+            sentence += f"; in speed it is not told apart from {_listed(alike)}"
+        if chosen != order[0]:
+            sentence += f", and takes less memory{f' than {order[0]}' * (len(alike) > 1)}"
         if not self.complete:
-            sentence += " (so far: some trials have not been run)"
-        return sentence + "."
+            return f"{sentence} (so far: some trials have not been run)."
+        again = f"the same command with --repeats {max(3, 2 * self.request.repeats)}"
+        if alike:
+            return f"{sentence}. To tell them apart, try {again}."
+        if speed.trials == 1 and len(order) > 1:
+            return f"{sentence}. From a single trial that is not sure: {again} shows how far trials differ."
+        return f"{sentence}."
+
+    def _with_least_memory(self, names: Sequence[str]) -> str:
+        """The one that takes the least, or the first where that saves too little of its memory."""
+        sizes = {name: size for name in names if (size := self.outcome(name).memory_bytes) is not None}
+        least = min(sizes, key=lambda name: sizes[name], default=names[0])
+        saves = sizes.get(least, 0) < (1 - WORTH) * sizes.get(names[0], math.inf)
+        return least if saves else names[0]
 
     def _spare_bytes(self, outcome: Outcome) -> int | None:
         gpu = smallest_gpu() if outcome.device_bytes is not None else None
@@ -197,14 +233,31 @@ class Findings:
         for place, (name, ties) in enumerate(self.ranking, 1):
             outcome = self.outcome(name)
             assert outcome.speed is not None
-            memory = "" if outcome.memory_bytes is None else f", {gigabytes(outcome.memory_bytes)} a rank"
+            kind = "a rank" if self.on_gpu else "a rank beside its libraries"
+            memory = f", {self.in_memory_unit(outcome.memory_bytes)} {kind}" if outcome.memory_bytes is not None else ""
             lines.append(
-                f"{place:2}. {name:{width}}  {outcome.speed.median:8,.0f} tokens/s "
-                f"({outcome.speed.low:,.0f} to {outcome.speed.high:,.0f}){memory}; losses: {outcome.verdict or 'none'}"
-                + (f"; tied with {', '.join(ties)}" if ties else "")
+                f"{place:2}. {name:{width}}  {_rate(outcome.speed, width=8)}{memory}; "
+                f"losses: {outcome.verdict or 'none'}"
+                + (f"; in speed not told apart from {', '.join(ties)}" if ties else "")
             )
         lines += [f"    {each.name:{width}}  {each.status}: {each.reason}" for each in self.outcomes if each.reason]
         return [*lines, "", self.recommendation]
+
+
+def _rate(speed: Speed, width: int = 0) -> str:
+    """Tokens/s with their spread, and how many trials have shown it."""
+    trials = f"{speed.trials} trial{'s' * (speed.trials != 1)}"
+    return f"{speed.median:{width},.0f} tokens/s ({speed.low:,.0f} to {speed.high:,.0f}, {trials})"
+
+
+def _times(speed: Speed, other: Speed) -> str:
+    """How many times as fast, with the least and the most that the spreads allow."""
+    return f"{speed.median / other.median:.2f}x ({speed.low / other.high:.2f}x to {speed.high / other.low:.2f}x)"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _on_ranks(candidate: Candidate) -> str:
@@ -242,14 +295,29 @@ def judge_all(
             verdict = judge(trace_of(each), base, sensitivity, expected)
             each.verdict = dataclasses.replace(verdict, kind=REFERENCE) if each is chosen and verdict.same else verdict
     device = next((str(each.found["device"]) for each in with_losses if "device" in each.found), "")
+    peak = recorded_peak(results.folder / COMPARISON) or _fastest_of_trials(outcomes, device)
+    for each in outcomes:
+        flops = each.found.get("flops_per_token")
+        if each.speed is not None and peak is not None and flops is not None:
+            each.mfu = each.speed.median * flops / peak.of_ranks(each.candidate.world_size)
     return Findings(
         request=request,
         outcomes=outcomes,
         reference=None if chosen is None else chosen.name,
         sensitivity=sensitivity,
         device=device,
+        peak=peak,
         tried=tried,
     )
+
+
+def _fastest_of_trials(outcomes: Sequence[Outcome], device: str) -> Peak | None:
+    """The peak of a comparison that recorded none, of whose trials each measured its own."""
+    on_cpu = device == "CPU"
+    found = [result.get("found") or {} for each in outcomes for result in each.results]
+    peaks = [each["peak_flops"] / (1 if on_cpu else each["world_size"]) for each in found if "peak_flops" in each]
+    source = "the fastest that a trial measured" if on_cpu else "the highest of a trial's"
+    return Peak(flops=max(peaks), source=source, whole_machine=on_cpu) if peaks else None
 
 
 def _outcome(request: Request, results: Results, candidate: Candidate) -> Outcome:
@@ -298,7 +366,7 @@ def figures_of(outcome: Outcome, request: Request) -> dict[str, Any]:
     """The figures of one outcome, for tables and for programs; None where something was not measured."""
     candidate, found, warmup = outcome.candidate, outcome.found, request.warmup_steps
     predicted = candidate.predicted
-    seconds, mfu, waits = (outcome.scored(key, warmup) for key in ("step_seconds", "mfu", "data_wait_seconds"))
+    seconds, waits = (outcome.scored(key, warmup) for key in ("step_seconds", "data_wait_seconds"))
     laps = found.get("startup_seconds")
     verdict = outcome.verdict
     return {
@@ -315,7 +383,7 @@ def figures_of(outcome: Outcome, request: Request) -> dict[str, Any]:
         "tokens_per_second": None if outcome.speed is None else dataclasses.asdict(outcome.speed),
         "step_seconds": statistics.median(seconds) if seconds else None,
         "data_wait_seconds": statistics.mean(waits) if waits else None,
-        "mfu": statistics.median(mfu) if mfu else None,
+        "mfu": outcome.mfu,
         "memory": {
             "predicted_device_bytes": None if predicted is None else predicted.peak_bytes,
             "predicted_host_bytes": None if predicted is None else predicted.host_bytes,
@@ -348,6 +416,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "complete": findings.complete,
         "reference": findings.reference,
         "device": findings.device,
+        "peak": None if findings.peak is None else dataclasses.asdict(findings.peak),
         "steps": request.steps,
         "warmup_steps": request.warmup_steps,
         "repeats": request.repeats,

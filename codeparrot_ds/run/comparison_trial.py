@@ -25,6 +25,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.comparison import FINISHED, RESULT, Request, Trial
 from codeparrot_ds.run.device_memory import gigabytes
 from codeparrot_ds.run.parent_end import signal_at_parents_end
+from codeparrot_ds.run.peak import Peak
 from codeparrot_ds.run.trial_failure import OUT_OF_MEMORY, REFUSED, processes_killed_for_memory
 
 FOUND = "found.json"
@@ -57,7 +58,7 @@ def run_trial(
         trial: what to run.
         folder: of the comparison.
         initial: the model folder that it begins with.
-        orders: ``steps``, ``parts_steps`` and ``checkpoint`` of ``trial.Orders``.
+        orders: those of ``trial.Orders``, less its folder.
         hang_seconds: a trial that writes nothing for so long is ended.
         progress: told of the steps done, now and then.
         program: the command, less its options.
@@ -118,14 +119,15 @@ def prepare_trial(trial: Trial, folder: Path, *, initial: Path, orders: dict[str
     return place
 
 
-def orders_of(request: Request, trial: Trial) -> dict[str, Any]:
-    """What a trial does: parts and a checkpoint are measured once for each candidate."""
+def orders_of(request: Request, trial: Trial, peak: Peak | None) -> dict[str, Any]:
+    """What a trial does: parts and a checkpoint are measured once for each candidate; the peak is one for all."""
     first = trial.repeat == 0 and not trial.perturbed
     return {
         "steps": request.steps,
         "parts_steps": request.parts_steps if first else 0,
         "checkpoint": request.checkpoint and first,
         "noise": trial.perturbed,
+        "peak_flops": None if peak is None else peak.of_ranks(trial.candidate.world_size),
     }
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
 import time
 
 import torch
@@ -33,24 +36,52 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     A known GPU has its data sheet's; anything else is measured: the best of a few 1024-cubed products in the run's
     precision, on the threads that this rank has. All ranks of a CPU measure at once, as they will train.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{known}\b", name):  # whole words: an L40 is no L4, an RTX A1000 no A100
-                return flops, f"data sheet of {known}, dense bf16"
+    known = _data_sheet(device)
+    return known if known is not None else (_measured(device, precision), f"measured {precision} matrix products")
+
+
+def one_peak_for_all(device: torch.device) -> tuple[float, str]:
+    """The peak that runs in any precision are held against beside each other: (FLOP/s, where it comes from).
+
+    The data sheet's for a known GPU, as for a single run. Else the fastest matrix products of this machine in any
+    precision, on all its cores, measured for longer than a run may: the machine may be busy, and this number is kept.
+    """
+    known = _data_sheet(device)
+    if known is not None:
+        return known
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    # A precision that it only pretends to have is never the fastest, and takes long to find out about.
+    precisions = [name for name in ("fp32", "bf16", "fp16") if name in rank_precisions(device)]
+    found = {precision: _measured(device, precision, seconds=0.5) for precision in precisions}
+    fastest = max(found, key=lambda precision: found[precision])
+    return found[fastest], f"fastest measured matrix products of {', '.join(precisions)}: {fastest}"
+
+
+def _data_sheet(device: torch.device) -> tuple[float, str] | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for known, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{known}\b", name):  # whole words: an L40 is no L4, an RTX A1000 no A100
+            return flops, f"data sheet of {known}, dense bf16"
+    return None
+
+
+def _measured(device: torch.device, precision: str, *, seconds: float = 0.0) -> float:
+    """FLOP/s of the best of a few products; of as many as fit into ``seconds``, but no fewer than three then."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 1024 if device.type == "cpu" else 4096
     # A generator of its own: the global one's state was just restored, or decides the first dropout masks.
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
+    took: list[float] = []
+    while sum(took) < seconds or len(took) < (3 if seconds else 6):
         start = time.perf_counter()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best, f"measured {precision} matrix products"
+        took.append(time.perf_counter() - start)
+    return 2 * size**3 / min(took)
 
 
 def rank_precisions(device: torch.device) -> tuple[str, ...]:
@@ -69,3 +100,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     ) as status:  # getrusage would count what the parent held at the fork
         high_water = next(line for line in status if line.startswith("VmHWM"))
     return int(high_water.split()[1]) * 1024
+
+
+def main() -> None:
+    """Prints `one_peak_for_all` of ``cpu`` or ``cuda`` as the JSON of a ``run.peak.Peak``."""
+    device = sys.argv[1]
+    flops, source = one_peak_for_all(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    print(json.dumps({"flops": flops, "source": source, "whole_machine": device == "cpu"}))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from codeparrot_ds.config import RunConfig, save_config
 from codeparrot_ds.durable import rename
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.module_process import last_words, run_module
 
 FINGERPRINTS = "fingerprints.json"
 
@@ -34,20 +32,10 @@ def initial_weights(config: RunConfig, folder: Path, *, perturbed: str | None = 
     shutil.rmtree(making, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
     save_config(config, folder / "initial.yaml")
-    command = [sys.executable, "-m", "codeparrot_ds.run.initial_weights", str(folder / "initial.yaml"), str(making)]
-    package_parent = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-    made = subprocess.run(
-        [*command, *([perturbed] if perturbed else [])],
-        env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = [str(folder / "initial.yaml"), str(making), *([perturbed] if perturbed else [])]
+    made = run_module("codeparrot_ds.run.initial_weights", *arguments)
     if made.returncode != 0:
-        lines = [line for line in made.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        raise UserError(f"the initial weights could not be made: {lines[-1]}")
+        raise UserError(f"the initial weights could not be made: {last_words(made)}")
     rename(making, place)
     return place
 

@@ -430,19 +430,20 @@ def _cells(plan: Plan, row: PlanRow) -> list[str]:
     return [
         row.config,
         str(row.micro_batch_size),
-        *(_gb(memory.device.get(category, 0)) for category in CATEGORIES),
-        _gb(memory.peak_bytes) + mark,
+        *(in_gigabytes(memory.device.get(category, 0)) for category in CATEGORIES),
+        in_gigabytes(memory.peak_bytes) + mark,
         PHASES[memory.peak_phase],
-        _gb(row.needed_bytes),
+        in_gigabytes(row.needed_bytes),
         f"{row.spare_bytes / 1e9:+.1f}" if row.spare_bytes is not None else "?",
         (str(largest) if largest else "none") if known else "?",
-        _gb(memory.host_bytes),
-        _gb(memory.nvme_bytes),
-        _gb(memory.checkpoint_bytes),
+        in_gigabytes(memory.host_bytes),
+        in_gigabytes(memory.nvme_bytes),
+        in_gigabytes(memory.checkpoint_bytes),
     ]
 
 
-def _gb(size: int) -> str:
+def in_gigabytes(size: int) -> str:
+    """A size as the tables and the picture have it, in GB of 10^9 bytes."""
     if size == 0:
         return "-"
     return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.2f}"

@@ -1,27 +1,46 @@
-"""Line charts as PNG bytes, in a light and a dark theme. matplotlib is imported when the first one is drawn."""
+"""Line charts as PNG bytes, in a light and a dark theme. matplotlib is imported when the first one is drawn.
+
+What every picture of the product has in common is here too: its size, its colours, and texts that stay inside it.
+"""
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-# Okabe and Ito's colours, which stay apart for the colour-blind; lightened for the dark theme. Line style and marker
+# Okabe and Ito's first colours and, instead of their paler ones, others that keep their contrast to the paper. Any two
+# stay apart, also for the colour-blind and from the colour of text; a test has the distances. Line style and marker
 # change with the colour, so that a black-and-white print can be read too.
-LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b5508f", "#a87400", "#3b3b3b", "#4b7fb8", "#8a3ffc")
-DARK = ("#56b4e9", "#ff9254", "#2fd6a3", "#f09ecf", "#f2c14e", "#e0e0e0", "#9db7ff", "#c8a2ff")
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b5508f", "#664d00", "#3a2b9c", "#8a0f2b", "#d94ff0")
+DARK = ("#56b4e9", "#ff9254", "#2fd6a3", "#f09ecf", "#f7f06d", "#8a6cff", "#e0457b", "#9c8a5a")
 LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
 MARKERS = "osD^vPX*"
 
-# The page has the same colours: CSS in report_page.
+# The page has the same colours: CSS in report_page. "rest" is what a bar has beside its named parts.
 THEMES: dict[str, dict[str, Any]] = {
-    "light": {"paper": "#ffffff", "ink": "#1f2430", "faint": "#5c6475", "grid": "#e4e7ee", "palette": LIGHT},
-    "dark": {"paper": "#1a1d24", "ink": "#e8eaf0", "faint": "#a0a8b8", "grid": "#2d323d", "palette": DARK},
-}
+    "light": {
+        "paper": "#ffffff", "ink": "#1f2430", "faint": "#5c6475", "grid": "#e4e7ee", "rest": "#bcc3cf",
+        "palette": LIGHT,
+    },
+    "dark": {
+        "paper": "#1a1d24", "ink": "#e8eaf0", "faint": "#a0a8b8", "grid": "#2d323d", "rest": "#565d6b",
+        "palette": DARK,
+    },
+}  # fmt: skip
+WIDTH_INCHES, DPI = 7.0, 160
+WIDTH_POINTS = 72 * WIDTH_INCHES
+MOST_PIXELS = 65_000
+"""That matplotlib draws in one direction, nearly: a higher picture gets fewer an inch."""
+LEGEND_POINTS = 9
+LONG_HANDLE = 3.2
+"""Widths of a letter that a legend has for a dashed line with its marker."""
 SMOOTH_FROM = 100
 STRETCHES = 1000
 MARK_UP_TO = 40
@@ -53,51 +72,174 @@ class Chart:
     from_zero: bool = False
     smooth: bool = False
     """Show a running mean over the faint values where there are many."""
-    height: float = 4.0
-    """Inches, of 160 pixels; the width is 7."""
 
 
 def draw(chart: Chart, theme: str) -> bytes:
-    """The chart as PNG, 1120 pixels wide and 640 high unless it says otherwise."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """The chart as PNG, 1120 pixels wide and 640 high, or higher for what its legend has to say."""
     colours = THEMES[theme]
-    figure = Figure(figsize=(7, chart.height), dpi=160, layout="constrained", facecolor=colours["paper"])
-    FigureCanvasAgg(figure)
+    named = [series.label for series in chart.series] if len(chart.series) > 1 else []
+    layout = legend_layout(named, LONG_HANDLE)
+    figure = new_figure(theme, max(4.0, 3.6 + layout.inches))
     axes = figure.add_subplot()
     for series in chart.series:
         _draw_series(axes, series, colours, smooth=chart.smooth)
     _dress(axes, chart, colours)
-    _name_lines(figure, axes, chart, colours)
+    write_title(axes, chart.title, _note(chart), colours)
+    if named:
+        add_legend(figure, axes.get_legend_handles_labels(), colours, LONG_HANDLE)
+    if len(chart.series) <= 2:
+        _name_last_values(axes, chart.series, colours)
+    return png_of(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What all pictures have
+
+
+def new_figure(theme: str, height: float) -> Any:
+    """A figure of so many inches in the theme's colours, with the canvas that draws it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dpi = min(DPI, int(MOST_PIXELS / height))
+    paper = THEMES[theme]["paper"]
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=dpi, layout="constrained", facecolor=paper)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_of(figure: Any) -> bytes:
+    """A figure as PNG, the same bytes at any time."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", facecolor=colours["paper"], metadata={"Software": None})
+    figure.savefig(file, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
     return file.getvalue()
 
 
-def _draw_series(axes: Any, series: Series, colours: dict[str, Any], *, smooth: bool) -> None:
-    colour = _colour_of(series, colours)
-    x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
-    y = np.where(np.isfinite(y), y, np.nan)
-    line = {"color": colour, "linestyle": _of(LINE_STYLES, series.style), "linewidth": 1.8}
-    if (series.markers and len(x) <= MARK_UP_TO) or len(x) == 1:
-        marker = {"marker": marker_of(series.style), "markersize": 5, "markeredgewidth": 0}
-        axes.plot(x, y, label=series.label, **line, **marker)
-    elif smooth and len(x) >= SMOOTH_FROM and not series.markers:
-        axes.plot(*_extremes(x, y), color=colour, linewidth=0.7, alpha=0.3)
-        axes.plot(x, _running_mean(y, len(y) // 50), label=series.label, **line)
-    else:
-        axes.plot(x, y, label=series.label, **line)
+def png_size(image: bytes) -> tuple[int, int]:
+    """Width and height of a PNG in pixels."""
+    return int.from_bytes(image[16:20], "big"), int.from_bytes(image[20:24], "big")
 
 
-def _colour_of(series: Series, colours: dict[str, Any]) -> str:
-    palette = colours["palette"]
-    return str(colours["ink"] if series.limit else palette[series.style % len(palette)])
+@lru_cache(maxsize=4096)
+def text_width(text: str, points: float, bold: bool = False) -> float:
+    """How wide a text is drawn, in points; the widest of its lines."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    renderer = RendererAgg(1, 1, DPI)
+    font = FontProperties(size=points, weight="bold" if bold else "normal")
+    widths = (renderer.get_text_width_height_descent(line, font, ismath=False)[0] for line in text.split("\n"))
+    return float(max(widths)) * 72 / DPI
 
 
-def legend_columns(labels: Sequence[str]) -> int:
-    """How many labels of a legend fit beside each other in a picture."""
-    return 3 if max(map(len, labels), default=0) <= 28 else 2
+def wrapped(text: str, points: float, width: float, bold: bool = False) -> str:
+    """A text in lines of at most so many points, broken where a name has its parts, or anywhere in a part too long."""
+    lines = [""]
+    for part in re.findall(r"[^\s_\-/,.]*[\s_\-/,.]?", text):
+        if text_width((lines[-1] + part).rstrip(), points, bold) <= width:
+            lines[-1] += part
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in part:
+            if lines[-1] and text_width(lines[-1] + letter.rstrip(), points, bold) > width:
+                lines.append("")
+            lines[-1] += letter
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_title(axes: Any, title: str, note: str, colours: dict[str, Any], *, left: float = 60, size: int = 12) -> None:
+    """What a picture shows, and in small below it its unit and how to read it; in lines that stay inside it.
+
+    Args:
+        axes: whose left edge they begin at.
+        title: the bold line.
+        note: the line below.
+        colours: of the theme.
+        left: points from the picture's left edge to that of the axes, or more.
+        size: of the title, in points.
+    """
+    width = WIDTH_POINTS - left - 12
+    below = wrapped(note, 9, width)
+    heading = axes.set_title(
+        wrapped(title, size, width, bold=True), loc="left", color=colours["ink"], fontsize=size, fontweight="bold",
+        pad=24 + 11 * below.count("\n"),
+    )  # fmt: skip
+    unit = axes.annotate(
+        below, (0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points", fontsize=9,
+        color=colours["faint"],
+    )  # fmt: skip
+    for text in (heading, unit):
+        text.set_parse_math(False)
+
+
+def legend_label(name: str) -> str:
+    """A name as a label; matplotlib leaves those that begin with an underscore out of its legends."""
+    return f" {name}" if name.startswith("_") else name
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegendLayout:
+    """Where a legend's entries stand: in so many columns, their labels in lines, and the inches that they take."""
+
+    columns: int
+    labels: Sequence[str]
+    inches: float
+
+
+def legend_layout(labels: Sequence[str], handle: float = 2.0, most_columns: int = 3) -> LegendLayout:
+    """A layout that stays inside the picture, whatever the labels.
+
+    Args:
+        labels: of the entries; none take no room.
+        handle: length of the sign beside each, in widths of a letter.
+        most_columns: beside each other.
+    """
+    beside = (handle + 0.8) * LEGEND_POINTS  # the sign and the gap between it and its label
+    room = WIDTH_POINTS - 16
+    widest = max((text_width(label, LEGEND_POINTS) for label in labels), default=0)
+    columns = most_columns
+    while columns > 1 and columns * (beside + widest) + (columns - 1) * 2 * LEGEND_POINTS > room:
+        columns -= 1
+    shown = [wrapped(label, LEGEND_POINTS, room - beside) for label in labels] if columns == 1 else list(labels)
+    lines = max((1 + label.count("\n") for label in shown), default=0)
+    return LegendLayout(columns=columns, labels=shown, inches=math.ceil(len(shown) / columns) * (0.05 + 0.15 * lines))
+
+
+def add_legend(
+    figure: Any,
+    entries: tuple[Sequence[Any], Sequence[str]],
+    colours: dict[str, Any],
+    handle: float = 2.0,
+    most_columns: int = 3,
+) -> None:
+    """The legend below a picture: artists and their labels; ``handle`` and ``most_columns`` as in `legend_layout`."""
+    handles, labels = entries
+    layout = legend_layout(labels, handle, most_columns)
+    legend = figure.legend(
+        handles, layout.labels, loc="outside lower left", ncols=layout.columns, frameon=False, fontsize=LEGEND_POINTS,
+        labelcolor=colours["ink"], handlelength=handle,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def plain_axes(axes: Any, colours: dict[str, Any]) -> None:
+    """What the axes of every chart have in common."""
+    axes.set_facecolor(colours["paper"])
+    axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(colours["faint"])
+    axes.tick_params(colors=colours["faint"], labelsize=9, length=0)
+
+
+def number_axis(axis: Any) -> None:
+    """Numbers on an axis as they stand in the tables."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
 def marker_of(style: int) -> str:
@@ -108,6 +250,43 @@ def marker_of(style: int) -> str:
 def _of(choices: Sequence[Any], style: int) -> Any:
     """A choice that is another one when the colours begin again."""
     return choices[(style + style // len(LIGHT)) % len(choices)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def _draw_series(axes: Any, series: Series, colours: dict[str, Any], *, smooth: bool) -> None:
+    colour = _colour_of(series, colours)
+    x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
+    y = np.where(np.isfinite(y), y, np.nan)
+    dashes = _of(LINE_STYLES, series.style)
+    # Whole lines below broken ones: where two are equal, both are seen.
+    # Nor are lines and markers on an axis cut in half by it: the limits hold all values.
+    line = {"color": colour, "linestyle": dashes, "linewidth": 1.8, "zorder": 2.0 if dashes == "-" else 2.1}
+    line["clip_on"] = False
+    marker = {"marker": marker_of(series.style), "markersize": 5, "markeredgewidth": 0}
+    if (series.markers and len(x) <= MARK_UP_TO) or len(x) == 1:
+        axes.plot(x, y, label=legend_label(series.label), **line, **marker)
+        return
+    if smooth and len(x) >= SMOOTH_FROM and not series.markers:
+        axes.plot(*_extremes(x, y), color=colour, linewidth=0.7, alpha=0.3)
+        y = _running_mean(y, len(y) // 50)
+    axes.plot(x, y, label=legend_label(series.label), **line)
+    alone = _between_gaps(y)
+    if alone.any():  # a line has no length there
+        axes.plot(x[alone], y[alone], color=colour, linestyle="none", clip_on=False, **marker)
+
+
+def _between_gaps(y: np.ndarray) -> np.ndarray:
+    """Which values have no finite neighbour."""
+    known = np.concatenate([[False], np.isfinite(y), [False]])
+    return known[1:-1] & ~known[:-2] & ~known[2:]
+
+
+def _colour_of(series: Series, colours: dict[str, Any]) -> str:
+    palette = colours["palette"]
+    return str(colours["ink"] if series.limit else palette[series.style % len(palette)])
 
 
 def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,70 +313,58 @@ def _running_mean(y: np.ndarray, reach: int) -> np.ndarray:
         return np.where(known, (total[high] - total[low]) / (count[high] - count[low]), np.nan)
 
 
-def plain_axes(axes: Any, colours: dict[str, Any]) -> None:
-    """What the axes of every chart have in common."""
-    axes.set_facecolor(colours["paper"])
-    axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(colours["faint"])
-    axes.tick_params(colors=colours["faint"], labelsize=9, length=0)
-
-
 def _dress(axes: Any, chart: Chart, colours: dict[str, Any]) -> None:
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     plain_axes(axes, colours)
     axes.tick_params(which="minor", length=0)
     axes.tick_params(axis="x", length=3)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    number_axis(axes.xaxis)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(chart.x_label, color=colours["faint"], fontsize=9)
-    axes.set_xlim(left=0 - 0.02 * axes.get_xlim()[1])
+    last = max([1.0, *(float(max(series.x)) for series in chart.series if len(series.x))])
+    axes.set_xlim(-0.02 * last, 1.02 * last)
+    axes.margins(y=0.12)  # room for the last values
     if chart.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        number_axis(axes.yaxis)
         axes.yaxis.set_minor_formatter(NullFormatter())
         low, high = axes.get_ylim()
-        if high / low < 100:
+        if high / low < 1000:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+        number_axis(axes.yaxis)
     if chart.from_zero and not chart.log:
-        axes.set_ylim(bottom=0, top=max(1.08 * axes.get_ylim()[1], 1e-12))
+        axes.set_ylim(bottom=0, top=max(axes.get_ylim()[1], 1.08 * axes.dataLim.ymax, 1e-12))
 
 
-def _name_lines(figure: Any, axes: Any, chart: Chart, colours: dict[str, Any]) -> None:
-    title = axes.set_title(chart.title, loc="left", color=colours["ink"], fontsize=12, fontweight="bold", pad=24)
-    unit = chart.unit
+def _note(chart: Chart) -> str:
+    """The unit, and what a reader could not know of the lines."""
+    parts = [chart.unit] if chart.unit else []
     if chart.smooth and any(len(series.x) >= SMOOTH_FROM and not series.markers for series in chart.series):
-        unit += ", faint; running mean, bold"
-    place = {"xytext": (0, 8), "xycoords": "axes fraction", "textcoords": "offset points"}
-    note = axes.annotate(unit, (0, 1), fontsize=9, **place)
-    note.set_color(colours["faint"])
-    for text in (title, note):
-        text.set_parse_math(False)
-    if len(chart.series) > 1:
-        columns = legend_columns([series.label for series in chart.series])
-        legend = figure.legend(
-            loc="outside lower left", ncols=columns, frameon=False, fontsize=9, labelcolor=colours["ink"],
-            handlelength=3.2,
-        )  # fmt: skip
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    if len(chart.series) <= 2:
-        for series in chart.series:
-            _name_last_value(axes, series, colours)
+        parts = [f"{chart.unit}, faint", "running mean, bold"]
+    if not all(math.isfinite(y) for series in chart.series for y in series.y):
+        parts.append("gaps: not a finite number")
+    return "; ".join(parts)
 
 
-def _name_last_value(axes: Any, series: Series, colours: dict[str, Any]) -> None:
-    known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
-    if series.markers and known:
-        colour = _colour_of(series, colours)
+def _name_last_values(axes: Any, lines: Sequence[Series], colours: dict[str, Any]) -> None:
+    """The last value of each line with markers beside its end: of two the higher above, the lower below."""
+    from matplotlib.patheffects import withStroke
+
+    ends = []
+    for series in lines:
+        known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
+        if series.markers and known:
+            ends.append((*known[-1], _colour_of(series, colours)))
+    lowest = min(ends, key=lambda end: end[1], default=None)
+    for end in ends:
+        x, y, colour = end
+        below = len(ends) > 1 and end is lowest
         axes.annotate(
-            number(known[-1][1]), known[-1], xytext=(0, 8), textcoords="offset points", ha="right", fontsize=9,
-            color=colour, fontweight="bold",
+            number(y), (x, y), xytext=(0, -7 if below else 7), textcoords="offset points", fontsize=9, color=colour,
+            ha="left" if x < 0.1 * axes.get_xlim()[1] else "right", va="top" if below else "bottom", fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground=colours["paper"])],  # read also on a line
         )  # fmt: skip
 
 
@@ -207,8 +374,10 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if size >= limit:
+        if limit <= size < 1e15:
             return f"{value / limit:.4g}{unit}"
+    if size >= 1e15:
+        return f"{value:.3g}".replace("e+", "e")
     if size >= 1000:
         return f"{value:,.0f}"
     if value and size < 1e-4:

@@ -195,6 +195,7 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "skipped_steps": max(_column(run.training, "skipped_steps"), default=None),
         "tokens_per_second": _median(_column(run.training, "tokens_per_second")),
         "mfu": _median(_column(run.training, "mfu")),
+        "peak_flops": run.record.get("peak_flops"),
         "data_wait_fraction": _data_wait_fraction(run.training),
         "slowest_rank": _slowest_rank(run),
         "memory_bytes": max(_column(run.training, "memory_bytes"), default=None),
@@ -310,7 +311,8 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     ratios = _lines(runs, "training", x, ratio)
     if len(runs) == 1:
         both = trained("loss", label="training") + evaluated("eval_loss", label="validation", style=1)
-        losses = [("loss", "Training and validation loss", "nats a token", both, {"smooth": True})]
+        kinds = " and ".join(series.label for series in both)
+        losses = [("loss", f"{kinds} loss".capitalize(), "nats a token", both, {"smooth": True})]
     else:
         losses = [
             ("eval_loss", "Validation loss", "nats a token", evaluated("eval_loss"), {}),

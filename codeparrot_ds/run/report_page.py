@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from codeparrot_ds.run.plots import THEMES, Chart, number
+from codeparrot_ds.run.plots import THEMES, Chart, number, png_size
 
 NOTHING = "–"
 
@@ -87,6 +87,7 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("skipped steps", lambda run: _whole(run["skipped_steps"])),
     ("tokens/s (median)", lambda run: _number(run["tokens_per_second"])),
     ("model FLOPs utilization (median)", lambda run: _percent(run["mfu"])),
+    ("peak that it is held against", lambda run: _teraflops(run["peak_flops"])),
     ("waiting for data", lambda run: _percent(run["data_wait_fraction"])),
     ("slowest rank", lambda run: _slowest(run["slowest_rank"])),
     ("peak memory", lambda run: _gibibytes(run["memory_bytes"])),
@@ -197,10 +198,16 @@ def _tiles(run: dict[str, Any]) -> str:
 
 
 def _figure(chart: Chart, images: dict[str, bytes]) -> str:
+    return picture_element(images, _alternative_text(chart))
+
+
+def picture_element(images: dict[str, bytes], alternative: str) -> str:
+    """A picture that follows the reader's theme; inside the page."""
     source = {theme: f"data:image/png;base64,{base64.b64encode(images[theme]).decode()}" for theme in THEMES}
+    width, height = png_size(images["light"])
     return (
         f'<figure><picture><source media="screen and (prefers-color-scheme: dark)" srcset="{source["dark"]}">'
-        f'<img src="{source["light"]}" width="1120" height="640" alt="{html.escape(_alternative_text(chart))}">'
+        f'<img src="{source["light"]}" width="{width}" height="{height}" alt="{html.escape(alternative)}">'
         "</picture></figure>"
     )
 
@@ -363,6 +370,10 @@ def _number(value: Any) -> str:
 
 def _percent(fraction: Any) -> str:
     return f"{100 * fraction:.3g}%" if isinstance(fraction, (int, float)) else NOTHING
+
+
+def _teraflops(flops: Any) -> str:
+    return f"{flops / 1e12:,.3g} TFLOP/s" if isinstance(flops, (int, float)) else NOTHING
 
 
 def _slowest(rank: Any) -> str:

@@ -132,8 +132,11 @@ class Session:
         self.bad_steps.give_up = self._give_up
 
     @classmethod
-    def start(cls, config: RunConfig) -> Session:
-        """Sets one rank up: ranks, config, folder, model, engine, restored state, data, trackers; collective."""
+    def start(cls, config: RunConfig, *, peak_flops: float | None = None) -> Session:
+        """Sets one rank up: ranks, config, folder, model, engine, restored state, data, trackers; collective.
+
+        ``peak_flops`` of all ranks is what MFU is held against; None takes the devices' own, which may be measured.
+        """
         startup = Startup()
         startup.lap("Python, torch and other imports")
         keep_freed_pages()
@@ -190,7 +193,10 @@ class Session:
             progress.say("the data begins a new epoch: %s", " ".join(data_changes))
         tracker = _open_tracker(config, ds_config, shape, ranks, folder, step)
         startup.lap("loader and trackers")
-        meter = _start_meter(config, ds_config, shape, ranks, loader, restored)
+        peak_flops = peak_flops or _peak_of_ranks(ds_config, ranks)
+        meter = _start_meter(config, ds_config, shape, ranks, loader, restored, peak_flops)
+        if ranks.is_main:
+            folder.update(peak_flops=peak_flops)
         meter.memory_check = _memory_check(config, ds_config, shape, ranks, folder, progress, step)
         session = cls(
             config=config,
@@ -786,21 +792,27 @@ def _start_meter(
     ranks: Ranks,
     loader: TrainingLoader,
     restored: RunState | None,
+    peak_flops: float,
 ) -> Meter:
-    flops, source = peak_flops(ranks.device, precision(ds_config))
-    logger.debug("peak of this rank: %.3g FLOP/s (%s)", flops, source)
     hosts = ranks.gather(socket.gethostname())
     return Meter(
         loader=loader,
         tokens_per_step=config.global_batch_size * config.seq_length,
         flops_per_token=flops_per_token(shape, config.seq_length),
-        peak_flops=sum(ranks.gather(flops)),
+        peak_flops=peak_flops,
         device=ranks.device,
         tokens=restored.tokens if restored else 0,
         step=restored.step if restored else 0,
         max_train_steps=config.max_train_steps,
         rank_times=RankTimes(ranks, hosts, zero_stage(ds_config)) if ranks.world_size > 1 else None,
     )
+
+
+def _peak_of_ranks(ds_config: dict[str, Any], ranks: Ranks) -> float:
+    """FLOP/s of all ranks' devices together; collective."""
+    flops, source = peak_flops(ranks.device, precision(ds_config))
+    logger.debug("peak of this rank: %.3g FLOP/s (%s)", flops, source)
+    return sum(ranks.gather(flops))
 
 
 def _memory_check(

@@ -2,7 +2,7 @@
 
 Pure. The spread of a config is the range from the lowest first to the highest third quartile that any of its trials
 saw: it holds what differs between steps of one process, and between processes. One trial shows nothing of the latter,
-so its spread is taken to be `PROCESS_SPREAD` at least.
+so its spread is taken to be `PROCESS_SPREAD` at least. Two configs are told apart where their spreads do not overlap.
 """
 
 from __future__ import annotations
@@ -27,8 +27,15 @@ class Speed:
     trials: int
 
     def tied(self, other: Speed) -> bool:
-        """Whether either median lies in the other's spread: then another comparison may rank them otherwise."""
-        return self.low <= other.median <= self.high or other.low <= self.median <= other.high
+        """Whether the spreads overlap: then another comparison may rank the two otherwise."""
+        return self.low <= other.high and other.low <= self.high
+
+    def passes(self, other: Speed) -> bool:
+        """Whether its median is above the other's spread, and the other's below its own.
+
+        Enough for a search to go on from it, which costs little where it was wrong; not enough to be told apart.
+        """
+        return self.median > other.high and other.median < self.low
 
 
 def speed_of(trials: Sequence[Sequence[float]]) -> Speed | None:
@@ -54,7 +61,7 @@ def _quartile(values: Sequence[float], number: int) -> float:
 
 
 def ranked(speeds: Mapping[str, Speed]) -> list[tuple[str, list[str]]]:
-    """Names by falling median, each with those that it is tied with."""
+    """Names by falling median, each with those that it is not told apart from."""
     order = sorted(speeds, key=lambda name: -speeds[name].median)
     return [(name, [other for other in order if other != name and speeds[name].tied(speeds[other])]) for name in order]
 

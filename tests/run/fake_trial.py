@@ -17,6 +17,8 @@ from pathlib import Path
 from codeparrot_ds.config import RunConfig, load_config
 
 TOKENS = {"a": 1000.0, "b": 800.0}
+STEPS, WARMUP_STEPS = 6, 2
+"""Of the trials whose results are written down without being run."""
 
 
 def main() -> int:

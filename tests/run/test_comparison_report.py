@@ -6,16 +6,14 @@ import math
 from html.parser import HTMLParser
 
 import pytest
-from fake_trial import found, row
+from fake_trial import STEPS, found, row
 
-from codeparrot_ds.config import RunConfig
-from codeparrot_ds.run.comparison import Request, Results, candidates_of, reference_of, trials_of
+from codeparrot_ds.run.comparison import COMPARISON
 from codeparrot_ds.run.comparison_charts import pictures_of
 from codeparrot_ds.run.comparison_page import html_page, markdown_page
-from codeparrot_ds.run.comparison_report import as_json, differences, judge_all, write_reports
-from codeparrot_ds.run.plots import LIGHT, LINE_STYLES, _of, marker_of
-
-STEPS, WARMUP_STEPS = 6, 2
+from codeparrot_ds.run.comparison_report import as_json, differences, write_reports
+from codeparrot_ds.run.peak import Peak
+from codeparrot_ds.run.plots import LIGHT, LINE_STYLES, _of, marker_of, png_size
 
 
 class Page(HTMLParser):
@@ -33,50 +31,6 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-@pytest.fixture
-def compared(tmp_path, tokenizer_dir):
-    """Findings of configs whose results are written down by the test."""
-    folder = tmp_path / "out"
-
-    def make(speeds, *, world_sizes=(1,), repeats=2, missing=(), memory=None, **changes):
-        run = RunConfig(
-            model="demo", tokenizer=str(tokenizer_dir), seq_length=32, global_batch_size=8, micro_batch_size=2,
-            num_lanes=4,
-        )  # fmt: skip
-        paths = []
-        for stage, name in enumerate(speeds):
-            paths.append(tmp_path / f"{name}.json")
-            paths[-1].write_text(json.dumps({"zero_optimization": {"stage": stage % 4}}))
-        request = Request(
-            configs=[str(path) for path in paths], config=run, world_sizes=world_sizes, steps=STEPS,
-            warmup_steps=WARMUP_STEPS, repeats=repeats,
-        )  # fmt: skip
-        candidates = candidates_of(request, folder, device="cpu")
-        (folder / "initial").mkdir(exist_ok=True)
-        (folder / "initial" / "fingerprints.json").write_text('{"float32": "same"}')
-        for candidate in candidates:
-            for trial in trials_of(candidate):
-                if trial.name in missing:
-                    continue
-                speed = speeds[candidate.label] * candidate.world_size
-                rows = [row(step, speed, False) | {"tokens_per_second": speed} for step in range(1, STEPS + 1)]
-                rows[0]["tokens_per_second"] = 1.0  # warm-up
-                result = {"status": "finished", "reason": None, "step": None, "peak_bytes": None, "seconds": 1.0}
-                result |= {"name": trial.name, "repeat": trial.repeat, "found": found(rows, candidate.world_size)}
-                for peak in range(candidate.world_size):
-                    grown = (memory or {}).get(candidate.label, 2 * 10**8)
-                    result["found"]["resident_peak_bytes"][peak] = 10**8 + grown
-                result |= changes.get(candidate.label, {})
-                place = folder / "trials" / trial.name
-                place.mkdir(parents=True)
-                (place / "result.json").write_text(json.dumps(result))
-        results = Results(folder)
-        return judge_all(request, results, candidates, reference_of(candidates, results))
-
-    make.folder = folder
-    return make
-
-
 def test_the_figures_leave_the_warm_up_out(compared):
     findings = compared({"a": 1000.0, "b": 900.0})
     report = as_json(findings)
@@ -91,9 +45,96 @@ def test_the_figures_leave_the_warm_up_out(compared):
 def test_among_ties_the_one_with_less_memory_is_recommended(compared):
     findings = compared({"a": 1000.0, "b": 1000.0}, memory={"a": 3 * 10**8})
     assert findings.recommendation == (
-        "Take b on 1 rank: 1,000 tokens/s, 1.00x the tokens/s of the reference a on 1; "
-        "a on 1 is as fast within the spread, with more memory."
+        "Take b on 1 rank: 1,000 tokens/s (1,000 to 1,000, 2 trials); in speed it is not told apart from a on 1, and "
+        "takes less memory. To tell them apart, try the same command with --repeats 4."
     )
+
+
+def test_memory_that_is_hardly_less_is_no_reason(compared):
+    memory = {"a": 200 * 10**6, "b": 210 * 10**6, "c": 195 * 10**6}
+    findings = compared({"a": 980.0, "b": 1000.0, "c": 990.0}, memory=memory, repeats=1)
+    assert findings.recommendation == (
+        "Take c on 1 rank: 990 tokens/s (940 to 1,040, 1 trial); in speed it is not told apart from b on 1 and a on 1, "
+        "and takes less memory than b on 1. To tell them apart, try the same command with --repeats 3."
+    )
+
+
+def test_a_recommendation_says_how_sure_it_is(compared):
+    findings = compared({"a": 1000.0, "b": 1060.0, "c": 700.0}, repeats=1)
+    assert findings.recommendation == (
+        "Take b on 1 rank: 1,060 tokens/s (1,007 to 1,113, 1 trial); in speed it is not told apart from a on 1. "
+        "To tell them apart, try the same command with --repeats 3."
+    )
+    assert as_json(findings)["ranking"] == [
+        {"name": "b on 1", "tied_with": ["a on 1"]},
+        {"name": "a on 1", "tied_with": ["b on 1"]},
+        {"name": "c on 1", "tied_with": []},
+    ]
+    assert "in speed not told apart from a on 1" in findings.lines()[0] and "1 trial)" in findings.lines()[0]
+    assert "| not told apart from |" in markdown_page(findings, [])
+
+
+def test_a_single_trial_that_is_far_ahead_is_still_a_single_trial(compared):
+    findings = compared({"a": 1000.0, "b": 2000.0}, repeats=1)
+    assert findings.recommendation == (
+        "Take b on 1 rank: 2,000 tokens/s (1,900 to 2,100, 1 trial), 2.00x (1.81x to 2.21x) the tokens/s of the "
+        "reference a on 1. From a single trial that is not sure: the same command with --repeats 3 shows how far "
+        "trials differ."
+    )
+
+
+def test_two_trials_that_agree_are_enough(compared):
+    findings = compared({"a": 1000.0, "b": 1060.0})
+    assert findings.recommendation == (
+        "Take b on 1 rank: 1,060 tokens/s (1,060 to 1,060, 2 trials), 1.06x (1.06x to 1.06x) the tokens/s of the "
+        "reference a on 1."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# MFU and memory
+
+
+def own_peaks(trial, found):
+    """A machine that was idle during the trials of the fast config, and busy during those of the slow one."""
+    idle = trial.candidate.label == "b"
+    found |= {"flops_per_token": 1e6, "peak_flops": (4e9 if idle else 1e9) * trial.candidate.world_size}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_mfu_orders_as_speed_does(compared, recorded):
+    peak = Peak(flops=5e9, source="measured once", whole_machine=True)
+    compared.folder.mkdir()
+    (compared.folder / COMPARISON).write_text(json.dumps({"peak": dataclasses.asdict(peak)} if recorded else {}))
+    findings = compared({"a": 1000.0, "b": 1100.0}, alter=own_peaks, world_sizes=(1, 2))
+    report = as_json(findings)
+    mfu = {config["name"]: config["mfu"] for config in report["configs"]}
+    assert report["peak"]["flops"] == (5e9 if recorded else 8e9)  # an old comparison has the fastest of its trials
+    for config in report["configs"]:
+        expected = config["tokens_per_second"]["median"] * 1e6 / report["peak"]["flops"]
+        assert config["mfu"] == pytest.approx(expected)
+    assert sorted(mfu, key=mfu.get) == [name for name, _ in reversed(findings.ranking)]
+    note = "one peak of 0.005 TFLOP/s of this machine (measured once)" if recorded else "the fastest that a trial"
+    assert note in markdown_page(findings, []) and note in html_page(findings, [])
+
+
+def test_mfu_of_gpus_is_against_so_many_of_them(compared):
+    def on_gpus(trial, found):
+        found |= {"flops_per_token": 1e6, "peak_flops": 1e15 * trial.candidate.world_size, "device": "NVIDIA H200"}
+
+    findings = compared({"a": 1e8}, alter=on_gpus, world_sizes=(1, 4))
+    assert [config["mfu"] for config in as_json(findings)["configs"]] == pytest.approx([0.1, 0.1])
+    assert findings.peak == Peak(flops=1e15, source="the highest of a trial's", whole_machine=False)
+
+
+def test_on_a_cpu_the_plan_is_beside_what_was_measured_and_not_compared(compared):
+    findings = compared({"a": 1000.0, "b": 900.0}, memory={"a": 87 * 10**6})
+    page = markdown_page(findings, [])
+    table = page[page.index("## Memory") : page.index("## Settings")]
+    assert "| config | this CPU, grown | this CPU, in all | a GPU, planned | its host, planned |" in table
+    assert "| a on 1 | 87 MB | 187 MB |" in table and "%" not in table and "difference" not in table
+    assert "two things that are not to be compared" in table
+    assert "87 MB a rank beside its libraries" in findings.lines()[0]
 
 
 def test_what_is_missing_is_said_in_all_forms(compared):
@@ -141,8 +182,10 @@ def test_the_page_has_every_picture_in_both_themes_with_words_for_it(compared):
     for picture in pictures:
         assert picture.images["light"] != picture.images["dark"]
         assert {"a", "b"} <= set(picture.alternative.replace(":", " ").replace(";", " ").split())
-        width, height = (int.from_bytes(picture.images["dark"][at : at + 4], "big") for at in (16, 20))
-        assert (width, height) == (1120, picture.height)
+    shown = [(int(image["width"]), int(image["height"])) for image in images]
+    assert shown == [png_size(picture.images["dark"]) for picture in pictures] and {width for width, _ in shown} == {
+        1120
+    }
 
 
 def test_settings_of_few_configs_have_columns_and_of_many_are_grouped_by_value(compared):

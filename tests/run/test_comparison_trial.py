@@ -69,7 +69,7 @@ def test_all_go_well(start):
     findings, said = start({})
     assert findings.complete and [name for name, _ in findings.ranking] == ["a on 1", "b on 1"]
     assert findings.reference == "a on 1" and str(findings.outcome("b on 1").verdict) == "equal bit for bit"
-    assert findings.recommendation.startswith("Take a on 1 rank: 1,000 tokens/s, 1.25x the tokens/s of b on 1")
+    assert findings.recommendation.startswith("Take a on 1 rank: 1,000 tokens/s (1,000 to 1,001, 2 trials), 1.25x")
     assert [line.partition(" ")[0] for line in said] == ["[1/5]", "[2/5]", "[3/5]", "[4/5]", "[5/5]"]
     assert said[-1].endswith("nothing left") and "sensitivity run of fp32" in said[1]
     for name in ("report.html", "report.md"):

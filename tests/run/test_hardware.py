@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from codeparrot_ds.run.hardware import PEAK_FLOPS, peak_flops, peak_memory_bytes
+from codeparrot_ds.run import hardware
+from codeparrot_ds.run.hardware import PEAK_FLOPS, one_peak_for_all, peak_flops, peak_memory_bytes
 
 CPU = torch.device("cpu")
 
@@ -17,6 +18,28 @@ def test_a_cpu_is_measured(precision):
     flops, source = peak_flops(CPU, precision)
     assert 1e8 < flops < 1e15
     assert source == f"measured {precision} matrix products"
+
+
+def test_one_peak_for_runs_in_any_precision_is_the_fastest(monkeypatch):
+    threads = torch.get_num_threads()
+    found = {}
+    measure = hardware._measured
+
+    def remembered(device, precision, **options):
+        return found.setdefault(precision, measure(device, precision, **options))
+
+    monkeypatch.setattr(hardware, "_measured", remembered)
+    try:
+        flops, source = one_peak_for_all(CPU)
+    finally:
+        torch.set_num_threads(threads)
+    assert set(found) == {"fp32", "bf16"} and flops == max(found.values())
+    assert source == f"fastest measured matrix products of fp32, bf16: {max(found, key=found.get)}"
+
+
+def test_one_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert one_peak_for_all(torch.device("cuda", 0)) == peak_flops(torch.device("cuda", 0), "fp32")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,17 @@ def test_the_slowest_rank_is_named(tmp_path):
     assert "1 on beta: 1.60 × the median rank, in 75% of rows" in (path / "report" / "report.md").read_text()
 
 
+def test_the_peak_that_mfu_is_held_against_is_beside_it(tmp_path):
+    paths = [write_run(tmp_path / name) for name in ("old", "new")]
+    record = json.loads((paths[1] / "run.json").read_text())
+    (paths[1] / "run.json").write_text(json.dumps(record | {"peak_flops": 1.234e12}))
+    write_report(paths, tmp_path / "out")
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "| model FLOPs utilization (median) | 25% | 25% |\n| peak that it is held against | – | 1.23 TFLOP/s |" in table
+    )
+
+
 def test_tables_and_settings_in_html_and_markdown(run):
     page = Page(run / "report" / "report.html")
     markdown = (run / "report" / "report.md").read_text()

@@ -72,6 +72,19 @@ def test_what_was_measured(comparison):
     assert not any((folder / "runs").glob("*/checkpoints"))  # measured, and gone
 
 
+def test_all_are_held_against_one_peak(comparison):
+    folder, _, report = comparison
+    peak = json.loads((folder / "comparison.json").read_text())["peak"]
+    assert peak == report["peak"] and peak["whole_machine"]
+    for path in (folder / "trials").glob(f"*/{FOUND}"):
+        found = json.loads(path.read_text())
+        assert found["peak_flops"] == peak["flops"]
+        for row in found["rows"]:
+            assert row["mfu"] == pytest.approx(row["tokens_per_second"] * found["flops_per_token"] / peak["flops"])
+    mfu = {config["name"]: config["mfu"] for config in report["configs"]}
+    assert sorted(mfu, key=mfu.get, reverse=True) == [place["name"] for place in report["ranking"]]
+
+
 def test_the_same_weights_and_rows_and_what_parts(comparison):
     folder, _, report = comparison
     found = [json.loads(path.read_text()) for path in sorted((folder / "trials").glob(f"*/{FOUND}"))]

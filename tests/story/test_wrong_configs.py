@@ -44,7 +44,7 @@ def verdicts(workshop, tmp_path_factory):
     places = []
     for trial in left_to_run(candidates, results):
         initial = initial_weights(config, out, perturbed=trial.perturbed)
-        places.append(prepare_trial(trial, out, initial=initial, orders=orders_of(request, trial)))
+        places.append(prepare_trial(trial, out, initial=initial, orders=orders_of(request, trial, None)))
     script = Path(__file__).with_name("trials_in_turn.py")
     environment = clean_environment(
         DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",

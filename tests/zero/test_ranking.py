@@ -25,14 +25,19 @@ def test_one_trial_does_not_show_how_processes_differ():
     assert speed_of([[], [100.0] * 9]) == Speed(median=100.0, low=95.0, high=105.0, steps=9, trials=1)
     wide = speed_of([[50.0, 60.0, 100.0, 140.0, 150.0]])
     assert (wide.low, wide.high) == (60.0, 140.0)
-    assert speed_of([[100.0] * 9]).tied(speed_of([[96.0] * 9]))
-    assert not speed_of([[100.0] * 9] * 2).tied(speed_of([[96.0] * 9] * 2))
+    assert speed_of([[106.0] * 9]).tied(speed_of([[100.0] * 9]))
+    assert not speed_of([[106.0] * 9] * 2).tied(speed_of([[100.0] * 9] * 2))
 
 
-def test_tied_where_one_median_lies_in_the_others_spread_whichever_is_asked():
-    steady, wide, slow = speed(100, 99, 101), speed(95, 90, 100), speed(80, 79, 81)
+def test_tied_where_the_spreads_overlap_whichever_is_asked():
+    steady, wide, slow = speed(100, 99, 101), speed(94, 89, 99.5), speed(80, 79, 81)
     assert wide.tied(steady) and steady.tied(wide)
     assert not slow.tied(steady) and not wide.tied(slow)
+
+
+def test_a_search_goes_on_where_neither_median_lies_in_the_others_spread():
+    steady, wide, near = speed(100, 99, 101), speed(94, 89, 99.5), speed(99.2, 98, 100)
+    assert steady.passes(wide) and not wide.passes(steady) and not steady.passes(near)
 
 
 def test_the_ranking_falls_and_names_ties():
