@@ -74,9 +74,11 @@ if ! is_ready; then
     exec 9>&-
 fi
 
+case ":$PATH:" in *":$environment/bin:"*) called="" ;; *) called="$0" ;; esac
 export PATH="$environment/bin:$PATH"
 if [ "$extras" = test ]; then
     cd "$here"
     exec "$python" -m pytest "${@:2}"
 fi
+export CODEPARROT_DS_COMMAND="$called"  # how the commands that are proposed begin, where PATH has no codeparrot-ds
 exec "$environment/bin/codeparrot-ds" "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import io
 import json
@@ -21,6 +22,7 @@ from codeparrot_ds.config import (
     PRESETS,
     SET_BY_COMPARE,
     ArgumentParser,
+    HelpFormatter,
     LaunchOptions,
     RunConfig,
     add_config_arguments,
@@ -31,11 +33,21 @@ from codeparrot_ds.config import (
     without_launch_arguments,
 )
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.option_types import batches as _batches
+from codeparrot_ds.option_types import count as _count
+from codeparrot_ds.option_types import counts as _counts
+from codeparrot_ds.option_types import index as _index
+from codeparrot_ds.option_types import real as _real
+from codeparrot_ds.option_types import whole as _whole
+from codeparrot_ds.shell import TerminatedError, interrupted_by_sigterm, pasteable
+from codeparrot_ds.units import size_text
 
 PROGRAM = "codeparrot-ds"
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+TERMINATED = 143  # 128 + SIGTERM
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 KINDS = ("error", "warning")  # of what a check finds
+_seed, _temperature, _share = _whole(), _real(minimum=0), _real(above=0, maximum=1)
 # What the user can mend when the operating system refuses; anything else is a fault of ours and keeps its traceback.
 REFUSALS = {
     errno.ENOSPC: "the disk is full",
@@ -63,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(interrupt, TerminatedError) else INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe has left (`| head`); the interpreter's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -78,9 +90,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return UserError.exit_code
 
 
+WHERE_TO_START = """\
+where to start:
+  codeparrot-ds demo                       the whole story in minutes
+then with code of yours:
+  codeparrot-ds corpus ~/src/project --out corpus
+  codeparrot-ds tokenizer --data corpus --out tokenizer
+  codeparrot-ds train small --data corpus --tokenizer tokenizer
+"""
+
+
+class _AsWritten(argparse.RawDescriptionHelpFormatter, HelpFormatter):
+    """Keeps the lines of a parser's epilog."""
+
+
 def build_parser() -> ArgumentParser:
     """The parser of all commands."""
-    parser = ArgumentParser(prog=PROGRAM, description="Trains code models from scratch with DeepSpeed.")
+    parser = ArgumentParser(
+        prog=PROGRAM,
+        description="Trains code models from scratch with DeepSpeed.",
+        epilog=WHERE_TO_START,
+        formatter_class=_AsWritten,
+    )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (
@@ -163,6 +194,8 @@ def _add_demo(commands: Any) -> None:
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
+    print(f"demo in {arguments.workdir}: corpus, tokenizer, training, evaluation, branch, completions", flush=True)
+
     from codeparrot_ds.demo import run_demo
 
     return run_demo(
@@ -190,7 +223,9 @@ def _add_corpus(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
     group = parser.add_argument_group("reading")
-    group.add_argument("--suffixes", nargs="+", default=[".py"], metavar="S", help=_default("files to read", ".py"))
+    group.add_argument(
+        "--suffixes", nargs="+", default=[".py"], metavar="SUFFIX", help=_default("files to read", ".py")
+    )
     group.add_argument(
         "--content-column", default="content", metavar="NAME", help=_default("column of text", "content")
     )
@@ -207,8 +242,8 @@ def _add_corpus(commands: Any) -> None:
         help="drop files that are nearly equal to one that stays (default: on)",
     )  # fmt: skip
     group.add_argument(
-        "--near-duplicate-threshold", type=float, default=0.85, metavar="X",
-        help=_default("Jaccard similarity of two files' sets of tokens that is nearly equal", 0.85),
+        "--near-duplicate-threshold", type=_share, default=0.85, metavar="X",
+        help=_default("Jaccard similarity of two files' sets of tokens that is nearly equal", 0.85)
     )  # fmt: skip
     group.add_argument(
         "--redact", action="store_true",
@@ -217,13 +252,13 @@ def _add_corpus(commands: Any) -> None:
     )  # fmt: skip
     group = parser.add_argument_group("writing")
     group.add_argument(
-        "--validation-fraction", type=float, default=0.05, metavar="X", help=_default("share of bytes held out", 0.05)
+        "--validation-fraction", type=_share, default=0.05, metavar="X", help=_default("share of bytes held out", 0.05)
     )
     group.add_argument("--compress", choices=("none", "gz", "zst"), default="none", help=_default("of shards", "none"))
     group.add_argument(
         "--shard-bytes", type=_count, default=128 << 20, metavar="N", help=_default("bytes a shard", "134217728")
     )
-    group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of split, order and filters", 1))
+    group.add_argument("--seed", type=_seed, default=1, metavar="N", help=_default("of split, order and filters", 1))
     group.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
 
 
@@ -259,7 +294,7 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
     lines, warnings = describe(card)
     for warning in warnings:
         print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
-    print("\n".join([*lines, f"{card['documents']:,} documents, {card['bytes'] / 1e6:,.1f} MB in {arguments.out}"]))
+    print("\n".join([*lines, f"{card['documents']:,} documents, {size_text(card['bytes'])} in {arguments.out}"]))
     return 0
 
 
@@ -270,7 +305,7 @@ def _add_tokenizer(commands: Any) -> None:
     parser.add_argument("--vocab-size", type=_count, default=32_768, metavar="N", help=_default("tokens in all", 32768))
     parser.add_argument("--max-documents", type=_count, metavar="N", help="documents to train on (default: all)")
     parser.add_argument("--max-bytes", type=_count, metavar="N", help="bytes of text to train on (default: all)")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help=_default("order of shards under a limit", 1))
+    parser.add_argument("--seed", type=_seed, default=1, metavar="N", help=_default("order of shards under a limit", 1))
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
 
 
@@ -333,8 +368,8 @@ def _add_data(commands: Any) -> None:
     action.add_argument("--split", choices=("train", "validation"), default="train", help=_default("part", "train"))
     action.add_argument("--ngram-tokens", type=_count, default=10, metavar="N", help=_default("of an n-gram", 10))
     action.add_argument(
-        "--threshold", type=float, default=0.5, metavar="X",
-        help=_default("share of a solution's n-grams in one document from which it is named", 0.5),
+        "--threshold", type=_real(minimum=0, maximum=1), default=0.5, metavar="X",
+        help=_default("share of a solution's n-grams in one document from which it is named", 0.5)
     )  # fmt: skip
     action.add_argument("--num-workers", type=_count, metavar="N", help="processes (default: one a core)")
     action.add_argument("--json", action="store_true", help="print one JSON object, with every problem")
@@ -346,7 +381,7 @@ def _run_data_contamination(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.evaluation.problems import load_problems
 
     shards = split_shards(arguments.data, arguments.split)
-    problems = load_problems(arguments.problems)
+    problems = load_problems(arguments.problems, _say_aside)
     with _progress("shards") as progress:
         found = find_contamination(
             problems,
@@ -403,10 +438,19 @@ def _add_train(commands: Any) -> None:
 
 def _run_train(arguments: argparse.Namespace) -> int:
     config, launch = config_from_arguments(arguments), launch_from_arguments(arguments)
+    typed = arguments.arguments
+    if config.run_name is None and not launch.no_ssh:  # whose hosts would make a name each
+        from codeparrot_ds.run.folder import new_run_name
+
+        name = new_run_name(Path(config.output_dir))
+        config, typed = dataclasses.replace(config, run_name=name), [*typed, "--run-name", name]
+    log = Path(config.output_dir) / str(config.run_name) / "log"
+    model = Path(config.model).name
+    print(f"run {config.run_name}: checking {config.max_train_steps} steps of {model}; log in {log}", flush=True)
 
     from codeparrot_ds.run.launch import front_door
 
-    return front_door(config, launch, without_launch_arguments(arguments.arguments))
+    return front_door(config, launch, without_launch_arguments(arguments.arguments), typed=typed)
 
 
 def _add_doctor(commands: Any) -> None:
@@ -485,17 +529,33 @@ def _run_check(arguments: argparse.Namespace) -> int:
     shape, model = _model_of(run) if config or arguments.explain else (None, None)
     names = arguments.ds_configs or [run.deepspeed]
     files = [_check_file(name, arguments, config, shape) for name in names]
+    of_run = [] if config is None else _check_run_config(config, arguments)
     notice = version_notice()
-    num = {kind: sum(finding["severity"] == kind for file in files for finding in file["findings"]) for kind in KINDS}
+    findings = [*of_run, *(finding for file in files for finding in file["findings"])]
+    num = {kind: sum(finding["severity"] == kind for finding in findings) for kind in KINDS}
     if arguments.json:
-        report = {"errors": num["error"], "warnings": num["warning"], "notice": notice, "model": model, "files": files}
-        print(json.dumps(report, indent=2))
+        report = {"errors": num["error"], "warnings": num["warning"], "notice": notice, "model": model}
+        print(json.dumps(report | {"run_config": of_run, "files": files}, indent=2))
     else:
         lines = [line for line in (model, notice) if line]
+        lines += [f"{finding['file']}: {finding['severity']}: {finding['message']}" for finding in of_run]
         for file in files:
             lines += file.pop("text")
         print("\n".join(lines))
     return 1 if num["error"] else 0
+
+
+def _check_run_config(config: RunConfig, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What of the run config can hardly be meant, in the form of the JSONs' findings."""
+    from codeparrot_ds.config_warnings import config_warnings
+    from codeparrot_ds.run.folder import continued_from
+    from codeparrot_ds.zero.lint import Finding
+
+    place = arguments.config or f"preset {arguments.preset}"
+    return [
+        Finding(place, warning.field, "warning", warning.sentence).as_json()
+        for warning in config_warnings(config, continued_from(config))
+    ]
 
 
 def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | None, shape: Any) -> dict[str, Any]:
@@ -618,7 +678,7 @@ def _add_plan(commands: Any) -> None:
         "--attention", choices=("flash", "math"), default="flash",
         help=_default("kernel: fused, or one that keeps whole scores", "flash"),
     )  # fmt: skip
-    group.add_argument("--dropout", type=float, metavar="X", help=_default("probability", 0.0))
+    group.add_argument("--dropout", type=_real(minimum=0), metavar="X", help="probability (default: the preset's)")
     group.add_argument(
         "--chunked-loss",
         action="store_true",
@@ -745,6 +805,13 @@ def _add_compare(commands: Any) -> None:
 
 
 def _run_compare(arguments: argparse.Namespace) -> int:
+    config = config_from_arguments(arguments)
+    if not arguments.ds_configs and not arguments.search:
+        raise UserError("nothing to compare: name DeepSpeed JSONs, such as zero1 zero2 zero3")
+    if arguments.search and len(arguments.world_sizes or ()) > 1:
+        raise UserError("--search looks for the best config of one number of ranks: give one with --world-sizes")
+    _say(f"comparison in {arguments.out}: checking the configs first")
+
     from codeparrot_ds.compare import run_comparison
     from codeparrot_ds.run.comparison import Request, local_world_size
     from codeparrot_ds.run.precision import device_precisions, with_precision
@@ -752,17 +819,12 @@ def _run_compare(arguments: argparse.Namespace) -> int:
 
     device = _local_device()
     fastest = device_precisions(device)[0]
-    config = with_precision(config_from_arguments(arguments), (fastest,))
+    config = with_precision(config, (fastest,))
     named = [text.partition(",") for text in arguments.ds_configs]
-    world_sizes = arguments.world_sizes or (local_world_size(device),)
-    if not arguments.ds_configs and not arguments.search:
-        raise UserError("nothing to compare: name DeepSpeed JSONs, such as zero1 zero2 zero3")
-    if arguments.search and len(world_sizes) > 1:
-        raise UserError("--search looks for the best config of one number of ranks: give one with --world-sizes")
     request = Request(
         configs=[name_in(name, fastest) + comma + fields for name, comma, fields in named] or [config.deepspeed],
         config=config,
-        world_sizes=world_sizes,
+        world_sizes=arguments.world_sizes or (local_world_size(device),),
         micro_batch_sizes=arguments.micro_batches,
         steps=arguments.steps,
         warmup_steps=arguments.warmup_steps,
@@ -770,14 +832,19 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         parts_steps=arguments.parts_steps,
         checkpoint=arguments.checkpoint,
     )
-    return run_comparison(
-        request,
-        arguments.out,
-        hang_seconds=arguments.hang_limit,
-        retry_failed=arguments.retry_failed,
-        search_minutes=arguments.minutes if arguments.search else None,
-        say=_say,
-    )
+    try:
+        with interrupted_by_sigterm():
+            return run_comparison(
+                request,
+                arguments.out,
+                hang_seconds=arguments.hang_limit,
+                retry_failed=arguments.retry_failed,
+                search_minutes=arguments.minutes if arguments.search else None,
+                say=_say,
+            )
+    except KeyboardInterrupt:
+        _say(f"Go on with:\n  {pasteable('compare', *arguments.arguments)}")
+        raise
 
 
 def _say(line: str) -> None:
@@ -804,7 +871,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     group.add_argument("--batch-size", type=_count, metavar="N", help="rows at once (default: the run's, or 8)")
     group.add_argument(
-        "--max-eval-steps", type=int, metavar="N", help="batches; -1 for all (default: the run's, or -1)"
+        "--max-eval-steps", type=_batches, metavar="N", help="batches; -1 for all (default: the run's, or -1)"
     )
     parser.add_argument(
         "--num-gpus", "--num-processes", type=_count, dest="num_processes", metavar="N",
@@ -814,6 +881,9 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
+    _check_model(arguments.source)
+    _say_aside(f"importing torch, then reading {arguments.source}")
+
     from codeparrot_ds.evaluation.perplexity import evaluate_in_processes
     from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 
@@ -870,12 +940,15 @@ def _add_complete(commands: Any) -> None:
     group.add_argument(
         "--temperature", type=_temperature, default=0.4, metavar="T", help=_default("0 takes the likeliest token", 0.4)
     )
-    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help=_default("of the probability", 0.95))
-    group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+    group.add_argument("--top-p", type=_share, default=0.95, metavar="X", help=_default("of the probability", 0.95))
+    group.add_argument("--seed", type=_seed, default=1, metavar="N", help=_default("of the sampling", 1))
     group.add_argument("--batch-size", type=_count, default=32, metavar="N", help=_default("rows at once", 32))
 
 
 def _run_complete(arguments: argparse.Namespace) -> int:
+    _check_model(arguments.source)
+    _say_aside(f"importing torch, then reading {arguments.source}")
+
     from codeparrot_ds.data.inspect import uses_colour
     from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
     from codeparrot_ds.model.products import multiply_in_fp32_where_needed
@@ -932,9 +1005,9 @@ def _add_humaneval(commands: Any) -> None:
         "--temperatures", type=_temperature, nargs="+", default=(0.2, 0.6, 0.8), metavar="T",
         help=_default("temperatures, of which the best counts; 0 is greedy", "0.2 0.6 0.8"),
     )  # fmt: skip
-    group.add_argument("--top-p", type=float, default=0.95, metavar="X", help=_default("of the probability", 0.95))
+    group.add_argument("--top-p", type=_share, default=0.95, metavar="X", help=_default("of the probability", 0.95))
     group.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help=_default("at most", 256))
-    group.add_argument("--seed", type=int, default=1, metavar="N", help=_default("of the sampling", 1))
+    group.add_argument("--seed", type=_seed, default=1, metavar="N", help=_default("of the sampling", 1))
     group.add_argument("--batch-size", type=_count, default=32, metavar="N", help=_default("rows at once", 32))
     group.add_argument(
         "--num-gpus", "--num-processes", type=_count, dest="num_processes", metavar="N",
@@ -943,7 +1016,11 @@ def _add_humaneval(commands: Any) -> None:
     group = parser.add_argument_group("judging")
     group.add_argument("--k", type=_counts, default=(1, 10, 100), metavar="K,K", help=_default("of pass@k", "1,10,100"))
     group.add_argument(
-        "--seconds", type=float, default=5.0, metavar="X", help=_default("a program may take with its tests", 5)
+        "--seconds",
+        type=_real(above=0),
+        default=5.0,
+        metavar="X",
+        help=_default("a program may take with its tests", 5),
     )
     group.add_argument(
         "--memory-mb", type=_count, default=512, metavar="N", help=_default("a program's process may take", 512)
@@ -994,6 +1071,7 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
             num_processes=arguments.num_processes,
             overwrite=arguments.overwrite,
             progress=progress,
+            say=_say_aside,
         )
     if arguments.json and results:
         print(json.dumps(results, indent=2))
@@ -1001,6 +1079,20 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
     print(describe(results) if results else "nothing was run")
     print(f"results in {folder}")
     return 0
+
+
+def _check_model(source: str) -> None:
+    """Refuses a model that is not there, without torch; one of a branch is fetched when it is read."""
+    from codeparrot_ds.evaluation.source import find_model
+    from codeparrot_ds.hub.revision import parse_revision
+
+    if parse_revision(source) is None:
+        find_model(source)
+
+
+def _say_aside(line: str) -> None:
+    """A line for the user of a command whose standard output is its result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -1038,12 +1130,12 @@ def _add_checkpoint(commands: Any) -> None:
         "writes a checkpoint's model as a Hugging Face folder",
     )
     action.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint of it")
-    action.add_argument("--step", type=int, metavar="N", help="optimizer step (default: the newest checkpoint)")
+    action.add_argument("--step", type=_count, metavar="N", help="optimizer step (default: the newest checkpoint)")
     dtypes = ("float32", "bfloat16", "float16")
     action.add_argument(
         "--dtype", choices=dtypes, default="float32", help=_default("precision of the weights", "float32")
     )
-    action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make (required)")
     action.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     _add_checkpoint_import(actions)
 
@@ -1077,8 +1169,9 @@ def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
             option = "--" + field.replace("_", "-")
             raise UserError(f"{option} does not go with RUN_FOLDER, which says where the run is and what its name is")
     config = config_from_arguments(arguments)
+    _say(f"importing torch, then reading {arguments.deepspeed_folder}")
 
-    from codeparrot_ds.run.checkpoint_import import describe, import_deepspeed
+    from codeparrot_ds.run.checkpoint_import import describe, import_deepspeed, warnings_of
 
     with _progress("rows") as progress:
         imported = import_deepspeed(
@@ -1089,6 +1182,8 @@ def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
             first_row=arguments.first_row,
             progress=progress,
         )
+    for warning in warnings_of(imported, config):
+        print(f"{PROGRAM}: warning: {warning.sentence}", file=sys.stderr)
     print("\n".join(describe(imported, config)))
     return 0
 
@@ -1103,16 +1198,16 @@ def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
     for row in rows:
         state = "set aside" if row["aside"] else "complete" if row["complete"] else "NOT COMPLETE"
         loss = "" if row["eval_loss"] is None else f"loss {row['eval_loss']:.4f}"
-        print(
-            f"step {row['step']:>8,}  {row['bytes'] / 1e6:>10,.1f} MB  {row['created']}  {loss:<12}  {state:<12}  "
-            f"{row['path']}"
-        )
+        size = size_text(row["bytes"]) if row["bytes"] else "unknown size"
+        print(f"step {row['step']:>8,}  {size:>13}  {row['created']}  {loss:<12}  {state:<12}  {row['path']}")
     if not rows:
         print(f"{arguments.run_folder} has no checkpoint yet")
     return 0
 
 
 def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
+    _say(f"importing torch, then reading {arguments.path}")
+
     from codeparrot_ds.run.checkpoint_export import export_checkpoint, find_checkpoint
 
     checkpoint = find_checkpoint(arguments.path, arguments.step)
@@ -1162,17 +1257,14 @@ def _add_hub(commands: Any) -> None:
 def _run_hub(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     run = arguments.run_folder
     if arguments.action == "status":
         print(hub_status(run))
     elif arguments.action == "push":
-        print(hub_push(run, say=say))
+        print(hub_push(run, say=_say_aside))
     else:
         options = {"checkpoint": arguments.checkpoint, "tag": arguments.tag, "overwrite": arguments.overwrite}
-        print(hub_publish(run, say=say, **options))
+        print(hub_publish(run, say=_say_aside, **options))
     return 0
 
 
@@ -1191,32 +1283,3 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
 def _default(text: str, value: Any) -> str:
     return f"{text} (default: {value})"
-
-
-def _index(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    parts = [part for part in text.split(",") if part.strip()]
-    if not parts:
-        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, such as 1,2,4, not {text!r}")
-    return tuple(sorted({_count(part.strip()) for part in parts}))
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)

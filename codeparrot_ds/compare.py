@@ -7,9 +7,13 @@ on the disk: a comparison that was stopped goes on with the same command, and ha
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from codeparrot_ds.config import FIELDS, RunConfig
+from codeparrot_ds.config_warnings import config_warnings
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.comparison import (
     COMPARISON,
@@ -33,6 +37,8 @@ from codeparrot_ds.run.peak import Peak, peak_of_comparison
 from codeparrot_ds.search import Search
 
 Say = Callable[[str], None]
+TRIAL_GROUPS = ("model", "batch and schedule")
+"""Of the run config's fields, those that trials are trained with: they neither evaluate nor save at intervals."""
 
 
 def run_comparison(
@@ -65,7 +71,7 @@ def run_comparison(
     open_folder(folder, request)
     if retry_failed:
         forget_failures(folder)
-    candidates = candidates_of(request, folder, device=device)
+    candidates = with_warnings(candidates_of(request, folder, device=device), request)
     ready = [candidate for candidate in candidates if candidate.skipped is None]
     for candidate in candidates:
         for sentence in [candidate.skipped] if candidate.skipped else candidate.notes:
@@ -73,6 +79,7 @@ def run_comparison(
     if not ready:
         raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
     check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
+    say(f"training {len(ready)} config(s), each in fresh processes; a line follows each trial")
     peak = peak_of_comparison(folder / COMPARISON, device)
     if search_minutes is None:
         findings = compare(request, folder, candidates, peak=peak, hang_seconds=hang_seconds, say=say)
@@ -92,6 +99,22 @@ def run_comparison(
         say(line)
     say(f"report: {folder / 'report.html'}")
     return 0 if findings.speeds else 1
+
+
+def with_warnings(candidates: Sequence[Candidate], request: Request) -> list[Candidate]:
+    """Says what of the run config that all share can hardly be meant; what one alone has becomes a note of its."""
+
+    def sentences(config: RunConfig) -> list[str]:
+        found = [warning for warning in config_warnings(config) if FIELDS[warning.field].group in TRIAL_GROUPS]
+        return [f"warning: {warning.sentence}" for warning in found]
+
+    shared = sentences(request.config)
+    for sentence in shared:
+        print(sentence, file=sys.stderr, flush=True)
+    return [
+        dataclasses.replace(each, notes=[*each.notes, *(own for own in sentences(each.config) if own not in shared)])
+        for each in candidates
+    ]
 
 
 def compare(
@@ -116,8 +139,8 @@ def compare(
         program: the command that runs a trial, less its options.
     """
     results = Results(folder)
-    with TrialProgress(request, candidates, results, say) as progress:
-        try:
+    try:
+        with TrialProgress(request, candidates, results, say) as progress:
             while left := left_to_run(candidates, results):
                 trial = left[0]
                 initial = initial_weights(request.config, folder, perturbed=trial.perturbed)
@@ -131,11 +154,11 @@ def compare(
                     program=program,
                 )
                 progress.finished(trial, result)
-        except KeyboardInterrupt:
-            say(_stopped(folder))
-            raise
-        finally:
-            findings = report(request, folder, candidates)
+    except KeyboardInterrupt:
+        say(_stopped(folder))
+        raise
+    finally:
+        findings = report(request, folder, candidates)
     return findings
 
 
@@ -172,7 +195,7 @@ def search(
 
 
 def _stopped(folder: Path) -> str:
-    return f"stopped; the same command goes on; {folder / 'report.html'} has what is known so far"
+    return f"stopped; {folder / 'report.html'} has what is known so far"
 
 
 def report(request: Request, folder: Path, candidates: Sequence[Candidate]) -> Findings:

@@ -11,13 +11,17 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.option_types import count as _positive
+from codeparrot_ds.option_types import index as _not_negative
+from codeparrot_ds.option_types import real
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -77,7 +81,9 @@ class RunConfig:
         "", "data", "corpus folder, folder of shards, or Hub data set (org/name); several as NAME=WEIGHT,NAME=WEIGHT"
     )
     validation_data: str = _setting("", "data", "the same, to evaluate on (default: the validation split of data)")
-    tokenizer: str = _setting("", "data", "tokenizer folder made by `tokenizer` (holds tokenizer.json)")
+    tokenizer: str = _setting(
+        "", "data", "tokenizer folder made by `tokenizer` (holds tokenizer.json); init_from brings its own"
+    )
     seq_length: int = _setting(1024, "data", "tokens a row", minimum=2)
     shuffle_buffer: int = _setting(1000, "data", "documents a shuffle window holds", minimum=1)
     num_lanes: int = _setting(64, "data", "logical streams that fix the order of rows at any world size", minimum=1)
@@ -356,6 +362,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "log_steps": 10,
     },
 }
+REQUIRED = ("data", "tokenizer")
+"""Fields without which no run starts (`init_from` brings a tokenizer)."""
 SET_BY_COMPARE = ("deepspeed", "output_dir", "run_name", "resume", "hub", "wandb", "log_steps", "profile")
 """Fields that ``compare`` decides itself for each of its trials."""
 PRESET_HELP = "small (111M parameters, the defaults), large (1.5B) or demo (a few million)"
@@ -463,6 +471,16 @@ class ArgumentParser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(*args, **kwargs)
+        # argparse takes -5 for a value and -1e-4 for an option; both are numbers that an option may refuse.
+        self._negative_number_matcher = re.compile(r"-(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
+
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError:
+            if not action.option_strings:
+                raise
+            raise argparse.ArgumentError(action, f"needs {_needed(action)}") from None
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -486,7 +504,27 @@ class ArgumentParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"cannot be {value!r}{did_you_mean(str(value), action.choices)}")
 
     def error(self, message: str) -> NoReturn:
+        # argparse's "argument --a/--b: …" as a sentence about the option in the spelling that the help shows.
+        message = re.sub(r"^argument (-[\w-]+)(?:/-[\w-]+)*: (?=must|cannot|needs)", r"\1 ", message)
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+# What an option needs, by what the help calls it.
+VALUES = {
+    **dict.fromkeys(("N", "K"), "a whole number"),
+    **dict.fromkeys(("X", "T"), "a number"),
+    **dict.fromkeys(("N,...", "K,K"), "whole numbers, such as 1,2,4"),
+    **{"SECONDS": "a number of seconds", "SIZE": "a size, such as 80GB", "DIR": "a folder", "FILE": "a file"},
+    **{"JSON": "the name of a shipped file or a path", "NAME": "a name", "TEXT": "a value"},
+}
+
+
+def _needed(action: argparse.Action) -> str:
+    """What an option that was given nothing needs."""
+    shown = str(action.metavar or "")
+    if action.choices or shown.startswith("{"):
+        return f"one of {', '.join(map(str, action.choices or shown.strip('{}').split(',')))}"
+    return VALUES.get(shown, f"a value ({shown})" if shown else "a value")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -538,7 +576,8 @@ def add_config_arguments(
 
 def _add_field(group: Any, field: _Field) -> None:
     says_default = field.help.endswith(")") and "(default: " in field.help
-    text = (field.help if says_default else f"{field.help} (default: {_shown(field.default)})").replace("%", "%%")
+    stated = "(required)" if field.name in REQUIRED else f"(default: {_shown(field.default)})"
+    text = (field.help if says_default else f"{field.help} {stated}").replace("%", "%%")
     if field.kind == "bool":
         group.add_argument(
             *_spellings(field.name), dest=field.name, action=argparse.BooleanOptionalAction,
@@ -564,11 +603,9 @@ def _add_field(group: Any, field: _Field) -> None:
 
 
 def _shown(default: Any) -> str:
-    if default is None:
-        return "none"
     if isinstance(default, bool):
         return "yes" if default else "no"
-    return str(default) if default != "" else "required"
+    return "none" if default in (None, "") else str(default)
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
@@ -587,6 +624,7 @@ def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(**values)
 
 
+_seconds = real(minimum=1, unit="seconds")
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
 
 
@@ -653,7 +691,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with so many hosts when others do not answer (default: all of them)",
     )  # fmt: skip
     group.add_argument(
-        "--hang-seconds", "--hang_seconds", type=_seconds, default=600.0, metavar="S", dest="hang_seconds",
+        "--hang-seconds", "--hang_seconds", type=_seconds, default=600.0, metavar="SECONDS", dest="hang_seconds",
         help="the most that a rank may stay in one micro-batch, evaluation or save; the limit of a micro-batch is "
         "learned from the run's own and may be less (default: 600)",
     )  # fmt: skip
@@ -670,26 +708,11 @@ def without_launch_arguments(arguments: list[str]) -> list[str]:
     return parser.parse_known_args(arguments)[1]
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def _not_negative(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds of at least 1, not {text!r}")
-    return seconds
+def with_field(arguments: Sequence[str], name: str, value: object) -> list[str]:
+    """`arguments` with another value of a field of the run config."""
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument(*_spellings(name))
+    return [*parser.parse_known_args(list(arguments))[1], _spellings(name)[0], str(value)]
 
 
 def launch_from_arguments(arguments: argparse.Namespace) -> LaunchOptions:

@@ -7,15 +7,17 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from codeparrot_ds.config import PRESETS, LaunchOptions, RunConfig
 from codeparrot_ds.data.corpus import build_corpus
 from codeparrot_ds.data.raw import standard_library_sources
 from codeparrot_ds.data.tokenizer import train_tokenizer
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.folder import new_run_name
+from codeparrot_ds.run.folder import new_run_name, recorded_outcome
 from codeparrot_ds.run.launch import front_door
 from codeparrot_ds.run.tracking import duration
+from codeparrot_ds.shell import interrupted_by_sigterm, pasteable
 
 VOCAB_SIZE = 8192
 PROMPT = '''def area_of_rectangle(a: float, b: float):
@@ -46,14 +48,18 @@ def run_demo(
     started = time.monotonic()
     _prepare(workdir, overwrite)
     corpus, tokenizer, runs = workdir / "corpus", workdir / "tokenizer", workdir / "runs"
-    _say(1, "corpus: the standard library's source, cleaned and split")
-    card = _corpus(corpus)
-    documents = {split: part["documents"] for split, part in card["splits"].items()}
-    print(f"{documents['train']} files to train on, {documents['validation']} held out, in {corpus}")
-    _say(2, f"tokenizer: byte-level BPE with {VOCAB_SIZE:,} tokens")
-    print(f"{_tokenizer(corpus, tokenizer):.2f} characters a token, in {tokenizer}")
+    options = {"--num-gpus": num_gpus, "--deepspeed": deepspeed, "--hub": hub}
+    given = [part for name, value in options.items() if value is not None for part in (name, value)]
+    again = ["demo", "--workdir", workdir, *given]
+    try:
+        with interrupted_by_sigterm():
+            _make_data(corpus, tokenizer)
+    except KeyboardInterrupt:
+        steps = [] if max_train_steps is None else ["--max-train-steps", max_train_steps]
+        print(f"\nGo on with:\n  {pasteable(*again, *steps)}", flush=True)
+        raise
 
-    overrides = {"max_train_steps": max_train_steps, "deepspeed": deepspeed, "hub": hub}
+    overrides = demo_schedule(max_train_steps) | {"deepspeed": deepspeed, "hub": hub}
     config = RunConfig(
         **{**PRESETS["demo"], **{key: value for key, value in overrides.items() if value is not None}},
         data=str(corpus),
@@ -64,18 +70,38 @@ def run_demo(
     run = runs / str(config.run_name)
     _say(3, f"training: {config.max_train_steps} steps through the deepspeed launcher")
     arguments = _command_line(config)
-    code = front_door(config, LaunchOptions(num_gpus=num_gpus), arguments)
-    if code != 0:
-        return code
-    continuation = f"codeparrot-ds train {' '.join(arguments)}"
-    if json.loads((run / "run.json").read_text(encoding="utf-8"))["outcome"]["status"] != "finished":
-        print(f"\nStopped and saved. Go on with:\n  {continuation}")
-        return 0
-    _finish(run, started, continuation)
+    typed = [*arguments, *([] if num_gpus is None else ["--num-gpus", str(num_gpus)])]
+    code = front_door(config, LaunchOptions(num_gpus=num_gpus), arguments, typed=typed)
+    if code != 0 or recorded_outcome(run).get("status") != "finished":
+        return code  # with what goes on with the run, where it was stopped
+    _finish(run, started)
+    print(f"  {pasteable(*again, '--max-train-steps', 3 * config.max_train_steps)}     # a longer run beside this one")
     return 0
 
 
-def _finish(run: Path, started: float, continuation: str) -> None:
+def _make_data(corpus: Path, tokenizer: Path) -> None:
+    """Corpus and tokenizer, where they are not there yet."""
+    _say(1, "corpus: the standard library's source, cleaned and split")
+    card = _corpus(corpus)
+    documents = {split: part["documents"] for split, part in card["splits"].items()}
+    print(f"{documents['train']} files to train on, {documents['validation']} held out, in {corpus}")
+    _say(2, f"tokenizer: byte-level BPE with {VOCAB_SIZE:,} tokens")
+    print(f"{_tokenizer(corpus, tokenizer):.2f} characters a token, in {tokenizer}")
+
+
+def demo_schedule(max_train_steps: int | None) -> dict[str, Any]:
+    """The preset's schedule, on so many steps: one that is shorter warms up for less of them and saves at its end."""
+    preset = RunConfig(**PRESETS["demo"])
+    steps = max_train_steps or preset.max_train_steps
+    return {
+        "max_train_steps": steps,
+        "num_warmup_steps": min(preset.num_warmup_steps, steps // 5),
+        "save_checkpoint_steps": min(preset.save_checkpoint_steps, steps),
+        "log_steps": min(preset.log_steps, steps),
+    }
+
+
+def _finish(run: Path, started: float) -> None:
     from codeparrot_ds.evaluation.complete import complete_code, load_generator
     from codeparrot_ds.hub.commands import hub_publish
     from codeparrot_ds.hub.worker import read_destination
@@ -97,10 +123,9 @@ def _finish(run: Path, started: float, continuation: str) -> None:
     print(f"branch            {run.name} of {repository}   ({repository.how_to_get(run.name)})")
     print(f"logs              {run / 'log'}, {run / 'metrics.jsonl'}, {run / 'tensorboard'}, {run / 'wandb'}")
     print("\nNext:")
-    print(f"  codeparrot-ds complete {run} 'import os'")
-    print(f"  codeparrot-ds evaluate {run}")
-    print(f"  {continuation} --max-train-steps 500     # go on with this run")
-    print("  codeparrot-ds train small --help              # the recipe's 111M model on your own corpus")
+    print(f"  {pasteable('complete', run, 'import os')}")
+    print(f"  {pasteable('evaluate', run)}")
+    print(f"  {pasteable('train', 'small', '--help')}     # the recipe's 111M model on your own corpus")
 
 
 def _prepare(workdir: Path, overwrite: bool) -> None:

@@ -25,6 +25,7 @@ from codeparrot_ds.config import (
 )
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.beats import beat
+from codeparrot_ds.run.startup import LAUNCHED_AT
 
 if TYPE_CHECKING:
     from codeparrot_ds.run.session import Session
@@ -52,6 +53,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     except UserError:
         session.saver.wait()  # a checkpoint that is being written is worth having all the more
         raise
+    finally:
+        session.progress.close()  # what is said of the end goes below the bar
 
 
 def train_session(session: Session) -> dict[str, Any]:
@@ -152,6 +155,8 @@ def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, com
     choose_interface(os.environ)
     guard_this_rank()  # before torch: the guard stays small
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler tells each of its stages
+    if os.environ["RANK"] == "0" and LAUNCHED_AT not in os.environ:  # no front door has said it
+        print("rank 0: importing torch and DeepSpeed takes a while", file=sys.stderr, flush=True)
     from codeparrot_ds.run.ranks import SharedError, leave_ranks
 
     parser = ArgumentParser(prog="codeparrot_ds.train", description="one rank of a training run")

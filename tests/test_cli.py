@@ -1,14 +1,23 @@
+import argparse
 import errno
+import importlib
 import json
+import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import codeparrot_ds
 from codeparrot_ds import cli
 from codeparrot_ds.cli import main
+from codeparrot_ds.config import FIELDS, REQUIRED
+from codeparrot_ds.run.plan import VOCAB_SIZE
 from codeparrot_ds.zero.ds_config import ds_configs_folder
 
 COMMANDS = "demo corpus tokenizer data train doctor evaluate complete humaneval".split()
@@ -213,3 +222,193 @@ def test_a_reader_that_leaves_is_no_error():
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert result.stderr == ""
     assert result.returncode in (0, 141)
+
+
+def parsers(parser=None, path=()):
+    """Every parser that has a command to itself, by its path: ("checkpoint", "export")."""
+    parser = parser or cli.build_parser()
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield path, parser
+    for action in inner:
+        for name, child in action.choices.items():
+            yield from parsers(child, (*path, name))
+
+
+PATHS = [path for path, _ in parsers()]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_help_states_the_default_that_holds(path):
+    """Of every option with a value: the default that the parser or the run config has, or that it is required."""
+    parser = dict(parsers())[path]
+    for action in parser._actions:
+        if not action.option_strings or action.nargs == 0 or action.help == argparse.SUPPRESS:
+            continue
+        is_field = action.default is argparse.SUPPRESS
+        default = FIELDS[action.dest].default if is_field else action.default
+        if path == ("plan",) and action.dest == "vocab_size":
+            default = VOCAB_SIZE
+        name, stated = action.option_strings[0], re.search(r"\(default: (.*)\)$", action.help)
+        is_required = action.required or (is_field and action.dest in REQUIRED)
+        assert action.help.endswith("(required)") == is_required, name
+        assert (stated is not None) != is_required or action.dest in ("config", "preset"), name
+        if stated is None:
+            continue
+        if default in (None, "", []):  # then words say what that means
+            assert not re.fullmatch(r"-?[\d.,]+|required", stated[1]), name
+        elif isinstance(default, bool):
+            assert stated[1] in (("yes", "on") if default else ("no", "off")), name
+        else:
+            values = default if isinstance(default, (tuple, list)) else (default,)
+            shown = stated[1].partition(", which")[0].removeprefix("./").replace(",", " ").split()
+            assert shown == [str(value).removesuffix(".0") for value in values] or shown == [
+                str(value) for value in values
+            ], name
+
+
+def test_what_is_required_is_what_no_run_starts_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for field in REQUIRED:
+        others = [part for other in REQUIRED if other != field for part in (f"--{other}", "x")]
+        assert main(["train", "small", *others]) == 2
+        assert f"--{field} is missing" in capsys.readouterr().err
+
+
+def said_by(parser, arguments, capsys):
+    """The one line of a refusal, and nothing where the arguments are taken."""
+    try:
+        parser.parse_args(arguments)
+    except SystemExit as stop:
+        assert stop.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") <= 1
+    return said
+
+
+NUMBERS = ("N", "K", "X", "T", "N,...", "K,K", "SECONDS")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_an_option_for_a_number_says_what_it_takes(path, capsys):
+    """To a negative number in any spelling, to a word, and to nothing at all."""
+    parser = cli.build_parser()
+    for option in dict(parsers(parser))[path]._actions:
+        if option.metavar not in NUMBERS or not option.option_strings:
+            continue
+        name = option.option_strings[0]
+        start = f"codeparrot-ds {' '.join(path)}: error: {name} "
+        for value in ("-1e-4", "-0.5", "-7", "-inf", "many"):
+            said = said_by(parser, [*path, name, value], capsys)
+            if option.dest in ("max_hours", "max_eval_steps", "seed") and start not in said:
+                continue  # a field that the run config judges as a whole, or a number like any other
+            assert said.startswith(start + "must be "), said
+            assert value.strip("-").split("e")[0] in said or "0.0001" in said
+        for nothing in ([], ["--help"]):
+            assert said_by(parser, [*path, name, *nothing], capsys).startswith(start + "needs "), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--learning-rate", "-1e-4"], "--learning-rate must be at least 0, not -0.0001"),
+        (["--learning_rate", "-1e-4"], "--learning-rate must be at least 0, not -0.0001"),
+        (["--learning-rate"], "--learning-rate needs a number"),
+        (["--max-train-steps", "-5"], "--max-train-steps must be at least 1, not -5"),
+        (["--max-hours", "-1e-1"], "max_hours must be above 0, not -0.1"),
+        (["--max-eval-steps", "-3"], "max_eval_steps must be -1 (all) or at least 1, not -3"),
+        (["--lr-scheduler-type", "--seed", "1"], "--lr-scheduler-type needs one of cosine, linear, constant"),
+        (["--num-gpus", "-1"], "--num-gpus must be a whole number of at least 1, not '-1'"),
+        (["--data"], "--data needs a value"),
+    ],
+)
+def test_a_number_that_a_field_cannot_have(arguments, sentence, capsys):
+    try:
+        code = main(["train", "small", *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_help_says_where_to_start(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    proposed = [line.split("     ")[0] for line in shown.splitlines() if line.startswith("  codeparrot-ds ")]
+    assert [line.split()[1] for line in proposed] == ["demo", "corpus", "tokenizer", "train"]
+    for line in proposed:
+        cli.build_parser().parse_args(shlex.split(line)[1:])
+    assert all(len(line) <= 80 for line in proposed)
+
+
+FIRST_WORD = """
+import sys
+for name in ("torch", "transformers", "deepspeed"):
+    sys.modules[name] = None  # who imports it now fails, and shows that nothing was said before
+spoken = []
+class Ear:
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text):
+        if text.strip() and not spoken:
+            spoken.append(sorted({"numpy", "tokenizers", "yaml", "datasets", "pyarrow"} & set(sys.modules)))
+            self.stream.write(f"{spoken[0]} {text}")
+        return len(text)
+sys.stdout, sys.stderr = Ear(sys.stdout), Ear(sys.stderr)
+from codeparrot_ds.cli import main
+try:
+    main(sys.argv[1:])
+except ImportError:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        (
+            ["train", "small", "--data", "c", "--tokenizer", "t", "--run-name", "one"],
+            "[] run one: checking 150000 steps",
+        ),
+        (["demo", "--workdir", "w"], "[] demo in w: "),
+        (["compare", "zero2", "--data", "c", "--tokenizer", "t"], "[] comparison in comparison: "),
+        (["evaluate", "model"], "importing torch, then reading model"),
+        (["complete", "model"], "importing torch, then reading model"),
+        (["humaneval", "model", "--generate-only"], "fetching the problems openai/openai_humaneval:test"),
+        (["humaneval", "model", "--generate-only", "--problems", "p.jsonl"], "importing torch, then reading model"),
+        (["checkpoint", "export", "model", "--out", "o"], "[] importing torch, then reading model"),
+        (["checkpoint", "import", "model", "run"], "[] importing torch, then reading model"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_something_is_seen_before_anything_heavy_is_imported(arguments, first, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "w").write_text("")  # a file: the demo ends there
+    problem = {"task_id": "1", "prompt": "def f():", "entry_point": "f", "canonical_solution": " pass", "test": ""}
+    (tmp_path / "p.jsonl").write_text(json.dumps(problem))
+    command = [sys.executable, "-c", FIRST_WORD, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert first in answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("arguments", "where", "what"),
+    [
+        (["compare", "zero2", "--data", "my corpus", "--tokenizer", "t"], "codeparrot_ds.compare", "run_comparison"),
+        (["demo", "--workdir", "my demo", "--num-gpus", "1"], "codeparrot_ds.demo", "build_corpus"),
+    ],
+)
+def test_an_interrupted_command_says_how_to_go_on(arguments, where, what, number, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CODEPARROT_DS_COMMAND", raising=False)
+    monkeypatch.setattr(importlib.import_module(where), what, interrupted)
+    assert main(arguments) == 128 + number
+    said = capsys.readouterr()
+    assert said.out.endswith(f"Go on with:\n  {shlex.join(['codeparrot-ds', *arguments])}\n")
+    assert said.err == "codeparrot-ds: interrupted\n"

@@ -117,6 +117,7 @@ PROGRAM = """
 import os, shutil, sys
 def main():
     print("arguments", sys.argv[1:], "cwd", os.getcwd(), "python", shutil.which("python"))
+    print("called as", os.environ.get("CODEPARROT_DS_COMMAND"))
 """
 
 
@@ -172,6 +173,10 @@ def test_launch_installs_once_and_hands_over(checkout, environment, tmp_path):
     second = launch(checkout, environment, cwd="/")
     assert (second.returncode, second.stderr) == (0, "")
     assert "arguments [] cwd /" in second.stdout
+    # The commands that the program proposes begin as the user can type them.
+    assert f"called as {checkout / 'launch.sh'}\n" in second.stdout
+    path = f"{environment / 'bin'}:{os.environ['PATH']}"
+    assert "called as \n" in launch(checkout, environment, PATH=path).stdout
 
 
 def test_launch_installs_again_when_what_it_depends_on_changes(checkout, environment):

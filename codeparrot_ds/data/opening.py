@@ -22,6 +22,7 @@ from codeparrot_ds.data.stream import (
     lane_pieces,
 )
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.units import size_text
 
 _PROOF_DOCUMENTS_A_LANE = 4
 
@@ -175,13 +176,15 @@ def data_account(
     names = ("documents", "characters", "bytes", "tokens", "tokens_of_documents")
     totals = {name: sum(each[name] for each in counters) for name in names}
     epoch = min(each["epoch"] for each in counters)
-    summary = f"epoch {epoch}, {totals['documents']:,} documents, {totals['bytes'] / 1e6:,.1f} MB, "
-    summary += f"{totals['tokens']:,} tokens"
+    summary = f"epoch {epoch}, {totals['tokens']:,} tokens"
     tokens_per_document = chars_per_token = None
     if totals["documents"]:
         tokens_per_document = totals["tokens_of_documents"] / totals["documents"]
         chars_per_token = totals["characters"] / totals["tokens_of_documents"]
-        summary += f" ({tokens_per_document:,.0f} a document, {chars_per_token:.2f} characters a token)"
+        summary += f", {totals['documents']:,} documents finished ({size_text(totals['bytes'])}, "
+        summary += f"{tokens_per_document:,.0f} tokens a document, {chars_per_token:.2f} characters a token)"
+    elif totals["tokens"]:
+        summary += ", no document read to its end yet"
     if bad_documents:
         summary += f"; {len(bad_documents)} unreadable documents skipped, the first: {bad_documents[0]}"
     return {

@@ -76,6 +76,7 @@ def humaneval(
     share: tuple[int, int] = (0, 1),
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Completes problems, judges the programs, and returns what ``results.json`` holds.
 
@@ -90,12 +91,13 @@ def humaneval(
         num_workers: programs that are judged at once; see ``judge_all``.
         num_processes: that generate, each with a model of its own; None: one a GPU, or one.
         share: ``(i, n)`` generates every n-th problem from the i-th on, and does nothing else: such a process's part.
+        say: told of what takes long before it begins.
 
     Raises ``UserError`` before anything is generated where no sandbox can be had or the folder is another model's.
     """
     if judge:
         check_sandbox()
-    problems = load_problems(settings.problems)
+    problems = load_problems(settings.problems, say)
     model = find_model(source)
     folder = Path(out) if out is not None else default_folder(source, settings.problems)
     identity = _identity(model, problems, settings)
@@ -103,6 +105,7 @@ def humaneval(
     started = time.time()
     if share == (0, 1):
         _open_folder(folder, identity, overwrite=overwrite)
+    say(f"importing torch, then reading {source}")
     number = number_of_processes(num_processes, device)
     if number > 1:
         _generate_in_processes(source, folder, settings, number, batch_size=batch_size, device=device)

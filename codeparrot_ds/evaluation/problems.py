@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,18 @@ class Problem:
         return self.prompt + completion + "\n"
 
 
-def load_problems(source: str | Path) -> list[Problem]:
+def load_problems(source: str | Path, say: Callable[[str], None] = lambda line: None) -> list[Problem]:
     """Reads problems.
 
     Args:
         source: a ``.jsonl`` or ``.jsonl.gz`` file; ``humaneval`` or ``mbpp``; or ``org/name[:split]`` for ``datasets``,
             split ``test`` by default.
+        say: told of what takes long before it begins.
 
     Raises ``UserError`` with the line and the key of what is no problem in either schema.
     """
     path = Path(source).expanduser()
-    rows = _file_rows(path) if path.exists() else _dataset_rows(PUBLIC.get(str(source), str(source)))
+    rows = _file_rows(path) if path.exists() else _dataset_rows(PUBLIC.get(str(source), str(source)), say)
     problems = [_problem(row, where) for where, row in rows]
     if not problems:
         raise UserError(f"{source} holds no problem")
@@ -83,12 +84,13 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path} cannot be read as {path.suffix} text: {error}") from error
 
 
-def _dataset_rows(name: str) -> Iterator[tuple[str, Any]]:
+def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise UserError(
             f"{name}: no such file, and neither {', '.join(PUBLIC)} nor a data set's name (org/name or org/name:split)"
         )
+    say(f"fetching the problems {name}")
     import datasets
 
     try:

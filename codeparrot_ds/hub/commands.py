@@ -13,11 +13,14 @@ from codeparrot_ds.hub.hugging_face import HubRepository, require_token
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import MAIN, Commit, Repository, UnavailableError, is_remote, open_repository
 from codeparrot_ds.hub.worker import Answer, Destination, Pauses, check_owner, drain, read_destination, start_drain
+from codeparrot_ds.shell import pasteable
 
 PATIENCE_SECONDS = 300.0
 """How long a command goes on without a success while the place is not available."""
 START_SECONDS = 15.0
 """Of silence that a start of a run bears with the Hub."""
+SETTLE_SECONDS = 60.0
+"""That the end of a run waits for the Hub; the worker goes on after that."""
 
 
 def prepare_branch(hub: str, output_dir: str | os.PathLike[str], name: str) -> str | None:
@@ -74,7 +77,7 @@ def hub_status(run_dir: str | os.PathLike[str]) -> str:
         again = problem and problem["retry_at"]
         lines += [f"a worker is at it{f', and tries again {_clock(again)}' if again else ''}"]
     elif pending:
-        lines += [f"push them with: codeparrot-ds hub push {run_dir}"]
+        lines += [f"push them with: {pasteable('hub', 'push', run_dir)}"]
     return "\n".join(lines)
 
 
@@ -207,7 +210,7 @@ def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float) -> str:
         why = f" ({problem['problem']})" if problem else ""
         lines.append(
             f"{len(left)} checkpoint(s) still wait to be pushed to {place}: step {steps}{why}; {goes_on}see them with "
-            f"`codeparrot-ds hub status {run_dir}`, push them with `codeparrot-ds hub push {run_dir}`"
+            f"`{pasteable('hub', 'status', run_dir)}`, push them with `{pasteable('hub', 'push', run_dir)}`"
         )
     if queue.refused() or (left and problem and problem["retry_at"] is None and not queue.is_draining()):
         raise UserError("; ".join(lines))

@@ -14,6 +14,7 @@ import email.utils
 import json
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -58,7 +59,7 @@ class HubRepository:
         return self.repo_id
 
     def how_to_get(self, revision: str) -> str:
-        return f"hf download {self.repo_id} --revision {revision} --local-dir model"
+        return shlex.join(["hf", "download", self.repo_id, "--revision", revision, "--local-dir", "model"])
 
     def create(self) -> None:
         """Makes the repository, private; does nothing where it exists."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -167,7 +168,7 @@ class LocalRepository:
         return str(self.path)
 
     def how_to_get(self, revision: str) -> str:
-        return f"git clone -b {revision} {self.path} model"
+        return shlex.join(["git", "clone", "-b", revision, str(self.path), "model"])
 
     def create(self) -> None:
         """Makes the repository with a first commit on main; does nothing where it exists and is ours."""
@@ -325,7 +326,8 @@ class LocalRepository:
         return [Commit(id=i, time=int(time), title=title, body=body.strip()) for i, time, title, body in fields]
 
     def _first_commit(self, final_path: Path | None = None) -> None:
-        blob = self._git("hash-object", "-w", "--stdin", stdin=_README.format(path=final_path or self.path)).strip()
+        readme = _README.format(path=shlex.quote(str(final_path or self.path)))
+        blob = self._git("hash-object", "-w", "--stdin", stdin=readme).strip()
         tree = self._git("mktree", "-z", stdin=f"100644 blob {blob}\tREADME.md\0").strip()
         self._commit(MAIN, tree, [], "Start of the repository", "")
 

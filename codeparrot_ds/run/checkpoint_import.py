@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from codeparrot_ds import durable
-from codeparrot_ds.config import RunConfig, save_config
+from codeparrot_ds.config import REQUIRED, RunConfig, save_config
+from codeparrot_ds.config_warnings import ConfigWarning, Continued, config_warnings, learning_rate_at
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.opening import StreamStart, open_datasets, pinned_names, saved_stream, stream_of
@@ -36,7 +37,7 @@ from codeparrot_ds.run.folder import RunFolder, check_run_name, package_versions
 from codeparrot_ds.run.fragment_files import fragment_entries, fragment_file_name
 from codeparrot_ds.run.precision import with_precision
 from codeparrot_ds.run.tensor_file import write_tensor_file
-from codeparrot_ds.schedule import learning_rate_factor
+from codeparrot_ds.shell import pasteable
 from codeparrot_ds.zero.ds_config import open_ds_config, resolve
 from codeparrot_ds.zero.resolution import changes
 
@@ -85,7 +86,7 @@ def import_deepspeed(
     check_run_name(run.name)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} exists: an imported checkpoint begins a new run, choose another folder")
-    for field in ("data", "tokenizer"):
+    for field in REQUIRED:
         if not getattr(config, field):
             raise UserError(f"--{field} is missing: the run goes on with it")
     config = dataclasses.replace(config, output_dir=str(run.parent), run_name=run.name)
@@ -182,15 +183,25 @@ def describe(imported: Imported, config: RunConfig) -> list[str]:
     if source.step >= config.max_train_steps:
         lines.append(f"note: max_train_steps is {config.max_train_steps:,}, so `train` has nothing left to do")
     run = imported.checkpoint.parent.parent
-    return [*lines, f"go on with: codeparrot-ds train --config {run / 'config.yaml'}"]
+    return [*lines, f"go on with: {pasteable('train', '--config', run / 'config.yaml')}"]
+
+
+def warnings_of(imported: Imported, config: RunConfig) -> list[ConfigWarning]:
+    """What of the config can hardly be meant for a run that goes on from there."""
+    source = imported.source
+    place = Continued(
+        name=str(source.path),
+        step=source.step,
+        schedule_step=_scheduler_step(source),
+        learning_rate=source.learning_rate,
+    )
+    return config_warnings(config, place)
 
 
 def _account(source: DeepSpeedCheckpoint, config: RunConfig, start: StreamStart) -> dict[str, Any]:
     """What was taken and what was not, for people and for ``state.json``."""
     schedule_step = _scheduler_step(source)
-    rate = config.learning_rate * learning_rate_factor(
-        config.lr_scheduler_type, schedule_step, config.num_warmup_steps, config.max_train_steps
-    )
+    rate = learning_rate_at(config, schedule_step)
     theirs = "" if source.learning_rate is None else f" (it was {source.learning_rate:.4g} in DeepSpeed's)"
     rows = f"{source.samples / source.step:g}"
     return {

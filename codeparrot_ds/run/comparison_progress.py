@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,10 @@ from codeparrot_ds.run.comparison import (
     left_to_run,
     reference_of,
 )
-from codeparrot_ds.run.tracking import duration
+from codeparrot_ds.run.tracking import AboveTheBar, Bar, duration
+
+BESIDE_THE_NAME = 56
+"""Columns of the bar, its counts and the time that is left."""
 
 
 class TrialProgress:
@@ -37,14 +41,14 @@ class TrialProgress:
             if (result := results.of(trial)) is not None and result["status"] == FINISHED
         ]
         self._done = len(self._seconds)
-        self._bar: Any = None
+        self._bar: Bar | None = None
+        self._total_steps = len(self._left) * request.steps
+        self._trial_began = time.monotonic()
 
     def __enter__(self) -> TrialProgress:
         if sys.stderr.isatty() and self._left:
-            from tqdm import tqdm
-
-            total = len(self._left) * self._request.steps
-            self._bar = tqdm(total=total, unit="step", dynamic_ncols=True, desc="comparing")
+            self._bar = Bar(start=0, total=self._total_steps)
+            self.steps_done(0)
         if self._done and self._left:
             self._tell(f"{self._done} of {self._done + len(self._left)} trials are done; going on with the others")
         return self
@@ -53,15 +57,18 @@ class TrialProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
+            if not self._left:
+                self._bar.show(self._total_steps, [self._time_left()])
             self._bar.close()
 
     def steps_done(self, steps: int) -> None:
         """The steps of the trial that runs."""
-        if self._bar is not None:
-            base = self._bar.total - len(self._left) * self._request.steps
-            self._bar.n = base + min(steps, self._request.steps)
-            self._bar.set_postfix_str(f"{self._left[0].name}, {self._time_left()}")
-            self._bar.refresh()
+        if self._bar is not None and self._left:
+            before = self._total_steps - len(self._left) * self._request.steps
+            room = max(8, self._bar.columns - BESIDE_THE_NAME)
+            name = _title(self._left[0])
+            name = name if len(name) <= room else f"{name[: room - 1]}…"
+            self._bar.show(before + min(steps, self._request.steps), [self._time_left(), name])
 
     def finished(self, trial: Trial, result: dict[str, Any]) -> None:
         """A trial has its result."""
@@ -69,11 +76,11 @@ class TrialProgress:
         if result["status"] == FINISHED:
             self._seconds.append((trial.candidate.world_size, result["seconds"]))
         self._left = left_to_run(self._candidates, self._results)
+        self._trial_began = time.monotonic()
         what = result["reason"] or _speed(result, self._request.warmup_steps)
-        name = f"sensitivity run of {trial.perturbed}" if trial.perturbed else trial.candidate.name
         status = "" if result["status"] == FINISHED else f"{result['status']}: "
         place = f"[{self._done}/{self._done + len(self._left)}]"
-        self._tell(f"{place} {name}: {status}{what}; {result['seconds']:.0f} s, {self._time_left()}")
+        self._tell(f"{place} {_title(trial)}: {status}{what}; {result['seconds']:.0f} s, {self._time_left()}")
 
     def _time_left(self) -> str:
         if not self._left:
@@ -81,17 +88,22 @@ class TrialProgress:
         if not self._seconds:
             return "time left unknown"
         everything = statistics.mean(seconds for _, seconds in self._seconds)
-        total = 0.0
+        each = []
         for trial in self._left:
             alike = [seconds for ranks, seconds in self._seconds if ranks == trial.candidate.world_size]
-            total += statistics.mean(alike) if alike else everything
-        return f"about {duration(total)} left"
+            each.append(statistics.mean(alike) if alike else everything)
+        each[0] = max(0.0, each[0] - (time.monotonic() - self._trial_began))  # of the trial that runs
+        return f"about {duration(sum(each))} left"
 
     def _tell(self, line: str) -> None:
         if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+            AboveTheBar().write(f"{line}\n")
         else:
             self._say(line)
+
+
+def _title(trial: Trial) -> str:
+    return f"sensitivity run of {trial.perturbed}" if trial.perturbed else trial.candidate.name
 
 
 def _speed(result: dict[str, Any], warmup_steps: int) -> str:

@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.config import RunConfig, load_config, save_config
+from codeparrot_ds.config import FIELDS, RunConfig, load_config, save_config
+from codeparrot_ds.config_warnings import Continued, learning_rate_at
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.checkpoint_files import checkpoint_folders
+from codeparrot_ds.run.checkpoint_files import STATE, checkpoint_folders
 from codeparrot_ds.zero.resolution import Change, changes, saved_ds_config
 
 ADJECTIVES = (
@@ -92,13 +93,59 @@ class RunFolder:
         write_json(self.path / "run.json", self.record)
 
 
-def recorded_pins(path: Path) -> dict[str, str]:
-    """The commits of Hub data sets that a run began with, from its ``run.json``; empty for a run that starts."""
+def _recorded(path: Path) -> dict[str, Any]:
+    """A run's ``run.json``; empty where there is none that can be read."""
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except OSError:
+        return dict(json.loads((path / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return dict(record.get("data_pins", {}))
+
+
+def recorded_pins(path: Path) -> dict[str, str]:
+    """The commits of Hub data sets that a run began with; empty for a run that starts."""
+    return dict(_recorded(path).get("data_pins", {}))
+
+
+def recorded_hub(path: Path) -> str | None:
+    """Where a run's checkpoints are pushed; None where they are not."""
+    return _recorded(path).get("hub")
+
+
+def recorded_outcome(path: Path) -> dict[str, Any]:
+    """What became of a run's last start, ``status`` and ``step``; empty where nothing says it."""
+    return dict(_recorded(path).get("outcome") or {})
+
+
+def finished_checkpoint(config: RunConfig) -> Path | None:
+    """The last checkpoint of a run that has finished, where this config leaves it nothing to train; None otherwise."""
+    path = Path(config.output_dir) / str(config.run_name)
+    outcome, newest = recorded_outcome(path), next(iter(checkpoint_folders(path / "checkpoints")), None)
+    if config.resume != "auto" or outcome.get("status") != "finished" or newest is None:
+        return None
+    step = int(newest.name[5:])
+    return newest if step == outcome.get("step") and step >= config.max_train_steps else None
+
+
+def continued_from(config: RunConfig) -> Continued | None:
+    """The checkpoint that a run of this config goes on from; None for one that starts.
+
+    Also None for a checkpoint that cannot be read: the ranks verify it, name the damage and look for an older one.
+    """
+    if config.resume == "never" or not config.run_name:
+        return None
+    run = Path(config.output_dir) / config.run_name
+    newest = next(iter(checkpoint_folders(run / "checkpoints")), None)
+    checkpoint = newest if config.resume == "auto" else Path(config.resume)
+    if checkpoint is None:
+        return None
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        saved = {name: value for name, value in state["extra"]["config"].items() if name in FIELDS}
+        step, schedule_step, then = state["step"], state["scheduler_step"], RunConfig(**saved)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        return None
+    rate = learning_rate_at(then, schedule_step)
+    return Continued(name=str(run), step=step, schedule_step=schedule_step, learning_rate=rate, config=then)
 
 
 def check_continuation(config: RunConfig, path: Path) -> None:

@@ -23,6 +23,7 @@ from codeparrot_ds.run.carried import FILE, carried, read_deepspeed_env
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.control import ADDRESS, TOKEN, ControlServer
 from codeparrot_ds.run.doctor import Examination, Wanted, examine, local_paths
+from codeparrot_ds.run.folder import recorded_outcome
 from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.hosts import ask_all
 from codeparrot_ds.run.launcher import MODULE, is_local, node_command, runner_command, runner_environment
@@ -31,6 +32,7 @@ from codeparrot_ds.run.parent_end import LEADS
 from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.run.supervise import End, run_to_the_end
 from codeparrot_ds.run.watchdog import FAILED, HUNG, LOST
+from codeparrot_ds.shell import pasteable
 
 RETURN_SECONDS = 120.0
 """That a restart waits for a host that does not answer, unless ``--min-hosts`` lets it go on without."""
@@ -52,6 +54,7 @@ class Job:
         ds_config: the resolved DeepSpeed config.
         started: when the front door was entered.
         run: its folder.
+        going_on: options of ``train`` that go on with it.
         module: what a rank runs.
     """
 
@@ -63,6 +66,7 @@ class Job:
     ds_config: dict[str, Any]
     started: float
     run: Path
+    going_on: list[str]
     module: str = MODULE
 
 
@@ -86,7 +90,22 @@ def run_job(job: Job) -> int:
             file=sys.stderr,
             flush=True,
         )
+    _say_how_to_go_on(job, end)
     return end.code
+
+
+def _say_how_to_go_on(job: Job, end: End) -> None:
+    """The command that goes on with a run which was stopped, by somebody or by ``max_hours``."""
+    stopped = end.code == 0 and recorded_outcome(job.run).get("status") == "stopped"
+    if not stopped and not (end.asked and end.code):
+        return
+    newest = next(iter(checkpoint_folders(job.run / "checkpoints")), None)
+    what = "Stopped and saved." if stopped else "Stopped without saving."
+    if newest is None:
+        what = "Stopped before anything was saved."
+    elif not stopped:
+        what += f" The newest checkpoint is {newest}."
+    print(f"\n{what} Go on with:\n  {pasteable('train', *job.going_on)}", flush=True)
 
 
 def _start(job: Job, hosts: list[Host], *, again: bool) -> tuple[End, list[Host]]:

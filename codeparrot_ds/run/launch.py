@@ -9,33 +9,39 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.config import LaunchOptions, RunConfig
+from codeparrot_ds.config import REQUIRED, LaunchOptions, RunConfig, with_field
+from codeparrot_ds.config_warnings import config_warnings
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.prompts import what_to_complete
-from codeparrot_ds.hub.commands import prepare_branch
+from codeparrot_ds.hub.commands import SETTLE_SECONDS, prepare_branch, settle
 from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.repository import is_remote, open_repository
 from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.model.shapes import find_shape, num_parameters
-from codeparrot_ds.run.checkpoint_files import checkpoint_folders
+from codeparrot_ds.run.checkpoint_files import checkpoint_folders, verify_checkpoint
 from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
 from codeparrot_ds.run.doctor import Wanted, local_paths
 from codeparrot_ds.run.folder import (
     check_continuation,
     check_ds_continuation,
     check_run_name,
+    continued_from,
+    finished_checkpoint,
     new_run_name,
+    recorded_hub,
     recorded_pins,
 )
 from codeparrot_ds.run.hostfile import Host
@@ -46,12 +52,20 @@ from codeparrot_ds.run.micro_batch import with_micro_batch
 from codeparrot_ds.run.ops import are_built, build_apart, needed_operators
 from codeparrot_ds.run.plan import predict, why_too_large
 from codeparrot_ds.run.precision import describe_choice, device_precisions, open_for, run_precisions, with_precision
+from codeparrot_ds.shell import pasteable
 from codeparrot_ds.zero.ds_config import resolve
 from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
 from codeparrot_ds.zero.memory import Memory
 
 
-def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *, module: str = MODULE) -> int:
+def front_door(
+    config: RunConfig,
+    launch: LaunchOptions,
+    arguments: list[str],
+    *,
+    typed: Sequence[str] | None = None,
+    module: str = MODULE,
+) -> int:
     """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
 
     0 is finished, or stopped and saved; 1 something broke; 2 a mistake of the user's; 3 too many bad steps in a row;
@@ -61,12 +75,14 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
         config: the run config, resolved from ``arguments``.
         launch: where the ranks run.
         arguments: the options of ``train`` as typed, without the launcher's own; every rank parses them again.
+        typed: the options of ``train`` with the launcher's own, for the command that goes on with the run.
         module: what a rank runs.
 
     Raises:
         UserError: anything that can be known to be wrong before a rank starts.
     """
     started = time.time()
+    typed = list(arguments if typed is None else typed)
     device = local_device(hostfile=launch.hostfile is not None)
     hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
     if launch.bind_cores and shutil.which("numactl") is None:
@@ -76,6 +92,7 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
     ranks = sum(len(host.slots) for host in hosts)
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
+    going_on = _going_on(typed, config, name)
     asked, config = config.deepspeed, dataclasses.replace(config, run_name=name)
     precisions = run_precisions(config, device_precisions(device))
     config = with_precision(with_initial_model(config), precisions)
@@ -91,6 +108,10 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
         config = with_micro_batch(config, world_size=ranks, device=device)
         arguments = [*arguments, "--micro-batch-size", str(config.micro_batch_size)]
     ds_config = check_run(config, device=device, world_size=ranks)
+    if (finished := finished_checkpoint(config)) is not None and _is_at_its_end(config, finished, going_on):
+        return 0
+    for warning in config_warnings(config, continued_from(config)):
+        print(f"warning: {warning.sentence}", file=sys.stderr)
     if is_local(hosts):
         check_memory(config, ds_config, device=device, ranks=ranks, refuse=not launch.ignore_memory_plan)
         if not are_built(needed_operators(ds_config, device)):
@@ -99,6 +120,8 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
         outage = prepare_branch(config.hub, output_dir, name)
         if outage is not None:
             print(f"warning: {outage}; checkpoints are queued and pushed when it answers", file=sys.stderr)
+    places = "this machine" if is_local(hosts) else f"{len(hosts)} host(s)"
+    print(f"starting {ranks} rank(s) on {places}; importing torch and DeepSpeed takes a while", flush=True)
     job = Job(
         config=config,
         launch=launch,
@@ -108,9 +131,51 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
         ds_config=ds_config,
         started=started,
         run=output_dir / name,
+        going_on=going_on,
         module=module,
     )
     return run_job(job)
+
+
+def _going_on(typed: Sequence[str], config: RunConfig, name: str) -> list[str]:
+    """The options of ``train`` that go on with a run which was started with those typed."""
+    named = list(typed) if config.run_name else with_field(typed, "run_name", name)
+    return named if config.resume == "auto" else with_field(named, "resume", "auto")
+
+
+def _is_at_its_end(config: RunConfig, checkpoint: Path, going_on: list[str]) -> bool:
+    """Ends the start of a run that has finished, without a rank: says so, and pushes what still waits.
+
+    False where ranks have something to do after all: the last checkpoint is damaged, so that its steps are trained
+    again, or it is to be pushed to another place than the run's.
+    """
+    run = checkpoint.parent.parent
+    repository = open_repository(config.hub, config.output_dir)
+    if recorded_hub(run) != (None if repository is None else repository.spec):
+        return False
+    if damage := verify_checkpoint(checkpoint):
+        print(f"run {run.name} finished, but its last checkpoint is damaged: {damage[0]}", file=sys.stderr)
+        return False
+    step = int(checkpoint.name[5:])
+    print(f"run {run.name} finished at step {step} of {step}, so nothing is trained: {run}", flush=True)
+    if repository is not None:
+        print(settle(run, wait_seconds=SETTLE_SECONDS if is_remote(config.hub) else math.inf))
+    print(_how_to_train_on(config, run, going_on))
+    return True
+
+
+def _how_to_train_on(config: RunConfig, run: Path, going_on: list[str]) -> str:
+    """What to type after a run's end: a larger ``max_train_steps`` is right only where the learning rate stays."""
+    longer = with_field(going_on, "max_train_steps", 2 * config.max_train_steps)
+    if config.lr_scheduler_type == "constant":
+        return f"To go on:\n  {pasteable('train', *longer)}"
+    name = new_run_name(run.parent)
+    begun = pasteable("train", "--config", run / "config.yaml", "--init-from", run, "--run-name", name)
+    return (
+        "Its learning rate has come down to 0, and more steps would make it jump. To go on with its weights and a "
+        f"schedule of their own:\n  {begun}\nTo train longer from the start:\n  "
+        f"{pasteable('train', *with_field(longer, 'run_name', name))}"
+    )
 
 
 def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
@@ -169,7 +234,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
 
 def check_named(config: RunConfig) -> None:
     """Refuses a run without data or tokenizer."""
-    for field in ("data", "tokenizer"):
+    for field in REQUIRED:
         if not getattr(config, field):
             raise UserError(
                 f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from codeparrot_ds.run.plots import THEMES, Chart, number, png_size
+from codeparrot_ds.units import size_text
 
 NOTHING = "–"
 
@@ -388,9 +389,9 @@ def _gibibytes(size: Any) -> str:
 
 
 def _text_size(characters: Any, size: Any) -> str:
-    if not isinstance(characters, int) or not isinstance(size, (int, float)):
+    if not isinstance(characters, int) or not isinstance(size, (int, float)) or not characters:
         return NOTHING
-    return f"{characters:,} characters, {size / 1e6:,.1f} MB"
+    return f"{characters:,} characters, {size_text(size)}"
 
 
 def _span(values: Any) -> str:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from codeparrot_ds.config import RunConfig
+from codeparrot_ds.config_warnings import config_warnings
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import TrainingLoader, token_ids
 from codeparrot_ds.data.opening import (
@@ -38,7 +39,7 @@ from codeparrot_ds.data.stream import Dataset, StreamConfig, check_world_size, s
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, token_losses
-from codeparrot_ds.hub.commands import settle
+from codeparrot_ds.hub.commands import SETTLE_SECONDS, settle
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import is_remote, open_repository
 from codeparrot_ds.hub.secrets import check_for_secrets
@@ -54,7 +55,7 @@ from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome,
 from codeparrot_ds.run.device_memory import load_overhead
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import run_export
-from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
+from codeparrot_ds.run.folder import RunFolder, continued_from, new_run_name, open_run
 from codeparrot_ds.run.guard import write_stacks_to
 from codeparrot_ds.run.hardware import peak_flops, rank_precisions
 from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
@@ -68,9 +69,10 @@ from codeparrot_ds.run.profiler import StepProfiler
 from codeparrot_ds.run.rank_times import RankTimes
 from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
 from codeparrot_ds.run.samples import Sampler, open_sampler
-from codeparrot_ds.run.startup import Startup
+from codeparrot_ds.run.startup import LAUNCHED_AT, Startup
 from codeparrot_ds.run.stopping import StopSignal
 from codeparrot_ds.run.tracking import Progress, Tracker, set_up_logging, warm_up
+from codeparrot_ds.units import size_text
 from codeparrot_ds.zero.ds_config import (
     Resolved,
     open_ds_config,
@@ -86,8 +88,6 @@ logger = logging.getLogger("codeparrot_ds.session")
 
 CURVE_POINTS = 24
 """Of the training loss in a model card."""
-HUB_SECONDS = 60.0
-"""That the end of a run waits for the Hub; the worker goes on after that."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -389,10 +389,10 @@ class Session:
             logger.error("%s", outcome.error)
             return
         self.progress.say(
-            "checkpoint at step %d: %s (%.1f MB in %.1f s, training waited %.2f s)",
+            "checkpoint at step %d: %s (%s in %.1f s, training waited %.2f s)",
             outcome.step,
             outcome.path,
-            outcome.num_bytes / 1e6,
+            size_text(outcome.num_bytes),
             outcome.seconds,
             outcome.stall_seconds,
         )
@@ -496,7 +496,7 @@ class Session:
             self.folder.update(outcome=outcome, data=data, saves=self._saves())
             self.progress.say("data: %s", data["summary"])
             if self.folder.record.get("hub") is not None:
-                wait = HUB_SECONDS if is_remote(self.config.hub) else math.inf
+                wait = SETTLE_SECONDS if is_remote(self.config.hub) else math.inf
                 self.progress.say("%s", settle(self.folder.path, wait_seconds=wait))
             self.progress.say("run %s %s at step %d: %s", self.folder.name, status, step, self.folder.path)
 
@@ -766,6 +766,9 @@ def _introduce(
         changes = [f"{key} {restored.layout[key]} -> {now[key]}" for key in now if restored.layout[key] != now[key]]
         if changes:
             progress.say("layout changed: %s; losses agree to rounding", ", ".join(changes))
+    if ranks.is_main and LAUNCHED_AT not in os.environ:  # without a front door, which has said it
+        for warning in config_warnings(config, continued_from(config)):
+            progress.say("warning: %s", warning.sentence)
 
 
 def _open_tracker(

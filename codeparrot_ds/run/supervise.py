@@ -155,7 +155,7 @@ class _Supervisor:
 
     def _stop(self, *, first: bool) -> None:
         if first:
-            print("stopping: the ranks save at the next step boundary; again to stop without", file=sys.stderr)
+            say("stopping: the ranks save at the next step boundary; again to stop without")
             self.server.tell({"do": "stop"})
             return
         self.server.tell({"do": "kill", "code": 128 + signal.SIGKILL})
@@ -192,7 +192,7 @@ class _Supervisor:
 
     def _say(self, verdict: Verdict, stacks: str = "") -> None:
         kind = {LOST: "rank lost", HUNG: "hang"}.get(verdict.code, "failed")
-        print(f"codeparrot-ds train: {kind}: {verdict.sentence}{stacks}", file=sys.stderr, flush=True)
+        say(f"codeparrot-ds train: {kind}: {verdict.sentence}{stacks}")
 
     def _only_the_lost_are_left(self) -> bool:
         """Whether every rank but those of hosts that do not answer has ended: the launcher would wait for the rest."""
@@ -202,6 +202,12 @@ class _Supervisor:
             for view in self.server.ranks.values()
             if view.host not in lost
         )
+
+
+def say(text: str) -> None:
+    """A line on standard error, in the place of the bar that rank 0 may be showing there; it draws it anew below."""
+    start_of_line = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{start_of_line}{text}", file=sys.stderr, flush=True)
 
 
 def _starts_and_status(run: Path) -> tuple[int, str | None]:

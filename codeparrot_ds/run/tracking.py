@@ -13,10 +13,11 @@ import logging
 import math
 import netrc
 import os
+import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,21 @@ from codeparrot_ds.run.folder import RunFolder
 logger = logging.getLogger("codeparrot_ds")
 WANDB_TIMEOUT_SECONDS = 60
 WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # wandb's cloud in ~/.netrc, by its old and its new name
+
+
+class AboveTheBar:
+    """Standard error as a stream whose lines come to stand above the bars that this process shows on a terminal."""
+
+    def write(self, text: str) -> None:
+        if not sys.stderr.isatty():
+            sys.stderr.write(text)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr, end="")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def set_up_logging(folder: Path, rank: int) -> Path:
@@ -38,13 +54,13 @@ def set_up_logging(folder: Path, rank: int) -> Path:
     path = folder / "log" / f"debug_{rank}.log"
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    console = logging.StreamHandler(sys.stderr)
+    console = logging.StreamHandler(AboveTheBar())
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.handlers = [file, console]
-    others = logging.StreamHandler(sys.stderr)
+    others = logging.StreamHandler(AboveTheBar())
     others.setLevel(logging.ERROR)
     # DeepSpeed reports every setting of the engine at INFO: to the file with it, the console is for the run's progress.
     for name in ("DeepSpeed", "transformers", "datasets", "huggingface_hub"):
@@ -251,7 +267,8 @@ def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) 
         mode = "offline"
         run = wandb.init(mode=mode, **options)
     run.define_metric("*", step_metric="step")
-    hint = "" if mode == "online" else f"; upload later with: wandb sync {folder.path}/wandb/offline-run-*"
+    offline = shlex.quote(str(folder.path / "wandb"))  # the star is the shell's
+    hint = "" if mode == "online" else f"; upload later with: wandb sync {offline}/offline-run-*"
     logger.info("wandb: %s, run %s%s", mode, folder.name, hint)
     return run
 
@@ -280,37 +297,77 @@ def _logged_in_to_wandb() -> bool:
         return False
 
 
+LEAST_BAR, GOOD_BAR = 4, 14  # columns
+
+
+class Bar:
+    """A bar on a terminal with as many fields beside it as its width has room for; lines go above it."""
+
+    def __init__(self, *, start: int, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, initial=start, dynamic_ncols=True, file=sys.stderr, bar_format=bar_format(80, 0))
+
+    @property
+    def columns(self) -> int:
+        """Of the terminal, as wide as it is now."""
+        return int(self._bar.format_dict["ncols"] or 80)
+
+    def show(self, done: int, fields: Sequence[str], more: Sequence[str] = ()) -> None:
+        """Draws it anew; for the other arguments see `bar_format`."""
+        self._bar.bar_format = bar_format(self.columns, int(self._bar.total), fields, more)
+        self._bar.n = done
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leaves it as it is; what follows goes below."""
+        self._bar.close()
+
+
+def bar_format(columns: int, total: int, fields: Sequence[str] = (), more: Sequence[str] = ()) -> str:
+    """tqdm's ``bar_format`` for a terminal of so many columns: percentage, bar, counts, and the fields that fit.
+
+    Args:
+        columns: of the terminal.
+        total: what the bar counts up to.
+        fields: to be seen wherever a short bar leaves them room, the most important first.
+        more: to be seen where a long one does.
+    """
+    text = ""
+    room = columns - len(f"100%|| {total}/{total}")
+    for least, chosen in ((LEAST_BAR, fields), (GOOD_BAR, more)):
+        for field in chosen:
+            if len(text) + len(f", {field}") > room - least:
+                break
+            text += f", {field}"
+    escaped = text.replace("{", "{{").replace("}", "}}")
+    return "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" + escaped
+
+
 class Progress:
     """Rank 0's progress: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, *, active: bool, start: int, total: int) -> None:
-        self.bar: Any = None
         self.active = active
         self.total = total
-        if active and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, desc="training")
+        self.bar = Bar(start=start, total=total) if active and sys.stderr.isatty() else None
 
     def show(self, row: dict[str, Any], eta_seconds: float) -> None:
         """Shows a training row, and the time that is left."""
         if not self.active:
             return
-        figures = f"loss {row['loss']:.4f}, lr {row['learning_rate']:.2e}, {row['tokens_per_second']:,.0f} tokens/s"
+        loss, rate = f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.2e}"
+        speed, left = f"{row['tokens_per_second']:,.0f} tokens/s", f"{duration(eta_seconds)} left"
         if self.bar is not None:
-            self.bar.n = row["step"]
-            self.bar.set_postfix_str(figures)
+            norm = [] if row.get("grad_norm") is None else [f"gradient norm {row['grad_norm']:.2f}"]
+            self.bar.show(row["step"], [loss, speed, left], [rate, *norm])
         else:
-            logger.info("step %d/%d: %s, %s left", row["step"], self.total, figures, duration(eta_seconds))
+            logger.info("step %d/%d: %s, %s, %s, %s", row["step"], self.total, loss, rate, speed, left)
 
     def say(self, message: str, *args: Any) -> None:
-        """A line that stands above the bar."""
+        """A line, above the bar where there is one."""
         if self.active:
-            if self.bar is not None:
-                self.bar.clear()
             logger.info(message, *args)
-            if self.bar is not None:
-                self.bar.refresh()
 
     def close(self) -> None:
         if self.bar is not None:

@@ -123,11 +123,15 @@ def test_the_account_adds_up_over_ranks() -> None:
     account = data_account(counters, bad_documents=["x.jsonl, line 3: broken"], rows_per_lane={1: 5, 0: 4}, encoder="e")
     assert account["epoch"] == 0 and account["bytes"] == 920 and account["rows_per_lane"] == [4, 5]
     assert account["summary"] == (
-        "epoch 0, 30 documents, 0.0 MB, 200 tokens (6 a document, 5.00 characters a token); "
+        "epoch 0, 200 tokens, 30 documents finished (920 bytes, 6 tokens a document, 5.00 characters a token); "
         "1 unreadable documents skipped, the first: x.jsonl, line 3: broken"
     )
+    nothing_but_tokens = dict.fromkeys(counters[0], 0) | {"tokens": 64}
     nothing = data_account([dict.fromkeys(counters[0], 0)], bad_documents=[], rows_per_lane={0: 0}, encoder="e")
     assert nothing["tokens_per_document"] is None and nothing["chars_per_token"] is None
+    assert nothing["summary"] == "epoch 0, 0 tokens"
+    begun = data_account([nothing_but_tokens], bad_documents=[], rows_per_lane={0: 1}, encoder="e")
+    assert begun["summary"] == "epoch 0, 64 tokens, no document read to its end yet"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,17 @@ def git(*arguments: str | Path) -> str:
     return done.stdout.strip()
 
 
+def test_its_commands_survive_being_pasted(tmp_path):
+    repository = LocalRepository(tmp_path / "my runs" / "hub.git")
+    repository.create()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    readme = repository.read_file("main", "README.md").decode()
+    (cloning,) = [line.strip() for line in readme.splitlines() if "git clone" in line]
+    for command in (repository.how_to_get("main"), cloning.replace("BRANCH", "main") + " again"):
+        subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert (tmp_path / "model" / "README.md").is_file() and (tmp_path / "again" / "README.md").is_file()
+
+
 def checkpoint(repository: LocalRepository, branch: str, folder: Path, step: int) -> str:
     repository.create_branch(branch)
     return repository.commit_folder(branch, export(folder, weights=b"%d" % step), f"step {step}", f"Step: {step}")

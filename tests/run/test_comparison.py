@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from codeparrot_ds.compare import with_warnings
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.comparison import (
     Candidate,
@@ -235,3 +236,13 @@ def test_a_reference_that_failed_leaves_that_to_the_next(tmp_path):
     end(tmp_path, Trial(candidate=A, repeat=0), "out of memory")
     assert reference_of(everything, results) == PLAIN1
     assert left(*everything, folder=tmp_path) == []
+
+
+def test_what_can_hardly_be_meant_is_said_once_for_all_and_else_by_config(make_request, tmp_path, capsys):
+    changes = {"max_train_steps": 100, "num_warmup_steps": 100, "steps": 10}  # no trial saves every 15,000 steps
+    request = make_request("zero1", "zero2,learning_rate=5", **changes)
+    one, other = with_warnings(candidates_of(request, tmp_path / "out", device="cpu"), request)
+    (shared,) = capsys.readouterr().err.splitlines()
+    assert shared.startswith("warning: num_warmup_steps 100 is not below max_train_steps 100: ")
+    assert not one.notes and other.notes[0].startswith("warning: num_warmup_steps 100")  # comes to another rate
+    assert other.notes[1].startswith("warning: learning_rate 5 is far above") and len(other.notes) == 2

@@ -14,7 +14,9 @@ import pytest
 from codeparrot_ds.compare import compare
 from codeparrot_ds.run import comparison_trial
 from codeparrot_ds.run.comparison import Request, Results, Trial, candidates_of, forget_failures, left_to_run
+from codeparrot_ds.run.comparison_progress import TrialProgress
 from codeparrot_ds.run.comparison_trial import judge_end
+from tests.run.screen import standard_error_on
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_trial.py")))
 FP32 = {"zero_optimization": {"stage": 0}}
@@ -80,9 +82,26 @@ def test_a_terminal_has_a_bar_with_the_time_that_is_left(start, monkeypatch, cap
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     _, said = start({"b": "crash"})
     shown = capsys.readouterr().err
-    assert "comparing" in shown and "a-on-1-0, time left unknown" in shown
-    assert re.search(r"a-on-1-1, about \d s left", shown)
+    assert "time left unknown, a on 1" in shown and re.search(r"about [\d min]+ s left, a on 1", shown)
+    assert "<" not in shown  # nor does tqdm say another time, as [00:03<00:09]
     assert "b on 1: crashed: RuntimeError: the crash" in shown and said == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"), [(80, "zero2_activation_check…"), (140, "zero2_activation_checkpointing on 1")]
+)
+def test_the_bar_fits_the_terminal_and_has_one_time_that_is_left(start, columns, name):
+    candidates = [dataclasses.replace(each, label="zero2_activation_checkpointing") for each in start.candidates[:1]]
+    results = Results(start.folder)
+    place = results.folder / "trials" / Trial(candidate=candidates[0], repeat=0).name / "result.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"status": "finished", "seconds": 86_000.0, "reason": None, "found": None}))
+    with standard_error_on(columns) as screen, TrialProgress(start.request, candidates, results, print) as progress:
+        progress.steps_done(3)
+        done, bar = screen.lines()
+    assert done == "1 of 2 trials are done; going on with the others"
+    assert re.fullmatch(rf" 50%\|█+ +\| 3/6, about 23 h 53 min left, {re.escape(name)}", bar), bar
+    assert columns - 2 <= len(bar) < columns
 
 
 @pytest.mark.parametrize(

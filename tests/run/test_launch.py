@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,15 +19,27 @@ from pathlib import Path
 import psutil
 import pytest
 
-from codeparrot_ds.config import LaunchOptions, save_config
+from codeparrot_ds import durable
+from codeparrot_ds.config import (
+    ArgumentParser,
+    LaunchOptions,
+    add_config_arguments,
+    config_from_arguments,
+    save_config,
+)
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.commands import prepare_branch
+from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.run import job, launch, launcher
 from codeparrot_ds.run.carried import FILE
+from codeparrot_ds.run.checkpoint_files import STATE, publish
+from codeparrot_ds.run.folder import continued_from
 from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.launch import check_run, front_door, local_device, local_devices, local_ranks, rank_environment
 from codeparrot_ds.run.parent_end import LEADS
 from codeparrot_ds.run.startup import LAUNCHED_AT
 from codeparrot_ds.run.supervise import End, run_to_the_end
+from codeparrot_ds.shell import COMMAND
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -386,3 +399,170 @@ def test_a_name_is_made_before_anything_else(make_config, monkeypatch, tmp_path)
     name = seen["run"].name
     assert seen["command"][-2:] == ["--run-name", name] and seen["run"].parent == tmp_path / "runs"
     assert len(name.split("-")) == 3 and float(seen["environment"][LAUNCHED_AT]) <= time.time()
+
+
+@pytest.fixture
+def front(make_config, monkeypatch):
+    """The front door with a launcher that starts nothing and ends as it is told; with what it was given."""
+    monkeypatch.delenv(COMMAND, raising=False)
+    monkeypatch.setattr(launch, "are_built", lambda names: True)
+    started = []
+
+    def enter(config, *options, end=None, outcome=None, **more):
+        def run_to_the_end(command, environment, run, **_):
+            started.append(command)
+            run.mkdir(parents=True, exist_ok=True)
+            if outcome is not None:
+                (run / "run.json").write_text(json.dumps({"starts": [{}], "outcome": outcome}))
+            return end or End(code=0)
+
+        monkeypatch.setattr(job, "run_to_the_end", run_to_the_end)
+        return front_door(config, LaunchOptions(num_gpus=2), list(options), **more)
+
+    enter.started = started
+    return enter
+
+
+def test_what_can_hardly_be_meant_is_said_and_the_run_goes_on(make_config, front, capsys):
+    assert front(make_config(learning_rate=5.0, max_train_steps=100)) == 0
+    said = capsys.readouterr()
+    warnings = said.err.splitlines()
+    assert [line.split()[1] for line in warnings] == ["num_warmup_steps", "save_checkpoint_steps", "learning_rate"]
+    assert all(line.startswith("warning: ") for line in warnings)
+    assert said.out == "starting 2 rank(s) on this machine; importing torch and DeepSpeed takes a while\n"
+    assert len(front.started) == 1
+
+
+def save_run(config, step: int, **record) -> Path:
+    """A run with a checkpoint of a step, as far as the front door looks at it; returns the checkpoint."""
+    run = Path(config.output_dir) / config.run_name
+    staging = run / "checkpoints" / ".staging"
+    staging.mkdir(parents=True)
+    save_config(config, run / "config.yaml")
+    state = {"step": step, "scheduler_step": step, "extra": {"config": dataclasses.asdict(config)}}
+    files = {STATE: durable.write_file(staging / STATE, [durable.json_bytes(state)])}
+    outcome = {"status": "finished", "step": step, "run": str(run)}
+    record = {"name": run.name, "id": f"{run.name}-1", "hub": None, "starts": [{}], "outcome": outcome} | record
+    (run / "run.json").write_text(json.dumps(record))
+    return publish(staging, step, files)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def lines_after(said: str, words: str) -> list[str]:
+    """The command of the line below one that ends with these words."""
+    lines = said.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.endswith(words)]
+    return shlex.split(lines[place + 1])
+
+
+def test_a_run_that_has_finished_says_so_and_starts_no_rank(make_config, front, tmp_path, capsys):
+    config = make_config(max_train_steps=20, num_warmup_steps=1, output_dir=str(tmp_path / "my runs"))
+    run = save_run(config, 20).parent.parent
+    before = contents(run)
+    typed = ["small", "--output-dir", config.output_dir, "--run_name=brave-otter-7", "--max-train-steps", "20"]
+    assert front(config, *typed) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"run brave-otter-7 finished at step 20 of 20, so nothing is trained: {run}\n")
+    assert said.err == "" and front.started == [] and contents(run) == before
+    begun = lines_after(said.out, "a schedule of their own:")
+    assert begun[:6] == ["codeparrot-ds", "train", "--config", str(run / "config.yaml"), "--init-from", str(run)]
+    longer = lines_after(said.out, "from the start:")
+    assert longer[1:5] == ["train", "small", "--output-dir", config.output_dir]
+    assert longer[-4:-1] == ["--max-train-steps", "40", "--run-name"] and longer[-1] == begun[-1] != "brave-otter-7"
+    parser = ArgumentParser()
+    add_config_arguments(parser)
+    new = config_from_arguments(parser.parse_args(begun[2:]))  # what is proposed can be typed, and is another run
+    assert continued_from(new) is None and new.init_from == str(run) and new.run_name == begun[-1]
+
+
+def test_a_run_with_a_constant_learning_rate_just_goes_on(make_config, front, capsys):
+    config = make_config(max_train_steps=20, num_warmup_steps=1, lr_scheduler_type="constant")
+    save_run(config, 20)
+    assert front(config, "small") == 0
+    command = lines_after(capsys.readouterr().out, "To go on:")
+    assert command == ["codeparrot-ds", "train", "small", "--max-train-steps", "40"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({"max_train_steps": 21}, {}),
+        ({"hub": "local"}, {}),  # its last checkpoint is to be pushed now
+        ({}, {"status": "stopped"}),
+        ({}, {"status": "running", "step": None}),
+        ({}, {"step": 30}),  # whose checkpoint is gone
+    ],
+)
+def test_a_run_with_something_left_to_do_starts_its_ranks(make_config, front, changes, outcome, capsys):
+    config = make_config(max_train_steps=20, num_warmup_steps=1)
+    save_run(config, 20, outcome={"status": "finished", "step": 20} | outcome)
+    assert front(dataclasses.replace(config, **changes)) == 0
+    assert len(front.started) == 1 and "nothing is trained" not in capsys.readouterr().out
+
+
+def test_a_damaged_last_checkpoint_is_trained_again(make_config, front, capsys):
+    config = make_config(max_train_steps=20, num_warmup_steps=1)
+    checkpoint = save_run(config, 20)
+    (checkpoint / STATE).write_text("{}")
+    assert front(config) == 0 and len(front.started) == 1
+    assert "its last checkpoint is damaged" in capsys.readouterr().err
+
+
+def test_the_start_of_a_finished_run_pushes_what_still_waits(make_config, front, tmp_path, capsys):
+    config = make_config(max_train_steps=20, num_warmup_steps=1, hub=str(tmp_path / "hub.git"))
+    run = save_run(config, 20, hub=config.hub).parent.parent
+    assert prepare_branch(config.hub, config.output_dir, run.name) is None
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "config.json").write_text("{}")
+    PushQueue(run).enqueue(20, export, "Step 20", "Tokens: 1")
+    assert front(config) == 0
+    assert f"branch {run.name} of {config.hub} has every checkpoint" in capsys.readouterr().out
+    assert [push.step for push in PushQueue(run).pushed()] == [20] and front.started == []
+
+
+def test_a_larger_max_train_steps_warns_of_the_jump(make_config, front, capsys):
+    config = make_config(max_train_steps=20, num_warmup_steps=1, save_checkpoint_steps=10)
+    save_run(config, 20)
+    assert front(dataclasses.replace(config, max_train_steps=40)) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "jumps" in line]
+    assert "the learning rate jumps from 0 to 0.00026" in warning and "max_train_steps was 20 and is 40" in warning
+    assert len(front.started) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "has_checkpoint", "words"),
+    [
+        (End(code=0, asked=True), "stopped", True, "Stopped and saved. Go on with:"),
+        (End(code=0), "stopped", True, "Stopped and saved. Go on with:"),  # by --max-hours
+        (End(code=0, asked=True), "stopped", False, "Stopped before anything was saved. Go on with:"),
+        (End(code=137, asked=True), "running", True, "step-00000010. Go on with:"),
+        (End(code=0), "finished", True, None),
+        (End(code=2), "running", True, None),
+    ],
+)
+def test_a_run_that_was_stopped_says_how_to_go_on(make_config, front, capsys, end, status, has_checkpoint, words):
+    config = dataclasses.replace(make_config(max_train_steps=20, num_warmup_steps=1), resume="never")
+    if has_checkpoint:
+        config = dataclasses.replace(config, resume=str(save_run(config, 10, outcome={"status": "running"})))
+    typed = ["small", "--data", "my corpus", "--resume", config.resume, "--num-gpus", "2"]
+    outcome = {"status": status, "step": 12}
+    assert front(config, "small", typed=typed, end=end, outcome=outcome) == end.code
+    said = capsys.readouterr().out
+    if words is None:
+        assert "Go on" not in said
+        return
+    expected = ["codeparrot-ds", "train", "small", "--data", "my corpus", "--num-gpus", "2", "--resume", "auto"]
+    assert lines_after(said, words) == expected
+
+
+def test_a_name_that_was_made_up_is_in_the_command_that_goes_on(make_config, front, capsys):
+    config = dataclasses.replace(make_config(), run_name=None)
+    assert front(config, "small", end=End(code=0, asked=True), outcome={"status": "stopped", "step": 0}) == 0
+    command = lines_after(capsys.readouterr().out, "Go on with:")
+    assert command[:-1] == ["codeparrot-ds", "train", "small", "--run-name"] and command[-1] in " ".join(
+        front.started[0]
+    )

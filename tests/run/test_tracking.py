@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 import wandb
 
-from codeparrot_ds.run import tracking
+from codeparrot_ds.run import supervise, tracking
 from codeparrot_ds.run.folder import RunFolder
 from codeparrot_ds.run.tracking import Metrics, Progress, Tracker, duration, set_up_logging
+from tests.run.screen import standard_error_on
 
 LOGGERS = ("codeparrot_ds", "DeepSpeed", "transformers", "datasets", "huggingface_hub", "py.warnings")
 
@@ -302,6 +304,50 @@ def test_progress_in_lines(caplog, capsys):
         "step 5/100: loss 3.5000, lr 1.00e-03, 12,346 tokens/s, 3 min 5 s left",
         "evaluation at step 5",
     ]
+
+
+# A long run on a fast machine: no figure is wider.
+SHOWN = {"loss": 10.8251, "learning_rate": 4.87e-4, "tokens_per_second": 1_304_567.8, "grad_norm": 1.25}
+
+
+@pytest.mark.parametrize(
+    ("columns", "least", "more"),
+    [(80, 8, []), (140, 20, ["lr 4.87e-04", "gradient norm 1.25"]), (60, 4, [])],
+)
+def test_the_bar_fits_the_terminal(columns, least, more):
+    with standard_error_on(columns) as screen:
+        progress = Progress(active=True, start=0, total=150_000)
+        progress.show(SHOWN | {"step": 75_000}, 23 * 3600 + 59 * 60)
+        (line,) = screen.lines()
+        progress.close()
+    fields = ["loss 10.8251", "1,304,568 tokens/s", "23 h 59 min left"]
+    _, bar, told = re.fullmatch(r"( 50%)\|(.+)\| 75000/150000, (.*)", line).groups()
+    assert told.split(", ") == (fields if columns > 60 else fields[:2]) + more
+    assert len(line) == columns - 1 and len(bar) >= least and abs(bar.count("█") - len(bar) / 2) <= 1
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_what_is_said_while_the_bar_is_shown_stands_above_it(tmp_path, loggers, columns):
+    """Also by threads (wandb's, the saver's) and other libraries, which know of no bar."""
+    with standard_error_on(columns) as screen:
+        set_up_logging(tmp_path, 0)
+        progress = Progress(active=True, start=0, total=300)
+        progress.show(SHOWN | {"step": 10}, 60)
+        progress.say("evaluation at step %d", 10)
+        thread = threading.Thread(target=lambda: logging.getLogger("codeparrot_ds").info("wandb: offline"))
+        thread.start()
+        thread.join()
+        progress.show(SHOWN | {"step": 20}, 55)
+        logging.getLogger("DeepSpeed").error("a word of a library")
+        supervise.say("stopping: the ranks save")  # another process on the same terminal, which has no bar of its own
+        progress.show(SHOWN | {"step": 30}, 50)
+        lines = screen.lines()
+        progress.close()
+        supervise.say("the end")
+        assert screen.lines()[-1] == "the end" and len(screen.lines()) == len(lines) + 1
+    said = ["evaluation at step 10", "wandb: offline", "a word of a library", "stopping: the ranks save"]
+    assert lines[:-1] == said and lines[-1].startswith(" 10%|") and "50 s left" in lines[-1]
+    assert "wandb: offline" in (tmp_path / "log" / "debug_0.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_perplexity_falls(demo):
 
 def test_what_it_says_at_the_end(demo):
     workdir, run, process = demo
+    assert process.stdout.startswith(f"demo in {workdir}: ") and "warning" not in process.stderr
     for words in (
         "validation loss",
         "perplexity",
@@ -56,6 +57,7 @@ def test_what_it_says_at_the_end(demo):
         run.name,
         "Next:",
         "codeparrot-ds evaluate",
+        f"codeparrot-ds demo --workdir {workdir} --max-train-steps {3 * STEPS} ",
     ):
         assert words in process.stdout
     assert process.stdout.count("=" * 80) == 3  # four completions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from stories import REPOSITORY, STEPS, clean_environment, evaluations, log, losses, metrics
+from stories import REPOSITORY, STEPS, clean_environment, evaluations, log, losses, metrics, run_command
 
 from codeparrot_ds.run.checkpoint_files import list_checkpoints
 
@@ -45,7 +46,8 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_drop
     """SIGINT; ``test_demo.py`` stops a demo with SIGTERM."""
     arguments = ("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", "--num-gpus", "2", *STEPS)
     command = workshop.command(*arguments, output_dir=tmp_path)
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=clean_environment(), **pipes)
     run = tmp_path / "dropout"
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() or not losses(run):
@@ -53,13 +55,15 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_drop
         time.sleep(0.05)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    told, said = process.communicate(timeout=60)
     assert process.returncode == 0, said[-3000:]
     assert not [child for child in ranks if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     outcome = json.loads((run / "run.json").read_text())["outcome"]
     assert outcome["status"] == "stopped" and 0 < outcome["step"] < 20
     assert (run / "checkpoints" / f"step-{outcome['step']:08d}" / "manifest.json").is_file()
-    process = workshop.train(*arguments, output_dir=tmp_path)
+    proposed = shlex.split(told.partition("Stopped and saved. Go on with:")[2])
+    assert proposed == ["codeparrot-ds", *command[3:]]
+    process = run_command([*command[:3], *proposed[1:]])
     assert process.returncode == 0, process.stderr[-3000:]
     assert f"resumed from step {outcome['step']}" in process.stderr
     assert losses(run) == losses(with_dropout)
@@ -84,6 +88,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_sets_the_later_one_aside(on
 
 def test_another_batch_size_goes_on_with_the_next_rows(workshop, on_two_ranks, continued):
     whole, run = on_two_ranks["zero2"], continued["new batch"]
+    assert "warning: the learning rate jumps from 0 to 4.77e-05" in log(run)  # it had finished at step 20
     refused = workshop.refuse("--run-name", whole.name, "--global-batch-size", "16", "--max-train-steps", "24")
     assert refused.returncode == 2 and "--on-batch-change continue" in refused.stderr
     before, after = (
