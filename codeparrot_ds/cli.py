@@ -28,14 +28,15 @@ from codeparrot_ds.config import (
     config_from_arguments,
     launch_from_arguments,
     read_config_file,
-    without_launch_arguments,
 )
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import expand, find_run, in_runs, name_argument, not_a_run, path_argument
 
 PROGRAM = "codeparrot-ds"
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 KINDS = ("error", "warning")  # of what a check finds
+RUN_HELP = "folder of the run, or its name in runs"
 # What the user can mend when the operating system refuses; anything else is a fault of ours and keeps its traceback.
 REFUSALS = {
     errno.ENOSPC: "the disk is full",
@@ -56,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         parsed = parser.parse_args(arguments)
-        parsed.arguments = arguments[1:]
         code = parsed.run(parsed)
         sys.stdout.flush()
         return code
@@ -149,7 +149,9 @@ def _add_demo(commands: Any) -> None:
     parser = _command(
         commands, "demo", _run_demo, "the whole story on the standard library's source, in minutes, on any machine"
     )
-    parser.add_argument("--workdir", type=Path, default=Path("demo"), metavar="DIR", help=_default("folder", "./demo"))
+    parser.add_argument(
+        "--workdir", type=path_argument, default=Path("demo"), metavar="DIR", help=_default("folder", "./demo")
+    )
     parser.add_argument("--max-train-steps", type=_count, metavar="N", help="optimizer steps (default: the preset's)")
     parser.add_argument(
         "--num-gpus", "--num-ranks", type=_count, dest="num_gpus", metavar="N",
@@ -184,11 +186,13 @@ def _add_corpus(commands: Any) -> None:
         commands, "corpus", _run_corpus, "cleaned, deduplicated shards from source trees, files of rows or data sets"
     )
     parser.add_argument(
-        "sources", nargs="+", metavar="SRC",
+        "sources", nargs="+", type=name_argument, metavar="SRC",
         help="folders, git checkouts, row files (.jsonl or .json, plain, .gz or .zst; .parquet), and data sets of the "
         "datasets library (org/name or org/name:split)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder of the corpus (required)"
+    )
     group = parser.add_argument_group("reading")
     group.add_argument("--suffixes", nargs="+", default=[".py"], metavar="S", help=_default("files to read", ".py"))
     group.add_argument(
@@ -200,7 +204,10 @@ def _add_corpus(commands: Any) -> None:
         "--filters", nargs="*", metavar="NAME", help="published filters to apply; none after it: none (default: all)"
     )
     group.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="also drop files under 1.5 characters a token (default: off)"
+        "--tokenizer",
+        type=name_argument,
+        metavar="DIR",
+        help="also drop files under 1.5 characters a token (default: off)",
     )
     group.add_argument(
         "--near-duplicates", action=argparse.BooleanOptionalAction, default=True,
@@ -229,6 +236,7 @@ def _add_corpus(commands: Any) -> None:
 
 def _run_corpus(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.data.corpus import build_corpus, describe
+    from codeparrot_ds.data.encoder import find_tokenizer
     from codeparrot_ds.data.filters import FILTER_NAMES
     from codeparrot_ds.data.staging import working_folder
 
@@ -242,7 +250,7 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
                 shard_bytes=arguments.shard_bytes,
                 seed=arguments.seed,
                 filters=FILTER_NAMES if arguments.filters is None else arguments.filters,
-                tokenizer=arguments.tokenizer,
+                tokenizer=None if arguments.tokenizer is None else find_tokenizer(arguments.tokenizer),
                 near_duplicates=arguments.near_duplicates,
                 near_duplicate_threshold=arguments.near_duplicate_threshold,
                 redact=arguments.redact,
@@ -265,8 +273,12 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
 
 def _add_tokenizer(commands: Any) -> None:
     parser = _command(commands, "tokenizer", _run_tokenizer, "trains the byte-level BPE tokenizer on a corpus")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the tokenizer (required)")
+    parser.add_argument(
+        "--data", type=_data, required=True, metavar="DIR", help="corpus, shards, mixture or Hub name (required)"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder of the tokenizer (required)"
+    )
     parser.add_argument("--vocab-size", type=_count, default=32_768, metavar="N", help=_default("tokens in all", 32768))
     parser.add_argument("--max-documents", type=_count, metavar="N", help="documents to train on (default: all)")
     parser.add_argument("--max-bytes", type=_count, metavar="N", help="bytes of text to train on (default: all)")
@@ -305,8 +317,15 @@ def _add_data(commands: Any) -> None:
     action = _command(
         actions, "inspect", _run_data_inspect, "packed rows as text, in the order of training, with documents' borders"
     )
-    action.add_argument("source", metavar="SRC", help="folder of a run, or its data: corpus, shards, mixture, Hub name")
-    action.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: the run's)")
+    action.add_argument(
+        "source", type=_data, metavar="SRC", help="a run, or its data: corpus, shards, mixture, Hub name"
+    )
+    action.add_argument(
+        "--tokenizer",
+        type=name_argument,
+        metavar="DIR",
+        help="folder or Hub name of the tokenizer (default: the run's)",
+    )
     action.add_argument("--split", choices=("train", "validation"), default="train", help=_default("part", "train"))
     action.add_argument("--rows", type=_count, default=3, metavar="N", help=_default("rows to show", 3))
     action.add_argument(
@@ -326,9 +345,13 @@ def _add_data(commands: Any) -> None:
     action = _command(
         actions, "contamination", _run_data_contamination, "problems whose solutions occur in a corpus, by name"
     )
-    action.add_argument("data", metavar="DATA", help="corpus, shards, mixture, or Hub name")
+    action.add_argument("data", type=_data, metavar="DATA", help="corpus, shards, mixture, or Hub name")
     action.add_argument(
-        "--problems", default="humaneval", metavar="SRC", help=_default("as for humaneval", "humaneval")
+        "--problems",
+        type=name_argument,
+        default="humaneval",
+        metavar="SRC",
+        help=_default("as for humaneval", "humaneval"),
     )
     action.add_argument("--split", choices=("train", "validation"), default="train", help=_default("part", "train"))
     action.add_argument("--ngram-tokens", type=_count, default=10, metavar="N", help=_default("of an n-gram", 10))
@@ -365,8 +388,9 @@ def _run_data_inspect(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.folder import recorded_pins
 
     stream = {name: getattr(arguments, name) for name in ("seq_length", "num_lanes", "shuffle_buffer", "seed")}
-    config = inspection_config(arguments.source, tokenizer=arguments.tokenizer, **stream)
-    reader = RowReader(config, arguments.split, recorded_pins(Path(arguments.source)))
+    source = in_runs(arguments.source)
+    config = inspection_config(source, tokenizer=arguments.tokenizer, **stream)
+    reader = RowReader(config, arguments.split, recorded_pins(Path(source)))
     with _progress("rows") as progress:
         rows = reader.rows(arguments.start_row, arguments.rows, progress)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -406,7 +430,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
 
     from codeparrot_ds.run.launch import front_door
 
-    return front_door(config, launch, without_launch_arguments(arguments.arguments))
+    return front_door(config, launch)
 
 
 def _add_doctor(commands: Any) -> None:
@@ -417,7 +441,9 @@ def _add_doctor(commands: Any) -> None:
         "checks this machine, or every host of a hostfile, before a run; exit code 1 when something is wrong",
     )
     group = parser.add_argument_group("hosts")
-    group.add_argument("--hostfile", metavar="FILE", help="lines of `host slots=N` (default: this machine alone)")
+    group.add_argument(
+        "--hostfile", type=name_argument, metavar="FILE", help="lines of `host slots=N` (default: this machine alone)"
+    )
     group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to look at, as in a:0,2@b (default: all)")
     group.add_argument("--exclude", metavar="HOSTS", help="hosts and GPUs to leave out, same form (default: none)")
     group.add_argument(
@@ -425,7 +451,9 @@ def _add_doctor(commands: Any) -> None:
     )
     group.add_argument("--master-port", type=_count, metavar="N", help="port there (default: any free one)")
     group = parser.add_argument_group("the run")
-    group.add_argument("--config", metavar="FILE", help="run config with the four below (default: none)")
+    group.add_argument(
+        "--config", type=name_argument, metavar="FILE", help="run config with the four below (default: none)"
+    )
     group.add_argument("--data", metavar="DIR", help="corpus that every host must see (default: none)")
     group.add_argument("--tokenizer", metavar="DIR", help="tokenizer that every host must see (default: none)")
     group.add_argument("--output-dir", metavar="DIR", help="folder of runs that hosts share (default: runs)")
@@ -459,9 +487,12 @@ def _add_check(commands: Any) -> None:
         "checks DeepSpeed JSONs and the run config together; exit code 1 when something is wrong",
     )
     parser.add_argument(
-        "ds_configs", nargs="*", metavar="DS_JSON", help="files or shipped names (default: the run config's own)"
+        "ds_configs", nargs="*", type=name_argument, metavar="DS_JSON",
+        help="files or shipped names (default: the run config's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", type=name_argument, metavar="FILE", help="run config to check against (default: none)"
     )
-    parser.add_argument("--config", metavar="FILE", help="run config to check against (default: none)")
     parser.add_argument("--preset", metavar="NAME", help=f"run preset to check against: {', '.join(PRESETS)}")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help=_default("what the ranks will have", "auto")
@@ -595,12 +626,13 @@ def _add_plan(commands: Any) -> None:
         "and replaces the formulas from then on (marked *). Several numbers have commas: 1,8,64.",
     )
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL",
+        "model", nargs="?", type=name_argument, metavar="MODEL",
         help=f"preset ({', '.join(PRESETS)}), known shape (gpt2, gpt2-xl ...) or a GPT-2 config.json",
     )  # fmt: skip
     parser.add_argument(
-        "ds_configs", nargs="*", metavar="DS_JSON", help="files or shipped names (default: all that are shipped)"
-    )
+        "ds_configs", nargs="*", type=name_argument, metavar="DS_JSON",
+        help="files or shipped names (default: all that are shipped)",
+    )  # fmt: skip
     group = parser.add_argument_group("run")
     group.add_argument("--world-size", type=_counts, default=(1,), metavar="N,...", help=_default("ranks", 1))
     group.add_argument(
@@ -627,14 +659,16 @@ def _add_plan(commands: Any) -> None:
         "--device-memory", metavar="SIZE", help="of one device, as 80GB or 80GiB (default: this machine's smallest GPU)"
     )
     group.add_argument(
-        "--calibrate", type=Path, metavar="RUN",
+        "--calibrate", type=name_argument, metavar="RUN",
         help="take what a run needs beside its tensors from this GPU run, and keep it for later plans (default: none)",
     )  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--trace", action="store_true", help="trace every row that is shown: exact, minutes")
     group.add_argument("--num-workers", type=_count, metavar="N", help="traces at a time (default: one a core)")
     group.add_argument("--json", action="store_true", help="print one JSON object, with every micro-batch")
-    group.add_argument("--out", type=Path, metavar="PNG", help="draw stacked bars into this file (default: none)")
+    group.add_argument(
+        "--out", type=path_argument, metavar="PNG", help="draw stacked bars into this file (default: none)"
+    )
     _take_positionals_anywhere(parser)
 
 
@@ -665,7 +699,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     if arguments.device_memory is not None:
         memory = device_memory.parse_memory(arguments.device_memory)
     if arguments.calibrate is not None:
-        overhead, measured = device_memory.calibrate(arguments.calibrate)
+        overhead, measured = device_memory.calibrate(find_run(arguments.calibrate))
         path = device_memory.save_overhead(overhead, measured)
         said = f"calibrated: beside its tensors a rank takes {overhead}; kept in {path}, remove it to go back"
         print(said, file=sys.stderr if arguments.json else sys.stdout)
@@ -698,7 +732,7 @@ def _add_compare(commands: Any) -> None:
         "interrupted one stopped. The report is DIR/report.html, .md and .json.",
     )
     parser.add_argument(
-        "ds_configs", nargs="*", metavar="DS_JSON",
+        "ds_configs", nargs="*", type=name_argument, metavar="DS_JSON",
         help="files or shipped names; zero2,micro_batch_size=4 changes a field of the run config for this one",
     )  # fmt: skip
     group = parser.add_argument_group("comparison")
@@ -736,7 +770,7 @@ def _add_compare(commands: Any) -> None:
     )  # fmt: skip
     group.add_argument("--retry-failed", action="store_true", help="when going on, run again what did not finish")
     group.add_argument(
-        "--out", type=Path, default=Path("comparison"), metavar="DIR", help=_default("folder", "./comparison")
+        "--out", type=path_argument, default=Path("comparison"), metavar="DIR", help=_default("folder", "./comparison")
     )
     add_config_arguments(parser, preset="--preset", without=SET_BY_COMPARE)
 
@@ -784,7 +818,9 @@ def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", _run_evaluate, "loss, perplexity and bits per byte of a model on a split")
     _add_model(parser)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DIR", help="corpus folder (default: the run's own)")
+    group.add_argument(
+        "--data", type=_data, metavar="DIR", help="corpus, shards, mixture or Hub name (default: the run's own)"
+    )
     group.add_argument(
         "--split", choices=("validation", "train"), default="validation", help=_default("part of it", "validation")
     )
@@ -806,12 +842,17 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.evaluation.source import data_of, named_model
+
+    source = named_model(arguments.source)
+    data = data_of(source, arguments.split, arguments.data)
+
     from codeparrot_ds.evaluation.perplexity import evaluate_in_processes
 
     result = evaluate_in_processes(
-        arguments.source,
+        source,
         num_processes=arguments.num_processes,
-        data=arguments.data,
+        data=data,
         split=arguments.split,
         seq_length=arguments.seq_length,
         batch_size=arguments.batch_size,
@@ -847,7 +888,7 @@ def _add_complete(commands: Any) -> None:
         "prompts", nargs="*", metavar="PROMPT", help="start of some code; - reads it (default: the recipe's four)"
     )
     parser.add_argument(
-        "--file", action="append", default=[], type=Path, dest="files", metavar="FILE",
+        "--file", action="append", default=[], type=path_argument, dest="files", metavar="FILE",
         help="a prompt, or a .jsonl file with one a line; may be repeated (default: none)",
     )  # fmt: skip
     parser.add_argument("--interactive", action="store_true", help="ask for prompts (default: off)")
@@ -867,14 +908,18 @@ def _add_complete(commands: Any) -> None:
 
 def _run_complete(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.data.inspect import uses_colour
+    from codeparrot_ds.evaluation.prompts import gather_prompts
+    from codeparrot_ds.evaluation.source import named_model
+
+    source, prompts = named_model(arguments.source), gather_prompts(arguments.prompts, arguments.files)
+
     from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes letters that some encodings lack
     run_complete(
-        arguments.source,
-        arguments.prompts,
-        files=arguments.files,
+        source,
+        prompts,
         settings=CompleteSettings(
             max_length=arguments.max_length,
             num_completions=arguments.num_completions,
@@ -906,7 +951,7 @@ def _add_humaneval(commands: Any) -> None:
     )
     group = parser.add_argument_group("problems")
     group.add_argument(
-        "--problems", default="humaneval", metavar="SRC",
+        "--problems", type=name_argument, default="humaneval", metavar="SRC",
         help=_default(
             "humaneval, mbpp, a .jsonl or .jsonl.gz file in the schema of either, or org/name[:split]", "humaneval"
         ),
@@ -939,7 +984,7 @@ def _add_humaneval(commands: Any) -> None:
     group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: cores + 1)")
     group = parser.add_argument_group("results")
     group.add_argument(
-        "--out", type=Path, metavar="DIR",
+        "--out", type=path_argument, metavar="DIR",
         help="folder, where the same command goes on (default: RUN/humaneval/CHECKPOINT-PROBLEMS)",
     )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="begin again in a folder that holds completions")
@@ -954,7 +999,9 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
         )
     from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
     from codeparrot_ds.evaluation.sandbox import Limits
+    from codeparrot_ds.evaluation.source import named_model
 
+    source = named_model(arguments.source)
     settings = Settings(
         problems=arguments.problems,
         limit=arguments.limit,
@@ -965,10 +1012,10 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         dtype=arguments.dtype,
     )
-    folder = arguments.out or default_folder(arguments.source, arguments.problems)
+    folder = arguments.out or default_folder(source, arguments.problems)
     with _progress("samples") as progress:
         results = humaneval(
-            arguments.source,
+            source,
             folder,
             settings=settings,
             k=arguments.k,
@@ -992,8 +1039,10 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
+        type=name_argument,
         metavar="MODEL",
-        help="a run, a checkpoint, an exported folder, a Hub model's name (org/name@BRANCH), or REPO.git@BRANCH",
+        help="a run (its path, or its name in runs), a checkpoint, an exported folder, a Hub model's name "
+        "(org/name@BRANCH), or REPO.git@BRANCH",
     )
     group = parser.add_argument_group("device")
     group.add_argument(
@@ -1011,25 +1060,25 @@ def _add_checkpoint(commands: Any) -> None:
     parser = _command(commands, "checkpoint", None, "looks after a run's checkpoints")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     action = _command(actions, "list", _run_checkpoint_list, "lists a run's checkpoints")
-    action.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+    action.add_argument("run_folder", type=name_argument, metavar="RUN", help=RUN_HELP)
     action.add_argument("--json", action="store_true", help="print one JSON array")
     action = _command(
         actions, "verify", _run_checkpoint_verify, "compares every byte of checkpoints with their manifests"
     )
-    action.add_argument("path", type=Path, metavar="PATH", help="a run, or one checkpoint of it")
+    action.add_argument("path", type=name_argument, metavar="PATH", help="a run, or one checkpoint of it")
     action = _command(
         actions,
         "export",
         _run_checkpoint_export,
         "writes a checkpoint's model as a Hugging Face folder",
     )
-    action.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint of it")
+    action.add_argument("path", type=name_argument, metavar="RUN", help="a run, or one checkpoint of it")
     action.add_argument("--step", type=int, metavar="N", help="optimizer step (default: the newest checkpoint)")
     dtypes = ("float32", "bfloat16", "float16")
     action.add_argument(
         "--dtype", choices=dtypes, default="float32", help=_default("precision of the weights", "float32")
     )
-    action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    action.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder to make")
     action.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     _add_checkpoint_import(actions)
 
@@ -1045,9 +1094,9 @@ def _add_checkpoint_import(actions: Any) -> None:
         "for more. The other options say what the run is, as for `train`, whose config it keeps.",
     )
     action.add_argument(
-        "deepspeed_folder", type=Path, metavar="DEEPSPEED_FOLDER", help="what engine.save_checkpoint was given"
+        "deepspeed_folder", type=path_argument, metavar="DEEPSPEED_FOLDER", help="what engine.save_checkpoint was given"
     )
-    action.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="folder of the run to make")
+    action.add_argument("run_folder", type=path_argument, metavar="RUN_FOLDER", help="folder of the run to make")
     action.add_argument("--tag", metavar="TAG", help="which checkpoint, as global_step500 (default: the latest)")
     action.add_argument(
         "--first-row", type=_index, default=0, metavar="K",
@@ -1063,6 +1112,10 @@ def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
             option = "--" + field.replace("_", "-")
             raise UserError(f"{option} does not go with RUN_FOLDER, which says where the run is and what its name is")
     config = config_from_arguments(arguments)
+
+    from codeparrot_ds.run.import_check import check_import
+
+    check_import(arguments.deepspeed_folder, arguments.run_folder, config, arguments.tag)
 
     from codeparrot_ds.run.checkpoint_import import describe, import_deepspeed
 
@@ -1082,7 +1135,8 @@ def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
 def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.checkpoint_files import list_checkpoints
 
-    rows = list_checkpoints(arguments.run_folder)
+    run = find_run(arguments.run_folder)
+    rows = list_checkpoints(run)
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -1094,14 +1148,19 @@ def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
             f"{row['path']}"
         )
     if not rows:
-        print(f"{arguments.run_folder} has no checkpoint yet")
+        print(f"{run} has no checkpoint yet")
     return 0
 
 
 def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.run.checkpoint_export import export_checkpoint, find_checkpoint
+    from codeparrot_ds.data.staging import refuse_existing
+    from codeparrot_ds.run.checkpoint_files import find_checkpoint
 
-    checkpoint = find_checkpoint(arguments.path, arguments.step)
+    checkpoint = find_checkpoint(find_run(arguments.path), arguments.step)
+    refuse_existing(arguments.out, marker="config.json", overwrite=arguments.overwrite)
+
+    from codeparrot_ds.run.checkpoint_export import export_checkpoint
+
     export_checkpoint(checkpoint, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite)
     print(f"{arguments.out}: the weights of {checkpoint} in {arguments.dtype}")
     return 0
@@ -1110,10 +1169,13 @@ def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
 def _run_checkpoint_verify(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.checkpoint_files import list_checkpoints, verify_checkpoint
 
-    is_run = (arguments.path / "run.json").is_file()
-    paths = [Path(row["path"]) for row in list_checkpoints(arguments.path)] if is_run else [arguments.path]
+    place = find_run(arguments.path)
+    is_run = (place / "run.json").is_file()
+    if not is_run and not place.name.startswith(("step-", "aside-step-")) and not (place / "manifest.json").is_file():
+        raise not_a_run(place)
+    paths = [Path(row["path"]) for row in list_checkpoints(place)] if is_run else [place]
     if not paths:
-        raise UserError(f"{arguments.path} has no checkpoint yet")
+        raise UserError(f"{place} has no checkpoint yet")
     num_damaged = 0
     for path in paths:
         problems = verify_checkpoint(path)
@@ -1132,7 +1194,7 @@ def _add_hub(commands: Any) -> None:
     ):
         action = _command(actions, name, _run_hub, text)
         action.set_defaults(action=name)
-        action.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+        action.add_argument("run_folder", type=name_argument, metavar="RUN", help=RUN_HELP)
         if name == "publish":
             action.add_argument(
                 "--checkpoint", choices=("last", "best"), default="last",
@@ -1151,7 +1213,7 @@ def _run_hub(arguments: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    run = arguments.run_folder
+    run = find_run(arguments.run_folder)
     if arguments.action == "status":
         print(hub_status(run))
     elif arguments.action == "push":
@@ -1164,19 +1226,27 @@ def _run_hub(arguments: argparse.Namespace) -> int:
 
 def _add_report(commands: Any) -> None:
     parser = _command(commands, "report", _run_report, "plots and tables of one or more runs")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: RUN/report)")
+    parser.add_argument("runs", nargs="+", type=name_argument, metavar="RUN", help=f"{RUN_HELP}; one or more")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="folder of the report (default: RUN/report)")
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.report import write_report
 
-    print(write_report(arguments.runs, arguments.out))
+    print(write_report([find_run(run) for run in arguments.runs], arguments.out))
     return 0
 
 
 def _default(text: str, value: Any) -> str:
     return f"{text} (default: {value})"
+
+
+def _data(text: str) -> str:
+    """The type of an argument that means what the run config's ``data`` means."""
+    try:
+        return FIELDS["data"].each_path(text, expand)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _index(text: str) -> int:

@@ -7,7 +7,10 @@ on the disk: a comparison that was stopped goes on with the same command, and ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from codeparrot_ds.errors import UserError
@@ -26,8 +29,9 @@ from codeparrot_ds.run.comparison import (
 from codeparrot_ds.run.comparison_progress import TrialProgress
 from codeparrot_ds.run.comparison_report import Findings, judge_all, write_reports
 from codeparrot_ds.run.comparison_trial import PROGRAM, orders_of, run_trial
+from codeparrot_ds.run.initial import with_initial_model
 from codeparrot_ds.run.initial_weights_folder import initial_weights
-from codeparrot_ds.run.launch import local_device
+from codeparrot_ds.run.launch import check_named, local_device
 from codeparrot_ds.search import Search
 
 Say = Callable[[str], None]
@@ -60,17 +64,10 @@ def run_comparison(
         KeyboardInterrupt: the user's; the report is of the trials done.
     """
     device = local_device()
-    open_folder(folder, request)
-    if retry_failed:
-        forget_failures(folder)
-    candidates = candidates_of(request, folder, device=device)
-    ready = [candidate for candidate in candidates if candidate.skipped is None]
-    for candidate in candidates:
-        for sentence in [candidate.skipped] if candidate.skipped else candidate.notes:
-            say(f"{candidate.name}: {'skipped: ' if candidate.skipped else ''}{sentence}")
-    if not ready:
-        raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
-    check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
+    request = dataclasses.replace(request, config=with_initial_model(request.config))
+    check_named(request.config)
+    with _forgotten_if_refused(folder):
+        candidates = _prepare(request, folder, device, retry_failed=retry_failed, say=say)
     if search_minutes is None:
         findings = compare(request, folder, candidates, hang_seconds=hang_seconds, say=say)
     else:
@@ -88,6 +85,34 @@ def run_comparison(
         say(line)
     say(f"report: {folder / 'report.html'}")
     return 0 if findings.speeds else 1
+
+
+def _prepare(request: Request, folder: Path, device: str, *, retry_failed: bool, say: Say) -> list[Candidate]:
+    """Makes the folder, and checks and plans everything."""
+    open_folder(folder, request)
+    if retry_failed:
+        forget_failures(folder)
+    candidates = candidates_of(request, folder, device=device)
+    ready = [candidate for candidate in candidates if candidate.skipped is None]
+    for candidate in candidates:
+        for sentence in [candidate.skipped] if candidate.skipped else candidate.notes:
+            say(f"{candidate.name}: {'skipped: ' if candidate.skipped else ''}{sentence}")
+    if not ready:
+        raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
+    check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
+    return candidates
+
+
+@contextlib.contextmanager
+def _forgotten_if_refused(folder: Path) -> Iterator[None]:
+    """Takes a folder that was not there before away again where the comparison is refused."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except UserError:
+        if new:
+            shutil.rmtree(new[-1], ignore_errors=True)
+        raise
 
 
 def compare(

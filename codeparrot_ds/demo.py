@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -63,11 +64,10 @@ def run_demo(
     )
     run = runs / str(config.run_name)
     _say(3, f"training: {config.max_train_steps} steps through the deepspeed launcher")
-    arguments = _command_line(config)
-    code = front_door(config, LaunchOptions(num_gpus=num_gpus), arguments)
+    code = front_door(config, LaunchOptions(num_gpus=num_gpus))
     if code != 0:
         return code
-    continuation = f"codeparrot-ds train {' '.join(arguments)}"
+    continuation = f"codeparrot-ds train {shlex.join(_command_line(config))}"
     if json.loads((run / "run.json").read_text(encoding="utf-8"))["outcome"]["status"] != "finished":
         print(f"\nStopped and saved. Go on with:\n  {continuation}")
         return 0

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.config import LaunchOptions, RunConfig
+from codeparrot_ds.config import LaunchOptions, RunConfig, with_absolute_paths
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
+from codeparrot_ds.data.opening import check_datasets, check_local_data, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.prompts import what_to_complete
@@ -28,18 +28,20 @@ from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.repository import is_remote, open_repository
 from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.model.shapes import find_shape, num_parameters
-from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
 from codeparrot_ds.run.doctor import Wanted, local_paths
 from codeparrot_ds.run.folder import (
+    check_checkpoint,
     check_continuation,
     check_ds_continuation,
+    check_free,
     check_run_name,
     new_run_name,
     recorded_pins,
+    with_checkpoint,
 )
 from codeparrot_ds.run.hostfile import Host
-from codeparrot_ds.run.initial import with_initial_model
+from codeparrot_ds.run.initial import with_initial_model, with_kept_tokenizer
 from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, rank_environment, run_job, shared_variables
 from codeparrot_ds.run.launcher import MODULE, hosts_of, is_local
 from codeparrot_ds.run.micro_batch import with_micro_batch
@@ -50,16 +52,15 @@ from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
 from codeparrot_ds.zero.memory import Memory
 
 
-def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *, module: str = MODULE) -> int:
+def front_door(config: RunConfig, launch: LaunchOptions, *, module: str = MODULE) -> int:
     """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
 
     0 is finished, or stopped and saved; 1 something broke; 2 a mistake of the user's; 3 too many bad steps in a row;
     4 a rank or host was lost; 5 the ranks hung.
 
     Args:
-        config: the run config, resolved from ``arguments``.
+        config: the run config.
         launch: where the ranks run.
-        arguments: the options of ``train`` as typed, without the launcher's own; every rank parses them again.
         module: what a rank runs.
 
     Raises:
@@ -75,13 +76,13 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
     ranks = sum(len(host.slots) for host in hosts)
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
-    config = with_initial_model(dataclasses.replace(config, run_name=name))
-    if config.init_from:  # as resolved: a branch may move
-        arguments = [*arguments, "--init-from", config.init_from, "--tokenizer", config.tokenizer]
+    check_free(output_dir / name)
+    config = with_checkpoint(dataclasses.replace(config, run_name=name))
+    typed_tokenizer = config.tokenizer
+    config = with_initial_model(config)
     if config.auto_micro_batch:
         check_named(config)
         config = with_micro_batch(config, world_size=ranks, device=device)
-        arguments = [*arguments, "--micro-batch-size", str(config.micro_batch_size)]
     ds_config = check_run(config, device=device, world_size=ranks)
     if is_local(hosts):
         check_memory(config, ds_config, device=device, ranks=ranks, refuse=not launch.ignore_memory_plan)
@@ -92,9 +93,8 @@ def front_door(config: RunConfig, launch: LaunchOptions, arguments: list[str], *
         if outage is not None:
             print(f"warning: {outage}; checkpoints are queued and pushed when it answers", file=sys.stderr)
     job = Job(
-        config=config,
+        config=with_absolute_paths(with_kept_tokenizer(config, typed_tokenizer)),
         launch=launch,
-        arguments=[*arguments, "--run-name", name],
         device=device,
         hosts=hosts,
         ds_config=ds_config,
@@ -149,7 +149,8 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     )
     check_continuation(config, run)
     changed = check_ds_continuation(config, run, resolved)
-    _check_data(config, run, stream_of(config, datasets, encoder))
+    checkpoint = check_checkpoint(config, run, shape)
+    _check_data(config, run, checkpoint, stream_of(config, datasets, encoder))
     if open_repository(config.hub, config.output_dir) is not None and is_remote(config.hub):
         require_token(config.hub)
     _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
@@ -161,12 +162,13 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
 
 
 def check_named(config: RunConfig) -> None:
-    """Refuses a run without data or tokenizer."""
+    """Refuses a run without data or tokenizer, or whose data is neither here nor on the Hub, which is not asked."""
     for field in ("data", "tokenizer"):
         if not getattr(config, field):
             raise UserError(
                 f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
             )
+    check_local_data(config.data, "train")
 
 
 def check_memory(config: RunConfig, ds_config: dict[str, Any], *, device: str, ranks: int, refuse: bool = True) -> None:
@@ -207,13 +209,12 @@ def _warn_of_little_memory(memory: Memory, ranks: int) -> None:
         )
 
 
-def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:
-    """Refuses to resume on other data than the newest checkpoint's."""
-    newest = next(iter(checkpoint_folders(run / "checkpoints")), None)
-    if config.resume != "auto" or newest is None:
+def _check_data(config: RunConfig, run: Path, checkpoint: Path | None, stream: StreamConfig) -> None:
+    """Refuses to resume on other data than the checkpoint's."""
+    if checkpoint is None:
         return
     try:
-        saved = json.loads((newest / "data.json").read_text(encoding="utf-8"))
+        saved = json.loads((checkpoint / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
     if isinstance(saved, dict) and "fingerprint" in saved:

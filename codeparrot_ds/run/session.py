@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from codeparrot_ds.config import RunConfig
+from codeparrot_ds.config import RunConfig, with_absolute_paths
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import TrainingLoader, token_ids
 from codeparrot_ds.data.opening import (
@@ -53,10 +53,10 @@ from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome,
 from codeparrot_ds.run.device_memory import load_overhead
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import run_export
-from codeparrot_ds.run.folder import RunFolder, new_run_name, open_run
+from codeparrot_ds.run.folder import RunFolder, forgotten_if_refused, new_run_name, open_run, run_path, with_checkpoint
 from codeparrot_ds.run.guard import write_stacks_to
 from codeparrot_ds.run.hardware import peak_flops
-from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
+from codeparrot_ds.run.initial import load_initial_weights, with_initial_model, with_kept_tokenizer
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.micro_batch import with_micro_batch
@@ -131,6 +131,7 @@ class Session:
         self.bad_steps.give_up = self._give_up
 
     @classmethod
+    @forgotten_if_refused()
     def start(cls, config: RunConfig) -> Session:
         """Sets one rank up: ranks, config, folder, model, engine, restored state, data, trackers; collective."""
         startup = Startup()
@@ -520,9 +521,14 @@ def _named(config: RunConfig) -> RunConfig:
 
 
 def _ready(config: RunConfig, ranks: Ranks) -> RunConfig:
-    """The config with what the front door decides where there is one: name, initial model and micro-batch."""
-    config = with_initial_model(_named(config))
-    return with_micro_batch(config, world_size=ranks.world_size, device=ranks.device.type)
+    """The config with what the front door decides where there is one: name, initial model, micro-batch and paths.
+
+    Rank 0's paths: another rank may have another working directory, or its host another home.
+    """
+    typed_tokenizer = config.tokenizer
+    config = with_initial_model(with_checkpoint(_named(config)))
+    config = with_micro_batch(config, world_size=ranks.world_size, device=ranks.device.type)
+    return with_absolute_paths(with_kept_tokenizer(config, typed_tokenizer))
 
 
 def _resolve(config: RunConfig, ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Shape]:
@@ -544,7 +550,7 @@ def _resolve(config: RunConfig, ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Sh
 
 def _open_folder(config: RunConfig, resolved: Resolved, ranks: Ranks) -> RunFolder:
     hosts = ranks.gather(socket.gethostname())
-    mine = RunFolder(Path(config.output_dir) / str(config.run_name))
+    mine = RunFolder(run_path(config))
 
     def open_on_main() -> None:
         nonlocal mine

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from codeparrot_ds.config import RunConfig, did_you_mean
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path
 from codeparrot_ds.zero.known_keys import KEYS, RENAMED, KeyPath
 from codeparrot_ds.zero.positions import key_lines, line_of
 
@@ -57,12 +58,14 @@ def find_ds_config(name_or_path: str | os.PathLike[str]) -> Path:
     path = Path(text)
     if path.is_file():
         return path
-    if path.is_dir():
-        raise UserError(f"{text} is a folder; --deepspeed takes one JSON file or a shipped name such as zero2")
     shipped = ds_configs_folder() / (text if text.endswith(".json") else text + ".json")
     if path.name == text and shipped.is_file():
         return shipped
+    if path.is_dir():
+        raise UserError(f"{text} is a folder; --deepspeed takes one JSON file or a shipped name such as zero2")
     hint = did_you_mean(path.name.removesuffix(".json"), shipped_names())
+    if path.name != text or text.endswith(".json"):
+        hint = did_you_mean_path(text) or hint
     raise UserError(f"DeepSpeed config {text!r} is neither a file nor a shipped config{hint}")
 
 

@@ -148,7 +148,7 @@ def test_shards_are_sorted_and_described(tmp_path: Path) -> None:
 
 
 def test_nothing_to_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no split 'train'; make one with"):
+    with pytest.raises(UserError, match="missing does not exist; make a corpus with"):
         find_shards(tmp_path / "missing", "train")
     (tmp_path / "validation").mkdir()
     with pytest.raises(UserError, match="no split 'train'; it has validation"):
