@@ -22,7 +22,7 @@ RUNS = "runs"
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 _BARE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", re.ASCII)
-_SLIP = 0.8  # likeness of two names from which one is taken for the other mistyped, whatever the Hub may hold
+_SLIP = 0.75  # likeness of two names from which one is taken for the other mistyped, whatever the Hub may hold
 _NEAR = 0.6  # likeness from which it is offered
 _MAX_SIBLINGS = 2000  # entries of a folder that are looked at for a likeness
 
@@ -39,8 +39,9 @@ def expand(text: str) -> str:
         value = os.environ.get(name, "")
         if value or exists(text):  # a name that holds a dollar
             return value or match[0]
-        state = "empty" if name in os.environ else "not set"
-        raise UserError(f"{text}: the variable ${name} is {state}{_quoted(nearest_of(name, os.environ), '$')}")
+        if name in os.environ:
+            raise UserError(f"{text}: the variable ${name} is empty")
+        raise UserError(f"{text}: the variable ${name} is not set{_quoted(nearest_of(name, os.environ), '$')}")
 
     expanded = os.path.expanduser(_VARIABLE.sub(value_of, text))
     if expanded.startswith("~") and not exists(expanded):
@@ -181,7 +182,7 @@ def find_run(text: str | os.PathLike[str], runs: str | os.PathLike[str] = RUNS, 
 def no_run(text: str, runs: str | os.PathLike[str] = RUNS, *, what: str = "run", otherwise: str = "") -> str:
     """What to say where a text names no run, with the nearest one, or ``otherwise`` where none is like it."""
     place = os.path.join(runs, text)
-    is_bare = place != text and not text.startswith(os.path.join(runs, ""))
+    is_bare = not text.startswith((".", "/", os.path.join(runs, "")))
     within = f", and none of that name in {os.fspath(runs)}" if is_bare else ""
     near = nearest(place) if is_bare else None
     return f"there is no {what} {text}{within}{_quoted(near) or did_you_mean_path(text, otherwise)}"

@@ -56,21 +56,21 @@ def hub_file(name: str, file: str, *, what: str) -> Path:
     revision = revision or "main"
     with _user_errors(name, file, what):
         try:
-            commit = _commit_of(repo, file, revision)
+            _ask(repo, file, revision)
         except (OSError, _http_error()) as error:
             cached = None if _is_refusal(error) else try_to_load_from_cache(repo, file, revision=revision)
             if not isinstance(cached, str):
                 raise
             return Path(cached)
-        return Path(hf_hub_download(repo, file, revision=commit, endpoint=_endpoint()))
+        return Path(hf_hub_download(repo, file, revision=revision, endpoint=_endpoint()))
 
 
-def _commit_of(repo: str, file: str, revision: str) -> str:
-    """The commit at which a file is now; one request."""
+def _ask(repo: str, file: str, revision: str) -> None:
+    """Whether the Hub has a file, in one request; raises the client's errors."""
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
 
     url = hf_hub_url(repo, file, revision=revision, endpoint=_endpoint())
-    return get_hf_file_metadata(url, token=get_token(), timeout=TIMEOUT_SECONDS).commit_hash or revision
+    get_hf_file_metadata(url, token=get_token(), timeout=TIMEOUT_SECONDS)
 
 
 def _endpoint() -> str:
@@ -107,10 +107,14 @@ def _user_errors(name: str, file: str, what: str) -> Iterator[None]:
         raise UserError(f"the Hub's {name.replace('@', ' has no branch, tag or commit ')}") from error
     except errors.EntryNotFoundError as error:
         raise UserError(f"{here}'s {name} has no {file}: it cannot be used as a {what}") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise UserError(f"{here} is not asked offline (HF_HUB_OFFLINE): name a folder of a {what}") from error
     except errors.HfHubHTTPError as error:
-        raise UserError(f"{here} does not give {name} (HTTP {error.response.status_code}): try again later") from error
+        status = error.response.status_code
+        remedy = "log in with `hf auth login`" if status in (401, 403) else "try again later"
+        raise UserError(f"{here} does not give {name} (HTTP {status}): {remedy}") from error
     except errors.HFValidationError as error:
         raise UserError(f"there is no folder {name} here, and no model on the Hub can be named so") from error
-    except (OSError, _http_error()) as error:  # OfflineModeIsEnabled is one
+    except (OSError, _http_error()) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{here} at {_endpoint()} cannot be reached ({told}): name a folder, or try again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-
 
 _HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 _MBPP = ("task_id", "code", "test_list")
+_WITH_SPLIT = re.compile(r"[\w.-]+/[\w.-]+:\w+")  # also of a folder, which the library takes as a data set
 # A completion of an MBPP prompt begins with the function itself, or a class, which the recipe's ends would cut off.
 _MBPP_ENDS = ("\nassert", '\n"""', "\nprint", "\nif")
 
@@ -57,7 +59,7 @@ def load_problems(source: str | Path) -> list[Problem]:
     name, path = str(source), Path(expand(str(source)))
     if exists(path) and not (name in PUBLIC and path.is_dir()):  # `humaneval` makes a folder of that name
         rows = _file_rows(path)
-    elif name in PUBLIC or may_be_on_hub(name):
+    elif name in PUBLIC or _WITH_SPLIT.fullmatch(name) or may_be_on_hub(name):
         rows = _dataset_rows(PUBLIC.get(name, name))
     else:
         kinds = f"neither {', '.join(PUBLIC)} nor a data set's name (org/name or org/name:split)"

@@ -41,8 +41,8 @@ def read_hostfile(path: str | Path) -> list[Host]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is not a file" if path.exists() else f"does not exist{did_you_mean_path(path)}"
-        raise UserError(f"hostfile {path} {what}: DeepSpeed would quietly train on this machine alone")
+        what, hint = ("is not a file", "") if path.exists() else ("does not exist", did_you_mean_path(path))
+        raise UserError(f"hostfile {path} {what}: DeepSpeed would quietly train on this machine alone{hint}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

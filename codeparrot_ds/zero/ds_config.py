@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from codeparrot_ds.config import RunConfig, did_you_mean
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.paths import did_you_mean_path
+from codeparrot_ds.paths import did_you_mean_path, expand
 from codeparrot_ds.zero.known_keys import KEYS, RENAMED, KeyPath
 from codeparrot_ds.zero.positions import key_lines, line_of
 
@@ -25,6 +25,8 @@ from codeparrot_ds.zero.positions import key_lines, line_of
 STEPS_PER_PRINT = 1_000_000_000
 # A JSON without an optimizer gets the recipe's.
 DEFAULT_OPTIMIZER = {"type": "AdamW", "params": {"betas": [0.9, 0.999], "eps": 1e-8}}
+# Keys, in whatever block, that hold paths.
+PATH_KEYS = ("nvme_path", "output_path", "output_file")
 # Each key that the run config owns, and the field that fills it.
 RUN_OWNED_KEYS: Mapping[KeyPath, str] = {
     ("train_batch_size",): "global_batch_size",
@@ -305,6 +307,11 @@ def resolve(
     for path, value in list(leaves(resolved)):
         if isinstance(value, float) and _kind(path) == "int" and value.is_integer():
             _set(resolved, path, int(value))  # 5e8, as DeepSpeed reads it
+        elif path[-1] in PATH_KEYS and isinstance(value, str) and value not in ("", "auto"):
+            try:
+                _set(resolved, path, str(Path(expand(value)).absolute()))
+            except UserError as error:
+                problems.append(f"{'.'.join(path)} cannot be {error}")
     mended = "set here: DeepSpeed's own default costs time"
     filled.default(("zero_optimization", "stage"), 0, "DeepSpeed's default")
     # The throughput timer synchronises the device twice a micro-step; the wall clock breakdown more often still.

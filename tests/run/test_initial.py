@@ -73,8 +73,25 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(make_config, repository):
     load_initial_weights(None, again, _OnlyRank(), partitioned=False)  # asks nothing either
 
 
+def test_a_rank_that_was_started_without_the_front_door_keeps_absolute_paths(
+    make_config, exported, corpus_dir, tmp_path, monkeypatch
+):
+    from codeparrot_ds.run.session import _ready
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").symlink_to(corpus_dir)
+    shutil.copytree(exported, tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export")
+    (tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
+    config = make_config(data="corpus", tokenizer="", init_from="first", output_dir="runs", run_name=None)
+    ready = _ready(config, _OnlyRank())
+    export = tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export"
+    assert (ready.data, ready.output_dir) == (f"{tmp_path}/corpus", f"{tmp_path}/runs")
+    assert ready.init_from == ready.tokenizer == str(export) and ready.run_name
+    assert _ready(ready, _OnlyRank()) == ready
+
+
 class _OnlyRank:
-    is_main = True
+    is_main, world_size, device = True, 1, torch.device("cpu")
 
     def on_main(self, ask):
         return ask()

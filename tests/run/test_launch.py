@@ -18,7 +18,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from codeparrot_ds.config import LaunchOptions, save_config
+from codeparrot_ds.cli import main
+from codeparrot_ds.config import (
+    ArgumentParser,
+    LaunchOptions,
+    add_config_arguments,
+    config_from_arguments,
+    save_config,
+)
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import job, launch, launcher
 from codeparrot_ds.run.carried import FILE
@@ -368,6 +375,39 @@ def test_a_second_signal_stops_without_saving(tmp_path, capfd):
     assert time.time() - started < 30
     assert "the ranks save at the next step boundary" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_ranks_get_the_config_with_absolute_paths(corpus_dir, tokenizer_dir, monkeypatch, tmp_path, capsys):
+    """Whatever their working directory, home and variables are; the front door itself speaks as the user did."""
+    seen = {}
+
+    def run_to_the_end(command, environment, run, **options):
+        seen.update(command=command, run=run)
+        return End(code=0)
+
+    monkeypatch.setattr(job, "run_to_the_end", run_to_the_end)
+    monkeypatch.setattr(launch, "are_built", lambda names: True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DATA", str(corpus_dir.parent))
+    (tmp_path / "home").mkdir()
+    shutil.copytree(tokenizer_dir, tmp_path / "tok")
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 1}}')
+    (tmp_path / "run.yaml").write_text(f"data: $DATA/{corpus_dir.name}\ntokenizer: tok\noutput_dir: ~/runs\n")
+    arguments = ["train", "demo", "--config", "run.yaml", "--deepspeed", "mine.json", "--hub", "hub.git"]
+    assert main([*arguments, "--run-name", "first", "--num-lanes", "4", "--num-gpus", "2", "--model", "gpt2"]) == 0
+    options = seen["command"][seen["command"].index("codeparrot_ds.train") + 1 :]
+    monkeypatch.chdir("/")
+    for name in ("HOME", "DATA"):
+        monkeypatch.delenv(name)
+    parser = ArgumentParser()
+    add_config_arguments(parser)
+    config = config_from_arguments(parser.parse_args(options))
+    here = str(tmp_path)
+    assert (config.data, config.tokenizer, config.hub) == (str(corpus_dir), f"{here}/tok", f"{here}/hub.git")
+    assert (config.deepspeed, config.output_dir) == (f"{here}/mine.json", f"{here}/home/runs")
+    assert (config.model, config.resume, config.run_name, config.num_lanes) == ("gpt2", "auto", "first", 4)
+    assert seen["run"] == tmp_path / "home" / "runs" / "first" and not (tmp_path / "~").exists()
 
 
 def test_a_name_is_made_before_anything_else(make_config, monkeypatch, tmp_path):
