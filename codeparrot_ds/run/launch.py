@@ -76,7 +76,8 @@ def front_door(config: RunConfig, launch: LaunchOptions, *, module: str = MODULE
     ranks = sum(len(host.slots) for host in hosts)
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
-    check_free(output_dir / name)
+    if not launch.node_rank:  # with --no-ssh the first host's rank 0, which may have begun, holds the run
+        check_free(output_dir / name)
     config = with_checkpoint(dataclasses.replace(config, run_name=name))
     typed_tokenizer = config.tokenizer
     config = with_initial_model(config)

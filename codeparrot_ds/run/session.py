@@ -46,6 +46,7 @@ from codeparrot_ds.hub.worker import start_drain
 from codeparrot_ds.model.attention import document_inputs
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
+from codeparrot_ds.paths import shown
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.bad_steps import BadSteps
 from codeparrot_ds.run.beats import beat
@@ -742,7 +743,7 @@ def _introduce(
     progress.say(
         "run %s: %s, %s parameters, ZeRO-%d %s on %d rank(s), %d rows a step (%d x %d x %d)",
         folder.name,
-        config.model,
+        shown(config.model),
         f"{num_parameters(shape):,}",
         zero_stage(ds_config),
         precision(ds_config),
