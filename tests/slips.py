@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from codeparrot_ds.config import PRESETS, RunConfig, save_config
-from codeparrot_ds.durable import write_file
+from codeparrot_ds.durable import json_bytes, write_file
 from codeparrot_ds.model.shapes import find_shape, parameter_shapes
-from codeparrot_ds.run.checkpoint_files import publish, staging_folder
+from codeparrot_ds.run.checkpoint_files import publish, sealed, staging_folder
 
 
 class Slip(NamedTuple):
@@ -122,7 +122,9 @@ RUNS = [
     Slip("a bare name of the Hub", "evaluate gpt2", "a model on the Hub is named org/name"),
     Slip("a model of the Hub", "evaluate org/absent", "there is no folder org/absent here, and the Hub at http"),
     Slip(
-        "the folder of runs", "checkpoint list runs", "runs is not a run: it has no run.json; it holds the runs broken"
+        "the folder of runs",
+        "checkpoint list runs",
+        "runs is not a run: it has no run.json; it holds the runs broken, d",
     ),
     Slip("no run at all", "checkpoint verify corpus", "corpus is not a run: it has no run.json"),
     Slip("no model", "evaluate corpus", "corpus is no run, checkpoint or Hugging Face model"),
@@ -143,6 +145,9 @@ STARTS = [
     Slip("of a run cut off", TRAIN + " --run-name broken", "no checkpoint of runs/broken is whole"),
     Slip("of a run that is in use", TRAIN + " --run-name busy", "runs/busy is in use by process 1 on a-host"),
     Slip("of a run of another seed", TRAIN + " --run-name first --seed 7", "seed is 1 there and 7 here"),
+    Slip("of a later version", TRAIN + " --run-name later", "step-00000004 has format 2; this version reads up to 1"),
+    Slip("from a later version", TRAIN + " --resume later", "--resume later: runs/later/checkpoints/step-00000004 has"),
+    Slip("of a damaged record", TRAIN + " --run-name damaged", "runs/damaged/run.json is damaged"),
     Slip("from another model", TRAIN + " --resume first --model model/config.json", "step-00000004 belongs to another"),
     Slip("from weights of another", TRAIN + " --init-from model --model gpt2", "is another model than --model gpt2"),
     Slip("from weights in part", TRAIN + " --init-from model --model model", "has no weights for transformer.h.0.attn"),
@@ -183,6 +188,11 @@ def prepare(folder: Path) -> IO[str]:
     _write_run(folder / "runs" / "first", parameter_shapes(find_shape("demo", vocab_size=257, seq_length=256)))
     _write_run(folder / "runs" / "broken", {})
     (folder / "runs" / "broken" / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
+    _write_run(folder / "runs" / "later", {})
+    manifest = sealed({"format": 2, "step": 4, "created": "", "files": {}})
+    write_file(folder / "runs" / "later" / "checkpoints" / "step-00000004" / "manifest.json", [json_bytes(manifest)])
+    _write_run(folder / "runs" / "damaged", {})
+    (folder / "runs" / "damaged" / "run.json").write_text("{")
     (folder / "runs" / "hub.git").mkdir()
     (folder / "runs" / "busy" / "checkpoints").mkdir(parents=True)
     lock = (folder / "runs" / "busy" / ".lock").open("a+")

@@ -113,10 +113,11 @@ class RunFolder:
 def recorded_pins(path: Path) -> dict[str, str]:
     """The commits of Hub data sets that a run began with, from its ``run.json``; empty for a run that starts."""
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return dict(json.loads((path / "run.json").read_text(encoding="utf-8")).get("data_pins", {}))
     except OSError:
         return {}
-    return dict(record.get("data_pins", {}))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path / 'run.json'} is damaged: {error}") from None
 
 
 def check_continuation(config: RunConfig, path: Path) -> None:
