@@ -30,7 +30,6 @@ from codeparrot_ds.config import (
     config_from_arguments,
     launch_from_arguments,
     read_config_file,
-    without_launch_arguments,
 )
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.option_types import batches as _batches
@@ -39,6 +38,7 @@ from codeparrot_ds.option_types import counts as _counts
 from codeparrot_ds.option_types import index as _index
 from codeparrot_ds.option_types import real as _real
 from codeparrot_ds.option_types import whole as _whole
+from codeparrot_ds.paths import expand, find_run, in_runs, name_argument, not_a_run, path_argument
 from codeparrot_ds.shell import TerminatedError, interrupted_by_sigterm, pasteable
 from codeparrot_ds.units import size_text
 
@@ -48,6 +48,7 @@ TERMINATED = 143  # 128 + SIGTERM
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 KINDS = ("error", "warning")  # of what a check finds
 _seed, _temperature, _share = _whole(), _real(minimum=0), _real(above=0, maximum=1)
+RUN_HELP = "folder of the run, or its name in runs"
 # What the user can mend when the operating system refuses; anything else is a fault of ours and keeps its traceback.
 REFUSALS = {
     errno.ENOSPC: "the disk is full",
@@ -68,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         parsed = parser.parse_args(arguments)
-        parsed.arguments = arguments[1:]
         code = parsed.run(parsed)
         sys.stdout.flush()
         return code
@@ -180,7 +180,9 @@ def _add_demo(commands: Any) -> None:
     parser = _command(
         commands, "demo", _run_demo, "the whole story on the standard library's source, in minutes, on any machine"
     )
-    parser.add_argument("--workdir", type=Path, default=Path("demo"), metavar="DIR", help=_default("folder", "./demo"))
+    parser.add_argument(
+        "--workdir", type=path_argument, default=Path("demo"), metavar="DIR", help=_default("folder", "./demo")
+    )
     parser.add_argument("--max-train-steps", type=_count, metavar="N", help="optimizer steps (default: the preset's)")
     parser.add_argument(
         "--num-gpus", "--num-ranks", type=_count, dest="num_gpus", metavar="N",
@@ -217,11 +219,13 @@ def _add_corpus(commands: Any) -> None:
         commands, "corpus", _run_corpus, "cleaned, deduplicated shards from source trees, files of rows or data sets"
     )
     parser.add_argument(
-        "sources", nargs="+", metavar="SRC",
+        "sources", nargs="+", type=name_argument, metavar="SRC",
         help="folders, git checkouts, row files (.jsonl or .json, plain, .gz or .zst; .parquet), and data sets of the "
         "datasets library (org/name or org/name:split)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder of the corpus (required)"
+    )
     group = parser.add_argument_group("reading")
     group.add_argument(
         "--suffixes", nargs="+", default=[".py"], metavar="SUFFIX", help=_default("files to read", ".py")
@@ -235,7 +239,10 @@ def _add_corpus(commands: Any) -> None:
         "--filters", nargs="*", metavar="NAME", help="published filters to apply; none after it: none (default: all)"
     )
     group.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="also drop files under 1.5 characters a token (default: off)"
+        "--tokenizer",
+        type=name_argument,
+        metavar="DIR",
+        help="also drop files under 1.5 characters a token (default: off)",
     )
     group.add_argument(
         "--near-duplicates", action=argparse.BooleanOptionalAction, default=True,
@@ -264,6 +271,7 @@ def _add_corpus(commands: Any) -> None:
 
 def _run_corpus(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.data.corpus import build_corpus, describe
+    from codeparrot_ds.data.encoder import find_tokenizer
     from codeparrot_ds.data.filters import FILTER_NAMES
     from codeparrot_ds.data.staging import working_folder
 
@@ -277,7 +285,7 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
                 shard_bytes=arguments.shard_bytes,
                 seed=arguments.seed,
                 filters=FILTER_NAMES if arguments.filters is None else arguments.filters,
-                tokenizer=arguments.tokenizer,
+                tokenizer=None if arguments.tokenizer is None else find_tokenizer(arguments.tokenizer),
                 near_duplicates=arguments.near_duplicates,
                 near_duplicate_threshold=arguments.near_duplicate_threshold,
                 redact=arguments.redact,
@@ -300,8 +308,12 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
 
 def _add_tokenizer(commands: Any) -> None:
     parser = _command(commands, "tokenizer", _run_tokenizer, "trains the byte-level BPE tokenizer on a corpus")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the corpus (required)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the tokenizer (required)")
+    parser.add_argument(
+        "--data", type=_data, required=True, metavar="DIR", help="corpus, shards, mixture or Hub name (required)"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder of the tokenizer (required)"
+    )
     parser.add_argument("--vocab-size", type=_count, default=32_768, metavar="N", help=_default("tokens in all", 32768))
     parser.add_argument("--max-documents", type=_count, metavar="N", help="documents to train on (default: all)")
     parser.add_argument("--max-bytes", type=_count, metavar="N", help="bytes of text to train on (default: all)")
@@ -340,8 +352,15 @@ def _add_data(commands: Any) -> None:
     action = _command(
         actions, "inspect", _run_data_inspect, "packed rows as text, in the order of training, with documents' borders"
     )
-    action.add_argument("source", metavar="SRC", help="folder of a run, or its data: corpus, shards, mixture, Hub name")
-    action.add_argument("--tokenizer", metavar="DIR", help="folder of the tokenizer (default: the run's)")
+    action.add_argument(
+        "source", type=_data, metavar="SRC", help="a run, or its data: corpus, shards, mixture, Hub name"
+    )
+    action.add_argument(
+        "--tokenizer",
+        type=name_argument,
+        metavar="DIR",
+        help="folder or Hub name of the tokenizer (default: the run's)",
+    )
     action.add_argument("--split", choices=("train", "validation"), default="train", help=_default("part", "train"))
     action.add_argument("--rows", type=_count, default=3, metavar="N", help=_default("rows to show", 3))
     action.add_argument(
@@ -361,9 +380,13 @@ def _add_data(commands: Any) -> None:
     action = _command(
         actions, "contamination", _run_data_contamination, "problems whose solutions occur in a corpus, by name"
     )
-    action.add_argument("data", metavar="DATA", help="corpus, shards, mixture, or Hub name")
+    action.add_argument("data", type=_data, metavar="DATA", help="corpus, shards, mixture, or Hub name")
     action.add_argument(
-        "--problems", default="humaneval", metavar="SRC", help=_default("as for humaneval", "humaneval")
+        "--problems",
+        type=name_argument,
+        default="humaneval",
+        metavar="SRC",
+        help=_default("as for humaneval", "humaneval"),
     )
     action.add_argument("--split", choices=("train", "validation"), default="train", help=_default("part", "train"))
     action.add_argument("--ngram-tokens", type=_count, default=10, metavar="N", help=_default("of an n-gram", 10))
@@ -400,8 +423,9 @@ def _run_data_inspect(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.folder import recorded_pins
 
     stream = {name: getattr(arguments, name) for name in ("seq_length", "num_lanes", "shuffle_buffer", "seed")}
-    config = inspection_config(arguments.source, tokenizer=arguments.tokenizer, **stream)
-    reader = RowReader(config, arguments.split, recorded_pins(Path(arguments.source)))
+    source = in_runs(arguments.source)
+    config = inspection_config(source, tokenizer=arguments.tokenizer, **stream)
+    reader = RowReader(config, arguments.split, recorded_pins(Path(source)))
     with _progress("rows") as progress:
         rows = reader.rows(arguments.start_row, arguments.rows, progress)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -450,7 +474,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
 
     from codeparrot_ds.run.launch import front_door
 
-    return front_door(config, launch, without_launch_arguments(arguments.arguments), typed=typed)
+    return front_door(config, launch, typed=typed)
 
 
 def _add_doctor(commands: Any) -> None:
@@ -461,7 +485,9 @@ def _add_doctor(commands: Any) -> None:
         "checks this machine, or every host of a hostfile, before a run; exit code 1 when something is wrong",
     )
     group = parser.add_argument_group("hosts")
-    group.add_argument("--hostfile", metavar="FILE", help="lines of `host slots=N` (default: this machine alone)")
+    group.add_argument(
+        "--hostfile", type=name_argument, metavar="FILE", help="lines of `host slots=N` (default: this machine alone)"
+    )
     group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to look at, as in a:0,2@b (default: all)")
     group.add_argument("--exclude", metavar="HOSTS", help="hosts and GPUs to leave out, same form (default: none)")
     group.add_argument(
@@ -469,7 +495,9 @@ def _add_doctor(commands: Any) -> None:
     )
     group.add_argument("--master-port", type=_count, metavar="N", help="port there (default: any free one)")
     group = parser.add_argument_group("the run")
-    group.add_argument("--config", metavar="FILE", help="run config with the four below (default: none)")
+    group.add_argument(
+        "--config", type=name_argument, metavar="FILE", help="run config with the four below (default: none)"
+    )
     group.add_argument("--data", metavar="DIR", help="corpus that every host must see (default: none)")
     group.add_argument("--tokenizer", metavar="DIR", help="tokenizer that every host must see (default: none)")
     group.add_argument("--output-dir", metavar="DIR", help="folder of runs that hosts share (default: runs)")
@@ -503,9 +531,12 @@ def _add_check(commands: Any) -> None:
         "checks DeepSpeed JSONs and the run config together; exit code 1 when something is wrong",
     )
     parser.add_argument(
-        "ds_configs", nargs="*", metavar="DS_JSON", help="files or shipped names (default: the run config's own)"
+        "ds_configs", nargs="*", type=name_argument, metavar="DS_JSON",
+        help="files or shipped names (default: the run config's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", type=name_argument, metavar="FILE", help="run config to check against (default: none)"
     )
-    parser.add_argument("--config", metavar="FILE", help="run config to check against (default: none)")
     parser.add_argument("--preset", metavar="NAME", help=f"run preset to check against: {', '.join(PRESETS)}")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help=_default("what the ranks will have", "auto")
@@ -658,12 +689,13 @@ def _add_plan(commands: Any) -> None:
         "and replaces the formulas from then on (marked *). Several numbers have commas: 1,8,64.",
     )
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL",
+        "model", nargs="?", type=name_argument, metavar="MODEL",
         help=f"preset ({', '.join(PRESETS)}), known shape (gpt2, gpt2-xl ...) or a GPT-2 config.json",
     )  # fmt: skip
     parser.add_argument(
-        "ds_configs", nargs="*", metavar="DS_JSON", help="files or shipped names (default: all that are shipped)"
-    )
+        "ds_configs", nargs="*", type=name_argument, metavar="DS_JSON",
+        help="files or shipped names (default: all that are shipped)",
+    )  # fmt: skip
     group = parser.add_argument_group("run")
     group.add_argument("--world-size", type=_counts, default=(1,), metavar="N,...", help=_default("ranks", 1))
     group.add_argument(
@@ -690,14 +722,16 @@ def _add_plan(commands: Any) -> None:
         "--device-memory", metavar="SIZE", help="of one device, as 80GB or 80GiB (default: this machine's smallest GPU)"
     )
     group.add_argument(
-        "--calibrate", type=Path, metavar="RUN",
+        "--calibrate", type=name_argument, metavar="RUN",
         help="take what a run needs beside its tensors from this GPU run, and keep it for later plans (default: none)",
     )  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--trace", action="store_true", help="trace every row that is shown: exact, minutes")
     group.add_argument("--num-workers", type=_count, metavar="N", help="traces at a time (default: one a core)")
     group.add_argument("--json", action="store_true", help="print one JSON object, with every micro-batch")
-    group.add_argument("--out", type=Path, metavar="PNG", help="draw stacked bars into this file (default: none)")
+    group.add_argument(
+        "--out", type=path_argument, metavar="PNG", help="draw stacked bars into this file (default: none)"
+    )
     _take_positionals_anywhere(parser)
 
 
@@ -728,7 +762,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     if arguments.device_memory is not None:
         memory = device_memory.parse_memory(arguments.device_memory)
     if arguments.calibrate is not None:
-        overhead, measured = device_memory.calibrate(arguments.calibrate)
+        overhead, measured = device_memory.calibrate(find_run(arguments.calibrate))
         path = device_memory.save_overhead(overhead, measured)
         said = f"calibrated: beside its tensors a rank takes {overhead}; kept in {path}, remove it to go back"
         print(said, file=sys.stderr if arguments.json else sys.stdout)
@@ -761,7 +795,7 @@ def _add_compare(commands: Any) -> None:
         "interrupted one stopped. The report is DIR/report.html, .md and .json.",
     )
     parser.add_argument(
-        "ds_configs", nargs="*", metavar="DS_JSON",
+        "ds_configs", nargs="*", type=name_argument, metavar="DS_JSON",
         help="files or shipped names; zero2,micro_batch_size=4 changes a field of the run config for this one",
     )  # fmt: skip
     group = parser.add_argument_group("comparison")
@@ -799,7 +833,7 @@ def _add_compare(commands: Any) -> None:
     )  # fmt: skip
     group.add_argument("--retry-failed", action="store_true", help="when going on, run again what did not finish")
     group.add_argument(
-        "--out", type=Path, default=Path("comparison"), metavar="DIR", help=_default("folder", "./comparison")
+        "--out", type=path_argument, default=Path("comparison"), metavar="DIR", help=_default("folder", "./comparison")
     )
     add_config_arguments(parser, preset="--preset", without=SET_BY_COMPARE)
 
@@ -859,7 +893,9 @@ def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", _run_evaluate, "loss, perplexity and bits per byte of a model on a split")
     _add_model(parser)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DIR", help="corpus folder (default: the run's own)")
+    group.add_argument(
+        "--data", type=_data, metavar="DIR", help="corpus, shards, mixture or Hub name (default: the run's own)"
+    )
     group.add_argument(
         "--split", choices=("validation", "train"), default="validation", help=_default("part of it", "validation")
     )
@@ -881,7 +917,10 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
-    _check_model(arguments.source)
+    from codeparrot_ds.evaluation.source import data_of, named_model
+
+    source = named_model(arguments.source)
+    data = data_of(source, arguments.split, arguments.data)
     _say_aside(f"importing torch, then reading {arguments.source}")
 
     from codeparrot_ds.evaluation.perplexity import evaluate_in_processes
@@ -889,9 +928,9 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
 
     multiply_in_fp32_where_needed()
     result = evaluate_in_processes(
-        arguments.source,
+        source,
         num_processes=arguments.num_processes,
-        data=arguments.data,
+        data=data,
         split=arguments.split,
         seq_length=arguments.seq_length,
         batch_size=arguments.batch_size,
@@ -927,7 +966,7 @@ def _add_complete(commands: Any) -> None:
         "prompts", nargs="*", metavar="PROMPT", help="start of some code; - reads it (default: the recipe's four)"
     )
     parser.add_argument(
-        "--file", action="append", default=[], type=Path, dest="files", metavar="FILE",
+        "--file", action="append", default=[], type=path_argument, dest="files", metavar="FILE",
         help="a prompt, or a .jsonl file with one a line; may be repeated (default: none)",
     )  # fmt: skip
     parser.add_argument("--interactive", action="store_true", help="ask for prompts (default: off)")
@@ -946,10 +985,13 @@ def _add_complete(commands: Any) -> None:
 
 
 def _run_complete(arguments: argparse.Namespace) -> int:
-    _check_model(arguments.source)
+    from codeparrot_ds.data.inspect import uses_colour
+    from codeparrot_ds.evaluation.prompts import gather_prompts
+    from codeparrot_ds.evaluation.source import named_model
+
+    source, prompts = named_model(arguments.source), gather_prompts(arguments.prompts, arguments.files)
     _say_aside(f"importing torch, then reading {arguments.source}")
 
-    from codeparrot_ds.data.inspect import uses_colour
     from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
     from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 
@@ -957,9 +999,8 @@ def _run_complete(arguments: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a model writes letters that some encodings lack
     run_complete(
-        arguments.source,
-        arguments.prompts,
-        files=arguments.files,
+        source,
+        prompts,
         settings=CompleteSettings(
             max_length=arguments.max_length,
             num_completions=arguments.num_completions,
@@ -991,7 +1032,7 @@ def _add_humaneval(commands: Any) -> None:
     )
     group = parser.add_argument_group("problems")
     group.add_argument(
-        "--problems", default="humaneval", metavar="SRC",
+        "--problems", type=name_argument, default="humaneval", metavar="SRC",
         help=_default(
             "humaneval, mbpp, a .jsonl or .jsonl.gz file in the schema of either, or org/name[:split]", "humaneval"
         ),
@@ -1028,7 +1069,7 @@ def _add_humaneval(commands: Any) -> None:
     group.add_argument("--num-workers", type=_count, metavar="N", help="programs at once (default: cores + 1)")
     group = parser.add_argument_group("results")
     group.add_argument(
-        "--out", type=Path, metavar="DIR",
+        "--out", type=path_argument, metavar="DIR",
         help="folder, where the same command goes on (default: RUN/humaneval/CHECKPOINT-PROBLEMS)",
     )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="begin again in a folder that holds completions")
@@ -1043,9 +1084,9 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
         )
     from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
     from codeparrot_ds.evaluation.sandbox import Limits
-    from codeparrot_ds.model.products import multiply_in_fp32_where_needed
+    from codeparrot_ds.evaluation.source import named_model
 
-    multiply_in_fp32_where_needed()
+    source = named_model(arguments.source)
     settings = Settings(
         problems=arguments.problems,
         limit=arguments.limit,
@@ -1056,10 +1097,10 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         dtype=arguments.dtype,
     )
-    folder = arguments.out or default_folder(arguments.source, arguments.problems)
+    folder = arguments.out or default_folder(source, arguments.problems)
     with _progress("samples") as progress:
         results = humaneval(
-            arguments.source,
+            source,
             folder,
             settings=settings,
             k=arguments.k,
@@ -1081,15 +1122,6 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_model(source: str) -> None:
-    """Refuses a model that is not there, without torch; one of a branch is fetched when it is read."""
-    from codeparrot_ds.evaluation.source import find_model
-    from codeparrot_ds.hub.revision import parse_revision
-
-    if parse_revision(source) is None:
-        find_model(source)
-
-
 def _say_aside(line: str) -> None:
     """A line for the user of a command whose standard output is its result."""
     print(line, file=sys.stderr, flush=True)
@@ -1098,8 +1130,10 @@ def _say_aside(line: str) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
+        type=name_argument,
         metavar="MODEL",
-        help="a run, a checkpoint, an exported folder, a Hub model's name (org/name@BRANCH), or REPO.git@BRANCH",
+        help="a run (its path, or its name in runs), a checkpoint, an exported folder, a Hub model's name "
+        "(org/name@BRANCH), or REPO.git@BRANCH",
     )
     group = parser.add_argument_group("device")
     group.add_argument(
@@ -1117,25 +1151,25 @@ def _add_checkpoint(commands: Any) -> None:
     parser = _command(commands, "checkpoint", None, "looks after a run's checkpoints")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     action = _command(actions, "list", _run_checkpoint_list, "lists a run's checkpoints")
-    action.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+    action.add_argument("run_folder", type=name_argument, metavar="RUN", help=RUN_HELP)
     action.add_argument("--json", action="store_true", help="print one JSON array")
     action = _command(
         actions, "verify", _run_checkpoint_verify, "compares every byte of checkpoints with their manifests"
     )
-    action.add_argument("path", type=Path, metavar="PATH", help="a run, or one checkpoint of it")
+    action.add_argument("path", type=name_argument, metavar="PATH", help="a run, or one checkpoint of it")
     action = _command(
         actions,
         "export",
         _run_checkpoint_export,
         "writes a checkpoint's model as a Hugging Face folder",
     )
-    action.add_argument("path", type=Path, metavar="RUN", help="a run, or one checkpoint of it")
+    action.add_argument("path", type=name_argument, metavar="RUN", help="a run, or one checkpoint of it")
     action.add_argument("--step", type=_count, metavar="N", help="optimizer step (default: the newest checkpoint)")
     dtypes = ("float32", "bfloat16", "float16")
     action.add_argument(
         "--dtype", choices=dtypes, default="float32", help=_default("precision of the weights", "float32")
     )
-    action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make (required)")
+    action.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder to make (required)")
     action.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     _add_checkpoint_import(actions)
 
@@ -1151,9 +1185,9 @@ def _add_checkpoint_import(actions: Any) -> None:
         "for more. The other options say what the run is, as for `train`, whose config it keeps.",
     )
     action.add_argument(
-        "deepspeed_folder", type=Path, metavar="DEEPSPEED_FOLDER", help="what engine.save_checkpoint was given"
+        "deepspeed_folder", type=path_argument, metavar="DEEPSPEED_FOLDER", help="what engine.save_checkpoint was given"
     )
-    action.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="folder of the run to make")
+    action.add_argument("run_folder", type=path_argument, metavar="RUN_FOLDER", help="folder of the run to make")
     action.add_argument("--tag", metavar="TAG", help="which checkpoint, as global_step500 (default: the latest)")
     action.add_argument(
         "--first-row", type=_index, default=0, metavar="K",
@@ -1170,6 +1204,10 @@ def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
             raise UserError(f"{option} does not go with RUN_FOLDER, which says where the run is and what its name is")
     config = config_from_arguments(arguments)
     _say(f"importing torch, then reading {arguments.deepspeed_folder}")
+
+    from codeparrot_ds.run.import_check import check_import
+
+    check_import(arguments.deepspeed_folder, arguments.run_folder, config, arguments.tag)
 
     from codeparrot_ds.run.checkpoint_import import describe, import_deepspeed, warnings_of
 
@@ -1191,7 +1229,8 @@ def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
 def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.checkpoint_files import list_checkpoints
 
-    rows = list_checkpoints(arguments.run_folder)
+    run = find_run(arguments.run_folder)
+    rows = list_checkpoints(run)
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -1201,16 +1240,20 @@ def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
         size = size_text(row["bytes"]) if row["bytes"] else "unknown size"
         print(f"step {row['step']:>8,}  {size:>13}  {row['created']}  {loss:<12}  {state:<12}  {row['path']}")
     if not rows:
-        print(f"{arguments.run_folder} has no checkpoint yet")
+        print(f"{run} has no checkpoint yet")
     return 0
 
 
 def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
-    _say(f"importing torch, then reading {arguments.path}")
+    from codeparrot_ds.data.staging import refuse_existing
+    from codeparrot_ds.run.checkpoint_files import find_checkpoint
 
-    from codeparrot_ds.run.checkpoint_export import export_checkpoint, find_checkpoint
+    checkpoint = find_checkpoint(find_run(arguments.path), arguments.step)
+    refuse_existing(arguments.out, marker="config.json", overwrite=arguments.overwrite)
+    _say(f"importing torch, then reading {checkpoint}")
 
-    checkpoint = find_checkpoint(arguments.path, arguments.step)
+    from codeparrot_ds.run.checkpoint_export import export_checkpoint
+
     export_checkpoint(checkpoint, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite)
     print(f"{arguments.out}: the weights of {checkpoint} in {arguments.dtype}")
     return 0
@@ -1219,10 +1262,13 @@ def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
 def _run_checkpoint_verify(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.checkpoint_files import list_checkpoints, verify_checkpoint
 
-    is_run = (arguments.path / "run.json").is_file()
-    paths = [Path(row["path"]) for row in list_checkpoints(arguments.path)] if is_run else [arguments.path]
+    place = find_run(arguments.path)
+    is_run = (place / "run.json").is_file()
+    if not is_run and not place.name.startswith(("step-", "aside-step-")) and not (place / "manifest.json").is_file():
+        raise not_a_run(place)
+    paths = [Path(row["path"]) for row in list_checkpoints(place)] if is_run else [place]
     if not paths:
-        raise UserError(f"{arguments.path} has no checkpoint yet")
+        raise UserError(f"{place} has no checkpoint yet")
     num_damaged = 0
     for path in paths:
         problems = verify_checkpoint(path)
@@ -1241,7 +1287,7 @@ def _add_hub(commands: Any) -> None:
     ):
         action = _command(actions, name, _run_hub, text)
         action.set_defaults(action=name)
-        action.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+        action.add_argument("run_folder", type=name_argument, metavar="RUN", help=RUN_HELP)
         if name == "publish":
             action.add_argument(
                 "--checkpoint", choices=("last", "best"), default="last",
@@ -1257,7 +1303,7 @@ def _add_hub(commands: Any) -> None:
 def _run_hub(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status
 
-    run = arguments.run_folder
+    run = find_run(arguments.run_folder)
     if arguments.action == "status":
         print(hub_status(run))
     elif arguments.action == "push":
@@ -1270,16 +1316,24 @@ def _run_hub(arguments: argparse.Namespace) -> int:
 
 def _add_report(commands: Any) -> None:
     parser = _command(commands, "report", _run_report, "plots and tables of one or more runs")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report (default: RUN/report)")
+    parser.add_argument("runs", nargs="+", type=name_argument, metavar="RUN", help=f"{RUN_HELP}; one or more")
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="folder of the report (default: RUN/report)")
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run.report import write_report
 
-    print(write_report(arguments.runs, arguments.out))
+    print(write_report([find_run(run) for run in arguments.runs], arguments.out))
     return 0
 
 
 def _default(text: str, value: Any) -> str:
     return f"{text} (default: {value})"
+
+
+def _data(text: str) -> str:
+    """The type of an argument that means what the run config's ``data`` means."""
+    try:
+        return FIELDS["data"].each_path(text, expand)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -7,9 +7,11 @@ on the disk: a comparison that was stopped goes on with the same command, and ha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from codeparrot_ds.config import FIELDS, RunConfig
@@ -31,8 +33,9 @@ from codeparrot_ds.run.comparison import (
 from codeparrot_ds.run.comparison_progress import TrialProgress
 from codeparrot_ds.run.comparison_report import Findings, judge_all, write_reports
 from codeparrot_ds.run.comparison_trial import PROGRAM, orders_of, run_trial
+from codeparrot_ds.run.initial import with_initial_model
 from codeparrot_ds.run.initial_weights_folder import initial_weights
-from codeparrot_ds.run.launch import local_device
+from codeparrot_ds.run.launch import check_named, local_device
 from codeparrot_ds.run.peak import Peak, peak_of_comparison
 from codeparrot_ds.search import Search
 
@@ -68,18 +71,12 @@ def run_comparison(
         KeyboardInterrupt: the user's; the report is of the trials done.
     """
     device = local_device()
-    open_folder(folder, request)
-    if retry_failed:
-        forget_failures(folder)
-    candidates = with_warnings(candidates_of(request, folder, device=device), request)
-    ready = [candidate for candidate in candidates if candidate.skipped is None]
-    for candidate in candidates:
-        for sentence in [candidate.skipped] if candidate.skipped else candidate.notes:
-            say(f"{candidate.name}: {'skipped: ' if candidate.skipped else ''}{sentence}")
-    if not ready:
-        raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
-    check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
-    say(f"training {len(ready)} config(s), each in fresh processes; a line follows each trial")
+    request = dataclasses.replace(request, config=with_initial_model(request.config))
+    check_named(request.config)
+    with _forgotten_if_refused(folder):
+        candidates = _prepare(request, folder, device, retry_failed=retry_failed, say=say)
+    num_ready = sum(candidate.skipped is None for candidate in candidates)
+    say(f"training {num_ready} config(s), each in fresh processes; a line follows each trial")
     peak = peak_of_comparison(folder / COMPARISON, device)
     if search_minutes is None:
         findings = compare(request, folder, candidates, peak=peak, hang_seconds=hang_seconds, say=say)
@@ -115,6 +112,34 @@ def with_warnings(candidates: Sequence[Candidate], request: Request) -> list[Can
         dataclasses.replace(each, notes=[*each.notes, *(own for own in sentences(each.config) if own not in shared)])
         for each in candidates
     ]
+
+
+def _prepare(request: Request, folder: Path, device: str, *, retry_failed: bool, say: Say) -> list[Candidate]:
+    """Makes the folder, and checks and plans everything."""
+    open_folder(folder, request)
+    if retry_failed:
+        forget_failures(folder)
+    candidates = with_warnings(candidates_of(request, folder, device=device), request)
+    ready = [candidate for candidate in candidates if candidate.skipped is None]
+    for candidate in candidates:
+        for sentence in [candidate.skipped] if candidate.skipped else candidate.notes:
+            say(f"{candidate.name}: {'skipped: ' if candidate.skipped else ''}{sentence}")
+    if not ready:
+        raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
+    check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
+    return candidates
+
+
+@contextlib.contextmanager
+def _forgotten_if_refused(folder: Path) -> Iterator[None]:
+    """Takes a folder that was not there before away again where the comparison is refused."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except UserError:
+        if new:
+            shutil.rmtree(new[-1], ignore_errors=True)
+        raise
 
 
 def compare(

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,15 +21,15 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.option_types import count as _positive
 from codeparrot_ds.option_types import index as _not_negative
 from codeparrot_ds.option_types import real
+from codeparrot_ds.paths import did_you_mean_path, expand, name_argument, nearest_of
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the choice nearest to `word`, or the list of choices when none is near."""
     choices = sorted(choices)
-    by_lower_case = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {by_lower_case[close[0]]!r}?"
+    near = nearest_of(word, choices)
+    if near is not None:
+        return f"; did you mean {near!r}?"
     if len(choices) <= 12:
         return f"; choose one of {', '.join(choices)}"
     return ""
@@ -58,9 +57,16 @@ def _setting(
     minimum: float | None = None,
     choices: tuple[str, ...] = (),
     words: Mapping[str, int] | None = None,
+    is_path: Callable[[str], bool] | None = None,
+    mixture: bool = False,
 ) -> Any:
     metadata = {"group": group, "help": text, "minimum": minimum, "choices": choices, "words": words or {}}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"is_path": is_path, "mixture": mixture})
+
+
+def _is_anything_but(*words: str) -> Callable[[str], bool]:
+    """Of a field that takes a path or one of some words."""
+    return lambda text: text not in words
 
 
 # Identifiers that the Hub takes in a model card; any other would make it refuse every checkpoint.
@@ -68,6 +74,10 @@ LICENSES = (
     *("other", "agpl-3.0", "apache-2.0", "bigcode-openrail-m", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0"),
     *("gpl-2.0", "gpl-3.0", "isc", "lgpl-3.0", "mit", "mpl-2.0", "openrail", "unlicense"),
 )
+
+
+MODEL_NAMES = ("demo", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+"""What ``model`` knows by name (``model.shapes.KNOWN_SHAPES``), whatever lies in a folder of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +88,25 @@ class RunConfig:
     """
 
     data: str = _setting(
-        "", "data", "corpus folder, folder of shards, or Hub data set (org/name); several as NAME=WEIGHT,NAME=WEIGHT"
+        "",
+        "data",
+        "corpus folder, folder of shards, one shard, or Hub data set (org/name); several as NAME=WEIGHT,NAME=WEIGHT",
+        is_path=os.path.exists,
+        mixture=True,
     )
-    validation_data: str = _setting("", "data", "the same, to evaluate on (default: the validation split of data)")
+    validation_data: str = _setting(
+        "",
+        "data",
+        "the same, to evaluate on (default: the validation split of data)",
+        is_path=os.path.exists,
+        mixture=True,
+    )
     tokenizer: str = _setting(
-        "", "data", "tokenizer folder made by `tokenizer` (holds tokenizer.json); init_from brings its own"
+        "",
+        "data",
+        "tokenizer folder made by `tokenizer` (holds tokenizer.json), or a name on the Hub (gpt2, org/name); init_from "
+        "brings its own",
+        is_path=os.path.exists,
     )
     seq_length: int = _setting(1024, "data", "tokens a row", minimum=2)
     shuffle_buffer: int = _setting(1000, "data", "documents a shuffle window holds", minimum=1)
@@ -103,12 +127,18 @@ class RunConfig:
         choices=("refuse", "continue"),
     )
 
-    model: str = _setting("gpt2", "model", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, or a GPT-2 config.json")
+    model: str = _setting(
+        "gpt2",
+        "model",
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo, or a GPT-2 config.json",
+        is_path=lambda text: text not in MODEL_NAMES and os.path.exists(text),
+    )
     init_from: str = _setting(
         "",
         "model",
         "begin with the weights and tokenizer of a run, a model folder, org/name@BRANCH on the Hub, or REPO.git@BRANCH "
         "(default: random weights)",
+        is_path=os.path.exists,
     )
     dropout: float = _setting(0.0, "model", "probability of residual, embedding and attention dropout", minimum=0.0)
     intra_document_masking: bool = _setting(
@@ -122,6 +152,7 @@ class RunConfig:
         "zero2:auto",
         "model",
         "DeepSpeed JSON: a path, a shipped file's name, or NAME:auto for it in the precision that is fastest here",
+        is_path=os.path.isfile,
     )
 
     global_batch_size: int = _setting(192, "batch and schedule", "rows a step over all ranks", minimum=1)
@@ -152,19 +183,23 @@ class RunConfig:
     )
     max_eval_steps: int = _setting(-1, "evaluation", "batches of one evaluation (-1: all of the validation split)")
     eval_prompts: str = _setting(
-        "", "evaluation", "complete these at each evaluation: a file of prompts, or examples for the recipe's four"
+        "",
+        "evaluation",
+        "complete these at each evaluation: a file of prompts, or examples for the recipe's four",
+        is_path=_is_anything_but("examples"),
     )
     eval_problems: str = _setting(
         "",
         "evaluation",
         "solve these at each evaluation, once each: a file of a few problems in HumanEval's or MBPP's schema",
+        is_path=os.path.isfile,
     )
     eval_new_tokens: int = _setting(128, "evaluation", "tokens of each of these completions at most", minimum=1)
     allow_execution: bool = _setting(
         False, "evaluation", "run the programs that solve eval_problems, in a sandbox; needed for them"
     )
 
-    output_dir: str = _setting("runs", "saving", "folder that holds the runs")
+    output_dir: str = _setting("runs", "saving", "folder that holds the runs", is_path=_is_anything_but())
     run_name: str | None = _setting(None, "saving", "name of the run, its folder and branch (none: made up)")
     save_checkpoint_steps: int = _setting(15_000, "saving", "optimizer steps between checkpoints", minimum=1)
     save_in_background: bool = _setting(
@@ -178,9 +213,17 @@ class RunConfig:
     max_hours: float | None = _setting(
         None, "saving", "save, end and exit 0 at the first step boundary after so many hours (none: no limit)"
     )
-    resume: str = _setting("auto", "saving", "auto (the newest valid checkpoint), never, or a checkpoint's path")
+    resume: str = _setting(
+        "auto",
+        "saving",
+        "auto (the newest valid checkpoint), never, or the path of a checkpoint or of a run (its newest)",
+        is_path=_is_anything_but("auto", "never"),
+    )
     hub: str = _setting(
-        "local", "saving", "branch of checkpoints: local, off, a bare git repository's path, or org/name on the Hub"
+        "local",
+        "saving",
+        "branch of checkpoints: local, off, a bare git repository's path, or org/name on the Hub",
+        is_path=lambda text: text.endswith(".git") and "://" not in text,
     )
     license: str = _setting("other", "saving", "licence of the weights, for the model card", choices=LICENSES)
     hub_queue_gb: float = _setting(
@@ -215,6 +258,8 @@ class RunConfig:
             problem = field.problem(getattr(self, name))
             if problem:
                 problems.append(f"{name} {problem}")
+            elif field.is_path and value:
+                object.__setattr__(self, name, field.each_path(value, expand))
         if not problems:
             problems = self._cross_field_problems()
         if problems:
@@ -286,6 +331,8 @@ class _Field:
     minimum: float | None
     choices: tuple[str, ...]
     words: Mapping[str, int]  # that stand for values which no number does
+    is_path: Callable[[str], bool] | None  # of a field that holds paths: whether a text is one, or a name
+    mixture: bool  # whether it may hold several, as NAME=WEIGHT,NAME=WEIGHT
 
     @property
     def expected(self) -> str:
@@ -305,7 +352,26 @@ class _Field:
             return f"must be at least {self.minimum:g}, not {value!r}"
         if self.choices and value not in self.choices:
             return f"cannot be {value!r}{did_you_mean(value, self.choices)}"
+        if self.is_path and value:
+            try:
+                self.each_path(value, expand)
+            except UserError as error:
+                return f"cannot be {error}"
         return None
+
+    def each_path(self, value: str, change: Callable[[str], str]) -> str:
+        """The value with each path in it changed, and the weights of a mixture as they are."""
+        if not self.mixture or "=" not in value or os.path.exists(expand(value)):
+            return change(value)
+        parts = [part.strip().rpartition("=") for part in value.split(",")]
+        return ",".join(change(name) + sign + weight if name else sign + weight for name, sign, weight in parts)
+
+    def absolute(self, value: str) -> str:
+        """The value with each path in it absolute, and names as they are."""
+        is_path = self.is_path
+        if is_path is None:
+            return value
+        return self.each_path(value, lambda text: str(Path(text).absolute()) if text and is_path(text) else text)
 
     def parse(self, text: str) -> Any:
         """The value that a flag's text means; ValueError if it means none (``1e5`` is a whole number)."""
@@ -336,6 +402,19 @@ def _fields() -> dict[str, _Field]:
 
 
 FIELDS = _fields()
+
+PATH_FIELDS = tuple(name for name, field in FIELDS.items() if field.is_path)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """What a run keeps of its config and hands to its ranks: each path means the same from every working directory.
+
+    A name (of a shipped file, a known model, something on the Hub) stays one; what is neither a name nor there stays
+    as it was typed, for the refusal.
+    """
+    changed: dict[str, Any] = {name: FIELDS[name].absolute(getattr(config, name)) for name in PATH_FIELDS}
+    return dataclasses.replace(config, **changed)
+
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "small": {},
@@ -393,7 +472,7 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such run config file") from None
+        raise UserError(f"{path}: no such run config file{did_you_mean_path(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; --config takes one YAML or JSON file") from None
     except UnicodeDecodeError:
@@ -561,7 +640,9 @@ def add_config_arguments(
     """
     optional: dict[str, Any] = {} if preset.startswith("-") else {"nargs": "?"}
     parser.add_argument(preset, metavar="PRESET", help=f"starting values: {PRESET_HELP}", **optional)
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of fields; options win over it")
+    parser.add_argument(
+        "--config", type=name_argument, metavar="FILE", help="YAML or JSON file of fields; options win over it"
+    )
     # The deepspeed launcher hands this to every rank.
     parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     groups: dict[str, Any] = {}
@@ -624,6 +705,21 @@ def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(**values)
 
 
+def arguments_of(config: RunConfig) -> list[str]:
+    """The options that say what a run config says, without a preset or a file; `config_from_arguments` reads them."""
+    options = []
+    for name, field in FIELDS.items():
+        value = getattr(config, name)
+        if value == field.default:
+            continue
+        dashed = name.replace("_", "-")
+        if field.kind == "bool":
+            options.append(f"--{dashed}" if value else f"--no-{dashed}")
+        else:
+            options.append(f"--{dashed}={'none' if value is None else value}")
+    return options
+
+
 _seconds = real(minimum=1, unit="seconds")
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
 
@@ -655,7 +751,9 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-gpus", "--num_gpus", "--num-ranks", "--num_ranks", type=_positive, metavar="N", dest="num_gpus",
         help="ranks on this machine (default: one a GPU, or one on a machine without)",
     )  # fmt: skip
-    group.add_argument("--hostfile", metavar="FILE", help="lines of `host slots=N` (default: this machine alone)")
+    group.add_argument(
+        "--hostfile", type=name_argument, metavar="FILE", help="lines of `host slots=N` (default: this machine alone)"
+    )
     group.add_argument("--include", metavar="HOSTS", help="hosts and GPUs to use, as in a:0,2@b (default: all)")
     group.add_argument("--exclude", metavar="HOSTS", help="hosts and GPUs to leave out, same form (default: none)")
     group.add_argument(
@@ -699,13 +797,6 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         "--ignore-memory-plan", "--ignore_memory_plan", action="store_true", dest="ignore_memory_plan",
         help="start even where the memory plan says that the run does not fit the GPUs (default: refuse)",
     )  # fmt: skip
-
-
-def without_launch_arguments(arguments: list[str]) -> list[str]:
-    """`arguments` less the launcher's own options: what each rank parses again."""
-    parser = ArgumentParser(add_help=False)
-    add_launch_arguments(parser)
-    return parser.parse_known_args(arguments)[1]
 
 
 def with_field(arguments: Sequence[str], name: str, value: object) -> list[str]:

@@ -69,9 +69,8 @@ def run_demo(
     )
     run = runs / str(config.run_name)
     _say(3, f"training: {config.max_train_steps} steps through the deepspeed launcher")
-    arguments = _command_line(config)
-    typed = [*arguments, *([] if num_gpus is None else ["--num-gpus", str(num_gpus)])]
-    code = front_door(config, LaunchOptions(num_gpus=num_gpus), arguments, typed=typed)
+    typed = [*_command_line(config), *([] if num_gpus is None else ["--num-gpus", str(num_gpus)])]
+    code = front_door(config, LaunchOptions(num_gpus=num_gpus), typed=typed)
     if code != 0 or recorded_outcome(run).get("status") != "finished":
         return code  # with what goes on with the run, where it was stopped
     _finish(run, started)

@@ -166,8 +166,9 @@ def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, com
     try:
         try:
             config = config_from_arguments(parser.parse_args(arguments))
-        except UserError as error:  # the same arguments on every rank
-            raise SharedError(str(error)) from None
+        except UserError as error:
+            # The arguments are the same on every rank, but a host may lack a variable that one of their paths names.
+            raise (UserError if os.environ.get("LOCAL_RANK", "0") == "0" else SharedError)(str(error)) from None
         work(config)
     except UserError as error:
         if rank == 0 or not isinstance(error, SharedError):

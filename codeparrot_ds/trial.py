@@ -25,7 +25,6 @@ from codeparrot_ds.config import (
     add_launch_arguments,
     config_from_arguments,
     launch_from_arguments,
-    without_launch_arguments,
 )
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
@@ -279,8 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         parsed = parser.parse_args(arguments)
         launch = launch_from_arguments(parsed)
-        config = config_from_arguments(parsed)
-        return front_door(config, launch, without_launch_arguments(arguments), module="codeparrot_ds.trial")
+        return front_door(config_from_arguments(parsed), launch, module="codeparrot_ds.trial")
     except UserError as error:
         print(f"codeparrot-ds compare: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

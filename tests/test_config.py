@@ -9,11 +9,11 @@ from codeparrot_ds.config import (
     RunConfig,
     add_config_arguments,
     add_launch_arguments,
+    arguments_of,
     config_from_arguments,
     launch_from_arguments,
     load_config,
     save_config,
-    without_launch_arguments,
 )
 from codeparrot_ds.errors import UserError
 
@@ -245,17 +245,23 @@ def test_the_launchers_own_rank_option_is_accepted():
     assert config_of("--local_rank=1", "small") == RunConfig()
 
 
-def test_ranks_get_the_options_without_the_launchers():
-    arguments = [
-        "small",
-        "--num-gpus",
-        "2",
-        "--max-train-steps=3",
-        "--hostfile=h",
-        "--compile",
-        "--max-eval-steps",
-        "-1",
-    ]
-    rest = without_launch_arguments(arguments)
-    assert rest == ["small", "--max-train-steps=3", "--compile", "--max-eval-steps", "-1"]
-    assert config_of(*rest) == config_of(*arguments)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_ranks_get_a_config_as_options(preset):
+    """Whatever a field holds: the options say it again, without a preset or a file."""
+    config = RunConfig(**PRESETS[preset])
+    assert config_of(*arguments_of(config)) == config
+    odd = {
+        "run_name": "x=$y 'z'",
+        "data": "a b=0.7,c=.3",
+        "learning_rate": 1 / 3,
+        "micro_batch_size": "auto",
+        "compile": True,
+        "keep_best_checkpoint": False,
+        "eval_steps": 7,
+        "max_eval_steps": -1,
+        "max_hours": 0.1,
+        "resume": "never",
+        "eval_prompts": "--help",
+    }
+    config = dataclasses.replace(config, **odd)
+    assert config_of(*arguments_of(config)) == config

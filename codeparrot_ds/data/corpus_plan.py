@@ -23,6 +23,7 @@ import orjson
 
 from codeparrot_ds.data.raw import ReadAccount, TreeFile, detect_license, open_dataset, repository_name
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path
 
 UNIT_BYTES = 8 << 20
 PLAIN_ROW_SUFFIXES = (".jsonl", ".json")
@@ -98,7 +99,7 @@ def plan_sources(sources: Sequence[str], *, suffixes: Sequence[str], content_col
         elif _names_dataset(source):
             units, expected = _dataset_units(number, source), rows
         else:
-            raise UserError(f"source {source} does not exist")
+            raise UserError(f"source {source} does not exist{did_you_mean_path(source)}")
         planned.append(Source(name=source, expected=expected, units=list(units), account=account))
     return planned
 

@@ -17,7 +17,9 @@ import numpy as np
 import orjson
 from tokenizers import Tokenizer
 
+from codeparrot_ds.data.hub_files import hub_tokenizer
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
 
 logger = logging.getLogger(__name__)
 
@@ -135,30 +137,49 @@ class Encoder:
         return contents
 
 
-def load_encoder(tokenizer_dir: str | Path) -> Encoder:
-    """Reads ``tokenizer.json`` and the end-of-sequence token of a Hugging Face tokenizer folder."""
-    folder = Path(tokenizer_dir)
+def find_tokenizer(name: str | Path) -> Path:
+    """The folder of a tokenizer: the one of that name here, or the Hub's in the cache of its client.
+
+    Raises:
+        UserError: there is neither, or no tokenizer.json in it.
+    """
+    folder = Path(name)
+    if not exists(folder):
+        if may_be_on_hub(str(name), bare=True, is_meant=_holds_tokenizer):
+            try:
+                return hub_tokenizer(str(name))
+            except UserError as error:
+                raise UserError(f"{error}{did_you_mean_path(name)}") from error
+        hint = did_you_mean_path(name, "make one with `codeparrot-ds tokenizer --data DIR --out DIR`")
+        raise UserError(f"the tokenizer folder {name} does not exist{hint}")
     if not folder.is_dir():
-        raise UserError(
-            f"The tokenizer folder {folder} does not exist; make one with "
-            "`codeparrot-ds tokenizer --data DIR --out DIR`."
-        )
+        raise UserError(f"the tokenizer {folder} is a file: name the folder that holds tokenizer.json")
+    if not _holds_tokenizer(folder):
+        raise UserError(f"{folder} has no tokenizer.json: save the tokenizer with `save_pretrained` or make a new one")
+    return folder
+
+
+def _holds_tokenizer(folder: str | Path) -> bool:
+    return (Path(folder) / "tokenizer.json").is_file()
+
+
+def load_encoder(tokenizer: str | Path) -> Encoder:
+    """Reads ``tokenizer.json`` and the end-of-sequence token of a Hugging Face tokenizer, here or on the Hub."""
+    folder = find_tokenizer(tokenizer)
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no tokenizer.json; save the tokenizer with `save_pretrained` or make a new one.")
     data = path.read_bytes()
     try:
-        tokenizer = Tokenizer.from_str(data.decode())
+        loaded = Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises a bare Exception for whatever it cannot parse
         raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {error}.") from error
     eos_token = _eos_token(folder)
-    eos_token_id = tokenizer.token_to_id(eos_token)
+    eos_token_id = loaded.token_to_id(eos_token)
     if eos_token_id is None:
         raise UserError(
             f"The tokenizer in {folder} has no end-of-sequence token {eos_token!r}; "
             "name one of its tokens as eos_token in tokenizer_config.json."
         )
-    return Encoder(tokenizer, eos_token_id=eos_token_id, fingerprint=hashlib.sha256(data).hexdigest())
+    return Encoder(loaded, eos_token_id=eos_token_id, fingerprint=hashlib.sha256(data).hexdigest())
 
 
 def _eos_token(folder: Path) -> str:

@@ -14,13 +14,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from codeparrot_ds.config import RunConfig, load_config
-from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
 from codeparrot_ds.data.opening import open_datasets, proof_texts, split_shards, stream_of
 from codeparrot_ds.data.raw import Progress
 from codeparrot_ds.data.sources import BadDocuments, Shard, read_texts
 from codeparrot_ds.data.stream import Lane, LaneState, StreamConfig
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import exists, may_be_on_hub, no_run
 
 SPLITS = ("train", "validation")
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -73,6 +74,9 @@ def inspection_config(source: str, *, tokenizer: str | None = None, **fields: in
         return config
     if (folder / "run.json").is_file():
         raise UserError(f"{folder} is a run without config.yaml; name its data instead, with --tokenizer DIR")
+    if "=" not in source and not exists(source) and not may_be_on_hub(source):
+        hint = "make a corpus with `codeparrot-ds corpus SRC --out DIR`"
+        raise UserError(no_run(source, what="run or data", otherwise=hint))
     if not tokenizer:
         raise UserError(f"{source} is not a run, so its tokenizer must be named with --tokenizer DIR")
     return RunConfig(data=source, **values)
@@ -98,7 +102,7 @@ class RowReader:
         self._data = config.validation_data or config.data if split == "validation" else config.data
         self.bad_documents = BadDocuments(config.max_bad_documents)
         self.encoder = load_encoder(config.tokenizer)
-        self._decoder = Tokenizer.from_file(str(Path(config.tokenizer) / "tokenizer.json"))
+        self._decoder = Tokenizer.from_file(str(find_tokenizer(config.tokenizer) / "tokenizer.json"))
         self._stream: StreamConfig | None = None
         self._shards: list[Shard] = []
         if split == "train":

@@ -22,6 +22,7 @@ from codeparrot_ds.data.stream import (
     lane_pieces,
 )
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import exists, may_be_on_hub
 from codeparrot_ds.units import size_text
 
 _PROOF_DOCUMENTS_A_LANE = 4
@@ -48,8 +49,18 @@ def split_shards(data: str, split: str) -> list[Shard]:
     return [shard for name, _ in parse_mixture(data) for shard in find_shards(name, split)]
 
 
+def check_local_data(data: str, split: str) -> None:
+    """Raises a UserError where data that is not on the Hub lacks a split; the Hub is not asked."""
+    for name, _ in parse_mixture(data):
+        if exists(name) or not may_be_on_hub(name):
+            find_shards(name, split)
+
+
 def validation_shards(config: RunConfig) -> list[Shard]:
     """What a run evaluates on: ``validation_data``, or the validation split of its own data."""
+    files = [name for name, _ in parse_mixture(config.data) if Path(name).is_file()]
+    if files and not config.validation_data:
+        raise UserError(f"{files[0]} is one shard, without a validation split: name another with --validation-data")
     try:
         return split_shards(config.validation_data or config.data, "validation")
     except UserError as error:

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
 
 _LINES = ("json", "jsonl")  # the published dumps of code call JSON lines .json
 FORMATS = {
@@ -36,7 +36,6 @@ READ_BYTES = 1 << 18
 """Bytes that a reader asks the disk for at once; one open piece a lane holds about so much."""
 REMOTE_READ_BYTES = 1 << 21
 """The same on the Hub, where each request costs a round trip."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +137,22 @@ class BadDocuments:
 def find_shards(data: str | Path, split: str) -> list[Shard]:
     """The shards of a split, sorted by name. Raises a UserError when there is nothing to read.
 
-    ``data`` is a folder with a folder a split, a folder of shards (which then are its split, whatever it is called), or
-    the name of a Hub dataset (``org/name``, with ``:config`` and ``@revision`` where wanted).
+    ``data`` is a folder with a folder a split, a folder of shards or one shard (which then are its split, whatever it
+    is called), or the name of a Hub dataset (``org/name``, with ``:config`` and ``@revision`` where wanted).
     """
     folder = Path(data)
-    if not folder.is_dir() and _HUB_NAME.fullmatch(str(data)):
-        return _hub_shards(str(data), split)
+    if not exists(folder):
+        if may_be_on_hub(str(data)):
+            return _hub_shards(str(data), split)
+        hint = did_you_mean_path(data, "make a corpus with `codeparrot-ds corpus SRC --out DIR`")
+        raise UserError(f"the data {data} does not exist{hint}")
+    if not folder.is_dir():
+        return [_only_shard(folder)]
     root = folder / split
-    if not root.is_dir() and folder.is_dir() and _shards_in(folder):
+    if not root.is_dir() and _shards_in(folder):
         root = folder
     if not root.is_dir():
-        neighbours = sorted(path.name for path in folder.glob("*/")) if folder.is_dir() else []
+        neighbours = sorted(path.name for path in folder.glob("*/"))
         hint = f"it has {', '.join(neighbours)}" if neighbours else "make one with `codeparrot-ds corpus SRC --out DIR`"
         raise UserError(f"The corpus folder {folder} has no split {split!r}; {hint}.")
     shards = _shards_in(root)
@@ -167,6 +171,19 @@ def _shards_in(folder: Path) -> list[Shard]:
         if format_ and path.name != "corpus.json" and path.is_file():
             shards.append(Shard(path=path, name=path.name, format=format_, bytes=path.stat().st_size))
     return shards
+
+
+def _only_shard(path: Path) -> Shard:
+    format_ = file_format(path.name)
+    if format_ is None:
+        raise UserError(
+            f"the data {path} is a file of a kind that is not read: the name of a shard ends in one of "
+            f"{', '.join(FORMATS)}, and each of its rows has a `content` column"
+        )
+    shard = Shard(path=path, name=path.name, format=format_, bytes=path.stat().st_size)
+    if not shard.bytes:
+        raise UserError(f"the shard {path} is empty")
+    return shard
 
 
 def _hub_shards(name: str, split: str) -> list[Shard]:

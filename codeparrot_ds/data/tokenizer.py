@@ -31,7 +31,7 @@ _NO_MAX_LENGTH = int(1e30)
 
 
 def train_tokenizer(
-    data: Path,
+    data: Path | str,
     out: Path,
     *,
     vocab_size: int = 32768,
@@ -46,7 +46,7 @@ def train_tokenizer(
     The result is the same for the same corpus and arguments, on any number of cores.
 
     Args:
-        data: A corpus folder (its ``train`` split is read; validation stays unseen).
+        data: A corpus (its ``train`` split is read; validation stays unseen), as in a run config.
         out: The tokenizer folder, loadable by ``AutoTokenizer.from_pretrained`` as a fast tokenizer.
         vocab_size: Tokens in all, with the 256 bytes and the special token.
         seed: Order in which shards are taken, which matters only under a limit.

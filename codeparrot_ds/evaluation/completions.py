@@ -16,6 +16,7 @@ from codeparrot_ds.evaluation.complete import BLOCK_STARTS, EXAMPLE_PROMPTS, EXA
 from codeparrot_ds.evaluation.generate import Completion, Request, Sampling, generate
 from codeparrot_ds.evaluation.prompts import read_prompts
 from codeparrot_ds.evaluation.source import context_length, load_model
+from codeparrot_ds.paths import expand
 
 HELP = """A prompt is what you type up to an empty line; its completions follow.
 :file PATH        a file's text is the prompt
@@ -49,7 +50,6 @@ def run_complete(
     source: str | Path,
     prompts: Sequence[str] = (),
     *,
-    files: Sequence[str | Path] = (),
     settings: CompleteSettings | None = None,
     interactive: bool = False,
     as_json: bool = False,
@@ -62,8 +62,7 @@ def run_complete(
 
     Args:
         source: as for ``load_model``.
-        prompts: texts; ``-`` is read from standard input.
-        files: a prompt each; a ``.jsonl`` file holds a prompt a line, a text or an object with one under ``prompt``.
+        prompts: texts, as ``gather_prompts`` reads them.
         interactive: asks for prompts, also after those given.
         as_json: an object a line: ``prompt``, ``completion``, ``log_probability`` (nats), ``tokens``, ``finish``.
         colour: whether standard output is a terminal: completions grow there in colour, with their log-probabilities.
@@ -71,11 +70,9 @@ def run_complete(
     Raises ``UserError`` before the first completion when a prompt does not fit.
     """
     settings = settings or CompleteSettings()
-    texts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
-    texts += [text for path in files for text in read_prompts(path)]
     writer = _Writer(load_model(source, dtype=dtype, device=device), settings, batch_size, as_json, colour)
-    if texts or interactive:
-        writer.write(texts)
+    if prompts or interactive:
+        writer.write(prompts)
     else:
         longest = [max(length, settings.max_length) for _, length in EXAMPLE_PROMPTS]
         writer.write([text for text, _ in EXAMPLE_PROMPTS], longest)
@@ -205,7 +202,7 @@ def _converse(writer: _Writer, lines: TextIO) -> None:
                 writer.settings = dataclasses.replace(writer.settings, seed=writer.settings.seed + 1)
                 writer.write([last])
             elif word == ":file":
-                (last,) = read_prompts(rest.strip())[:1] or [""]
+                (last,) = read_prompts(expand(rest.strip()))[:1] or [""]
                 writer.write([last])
             elif word.startswith(":"):
                 writer.settings = _changed(writer.settings, word[1:], rest.strip())

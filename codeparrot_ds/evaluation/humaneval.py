@@ -245,7 +245,9 @@ def _generate(
         return
     from codeparrot_ds.evaluation.generate import Request, Sampling, generate
     from codeparrot_ds.evaluation.source import load_model
+    from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 
+    multiply_in_fp32_where_needed()
     loaded = load_model(model, dtype=settings.dtype, device=device)
     for temperature, wanted in missing.items():
         requests = [

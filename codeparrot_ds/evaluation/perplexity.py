@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.details import Details
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
-from codeparrot_ds.evaluation.source import context_length, find_model, find_run, load_model
+from codeparrot_ds.evaluation.source import context_length, data_of, find_model, load_model
 from codeparrot_ds.evaluation.token_classes import TokenClasses
 from codeparrot_ds.model.attention import document_inputs
 
@@ -194,15 +194,11 @@ def evaluate_model(
         ``source``, ``model`` (what was loaded), ``data``, ``split``, ``seq_length``, ``dtype``, ``loss``,
         ``perplexity``, ``bits_per_byte``, ``eval_tokens``, ``seconds``, and what ``Details.result`` returns.
     """
-    from codeparrot_ds.config import RunConfig, load_config
+    from codeparrot_ds.config import RunConfig
     from codeparrot_ds.data.opening import split_shards
     from codeparrot_ds.data.sources import BadDocuments, read_texts
     from codeparrot_ds.data.validation import ValidationLoader
 
-    run = find_run(source)
-    if not data and run is not None:
-        config = load_config(run / "config.yaml")
-        data = (config.validation_data if split == "validation" else "") or config.data
     as_trained = _evaluated_with(source)
     batch_size = as_trained.get("batch_size", 8) if batch_size is None else batch_size
     max_eval_steps = as_trained.get("max_eval_steps", -1) if max_eval_steps is None else max_eval_steps
@@ -211,9 +207,8 @@ def evaluate_model(
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     if max_eval_steps < 1 and max_eval_steps != -1:
         raise UserError(f"max_eval_steps is {max_eval_steps}; it must be at least 1, or -1 for all")
-    if not data:
-        raise UserError(f"{source} does not say which corpus it belongs to; name one with --data")
-    shards = split_shards(str(data), split)  # before the model: a wrong folder is said at once
+    data = data_of(source, split, None if data is None else str(data))
+    shards = split_shards(data, split)  # before the model: a wrong folder is said at once
     model, tokenizer = load_model(source, dtype=dtype, device=device)
     context = context_length(model)
     if seq_length is None:
@@ -257,7 +252,7 @@ def evaluate_model(
     return {
         "source": str(source),
         "model": model.name_or_path,
-        "data": str(data),
+        "data": data,
         "split": split,
         "seq_length": seq_length,
         "dtype": str(model.dtype).removeprefix("torch."),

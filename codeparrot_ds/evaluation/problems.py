@@ -13,15 +13,16 @@ from typing import Any
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.evaluation.sandbox import Check
+from codeparrot_ds.paths import did_you_mean_path, exists, expand, may_be_on_hub
 
 PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test"}
 """Short names of the public sets."""
 
 _HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 _MBPP = ("task_id", "code", "test_list")
+_WITH_SPLIT = re.compile(r"[\w.-]+/[\w.-]+:\w+")  # also of a folder, which the library takes as a data set
 # A completion of an MBPP prompt begins with the function itself, or a class, which the recipe's ends would cut off.
 _MBPP_ENDS = ("\nassert", '\n"""', "\nprint", "\nif")
-_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,14 @@ def load_problems(source: str | Path, say: Callable[[str], None] = lambda line: 
 
     Raises ``UserError`` with the line and the key of what is no problem in either schema.
     """
-    path = Path(source).expanduser()
-    rows = _file_rows(path) if path.exists() else _dataset_rows(PUBLIC.get(str(source), str(source)), say)
+    name, path = str(source), Path(expand(str(source)))
+    if exists(path) and not (name in PUBLIC and path.is_dir()):  # `humaneval` makes a folder of that name
+        rows = _file_rows(path)
+    elif name in PUBLIC or _WITH_SPLIT.fullmatch(name) or may_be_on_hub(name):
+        rows = _dataset_rows(PUBLIC.get(name, name), say)
+    else:
+        kinds = f"neither {', '.join(PUBLIC)} nor a data set's name (org/name or org/name:split)"
+        raise UserError(f"problems {name}: no such file, and {kinds}{did_you_mean_path(name)}")
     problems = [_problem(row, where) for where, row in rows]
     if not problems:
         raise UserError(f"{source} holds no problem")
@@ -85,16 +92,12 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise UserError(
-            f"{name}: no such file, and neither {', '.join(PUBLIC)} nor a data set's name (org/name or org/name:split)"
-        )
     say(f"fetching the problems {name}")
     import datasets
 
+    repo, _, split = name.partition(":")
     try:
-        rows: Iterable[Any] = datasets.load_dataset(match["name"], split=match["split"] or "test")
+        rows: Iterable[Any] = datasets.load_dataset(repo, split=split or "test")
     except Exception as error:  # the library raises many kinds, and each says what is wrong
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise UserError(f"{name} is no file here, and cannot be loaded as a data set: {first}") from error

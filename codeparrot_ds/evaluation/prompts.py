@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from codeparrot_ds.config import RunConfig
@@ -10,18 +12,21 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS
 from codeparrot_ds.evaluation.problems import Problem, load_problems
 from codeparrot_ds.evaluation.sandbox import check_sandbox
+from codeparrot_ds.paths import did_you_mean_path
 
 EXAMPLES = "examples"
 """As ``eval_prompts``: the recipe's four."""
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Returns the prompts of a file: its text, or one a line where its name ends in ``.jsonl``."""
+    """Returns the prompts of a file: its text, or where its name ends in ``.jsonl`` one a line, as a text or an object
+    with one under ``prompt``.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file of a prompt") from None
+        raise UserError(f"{path}: no such file of a prompt{did_you_mean_path(path)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text: {error}") from error
     if path.suffix != ".jsonl":
@@ -39,6 +44,12 @@ def read_prompts(path: str | Path) -> list[str]:
             raise UserError(f"{path}, line {number}: neither a text nor an object with a text under 'prompt'")
         prompts.append(prompt)
     return prompts
+
+
+def gather_prompts(prompts: Sequence[str], files: Sequence[str | Path] = ()) -> list[str]:
+    """Returns the prompts that were given as texts, of which ``-`` is standard input, and those of the files."""
+    texts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
+    return texts + [text for path in files for text in read_prompts(path)]
 
 
 def what_to_complete(config: RunConfig) -> tuple[list[str], list[Problem]]:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds.config import load_config
+from codeparrot_ds.data.hub_files import hub_file
+from codeparrot_ds.data.opening import check_local_data
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
+from codeparrot_ds.paths import exists, expand, in_runs, may_be_on_hub, no_run
 from codeparrot_ds.run.checkpoint_files import newest_export
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def named_model(source: str) -> str:
+    """Returns a model as a command was given it, with the path of a run that was given by its bare name.
+
+    Raises ``UserError`` for one that is not there, before anything heavy is imported.
+    """
+    source = in_runs(source)
+    if find_model(source) == source and not exists(source):
+        hub_file(source, "config.json", what="model")
+    return source
 
 
 def find_model(source: str | Path) -> str:
@@ -18,9 +32,12 @@ def find_model(source: str | Path) -> str:
 
     A run stands for its newest complete checkpoint, a checkpoint for its export; ``org/name@branch`` and
     ``hub.git@branch`` are downloaded first.
+
+    Raises ``UserError`` for what is neither here nor a name on the Hub.
     """
-    path = Path(source).expanduser()
-    if not (path / "config.json").is_file() and (revision := parse_revision(source)) is not None:
+    text = expand(str(source))
+    path = Path(text)
+    if not (path / "config.json").is_file() and (revision := parse_revision(text)) is not None:
         return str(fetch(revision))
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -30,19 +47,35 @@ def find_model(source: str | Path) -> str:
         if (path / "checkpoints").is_dir():
             return str(newest_export(path))
         raise UserError(f"{path} is no run, checkpoint or Hugging Face model: it has no checkpoints and no config.json")
-    if path.exists():
+    if exists(path):
         raise UserError(f"{path} is a file; name the run or model folder that holds it")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(source)):
-        return str(source)
-    raise UserError(f"{source}: no such run or model folder")
+    if may_be_on_hub(text):
+        return text
+    raise UserError(no_run(text, what="run or model folder", otherwise="a model on the Hub is named org/name"))
 
 
 def find_run(source: str | Path) -> Path | None:
     """Returns the run folder that a run, checkpoint or export belongs to, None for any other model."""
-    path = Path(source).expanduser().absolute()
-    if not path.exists():
+    path = Path(expand(str(source))).absolute()
+    if not exists(path):
         return None
     return next((place for place in (path, *path.parents[:3]) if (place / "run.json").is_file()), None)
+
+
+def data_of(source: str | Path, split: str, data: str | None = None) -> str:
+    """Returns the data that a model is evaluated on: the given, or the run's own.
+
+    Raises ``UserError`` for a model that is no run's where none is given, and for data that is neither here nor on the
+    Hub, which is not asked.
+    """
+    run = find_run(source)
+    if not data and run is not None:
+        config = load_config(run / "config.yaml")
+        data = (config.validation_data if split == "validation" else "") or config.data
+    if not data:
+        raise UserError(f"{source} does not say which corpus it belongs to; name one with --data")
+    check_local_data(data, split)
+    return data
 
 
 def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:

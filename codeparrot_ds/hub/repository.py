@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path, expand
 
 MAIN = "main"
 PUBLISHED = "Published"  # trailer of the commits that merge() makes on main: the branch
@@ -158,7 +159,7 @@ class LocalRepository:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser().absolute()
+        self.path = Path(expand(os.fspath(path))).absolute()
 
     def __str__(self) -> str:
         return str(self.path)
@@ -375,7 +376,7 @@ class LocalRepository:
 
     def _check(self) -> None:
         if not self.path.exists():
-            raise UserError(f"{self}: no such repository")
+            raise UserError(f"{self}: no such repository{did_you_mean_path(self.path)}")
         if self._run("rev-parse", "--is-bare-repository").stdout.strip() != b"true":
             raise UserError(f"{self} is not a bare git repository; give a path ending in .git that does not exist yet")
         if self._run("config", "--get", _MARKER).returncode:

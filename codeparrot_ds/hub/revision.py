@@ -14,6 +14,7 @@ from pathlib import Path
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository
 from codeparrot_ds.hub.repository import HUB_NAME, MAIN, LocalRepository, Repository
+from codeparrot_ds.paths import expand
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Revision:
 
     def pinned(self) -> Revision:
         """Returns the commit that the revision is now."""
-        place = str(Path(self.place).expanduser().absolute()) if self.place.endswith(".git") else self.place
+        place = str(Path(expand(self.place)).absolute()) if self.place.endswith(".git") else self.place
         return self if self.is_pinned else Revision(place, self.repository().resolve(self.revision))
 
 

@@ -28,6 +28,7 @@ from typing import TypeVar
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
 from codeparrot_ds.hub.repository import Commit, Repository, UnavailableError, open_repository
+from codeparrot_ds.paths import not_a_run
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 300.0
@@ -236,7 +237,7 @@ def read_destination(run_dir: str | os.PathLike[str]) -> Destination:
         run = json.loads(path.read_text())
         name, run_id, hub = str(run["name"]), run.get("id"), str(run.get("hub") or "off")
     except FileNotFoundError:
-        raise UserError(f"{run_dir} is not a run folder: it has no run.json") from None
+        raise not_a_run(run_dir) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not a run's record ({error})") from None
     repository = open_repository(hub, path.absolute().parent.parent)

@@ -42,17 +42,6 @@ def hugging_face_config(shape: GPT2Shape, *, eos_token_id: int, dropout: float =
     )
 
 
-def parameter_shapes(shape: GPT2Shape) -> dict[str, list[int]]:
-    """The shape of every parameter by its name, a tied one once; nothing is allocated."""
-    from transformers import GPT2LMHeadModel
-
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(hugging_face_config(shape, eos_token_id=0))
-    if shape.tie_word_embeddings:
-        model.tie_weights()
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def build_model(
     shape: GPT2Shape,
     *,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config import did_you_mean
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path
 
 # Of the fp32 softmax of a chunked loss: 128 MiB.
 CHUNK_ELEMENTS = 2**25
@@ -65,7 +69,7 @@ def _read_shape(name_or_path: str) -> GPT2Shape:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        hint = did_you_mean(name_or_path, KNOWN_SHAPES)
+        hint = did_you_mean_path(name_or_path) or did_you_mean(name_or_path, KNOWN_SHAPES)
         raise UserError(f"model {name_or_path!r} is neither a known shape nor a GPT-2 config.json{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -89,16 +93,35 @@ def _check_sizes(path: Path, values: dict[str, Any]) -> None:
         raise UserError(f"{path}: n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}")
 
 
-def num_parameters(shape: GPT2Shape) -> int:
-    """All parameters; tied embeddings count once. Equal to the sum over ``GPT2LMHeadModel.parameters()``."""
+def parameter_shapes(shape: GPT2Shape) -> dict[str, list[int]]:
+    """The shape of every parameter by its name in ``GPT2LMHeadModel``, in its order; a tied one once."""
     d = shape.n_embd
     inner = shape.n_inner or 4 * d
-    embeddings = (shape.vocab_size + shape.n_positions) * d
-    attention = (d * 3 * d + 3 * d) + (d * d + d)
-    mlp = (d * inner + inner) + (inner * d + d)
-    layer_norms = 2 * 2 * d
-    head = 0 if shape.tie_word_embeddings else shape.vocab_size * d
-    return embeddings + shape.n_layer * (attention + mlp + layer_norms) + 2 * d + head
+    # Weights and biases of a block; its matrices are (in, out).
+    block = {"ln_1": [d], "attn.c_attn": [d, 3 * d], "attn.c_proj": [d, d]}
+    block |= {"ln_2": [d], "mlp.c_fc": [d, inner], "mlp.c_proj": [inner, d]}
+    shapes = {"transformer.wte.weight": [shape.vocab_size, d], "transformer.wpe.weight": [shape.n_positions, d]}
+    for layer in range(shape.n_layer):
+        for name, size in block.items():
+            shapes[f"transformer.h.{layer}.{name}.weight"] = list(size)
+            shapes[f"transformer.h.{layer}.{name}.bias"] = size[-1:]
+    shapes |= {"transformer.ln_f.weight": [d], "transformer.ln_f.bias": [d]}
+    return shapes if shape.tie_word_embeddings else shapes | {"lm_head.weight": [shape.vocab_size, d]}
+
+
+def differing_parameters(there: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> str | None:
+    """How the parameters of a checkpoint differ from a model's, by names and shapes; None where they do not."""
+    different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    if not different:
+        return None
+    name, count = different[0], len(different)
+    return f"{name} has shape {there.get(name)} there and {here.get(name)} here ({count} parameters differ)"
+
+
+@functools.cache
+def num_parameters(shape: GPT2Shape) -> int:
+    """All parameters; tied embeddings count once."""
+    return sum(map(math.prod, parameter_shapes(shape).values()))
 
 
 def chunk_of_tokens(seq_length: int, vocab_size: int) -> int:

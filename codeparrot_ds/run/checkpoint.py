@@ -26,6 +26,7 @@ import torch
 
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.model.shapes import differing_parameters
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.checkpoint_files import STATE
 from codeparrot_ds.run.export import Export, write_export
@@ -372,15 +373,8 @@ def load_checkpoint(engine: Any, ranks: Ranks, checkpoint: Path) -> RunState:
 
 def _load_fragments(engine: Any, checkpoint: Path, saved_shapes: dict[str, list[int]]) -> None:
     shapes = parameter_shapes(engine)
-    if shapes != saved_shapes:
-        different = sorted(
-            name for name in shapes.keys() | saved_shapes.keys() if shapes.get(name) != saved_shapes.get(name)
-        )
-        first = different[0]
-        raise UserError(
-            f"{checkpoint} belongs to another model: {first} has shape {saved_shapes.get(first)} there and "
-            f"{shapes.get(first)} here ({len(different)} parameters differ)"
-        )
+    if problem := differing_parameters(saved_shapes, shapes):
+        raise UserError(f"{checkpoint} belongs to another model: {problem}")
     create_optimizer_state(engine)
     reader = FragmentReader(checkpoint, checkpoint_files.read_manifest(checkpoint)["files"])
     with torch.no_grad():

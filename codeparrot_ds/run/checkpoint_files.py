@@ -26,6 +26,7 @@ from typing import Any
 
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import not_a_run
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -180,14 +181,29 @@ def verify_checkpoint(checkpoint: Path, *, share: int = 0, num_shares: int = 1) 
         return sorted(problem for problem in problems if problem)
 
 
+def damage_in_sight(checkpoint: Path) -> list[str]:
+    """The damage that shows without reading the files: of the manifest, and files that are gone or of another size."""
+    try:
+        entries = read_manifest(checkpoint)["files"]
+    except NewerFormatError:
+        raise
+    except UserError as error:
+        return [str(error)]
+    return [problem for name in sorted(entries) if (problem := _compare_size(checkpoint / name, entries[name]))]
+
+
+def _compare_size(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    return None if size == entry["bytes"] else f"{path} has {size} bytes instead of {entry['bytes']}"
+
+
 def _compare(path: Path, entry: dict[str, Any]) -> str | None:
     digest = hashlib.sha256()
     try:
-        if not path.is_file():
-            return f"{path} is missing"
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            return f"{path} has {size} bytes instead of {entry['bytes']}"
+        if problem := _compare_size(path, entry):
+            return problem
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
@@ -233,7 +249,7 @@ def list_checkpoints(run: Path) -> list[dict[str, Any]]:
     """
     run = Path(run)
     if not (run / "run.json").is_file():
-        raise UserError(f"{run} is not a run: it has no run.json")
+        raise not_a_run(run)
     aside = [path for path in (run / "checkpoints").glob(f"{ASIDE}step-*") if path.is_dir()]
     folders = checkpoint_folders(run / "checkpoints") + aside
     return [_row(folder) for folder in sorted(folders, key=lambda folder: (_step(folder), folder.name))]
@@ -260,6 +276,33 @@ def _eval_loss(folder: Path) -> float | None:
         return next((row["eval_loss"] for row in reversed(evaluations) if row["step"] == _step(folder)), None)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # A damaged one; `checkpoint verify` names the damage.
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """A checkpoint's folder from that of a run (the newest, or the one of a step) or from its own; every byte is right.
+
+    Raises:
+        UserError: there is none, not that one, or it is damaged.
+    """
+    path = Path(path)
+    if (path / "run.json").is_file():
+        folders = checkpoint_folders(path / "checkpoints")
+        if not folders:
+            raise UserError(f"{path} has no checkpoint yet")
+        steps = sorted(int(folder.name[5:]) for folder in folders)
+        if step is not None and step not in steps:
+            nearest = min(steps, key=lambda other: abs(other - step))
+            raise UserError(
+                f"{path} has no checkpoint of step {step}; the nearest is of step {nearest} "
+                f"(there are: {', '.join(map(str, steps))})"
+            )
+        path = step_folder(path / "checkpoints", step or steps[-1])
+    elif step is not None and path.name != step_folder(path, step).name:
+        raise UserError(f"--step goes with a run's folder, and {path} is none")
+    damage = verify_checkpoint(path)
+    if damage:
+        raise UserError(damage[0])
+    return path
 
 
 def remove_old(checkpoints: Path, *, newest: int, every: int | None = None, best: Collection[int] = ()) -> list[Path]:

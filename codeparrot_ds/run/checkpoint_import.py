@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from codeparrot_ds import durable
-from codeparrot_ds.config import REQUIRED, RunConfig, save_config
+from codeparrot_ds.config import RunConfig, save_config, with_absolute_paths
 from codeparrot_ds.config_warnings import ConfigWarning, Continued, config_warnings, learning_rate_at
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
@@ -27,14 +27,16 @@ from codeparrot_ds.data.opening import StreamStart, open_datasets, pinned_names,
 from codeparrot_ds.data.staging import staged_folder
 from codeparrot_ds.data.stream import StreamConfig, stream_fingerprint
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.model.gpt2 import hugging_face_config, parameter_shapes
-from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
+from codeparrot_ds.model.gpt2 import hugging_face_config
+from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters, parameter_shapes
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.checkpoint import RunState, begin_checkpoint, complete_checkpoint
 from codeparrot_ds.run.deepspeed_checkpoint import DeepSpeedCheckpoint, read_deepspeed_checkpoint
 from codeparrot_ds.run.export import Export, run_export
-from codeparrot_ds.run.folder import RunFolder, check_run_name, package_versions
+from codeparrot_ds.run.folder import RunFolder, package_versions
 from codeparrot_ds.run.fragment_files import fragment_entries, fragment_file_name
+from codeparrot_ds.run.import_check import check_import
+from codeparrot_ds.run.initial import with_kept_tokenizer
 from codeparrot_ds.run.precision import with_precision
 from codeparrot_ds.run.tensor_file import write_tensor_file
 from codeparrot_ds.shell import pasteable
@@ -82,14 +84,8 @@ def import_deepspeed(
         UserError: the checkpoint cannot be read (``read_deepspeed_checkpoint``) or continued with this config, the
             config has a mistake, the run exists, or the disk refuses.
     """
-    run = Path(os.path.abspath(run))
-    check_run_name(run.name)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"{run} exists: an imported checkpoint begins a new run, choose another folder")
-    for field in REQUIRED:
-        if not getattr(config, field):
-            raise UserError(f"--{field} is missing: the run goes on with it")
-    config = dataclasses.replace(config, output_dir=str(run.parent), run_name=run.name)
+    config = with_absolute_paths(check_import(folder, run, config, tag))
+    run = Path(config.output_dir) / str(config.run_name)
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
     source = read_deepspeed_checkpoint(folder, parameter_shapes(shape), tag=tag)
@@ -99,6 +95,7 @@ def import_deepspeed(
     stream = stream_of(config, datasets, encoder)
     start = _stream_start(stream, first_row, config, progress)
     account = _account(source, config, start)
+    config = with_kept_tokenizer(config, config.tokenizer)
     state = RunState(
         step=source.step,
         tokens=source.samples * config.seq_length,

@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
-from codeparrot_ds.config import FIELDS, SET_BY_COMPARE, RunConfig, did_you_mean
+from codeparrot_ds.config import (
+    FIELDS,
+    PATH_FIELDS,
+    SET_BY_COMPARE,
+    RunConfig,
+    did_you_mean,
+    with_absolute_paths,
+)
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
@@ -94,7 +101,7 @@ class Request:
 
     def same(self) -> dict[str, Any]:
         """What must not change when a comparison goes on."""
-        shared = dataclasses.asdict(self.config)
+        shared = dataclasses.asdict(with_absolute_paths(self.config))
         kept = {name: value for name, value in shared.items() if name not in SET_BY_COMPARE}
         return {"steps": self.steps, "warmup_steps": self.warmup_steps, "config": kept}
 
@@ -355,6 +362,9 @@ def open_folder(folder: Path, request: Request) -> None:
     saved, now = json.loads(path.read_text(encoding="utf-8")), request.same()
     then = {"steps": saved.get("steps"), "warmup_steps": saved.get("warmup_steps"), **saved.get("config", {})}
     here = {"steps": now["steps"], "warmup_steps": now["warmup_steps"], **now["config"]}
+    for key in PATH_FIELDS:  # earlier versions kept paths as they were typed
+        if isinstance(then.get(key), str):
+            then[key] = FIELDS[key].absolute(then[key])
     differing = [f"{key} was {then.get(key)!r} and is {here[key]!r}" for key in here if then.get(key) != here[key]]
     if differing:
         raise UserError(f"{folder} holds another comparison ({'; '.join(differing)}): choose another --out")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.deepspeed_files import find_tag, load_file, model_states_file, optimizer_files
+from codeparrot_ds.run.deepspeed_files import load_file, model_states_file, optimizer_files
 from codeparrot_ds.run.deepspeed_optimizer import (
     AdamState,
     Shapes,
@@ -28,6 +28,7 @@ from codeparrot_ds.run.deepspeed_optimizer import (
     stage12_fragments,
 )
 from codeparrot_ds.run.fragments import MASTER, Fragment
+from codeparrot_ds.run.import_check import find_tag
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from codeparrot_ds.config import did_you_mean
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.import_check import MODEL_STATES
 
-LATEST = "latest"
-MODEL_STATES = "_model_states.pt"
 OPTIMIZER_STATES = "_optim_states.pt"
 
 
@@ -38,45 +36,6 @@ STAND_INS: dict[str, type] = {
     "deepspeed.utils.tensor_fragment.fragment_address": Attributes,
     "argparse.Namespace": Attributes,
 }
-
-
-def find_tag(folder: Path, tag: str | None = None) -> Path:
-    """The folder of one checkpoint: that of a tag, the one that ``latest`` names, or ``folder`` where it is one itself.
-
-    Raises:
-        UserError: there is none, or not that one.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; name the one that was given to engine.save_checkpoint")
-    if tag is None and _is_checkpoint(folder):
-        return folder
-    tags = sorted((path.name for path in folder.iterdir() if path.is_dir() and _is_checkpoint(path)), key=_natural)
-    if not tags:
-        raise UserError(f"{folder} holds no checkpoint of DeepSpeed's: no folder in it has a *{MODEL_STATES}")
-    named_by = f"--tag {tag}"
-    if tag is None:
-        named_by = str(folder / LATEST)
-        try:
-            tag = (folder / LATEST).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            raise UserError(
-                f"{named_by}, which names the newest checkpoint, cannot be read; choose one with --tag: "
-                f"{', '.join(tags)}"
-            ) from None
-    if tag not in tags:
-        hint = did_you_mean(tag, tags) or f"; the last one is {tags[-1]!r}"
-        raise UserError(f"{named_by}: {folder} has no checkpoint {tag!r}{hint}")
-    return folder / tag
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return next(folder.glob(f"*{MODEL_STATES}"), None) is not None
-
-
-def _natural(name: str) -> tuple[int, str]:
-    digits = "".join(filter(str.isdigit, name))
-    return int(digits or 0), name
 
 
 def model_states_file(checkpoint: Path) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import not_a_run
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -163,7 +164,7 @@ def calibrate(run: Path) -> tuple[Overhead, dict[str, Any]]:
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{run} is not a run: it has no run.json") from None
+        raise not_a_run(run) from None
     except ValueError as error:
         raise UserError(f"{run / 'run.json'} is damaged: {error}") from None
     measured = record.get("memory")

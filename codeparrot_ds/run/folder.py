@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import fcntl
 import importlib.metadata
@@ -10,17 +12,27 @@ import os
 import random
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from codeparrot_ds.config import FIELDS, RunConfig, load_config, save_config
+from codeparrot_ds.config import FIELDS, RunConfig, load_config, save_config, with_absolute_paths
 from codeparrot_ds.config_warnings import Continued, learning_rate_at
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.checkpoint_files import STATE, checkpoint_folders
+from codeparrot_ds.model.shapes import GPT2Shape, differing_parameters, parameter_shapes
+from codeparrot_ds.paths import find_run, shown
+from codeparrot_ds.run.checkpoint_files import (
+    REPLACED,
+    STATE,
+    checkpoint_folders,
+    damage_in_sight,
+    readable_checkpoints,
+)
 from codeparrot_ds.zero.resolution import Change, changes, saved_ds_config
 
 ADJECTIVES = (
@@ -40,6 +52,12 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "hug
 IDENTITY = ("model", "seq_length", "global_batch_size", "num_lanes", "shuffle_buffer", "seed")
 OF_THE_STREAM = ("seq_length", "num_lanes", "shuffle_buffer", "seed")
 """May change where the stream is restarted on other data (``on_data_change``)."""
+
+
+def run_path(config: RunConfig) -> Path:
+    """Where a run with a name lives, as it is shown to people who work in this process's folder."""
+    assert config.run_name is not None
+    return Path(shown(config.output_dir)) / config.run_name
 
 
 def new_run_name(output_dir: Path) -> str:
@@ -94,11 +112,13 @@ class RunFolder:
 
 
 def _recorded(path: Path) -> dict[str, Any]:
-    """A run's ``run.json``; empty where there is none that can be read."""
+    """A run's ``run.json``; empty where there is none. A damaged one is refused."""
     try:
         return dict(json.loads((path / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except OSError:
         return {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path / 'run.json'} is damaged: {error}") from None
 
 
 def recorded_pins(path: Path) -> dict[str, str]:
@@ -169,16 +189,84 @@ def check_continuation(config: RunConfig, path: Path) -> None:
     free: tuple[str, ...] = OF_THE_STREAM if config.on_data_change == "restart" else ()
     free += ("global_batch_size",) if config.on_batch_change == "continue" else ()
     fixed = [field for field in IDENTITY if field not in free]
+    # A model may be a path, which was saved as it was typed by versions that did not make it absolute.
+    there, here = with_absolute_paths(saved), with_absolute_paths(config)
     differences = [
         f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"
         for field in fixed
-        if getattr(saved, field) != getattr(config, field)
+        if getattr(there, field) != getattr(here, field)
     ]
     if differences:
         told = ""
         if len(differences) == 1 and saved.global_batch_size != config.global_batch_size:
             told = ", or pass --on-batch-change continue to go on with the next rows in batches of the new size"
         raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name{told}")
+
+
+def with_checkpoint(config: RunConfig) -> RunConfig:
+    """Resolves a ``resume`` that is neither ``auto`` nor ``never`` to the folder of a checkpoint.
+
+    A run, by its path or its name, stands for its newest checkpoint that can be read.
+
+    Raises:
+        UserError: there is no such run or checkpoint.
+    """
+    if config.resume in ("auto", "never"):
+        return config
+    try:
+        place = find_run(config.resume, config.output_dir, what="checkpoint or run")
+        if (place / "checkpoints").is_dir():
+            readable = [path for path, problem in readable_checkpoints(place / "checkpoints") if problem is None]
+            if not readable:
+                raise UserError(f"{place} has no checkpoint that can be read")
+            place = readable[0]
+    except UserError as error:
+        raise UserError(f"--resume {config.resume}: {error}") from None
+    return dataclasses.replace(config, resume=str(place))
+
+
+def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Path | None:
+    """Refuses a start from a checkpoint that cannot hold, as far as that shows without reading its large files.
+
+    Args:
+        config: the run config; ``resume`` is as `with_checkpoint` leaves it.
+        path: the run's folder.
+        shape: of the run's model.
+
+    Returns:
+        The checkpoint that the run would go on from; None for one that begins.
+
+    Raises:
+        UserError: the checkpoint is damaged, a later version's, or of another model.
+    """
+    if config.resume == "never":
+        return None
+    checkpoints = path / "checkpoints"
+    if config.resume == "auto":
+        candidates = [folder for folder, _ in readable_checkpoints(checkpoints)]
+        refusal = f"no checkpoint of {path} is whole: "
+    else:
+        candidates, refusal = [Path(config.resume)], f"--resume {config.resume}: "
+    problems = []
+    for checkpoint in candidates:
+        if problem := next(iter(damage_in_sight(checkpoint)), None):
+            problems.append(problem)
+            continue
+        _check_model(checkpoint, shape)
+        return checkpoint
+    # One that was being replaced when a start was killed comes back with the next start.
+    if problems and not (config.resume == "auto" and any(checkpoints.glob(f"{REPLACED}*"))):
+        raise UserError(refusal + problems[0])
+    return None
+
+
+def _check_model(checkpoint: Path, shape: GPT2Shape) -> None:
+    try:
+        saved = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # damaged, which the ranks find by its hash
+    if problem := differing_parameters(saved, parameter_shapes(shape)):
+        raise UserError(f"{checkpoint} belongs to another model: {problem}")
 
 
 def _left_by_a_killed_start(path: Path) -> bool:
@@ -242,17 +330,19 @@ def open_run(
     Raises:
         UserError: the folder belongs to another config or another process, or cannot be written.
     """
-    assert config.run_name is not None
-    path = Path(config.output_dir) / config.run_name
+    path = run_path(config)
     check_continuation(config, path)
     check_ds_continuation(config, path, ds_config)
+    folder = RunFolder(path)
+    is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the run folder {path}: {error.strerror}") from error
-    folder = RunFolder(path)
     _take_lock(folder)
+    if is_new:
+        _made_here.append(path)
     if (path / "run.json").is_file():
         folder.reload()
     save_config(config, path / "config.yaml")
@@ -275,19 +365,50 @@ def open_run(
     return folder
 
 
+_made_here: list[Path] = []
+"""Folders that this process made for runs whose start goes on."""
+
+
+@contextlib.contextmanager
+def forgotten_if_refused() -> Iterator[None]:
+    """Around the start of a run: where that is refused, a folder that was made for it is taken away again (rank 0)."""
+    _made_here.clear()
+    try:
+        yield
+    except UserError:
+        for path in _made_here:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
 def _take_lock(folder: RunFolder) -> None:
     """Holds ``<run>/.lock`` until the process ends, so that two runs never write to one folder."""
     file = (folder.path / ".lock").open("a+", encoding="utf-8")
+    _lock(file, folder.path)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    folder._lock = file
+
+
+def check_free(path: Path) -> None:
+    """Refuses the folder of a run that another process trains.
+
+    Raises:
+        UserError: with the holder.
+    """
+    if (path / ".lock").is_file():
+        with (path / ".lock").open("a+", encoding="utf-8") as file:
+            _lock(file, path)
+
+
+def _lock(file: IO[str], path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
         holder = file.read().strip() or "another process"
-        raise UserError(f"{folder.path} is in use by {holder}: wait for it, or choose another --run-name") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    folder._lock = file
+        raise UserError(f"{path} is in use by {holder}: wait for it, or choose another --run-name") from error
 
 
 def package_versions() -> dict[str, str | None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from codeparrot_ds.config import did_you_mean
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _LINE = re.compile(r"(\S+)\s+slots=(\S+)")
@@ -40,8 +41,8 @@ def read_hostfile(path: str | Path) -> list[Host]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"hostfile {path} {what}: DeepSpeed would quietly train on this machine alone")
+        what, hint = ("is not a file", "") if path.exists() else ("does not exist", did_you_mean_path(path))
+        raise UserError(f"hostfile {path} {what}: DeepSpeed would quietly train on this machine alone{hint}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config import RunConfig, load_config
-from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
 from codeparrot_ds.data.staging import staged_folder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
-from codeparrot_ds.model.shapes import find_shape
+from codeparrot_ds.model.shapes import find_shape, parameter_shapes
+from codeparrot_ds.paths import in_runs
 from codeparrot_ds.run.checkpoint_files import TOKENIZER_FILES, WEIGHTS, checkpoint_folders
 
 # What two configs may differ in and still have the same weights; the activation's two names are one function.
@@ -30,7 +32,8 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     A run that goes on from a checkpoint keeps what it began with, and nothing is fetched.
 
     Returns:
-        The config with ``init_from`` pinned and ``tokenizer`` set; unchanged without ``init_from``.
+        The config with ``init_from`` pinned and ``tokenizer`` set, maybe to a folder that goes with this process
+        (`with_kept_tokenizer`); unchanged without ``init_from``.
 
     Raises:
         UserError: the model cannot be had, is of another shape than ``model``, or has another tokenizer than the one
@@ -42,6 +45,7 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     if goes_on(config) and (run / "config.yaml").is_file():
         saved = load_config(run / "config.yaml")
         return dataclasses.replace(config, init_from=saved.init_from, tokenizer=config.tokenizer or saved.tokenizer)
+    config = dataclasses.replace(config, init_from=in_runs(config.init_from, config.output_dir))
     revision = parse_revision(config.init_from)
     if revision is not None and revision.is_pinned and config.tokenizer:
         return config  # by the front door
@@ -51,7 +55,7 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     else:
         folder = _folder_of(config.init_from).absolute()
         source = str(folder)
-    tokenizer = _tokenizer(config, folder, source, keep=revision is None)
+    tokenizer = _tokenizer(config, folder, source)
     encoder = load_encoder(tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
     there = find_shape(str(folder), vocab_size=encoder.vocab_size, seq_length=1)
@@ -68,7 +72,31 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     shapes = weight_shapes(folder / WEIGHTS)
     if shapes.get("transformer.wte.weight", [0])[0] != encoder.vocab_size:
         raise UserError(f"--init-from {config.init_from}: its weights are not for {encoder.vocab_size} tokens")
-    return dataclasses.replace(config, init_from=source, tokenizer=str(tokenizer))
+    if lacking := sorted(parameter_shapes(shape).keys() - shapes.keys()):
+        raise UserError(f"--init-from {config.init_from} has no weights for {', '.join(lacking[:3])}")
+    return dataclasses.replace(config, init_from=source, tokenizer=tokenizer)
+
+
+def with_kept_tokenizer(config: RunConfig, typed: str) -> RunConfig:
+    """The config with its tokenizer in a folder that outlives this start and that every host sees.
+
+    What came from the Hub or out of a git repository is copied beside the runs.
+
+    Args:
+        config: as `with_initial_model` leaves it.
+        typed: its ``tokenizer`` before that.
+    """
+    is_a_models_own = not typed and parse_revision(config.init_from) is None
+    if not config.tokenizer or os.path.isdir(typed) or is_a_models_own:
+        return config
+    folder, digest = find_tokenizer(config.tokenizer), load_encoder(config.tokenizer).fingerprint
+    place = Path(config.output_dir).absolute() / "tokenizers" / digest[:12]
+    if not place.is_dir():
+        with staged_folder(place, marker="tokenizer.json", overwrite=False) as staging:
+            for name in TOKENIZER_FILES:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, staging / name)
+    return dataclasses.replace(config, tokenizer=str(place))
 
 
 def goes_on(config: RunConfig) -> bool:
@@ -99,8 +127,7 @@ def load_initial_weights(model: Any, config: RunConfig, ranks: Any, *, partition
     from codeparrot_ds.model.gpt2 import load_weights
 
     def find() -> str:
-        revision = parse_revision(config.init_from)
-        path = (fetch(revision) if revision is not None else _folder_of(config.init_from)) / WEIGHTS
+        path = initial_weights_file(config.init_from)
         there, here = weight_shapes(path), {name for name, _ in model.named_parameters()}
         if here - there.keys():
             raise UserError(f"{path} has no weights for {', '.join(sorted(here - there.keys())[:3])}")
@@ -110,10 +137,19 @@ def load_initial_weights(model: Any, config: RunConfig, ranks: Any, *, partition
     load_weights(model, Path(path) if ranks.is_main else None, partitioned=partitioned)
 
 
+def initial_weights_file(source: str) -> Path:
+    """The weights of what ``init_from`` names."""
+    revision = parse_revision(source)
+    return (fetch(revision) if revision is not None else _folder_of(source)) / WEIGHTS
+
+
 def _folder_of(source: str) -> Path:
     from codeparrot_ds.evaluation.source import find_model
 
-    folder = Path(find_model(source))
+    try:
+        folder = Path(find_model(source))
+    except UserError as error:
+        raise UserError(f"--init-from {source}: {error}") from None
     if not folder.is_dir():
         raise UserError(
             f"--init-from {source}: no such run or model folder; a model on the Hub is named with its branch, as in "
@@ -122,8 +158,8 @@ def _folder_of(source: str) -> Path:
     return folder
 
 
-def _tokenizer(config: RunConfig, folder: Path, source: str, *, keep: bool) -> Path:
-    """The tokenizer's folder: the one that was named, or the model's own, kept where it outlives this start."""
+def _tokenizer(config: RunConfig, folder: Path, source: str) -> str:
+    """The tokenizer: the one that was named, or the model's own."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"--init-from {source} has no tokenizer.json, so its weights mean nothing")
@@ -134,13 +170,5 @@ def _tokenizer(config: RunConfig, folder: Path, source: str, *, keep: bool) -> P
                 f"the tokenizer {config.tokenizer} is not the one that --init-from {source} was trained with; leave "
                 "--tokenizer out to take that one"
             )
-        return Path(config.tokenizer)
-    if keep:
-        return folder
-    place = Path(config.output_dir).absolute() / "tokenizers" / digest[:12]
-    if not place.is_dir():
-        with staged_folder(place, marker="tokenizer.json", overwrite=False) as staging:
-            for name in TOKENIZER_FILES:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, staging / name)
-    return place
+        return config.tokenizer
+    return str(folder)

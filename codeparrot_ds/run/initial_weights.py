@@ -18,9 +18,10 @@ import torch
 
 from codeparrot_ds import durable
 from codeparrot_ds.config import RunConfig, load_config
-from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
 from codeparrot_ds.model.shapes import find_shape
 from codeparrot_ds.run.checkpoint_files import TOKENIZER_FILES, WEIGHTS
+from codeparrot_ds.run.initial import initial_weights_file
 from codeparrot_ds.run.initial_weights_folder import FINGERPRINTS
 from codeparrot_ds.run.rounding_noise import SPACING, factors
 from codeparrot_ds.run.tensor_file import save_tensors
@@ -42,16 +43,17 @@ def make_initial_weights(config: RunConfig, folder: Path, *, perturbed: str | No
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
     model: Any = build_model(shape, eos_token_id=encoder.eos_token_id, seed=config.seed)
     if config.init_from:
-        load_weights(model, Path(config.init_from) / WEIGHTS, partitioned=False)
+        load_weights(model, initial_weights_file(config.init_from), partitioned=False)
     weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     if perturbed is not None:
         generator = torch.Generator().manual_seed(config.seed)
         for weight in weights.values():
             weight.mul_(factors(weight, SPACING[perturbed], generator))
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = find_tokenizer(config.tokenizer)
     for name in TOKENIZER_FILES:
-        if (Path(config.tokenizer) / name).is_file():
-            shutil.copyfile(Path(config.tokenizer) / name, folder / name)
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
     model.config.save_pretrained(folder)
     save_tensors(folder / WEIGHTS, weights)
     hashes = {

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.config import LaunchOptions, RunConfig
+from codeparrot_ds.config import LaunchOptions, RunConfig, arguments_of
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import find_shape, num_parameters
@@ -46,9 +46,8 @@ class Job:
     """A checked run.
 
     Attributes:
-        config: the run config.
+        config: the run config, with a name and absolute paths: it is what every rank is given.
         launch: where and how its ranks run.
-        arguments: of ``train``, that every rank parses again.
         device: ``cpu`` or ``cuda``.
         hosts: that are to train.
         ds_config: the resolved DeepSpeed config.
@@ -60,7 +59,6 @@ class Job:
 
     config: RunConfig
     launch: LaunchOptions
-    arguments: list[str]
     device: str
     hosts: list[Host]
     ds_config: dict[str, Any]
@@ -110,9 +108,9 @@ def _say_how_to_go_on(job: Job, end: End) -> None:
 
 def _start(job: Job, hosts: list[Host], *, again: bool) -> tuple[End, list[Host]]:
     """One start; returns how it ended, and the hosts that took part."""
-    arguments = job.arguments
+    arguments = arguments_of(job.config)
     if again and checkpoint_folders(job.run / "checkpoints"):
-        arguments = [*arguments, "--resume", "auto"]
+        arguments = [*arguments, "--resume=auto"]
     server = ControlServer()
     options: dict[str, Any] = {"server": server, "hang_seconds": job.launch.hang_seconds}
     if is_local(hosts) or job.launch.no_ssh:

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.config import REQUIRED, LaunchOptions, RunConfig, with_field
+from codeparrot_ds.config import REQUIRED, LaunchOptions, RunConfig, with_absolute_paths, with_field
 from codeparrot_ds.config_warnings import config_warnings
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.opening import check_datasets, open_datasets, resume_stream, stream_of
+from codeparrot_ds.data.opening import check_datasets, check_local_data, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.prompts import what_to_complete
@@ -31,21 +31,24 @@ from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.repository import is_remote, open_repository
 from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.model.shapes import find_shape, num_parameters
-from codeparrot_ds.run.checkpoint_files import checkpoint_folders, verify_checkpoint
+from codeparrot_ds.run.checkpoint_files import verify_checkpoint
 from codeparrot_ds.run.device_memory import gigabytes, smallest_gpu
 from codeparrot_ds.run.doctor import Wanted, local_paths
 from codeparrot_ds.run.folder import (
+    check_checkpoint,
     check_continuation,
     check_ds_continuation,
+    check_free,
     check_run_name,
     continued_from,
     finished_checkpoint,
     new_run_name,
     recorded_hub,
     recorded_pins,
+    with_checkpoint,
 )
 from codeparrot_ds.run.hostfile import Host
-from codeparrot_ds.run.initial import with_initial_model
+from codeparrot_ds.run.initial import with_initial_model, with_kept_tokenizer
 from codeparrot_ds.run.job import BYTES_A_PARAMETER, Job, rank_environment, run_job, shared_variables
 from codeparrot_ds.run.launcher import MODULE, hosts_of, is_local
 from codeparrot_ds.run.micro_batch import with_micro_batch
@@ -58,23 +61,15 @@ from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
 from codeparrot_ds.zero.memory import Memory
 
 
-def front_door(
-    config: RunConfig,
-    launch: LaunchOptions,
-    arguments: list[str],
-    *,
-    typed: Sequence[str] | None = None,
-    module: str = MODULE,
-) -> int:
+def front_door(config: RunConfig, launch: LaunchOptions, *, typed: Sequence[str] = (), module: str = MODULE) -> int:
     """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
 
     0 is finished, or stopped and saved; 1 something broke; 2 a mistake of the user's; 3 too many bad steps in a row;
     4 a rank or host was lost; 5 the ranks hung.
 
     Args:
-        config: the run config, resolved from ``arguments``.
+        config: the run config.
         launch: where the ranks run.
-        arguments: the options of ``train`` as typed, without the launcher's own; every rank parses them again.
         typed: the options of ``train`` with the launcher's own, for the command that goes on with the run.
         module: what a rank runs.
 
@@ -82,7 +77,6 @@ def front_door(
         UserError: anything that can be known to be wrong before a rank starts.
     """
     started = time.time()
-    typed = list(arguments if typed is None else typed)
     device = local_device(hostfile=launch.hostfile is not None)
     hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
     if launch.bind_cores and shutil.which("numactl") is None:
@@ -93,20 +87,18 @@ def front_door(
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
     going_on = _going_on(typed, config, name)
-    asked, config = config.deepspeed, dataclasses.replace(config, run_name=name)
+    if not launch.node_rank:  # with --no-ssh the first host's rank 0, which may have begun, holds the run
+        check_free(output_dir / name)
+    config = with_checkpoint(dataclasses.replace(config, run_name=name))
+    typed_tokenizer, asked = config.tokenizer, config.deepspeed
     precisions = run_precisions(config, device_precisions(device))
     config = with_precision(with_initial_model(config), precisions)
-    if config.init_from:  # as resolved: a branch may move
-        arguments = [*arguments, "--init-from", config.init_from, "--tokenizer", config.tokenizer]
-    if config.deepspeed != asked:
-        arguments = [*arguments, "--deepspeed", config.deepspeed]
-        said = describe_choice(asked, config.deepspeed, precisions, device=device)
-        if said is not None:
-            print(said, file=sys.stderr)
+    said = describe_choice(asked, config.deepspeed, precisions, device=device)
+    if said is not None:
+        print(said, file=sys.stderr)
     if config.auto_micro_batch:
         check_named(config)
         config = with_micro_batch(config, world_size=ranks, device=device)
-        arguments = [*arguments, "--micro-batch-size", str(config.micro_batch_size)]
     ds_config = check_run(config, device=device, world_size=ranks)
     if (finished := finished_checkpoint(config)) is not None and _is_at_its_end(config, finished, going_on):
         return 0
@@ -123,9 +115,8 @@ def front_door(
     places = "this machine" if is_local(hosts) else f"{len(hosts)} host(s)"
     print(f"starting {ranks} rank(s) on {places}; importing torch and DeepSpeed takes a while", flush=True)
     job = Job(
-        config=config,
+        config=with_absolute_paths(with_kept_tokenizer(config, typed_tokenizer)),
         launch=launch,
-        arguments=[*arguments, "--run-name", name],
         device=device,
         hosts=hosts,
         ds_config=ds_config,
@@ -221,7 +212,8 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     ).config
     check_continuation(config, run)
     changed = check_ds_continuation(config, run, resolved)
-    _check_data(config, run, stream_of(config, datasets, encoder))
+    checkpoint = check_checkpoint(config, run, shape)
+    _check_data(config, run, checkpoint, stream_of(config, datasets, encoder))
     if open_repository(config.hub, config.output_dir) is not None and is_remote(config.hub):
         require_token(config.hub)
     _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
@@ -233,12 +225,13 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
 
 
 def check_named(config: RunConfig) -> None:
-    """Refuses a run without data or tokenizer."""
+    """Refuses a run without data or tokenizer, or whose data is neither here nor on the Hub, which is not asked."""
     for field in REQUIRED:
         if not getattr(config, field):
             raise UserError(
                 f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
             )
+    check_local_data(config.data, "train")
 
 
 def check_memory(config: RunConfig, ds_config: dict[str, Any], *, device: str, ranks: int, refuse: bool = True) -> None:
@@ -279,13 +272,12 @@ def _warn_of_little_memory(memory: Memory, ranks: int) -> None:
         )
 
 
-def _check_data(config: RunConfig, run: Path, stream: StreamConfig) -> None:
-    """Refuses to resume on other data than the newest checkpoint's."""
-    newest = next(iter(checkpoint_folders(run / "checkpoints")), None)
-    if config.resume != "auto" or newest is None:
+def _check_data(config: RunConfig, run: Path, checkpoint: Path | None, stream: StreamConfig) -> None:
+    """Refuses to resume on other data than the checkpoint's."""
+    if checkpoint is None:
         return
     try:
-        saved = json.loads((newest / "data.json").read_text(encoding="utf-8"))
+        saved = json.loads((checkpoint / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
     if isinstance(saved, dict) and "fingerprint" in saved:

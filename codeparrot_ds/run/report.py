@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import no_run
 from codeparrot_ds.run.checkpoint_files import checkpoint_folders
 from codeparrot_ds.run.plots import THEMES, Chart, Series, draw
 from codeparrot_ds.run.report_page import html_page, markdown_page
@@ -84,7 +85,7 @@ def read_run(path: Path) -> RunRecord:
         UserError: the folder is missing or is no run, or one of its files is not what it should be.
     """
     if not path.is_dir():
-        raise UserError(f"there is no run folder {path}")
+        raise UserError(no_run(str(path)))
     if not (path / "run.json").is_file() and not (path / "metrics.jsonl").is_file():
         inside = sorted(metrics.parent.name for metrics in path.glob("*/metrics.jsonl"))
         hint = f"; did you mean {path / inside[-1]}?" if inside else ""

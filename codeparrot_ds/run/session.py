@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from codeparrot_ds.config import RunConfig
+from codeparrot_ds.config import RunConfig, with_absolute_paths
 from codeparrot_ds.config_warnings import config_warnings
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import TrainingLoader, token_ids
@@ -48,6 +48,7 @@ from codeparrot_ds.model.attention import document_inputs
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, flops_per_token, num_parameters
+from codeparrot_ds.paths import shown
 from codeparrot_ds.run import checkpoint_files
 from codeparrot_ds.run.bad_steps import BadSteps
 from codeparrot_ds.run.beats import beat
@@ -55,10 +56,18 @@ from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome,
 from codeparrot_ds.run.device_memory import load_overhead
 from codeparrot_ds.run.engine import create_engine, keep_freed_pages
 from codeparrot_ds.run.export import run_export
-from codeparrot_ds.run.folder import RunFolder, continued_from, new_run_name, open_run
+from codeparrot_ds.run.folder import (
+    RunFolder,
+    continued_from,
+    forgotten_if_refused,
+    new_run_name,
+    open_run,
+    run_path,
+    with_checkpoint,
+)
 from codeparrot_ds.run.guard import write_stacks_to
 from codeparrot_ds.run.hardware import peak_flops, rank_precisions
-from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
+from codeparrot_ds.run.initial import load_initial_weights, with_initial_model, with_kept_tokenizer
 from codeparrot_ds.run.memory_check import MemoryCheck, forget_peak, measure_gpu
 from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.micro_batch import with_micro_batch
@@ -132,6 +141,7 @@ class Session:
         self.bad_steps.give_up = self._give_up
 
     @classmethod
+    @forgotten_if_refused()
     def start(cls, config: RunConfig, *, peak_flops: float | None = None) -> Session:
         """Sets one rank up: ranks, config, folder, model, engine, restored state, data, trackers; collective.
 
@@ -531,12 +541,15 @@ def _named(config: RunConfig) -> RunConfig:
 def _ready(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, tuple[str, ...]]:
     """The config with what the front door decides where there is one, and what the ranks train in, the fastest first.
 
-    Decided are the name, the initial model, the precision and the micro-batch.
+    Decided are the name, the initial model, the precision, the micro-batch and the paths. These are rank 0's: another
+    rank may have another working directory, or its host another home.
     """
-    config = _named(config)
+    typed_tokenizer = config.tokenizer
+    config = with_checkpoint(_named(config))
     precisions = run_precisions(config, rank_precisions(ranks.device))
     config = with_initial_model(with_precision(config, precisions))
-    return with_micro_batch(config, world_size=ranks.world_size, device=ranks.device.type), precisions
+    config = with_micro_batch(config, world_size=ranks.world_size, device=ranks.device.type)
+    return with_absolute_paths(with_kept_tokenizer(config, typed_tokenizer)), precisions
 
 
 def _resolve(config: RunConfig, precisions: tuple[str, ...], ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Shape]:
@@ -558,7 +571,7 @@ def _resolve(config: RunConfig, precisions: tuple[str, ...], ranks: Ranks) -> tu
 
 def _open_folder(config: RunConfig, resolved: Resolved, ranks: Ranks) -> RunFolder:
     hosts = ranks.gather(socket.gethostname())
-    mine = RunFolder(Path(config.output_dir) / str(config.run_name))
+    mine = RunFolder(run_path(config))
 
     def open_on_main() -> None:
         nonlocal mine
@@ -750,7 +763,7 @@ def _introduce(
     progress.say(
         "run %s: %s, %s parameters, ZeRO-%d %s on %d rank(s), %d rows a step (%d x %d x %d)",
         folder.name,
-        config.model,
+        shown(config.model),
         f"{num_parameters(shape):,}",
         zero_stage(ds_config),
         precision(ds_config),

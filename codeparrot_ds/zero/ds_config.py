@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from codeparrot_ds.config import RunConfig, did_you_mean
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path, expand
 from codeparrot_ds.zero.known_keys import KEYS, RENAMED, KeyPath
 from codeparrot_ds.zero.positions import key_lines, line_of
 
@@ -25,6 +26,8 @@ from codeparrot_ds.zero.positions import key_lines, line_of
 STEPS_PER_PRINT = 1_000_000_000
 # A JSON without an optimizer gets the recipe's.
 DEFAULT_OPTIMIZER = {"type": "AdamW", "params": {"betas": [0.9, 0.999], "eps": 1e-8}}
+# Keys, in whatever block, that hold paths.
+PATH_KEYS = ("nvme_path", "output_path", "output_file")
 # Each key that the run config owns, and the field that fills it.
 RUN_OWNED_KEYS: Mapping[KeyPath, str] = {
     ("train_batch_size",): "global_batch_size",
@@ -64,12 +67,14 @@ def find_ds_config(name_or_path: str | os.PathLike[str]) -> Path:
         return path
     if text.endswith(AUTO):
         return find_ds_config(name_in(text, "bf16"))
-    if path.is_dir():
-        raise UserError(f"{text} is a folder; --deepspeed takes one JSON file or a shipped name such as zero2")
     shipped = ds_configs_folder() / (text if text.endswith(".json") else text + ".json")
     if path.name == text and shipped.is_file():
         return shipped
+    if path.is_dir():
+        raise UserError(f"{text} is a folder; --deepspeed takes one JSON file or a shipped name such as zero2")
     hint = did_you_mean(path.name.removesuffix(".json"), shipped_names())
+    if path.name != text or text.endswith(".json"):
+        hint = did_you_mean_path(text) or hint
     raise UserError(f"DeepSpeed config {text!r} is neither a file nor a shipped config{hint}")
 
 
@@ -368,6 +373,11 @@ def resolve(
     for path, value in list(leaves(resolved)):
         if isinstance(value, float) and _kind(path) == "int" and value.is_integer():
             _set(resolved, path, int(value))  # 5e8, as DeepSpeed reads it
+        elif path[-1] in PATH_KEYS and isinstance(value, str) and value not in ("", "auto"):
+            try:
+                _set(resolved, path, str(Path(expand(value)).absolute()))
+            except UserError as error:
+                problems.append(f"{'.'.join(path)} cannot be {error}")
     mended = "set here: DeepSpeed's own default costs time"
     filled.default(("zero_optimization", "stage"), 0, "DeepSpeed's default")
     # The throughput timer synchronises the device twice a micro-step; the wall clock breakdown more often still.

@@ -21,8 +21,14 @@ _MEANING = (
     ("optimizer", "params", "amsgrad"),
     ("optimizer", "params", "bias_correction"),
 )
-# Settled by the run config, which is compared by itself.
-_NOT_COMPARED = frozenset({("train_batch_size",)})
+# Settled by the run config, which is compared by itself; and where on the disk something is kept.
+_NOT_COMPARED = frozenset(
+    {
+        ("train_batch_size",),
+        ("zero_optimization", "offload_optimizer", "nvme_path"),
+        ("zero_optimization", "offload_param", "nvme_path"),
+    }
+)
 
 
 def field_origins(

@@ -379,7 +379,7 @@ def test_unusable_sources_are_named(tmp_path, name, files, message):
         ({"shard_bytes": 0}, "shard_bytes is 0"),
         ({"suffixes": []}, "suffixes is empty"),
         ({"filters": ["nothing"]}, "unknown filter 'nothing'"),
-        ({"tokenizer": Path("nowhere")}, "tokenizer folder nowhere does not exist"),
+        ({"tokenizer": "./nowhere"}, "tokenizer folder ./nowhere does not exist"),
         ({"near_duplicate_threshold": 0.1}, "near_duplicate_threshold is 0.1; it must lie between 0.3 and 1"),
     ],
 )

@@ -211,8 +211,8 @@ def test_the_command(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFi
     ("arguments", "sentence"),
     [
         (["{data}"], "{data} is not a run, so its tokenizer must be named with --tokenizer DIR"),
-        (["absent", "--tokenizer", "{tokenizer}"], "absent has no split 'train'"),
-        (["{data}", "--tokenizer", "absent"], "The tokenizer folder absent does not exist"),
+        (["absent", "--tokenizer", "{tokenizer}"], "there is no run or data absent"),
+        (["{data}", "--tokenizer", "./absent"], "the tokenizer folder ./absent does not exist"),
         (["{bare}"], "{bare} is a run without config.yaml"),
         (["{run}", "--split", "test"], "cannot be 'test'"),
         (["{run}", "--seq-length", "1"], "seq_length must be at least 2"),

@@ -66,6 +66,18 @@ def test_mixtures_are_parsed(tmp_path: Path) -> None:
         parse_mixture("a=1,a=2")
 
 
+def test_one_shard_needs_other_data_to_evaluate_on(
+    corpora: tuple[Path, Path], make_config: Callable[..., RunConfig]
+) -> None:
+    a, shard = corpora[0], corpora[1] / "train" / "part-0.jsonl"
+    for data in (str(shard), f"{a}=1,{shard}=1"):
+        with pytest.raises(UserError, match="part-0.jsonl is one shard, without a validation split.*--validation-data"):
+            validation_shards(make_config(data=data))
+        config = make_config(data=data, validation_data=str(a))
+        check_datasets(config, open_datasets(config))
+    assert validation_shards(make_config(data=str(a), validation_data=str(shard))) == split_shards(str(shard), "train")
+
+
 def test_a_mixture_opens_each_corpus(corpora: tuple[Path, Path], make_config: Callable[..., RunConfig]) -> None:
     a, b = corpora
     config = make_config(data=f"{a}=3,{b}=1", validation_data=str(a))

@@ -147,8 +147,18 @@ def test_shards_are_sorted_and_described(tmp_path: Path) -> None:
     assert shards[0].bytes == (tmp_path / "train" / "part-0.jsonl").stat().st_size
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_one_shard_is_a_data_set(tmp_path: Path, suffix: str) -> None:
+    texts = make_documents(20)
+    path = tmp_path / f"code{suffix}"
+    write_shard(path, texts)
+    (shard,) = find_shards(path, "train")
+    assert find_shards(str(path), "validation") == [shard] and shard.name == path.name
+    assert [text for text, _ in read_documents(whole(shard), bad=BadDocuments())] == texts
+
+
 def test_nothing_to_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no split 'train'; make one with"):
+    with pytest.raises(UserError, match="missing does not exist; make a corpus with"):
         find_shards(tmp_path / "missing", "train")
     (tmp_path / "validation").mkdir()
     with pytest.raises(UserError, match="no split 'train'; it has validation"):

@@ -110,7 +110,9 @@ def test_a_drained_branch_cloned_with_plain_git_generates_the_same(run_folder, t
 
 
 def test_models_that_cannot_be_used_are_named(model_folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no such run or model folder"):
+    with pytest.raises(
+        UserError, match="there is no run or model folder ./absent; a model on the Hub is named org/name"
+    ):
         load_generator("./absent")
     with pytest.raises(UserError, match="no run, checkpoint or Hugging Face model"):
         load_generator(tmp_path)

@@ -11,6 +11,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.colour import coloured
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS, LINE, SEPARATOR, first_block, load_generator
 from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
+from codeparrot_ds.evaluation.prompts import gather_prompts
 
 AREA = EXAMPLE_PROMPTS[0][0]
 TWO = CompleteSettings(num_completions=2, max_length=24)
@@ -26,8 +27,7 @@ def test_prompts_come_from_arguments_files_and_standard_input(model_folder, tmp_
     monkeypatch.setattr("sys.stdin", io.StringIO("def from_stdin(x):\n"))
     run_complete(
         model_folder,
-        ["def f(x):", "-"],
-        files=[tmp_path / "one.py", tmp_path / "many.jsonl"],
+        gather_prompts(["def f(x):", "-"], [tmp_path / "one.py", tmp_path / "many.jsonl"]),
         settings=TWO,
         batch_size=3,
     )
@@ -137,7 +137,7 @@ def test_prompts_that_do_not_fit_are_refused_before_anything_is_printed(model_fo
         ("absent.py", "no such file"),
     ):
         with pytest.raises(UserError, match=message):
-            run_complete(model_folder, files=[tmp_path / file])
+            gather_prompts([], [tmp_path / file])
     for wrong in ({"num_completions": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             CompleteSettings(**wrong)

@@ -38,7 +38,10 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 PIECE = 1 << 20
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _API = re.compile(rf"/api/(?P<kind>model|dataset|space)s/{_REPO}(/(?P<what>[a-z-]+)(/(?P<rest>.*))?)?")
-_RESOLVE = re.compile(rf"/(?P<kind>datasets/|spaces/|){_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+# Some of the oldest models have a name without an organisation.
+_RESOLVE = re.compile(
+    rf"/(?P<kind>datasets/|spaces/|){_REPO.replace('/[^/]+', '(/[^/]+)?')}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
+)
 _LFS = re.compile(rf"/{_REPO}\.git/info/lfs/(?P<what>objects/batch|verify|complete)")
 _STORE = re.compile(rf"/store/{_REPO}/(?P<oid>[0-9a-f]{{64}})(/(?P<part>\d+))?")
 

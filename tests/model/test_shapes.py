@@ -3,7 +3,14 @@ import json
 import pytest
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.model.shapes import KNOWN_SHAPES, GPT2Shape, find_shape, flops_per_token, num_parameters
+from codeparrot_ds.model.shapes import (
+    KNOWN_SHAPES,
+    GPT2Shape,
+    find_shape,
+    flops_per_token,
+    num_parameters,
+    parameter_shapes,
+)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("gpt2", 111_008_256), ("gpt2-xl", 1_529_628_800)])
@@ -24,7 +31,7 @@ def test_flops_per_token_of_the_recipe():
         GPT2Shape(n_layer=1, n_embd=32, n_head=2, vocab_size=100, n_positions=16, tie_word_embeddings=False),
     ],
 )
-def test_parameter_count_equals_the_real_model(shape):
+def test_parameters_are_those_of_the_real_model(shape):
     import dataclasses
 
     import torch
@@ -32,7 +39,11 @@ def test_parameter_count_equals_the_real_model(shape):
 
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(**dataclasses.asdict(shape)))
-    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(shape)
+    if shape.tie_word_embeddings:
+        model.tie_weights()  # on the meta device they are not
+    assert parameter_shapes(shape) == {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    assert list(parameter_shapes(shape)) == [name for name, _ in model.named_parameters()]
+    assert num_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_shape_of_a_hugging_face_config(tmp_path):

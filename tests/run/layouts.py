@@ -42,8 +42,8 @@ from typing import Any
 import torch
 
 from codeparrot_ds.config import RunConfig
-from codeparrot_ds.model.gpt2 import build_model, get_grouped_params, hugging_face_config, parameter_shapes
-from codeparrot_ds.model.shapes import GPT2Shape
+from codeparrot_ds.model.gpt2 import build_model, get_grouped_params, hugging_face_config
+from codeparrot_ds.model.shapes import GPT2Shape, parameter_shapes
 from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, load_checkpoint
 from codeparrot_ds.run.checkpoint_files import EXPORT, step_folder, verify_checkpoint
 from codeparrot_ds.run.checkpoint_import import write_imported

@@ -15,7 +15,8 @@ from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run import checkpoint as checkpoint_module
 from codeparrot_ds.run import fragment_files
-from codeparrot_ds.run.checkpoint_export import export_checkpoint, find_checkpoint
+from codeparrot_ds.run.checkpoint_export import export_checkpoint
+from codeparrot_ds.run.checkpoint_files import find_checkpoint
 from codeparrot_ds.run.fragments import owned_fragments
 
 

@@ -24,8 +24,8 @@ from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.opening import open_stream, resume_stream
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.model.gpt2 import build_model, get_grouped_params, parameter_shapes
-from codeparrot_ds.model.shapes import GPT2Shape
+from codeparrot_ds.model.gpt2 import build_model, get_grouped_params
+from codeparrot_ds.model.shapes import GPT2Shape, parameter_shapes
 from codeparrot_ds.run.checkpoint_files import verify_checkpoint
 from codeparrot_ds.run.deepspeed_checkpoint import read_deepspeed_checkpoint
 from codeparrot_ds.run.deepspeed_files import load_file

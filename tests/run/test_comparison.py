@@ -173,6 +173,22 @@ def test_a_comparison_goes_on_only_as_it_began(make_request, tmp_path):
         open_folder(folder, make_request("zero2", steps=10, seed=2))
 
 
+def test_a_comparison_that_kept_relative_paths_goes_on(make_request, tmp_path, corpus_dir, monkeypatch):
+    monkeypatch.chdir(corpus_dir.parent)
+    folder = tmp_path / "out"
+    request = make_request("zero2", data=corpus_dir.name)
+    open_folder(folder, request)
+    saved = json.loads((folder / "comparison.json").read_text())
+    assert saved["config"]["data"] == str(corpus_dir)
+    saved["config"]["data"] = corpus_dir.name  # as versions did that kept paths as they were typed
+    (folder / "comparison.json").write_text(json.dumps(saved))
+    open_folder(folder, request)
+    monkeypatch.chdir(tmp_path)
+    open_folder(folder, make_request("zero2", data=corpus_dir.name, output_dir="elsewhere"))
+    with pytest.raises(UserError, match="another comparison .data was"):
+        open_folder(folder, make_request("zero2", data=str(corpus_dir)))
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(make_request, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is no comparison and not empty"):

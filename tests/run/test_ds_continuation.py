@@ -11,6 +11,7 @@ import pytest
 
 from codeparrot_ds.config import RunConfig
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.run.checkpoint_files import publish, staging_folder
 from codeparrot_ds.run.folder import check_ds_continuation, open_run
 from codeparrot_ds.run.launch import check_run
 
@@ -86,7 +87,9 @@ def test_the_front_door_shows_warnings_and_changes_once(make_config, tmp_path, c
     config = make_config(deepspeed=str(own))
     run = Path(config.output_dir) / config.run_name
     open_run(config, check_run(make_config(), device="cpu", world_size=2), 2, ["here"])
-    (run / "checkpoints" / "step-00000005").mkdir()
+    staging = staging_folder(run / "checkpoints", 5)
+    staging.mkdir()
+    publish(staging, 5, {})
     capsys.readouterr()
     check_run(config, device="cpu", world_size=2)
     warning, changed = capsys.readouterr().err.splitlines()

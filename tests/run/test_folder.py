@@ -1,5 +1,6 @@
 """A run's folder: names, identity, record, lock."""
 
+import dataclasses
 import json
 import socket
 import subprocess
@@ -8,16 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.config import load_config
+from codeparrot_ds.config import load_config, save_config
+from codeparrot_ds.durable import write_file
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.model.shapes import GPT2Shape, parameter_shapes
+from codeparrot_ds.run.checkpoint_files import publish, staging_folder
 from codeparrot_ds.run.folder import (
     ADJECTIVES,
     IDENTITY,
     NOUNS,
+    check_checkpoint,
     check_continuation,
+    check_free,
     check_run_name,
+    forgotten_if_refused,
     new_run_name,
     open_run,
+    with_checkpoint,
 )
 
 
@@ -141,6 +149,20 @@ def test_another_config_is_refused_with_the_difference(run, make_config, field):
     assert "--run-name" in str(caught.value) and (run.path / "run.json").read_text() == before
 
 
+def test_a_config_that_was_saved_with_relative_paths_goes_on_from_there(run, make_config, tmp_path, monkeypatch):
+    """As versions did that kept paths as they were typed; elsewhere it is another model, or none."""
+    for place in ("here", "there"):
+        (tmp_path / place / "model").mkdir(parents=True)
+        (tmp_path / place / "model" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1}')
+    save_config(make_config(model="model/config.json", data="corpus"), run.path / "config.yaml")
+    monkeypatch.chdir(tmp_path / "here")
+    for typed in ("model/config.json", str(tmp_path / "here" / "model" / "config.json")):
+        check_continuation(make_config(model=typed), run.path)
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(UserError, match="model is 'model/config.json' there"):
+        check_continuation(make_config(model=str(tmp_path / "here" / "model" / "config.json")), run.path)
+
+
 def test_every_difference_is_named(run, make_config):
     with pytest.raises(UserError, match=r"seq_length is 32 there and 64 here; seed is 1 there and 5 here"):
         check_continuation(make_config(seq_length=64, seed=5), run.path)
@@ -207,6 +229,77 @@ def test_a_folder_that_cannot_be_made(make_config, tmp_path):
         open_folder(make_config())
 
 
+def checkpoint(run, step, parameters=None):
+    staging = staging_folder(run.checkpoints, step)
+    staging.mkdir()
+    return publish(
+        staging,
+        step,
+        {"state.json": write_file(staging / "state.json", [json.dumps({"parameters": parameters}).encode()])},
+    )
+
+
+SHAPE = GPT2Shape(n_layer=1, n_embd=4, n_head=1, vocab_size=7, n_positions=8)
+
+
+def test_a_run_stands_for_its_newest_checkpoint(run, make_config, tmp_path, monkeypatch, capsys):
+    (run.checkpoints / "step-00000010").rmdir()
+    monkeypatch.chdir(tmp_path)
+    first, second = checkpoint(run, 10), checkpoint(run, 20)
+    (run.checkpoints / "step-00000030").mkdir()  # cut off
+    for typed in (str(run.path), f"runs/{run.name}", run.name):
+        config = make_config(resume=typed, output_dir="runs")
+        assert Path(with_checkpoint(config).resume).absolute() == second
+    assert capsys.readouterr().err == f"{run.name} is taken for runs/{run.name}\n"
+    assert with_checkpoint(make_config(resume=str(first))).resume == str(first)
+    for word in ("auto", "never"):
+        assert with_checkpoint(make_config(resume=word)).resume == word
+
+
+def test_the_checkpoint_of_a_start_is_looked_at(run, make_config):
+    (run.checkpoints / "step-00000010").rmdir()
+    assert check_checkpoint(make_config(), run.path, SHAPE) is None
+    first = checkpoint(run, 10, parameter_shapes(SHAPE))
+    second = checkpoint(run, 20, parameter_shapes(SHAPE))
+    assert check_checkpoint(make_config(), run.path, SHAPE) == second
+    assert check_checkpoint(make_config(resume=str(first)), run.path, SHAPE) == first
+    assert check_checkpoint(make_config(resume="never"), run.path, SHAPE) is None
+    with pytest.raises(
+        UserError, match="step-00000020 belongs to another model: transformer.wte.weight has shape .7, 4"
+    ):
+        check_checkpoint(make_config(), run.path, dataclasses.replace(SHAPE, vocab_size=9))
+    (second / "state.json").unlink()
+    assert check_checkpoint(make_config(), run.path, SHAPE) == first  # as the ranks would
+    with pytest.raises(UserError, match="--resume .*step-00000020: .*state.json is missing"):
+        check_checkpoint(make_config(resume=str(second)), run.path, SHAPE)
+    (first / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="no checkpoint of .* is whole: .*state.json is missing"):
+        check_checkpoint(make_config(), run.path, SHAPE)
+    (run.checkpoints / ".replaced-step-00000005").mkdir()  # comes back with the next start
+    assert check_checkpoint(make_config(), run.path, SHAPE) is None
+
+
+def test_a_refused_start_takes_its_new_folder_away_again(make_config, tmp_path):
+    @forgotten_if_refused()
+    def start(error):
+        folder = open_folder(make_config())
+        (folder.path / "log").mkdir()
+        folder._lock.close()  # which a process's end does
+        raise error
+
+    path = tmp_path / "runs" / "brave-otter-7"
+    with pytest.raises(UserError, match="something"):
+        start(UserError("something"))
+    assert not path.exists()
+    with pytest.raises(RuntimeError):  # its logs tell why
+        start(RuntimeError("a fault"))
+    assert (path / "log").is_dir()
+    (path / "log").rmdir()
+    with pytest.raises(UserError, match="again"):
+        start(UserError("again"))
+    assert (path / "run.json").is_file()  # it was there before
+
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys
@@ -236,8 +329,12 @@ def test_a_second_process_is_told_who_holds_the_folder(make_config):
         record = run_record(config)
         with pytest.raises(UserError, match=f"in use by process {holder.pid} on {socket.gethostname()}"):
             open_folder(config)
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}"):
+            check_free(Path(config.output_dir, "brave-otter-7"))
         assert run_record(config) == record
     finally:
         holder.kill()
         holder.communicate()
-    open_folder(config)  # the system has released the lock of the killed one
+    check_free(Path(config.output_dir, "brave-otter-7"))  # the system has released the lock of the killed one
+    open_folder(config)
+    check_free(Path(config.output_dir, "nowhere"))

@@ -16,7 +16,7 @@ from codeparrot_ds.hub.repository import LocalRepository
 from codeparrot_ds.hub.revision import Revision, parse_revision
 from codeparrot_ds.model.gpt2 import build_model, load_weights
 from codeparrot_ds.model.shapes import find_shape
-from codeparrot_ds.run.initial import load_initial_weights, with_initial_model
+from codeparrot_ds.run.initial import load_initial_weights, with_initial_model, with_kept_tokenizer
 
 BRANCH = "calm-owl-3"
 
@@ -44,22 +44,26 @@ def repository(tmp_path, exported):
 def test_a_branch_is_pinned_and_its_tokenizer_kept(make_config, repository, exported):
     config = with_initial_model(make_config(init_from=f"{repository.path}@{BRANCH}", tokenizer=""))
     assert config.init_from == f"{repository.path}@{repository.head(BRANCH)}"
+    assert not Path(config.output_dir).exists()  # nothing is kept of a start that may be refused yet
+    config = with_kept_tokenizer(config, "")
     kept = Path(config.tokenizer)
     assert kept.parent == Path(config.output_dir) / "tokenizers"
     assert (kept / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
-    assert with_initial_model(config) == config
+    assert with_kept_tokenizer(with_initial_model(config), config.tokenizer) == config
     shutil.rmtree(repository.path)  # what is pinned is not asked for again
     assert with_initial_model(config) == config
 
 
 def test_a_folder_is_taken_as_it_is(make_config, exported, tokenizer_dir):
     config = with_initial_model(make_config(init_from=str(exported), tokenizer=""))
-    assert config.init_from == config.tokenizer == str(exported)
+    assert config.init_from == config.tokenizer == str(exported) and with_kept_tokenizer(config, "") == config
     assert with_initial_model(make_config(init_from=str(exported))).tokenizer == str(tokenizer_dir)  # it is equal
 
 
 def test_a_run_that_goes_on_keeps_what_it_began_with(make_config, repository):
-    config = with_initial_model(make_config(init_from=f"{repository.path}@{BRANCH}", tokenizer=""))
+    config = with_kept_tokenizer(
+        with_initial_model(make_config(init_from=f"{repository.path}@{BRANCH}", tokenizer="")), ""
+    )
     run = Path(config.output_dir) / str(config.run_name)
     (run / "checkpoints" / "step-00000004").mkdir(parents=True)
     save_config(config, run / "config.yaml")
@@ -69,8 +73,25 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(make_config, repository):
     load_initial_weights(None, again, _OnlyRank(), partitioned=False)  # asks nothing either
 
 
+def test_a_rank_that_was_started_without_the_front_door_keeps_absolute_paths(
+    make_config, exported, corpus_dir, tmp_path, monkeypatch
+):
+    from codeparrot_ds.run.session import _ready
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").symlink_to(corpus_dir)
+    shutil.copytree(exported, tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export")
+    (tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
+    config = make_config(data="corpus", tokenizer="", init_from="first", output_dir="runs", run_name=None)
+    ready = _ready(config, _OnlyRank())
+    export = tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export"
+    assert (ready.data, ready.output_dir) == (f"{tmp_path}/corpus", f"{tmp_path}/runs")
+    assert ready.init_from == ready.tokenizer == str(export) and ready.run_name
+    assert _ready(ready, _OnlyRank()) == ready
+
+
 class _OnlyRank:
-    is_main = True
+    is_main, world_size, device = True, 1, torch.device("cpu")
 
     def on_main(self, ask):
         return ask()
@@ -96,7 +117,7 @@ def test_what_does_not_fit_is_refused(make_config, repository, exported, tmp_pat
 
     refuse("no branch, tag or commit 'absent'; branches: calm-owl-3", init_from=f"{repository.path}@absent")
     refuse("no such repository", init_from=f"{tmp_path / 'absent.git'}@main")
-    refuse("no such run or model folder", init_from=str(tmp_path / "absent"))
+    refuse("there is no run or model folder .*absent", init_from=str(tmp_path / "absent"))
     refuse("named with its branch, as in org/name@main", init_from="org/name")
     refuse("another model than --model gpt2 .*n_layer is 4 there and 12 here", model="gpt2")
     other = shutil.copytree(exported, tmp_path / "other")
@@ -127,7 +148,9 @@ def test_weights_of_another_vocabulary_and_missing_ones(make_config, exported, t
     }
     del weights["transformer.ln_f.bias"]
     save_file(weights, other / "model.safetensors")
-    config = with_initial_model(make_config(init_from=str(other), tokenizer=""))
+    config = make_config(init_from=str(other))
+    with pytest.raises(UserError, match="no weights for transformer.ln_f.bias"):
+        with_initial_model(config)
     with pytest.raises(UserError, match="no weights for transformer.ln_f.bias"):
         load_initial_weights(
             build_model(dataclasses.replace(shape, vocab_size=257), eos_token_id=0, seed=1),

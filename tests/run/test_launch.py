@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from codeparrot_ds import durable
+from codeparrot_ds.cli import main
 from codeparrot_ds.config import (
     ArgumentParser,
     LaunchOptions,
@@ -130,7 +131,7 @@ def test_a_full_disk(make_config, monkeypatch):
 
 def test_a_hostfile_that_does_not_exist(make_config):
     with pytest.raises(UserError, match="hostfile /nowhere/hosts does not exist"):
-        front_door(make_config(), LaunchOptions(hostfile="/nowhere/hosts"), [])
+        front_door(make_config(), LaunchOptions(hostfile="/nowhere/hosts"))
 
 
 def test_a_world_that_a_hostfile_decides_is_not_guessed(make_config):
@@ -384,6 +385,39 @@ def test_a_second_signal_stops_without_saving(tmp_path, capfd):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_ranks_get_the_config_with_absolute_paths(corpus_dir, tokenizer_dir, monkeypatch, tmp_path, capsys):
+    """Whatever their working directory, home and variables are; the front door itself speaks as the user did."""
+    seen = {}
+
+    def run_to_the_end(command, environment, run, **options):
+        seen.update(command=command, run=run)
+        return End(code=0)
+
+    monkeypatch.setattr(job, "run_to_the_end", run_to_the_end)
+    monkeypatch.setattr(launch, "are_built", lambda names: True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DATA", str(corpus_dir.parent))
+    (tmp_path / "home").mkdir()
+    shutil.copytree(tokenizer_dir, tmp_path / "tok")
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 1}}')
+    (tmp_path / "run.yaml").write_text(f"data: $DATA/{corpus_dir.name}\ntokenizer: tok\noutput_dir: ~/runs\n")
+    arguments = ["train", "demo", "--config", "run.yaml", "--deepspeed", "mine.json", "--hub", "hub.git"]
+    assert main([*arguments, "--run-name", "first", "--num-lanes", "4", "--num-gpus", "2", "--model", "gpt2"]) == 0
+    options = seen["command"][seen["command"].index("codeparrot_ds.train") + 1 :]
+    monkeypatch.chdir("/")
+    for name in ("HOME", "DATA"):
+        monkeypatch.delenv(name)
+    parser = ArgumentParser()
+    add_config_arguments(parser)
+    config = config_from_arguments(parser.parse_args(options))
+    here = str(tmp_path)
+    assert (config.data, config.tokenizer, config.hub) == (str(corpus_dir), f"{here}/tok", f"{here}/hub.git")
+    assert (config.deepspeed, config.output_dir) == (f"{here}/mine.json", f"{here}/home/runs")
+    assert (config.model, config.resume, config.run_name, config.num_lanes) == ("gpt2", "auto", "first", 4)
+    assert seen["run"] == tmp_path / "home" / "runs" / "first" and not (tmp_path / "~").exists()
+
+
 def test_a_name_is_made_before_anything_else(make_config, monkeypatch, tmp_path):
     """The front door gives every rank the same new name; nothing is started here."""
     seen = {}
@@ -395,9 +429,9 @@ def test_a_name_is_made_before_anything_else(make_config, monkeypatch, tmp_path)
     monkeypatch.setattr(job, "run_to_the_end", run_to_the_end)
     monkeypatch.setattr(launch, "are_built", lambda names: True)
     config = dataclasses.replace(make_config(), run_name=None)
-    assert front_door(config, LaunchOptions(num_gpus=2), ["demo", "--data", "d"]) == 0
+    assert front_door(config, LaunchOptions(num_gpus=2)) == 0
     name = seen["run"].name
-    assert seen["command"][-2:] == ["--run-name", name] and seen["run"].parent == tmp_path / "runs"
+    assert f"--run-name={name}" in seen["command"] and seen["run"].parent == tmp_path / "runs"
     assert len(name.split("-")) == 3 and float(seen["environment"][LAUNCHED_AT]) <= time.time()
 
 
@@ -417,7 +451,7 @@ def front(make_config, monkeypatch):
             return end or End(code=0)
 
         monkeypatch.setattr(job, "run_to_the_end", run_to_the_end)
-        return front_door(config, LaunchOptions(num_gpus=2), list(options), **more)
+        return front_door(config, LaunchOptions(num_gpus=2), **({"typed": list(options)} | more))
 
     enter.started = started
     return enter

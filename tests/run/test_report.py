@@ -355,7 +355,7 @@ def test_metrics_alone_make_a_report(tmp_path):
 
 def test_what_is_no_run_is_named(tmp_path):
     write_run(tmp_path / "runs" / "brave-otter-1")
-    with pytest.raises(UserError, match="no run folder .*missing"):
+    with pytest.raises(UserError, match="there is no run .*missing"):
         write_report([tmp_path / "missing"])
     with pytest.raises(UserError, match=r"runs is not a run: .*did you mean .*runs/brave-otter-1\?"):
         write_report([tmp_path / "runs"])
