@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         parsed = parser.parse_args(arguments)
+        parsed.arguments = arguments[1:]
         code = parsed.run(parsed)
         sys.stdout.flush()
         return code
@@ -1248,9 +1249,10 @@ def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.data.staging import refuse_existing
     from codeparrot_ds.run.checkpoint_files import find_checkpoint
 
-    checkpoint = find_checkpoint(find_run(arguments.path), arguments.step)
     refuse_existing(arguments.out, marker="config.json", overwrite=arguments.overwrite)
-    _say(f"importing torch, then reading {checkpoint}")
+    run = find_run(arguments.path)
+    _say(f"reading {run}: every byte is verified first")
+    checkpoint = find_checkpoint(run, arguments.step)
 
     from codeparrot_ds.run.checkpoint_export import export_checkpoint
 

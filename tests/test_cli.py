@@ -371,11 +371,11 @@ except ImportError:
         ),
         (["demo", "--workdir", "w"], "[] demo in w: "),
         (["compare", "zero2", "--data", "c", "--tokenizer", "t"], "[] comparison in comparison: "),
-        (["evaluate", "model"], "importing torch, then reading model"),
+        (["evaluate", "model", "--data", "corpus"], "importing torch, then reading model"),
         (["complete", "model"], "importing torch, then reading model"),
         (["humaneval", "model", "--generate-only"], "fetching the problems openai/openai_humaneval:test"),
         (["humaneval", "model", "--generate-only", "--problems", "p.jsonl"], "importing torch, then reading model"),
-        (["checkpoint", "export", "model", "--out", "o"], "[] importing torch, then reading model"),
+        (["checkpoint", "export", "model", "--out", "o"], "[] reading model: every byte is verified first"),
         (["checkpoint", "import", "model", "run"], "[] importing torch, then reading model"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
@@ -384,6 +384,8 @@ def test_something_is_seen_before_anything_heavy_is_imported(arguments, first, t
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "w").write_text("")  # a file: the demo ends there
+    (tmp_path / "corpus" / "validation").mkdir(parents=True)
+    (tmp_path / "corpus" / "validation" / "0.jsonl").write_text('{"content": "x = 1"}\n')
     problem = {"task_id": "1", "prompt": "def f():", "entry_point": "f", "canonical_solution": " pass", "test": ""}
     (tmp_path / "p.jsonl").write_text(json.dumps(problem))
     command = [sys.executable, "-c", FIRST_WORD, *arguments]

@@ -17,6 +17,7 @@ from codeparrot_ds.hub.revision import Revision, parse_revision
 from codeparrot_ds.model.gpt2 import build_model, load_weights
 from codeparrot_ds.model.shapes import find_shape
 from codeparrot_ds.run.initial import load_initial_weights, with_initial_model, with_kept_tokenizer
+from codeparrot_ds.zero.ds_config import name_in
 
 BRANCH = "calm-owl-3"
 
@@ -83,11 +84,12 @@ def test_a_rank_that_was_started_without_the_front_door_keeps_absolute_paths(
     shutil.copytree(exported, tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export")
     (tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
     config = make_config(data="corpus", tokenizer="", init_from="first", output_dir="runs", run_name=None)
-    ready = _ready(config, _OnlyRank())
+    ready, precisions = _ready(config, _OnlyRank())
     export = tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export"
     assert (ready.data, ready.output_dir) == (f"{tmp_path}/corpus", f"{tmp_path}/runs")
     assert ready.init_from == ready.tokenizer == str(export) and ready.run_name
-    assert _ready(ready, _OnlyRank()) == ready
+    assert ready.deepspeed == name_in("zero2:auto", precisions[0])
+    assert _ready(ready, _OnlyRank()) == (ready, precisions)
 
 
 class _OnlyRank:

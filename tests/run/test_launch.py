@@ -540,6 +540,7 @@ def test_a_run_with_something_left_to_do_starts_its_ranks(make_config, front, ch
 def test_a_damaged_last_checkpoint_is_trained_again(make_config, front, capsys):
     config = make_config(max_train_steps=20, num_warmup_steps=1)
     checkpoint = save_run(config, 20)
+    shutil.copytree(checkpoint, checkpoint.with_name("step-00000010"))  # to go back to
     (checkpoint / STATE).write_text("{}")
     assert front(config) == 0 and len(front.started) == 1
     assert "its last checkpoint is damaged" in capsys.readouterr().err
