@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from codeparrot_ds.cli import main
 from codeparrot_ds.config import PRESETS, RunConfig
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.precision import describe_choice, device_precisions, open_for, run_precisions, with_precision
@@ -165,3 +166,20 @@ def test_what_is_said_of_the_choice(monkeypatch):
     said = describe_choice("zero2:auto", "zero2", ("bf16", "fp32"), device="cpu")
     assert said == "training in bf16 (zero2), as this run began; this machine is faster in fp32"
     assert describe_choice("zero2", "zero2", OLD, device="cpu") is None  # named
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "small", "zero2:auto", "--world-size", "8", "--json"],
+        ["check", "zero2:auto", "zero3", "--preset", "large", "--device", "cuda", "--world-size", "8", "--explain"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_is_asked_for_gpus_does_not_depend_on_this_machine(command, monkeypatch, capsys):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert main(command) == 0
+    assert capsys.readouterr().out == said and "zero2_fp32" not in said
