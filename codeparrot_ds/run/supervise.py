@@ -72,10 +72,12 @@ def run_to_the_end(
     starts_before = _starts_and_status(run)[0]
     # Its ranks save and end when it is gone (`train.run_rank`); the launcher itself would stop them without.
     follow = signal_at_parents_end(signal.SIGKILL, os.getpid())
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=follow)
-    supervisor = _Supervisor(process, server, Watchdog(hang_seconds), run, num_ranks)
-    previous = {number: signal.signal(number, supervisor.pass_on) for number in STOPS}
+    asked: list[int] = []
+    # Before the launcher is there: a signal that comes while it starts must not end this process alone.
+    previous = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in STOPS}
     try:
+        process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=follow)
+        supervisor = _Supervisor(process, server, Watchdog(hang_seconds), run, num_ranks, asked)
         code = supervisor.wait()
     finally:
         for number, handler in previous.items():
@@ -102,18 +104,15 @@ class _Supervisor:
         watchdog: Watchdog,
         run: Path,
         num_ranks: int | None,
+        asked: list[int],
     ) -> None:
         self.process, self.server, self.watchdog, self.run = process, server, watchdog, run
         self.num_ranks = num_ranks
-        self.asked: list[int] = []
+        self.asked = asked  # the signals that have come, to which the handler adds
         self.verdict: Verdict | None = None
         self._passed_on = 0
         self._kill_at: float | None = None
         self._all_there = False
-
-    def pass_on(self, number: int, frame: object) -> None:
-        """A signal handler: `wait` does the rest."""
-        self.asked.append(number)
 
     def wait(self) -> int:
         """Waits for the launcher's end; returns its exit code, negative for a signal."""
