@@ -84,7 +84,7 @@ def measure(steps: int, scalar_steps: int) -> dict[str, Any]:
     rows: dict[str, list[dict[str, float]]] = {
         "bf16, scalar": [step(scalar, batches[number]) for number in range(scalar_steps)]
     }
-    replaced = multiply_in_fp32_where_needed()
+    replaced = bool(multiply_in_fp32_where_needed(torch.bfloat16))
     for number, ids in enumerate(batches):
         for precision in CONFIGS if number % 2 else reversed(CONFIGS):
             rows.setdefault(precision, []).append(step(engines[precision], ids))

@@ -849,13 +849,18 @@ def _run_compare(arguments: argparse.Namespace) -> int:
 
     from codeparrot_ds.compare import run_comparison
     from codeparrot_ds.run.comparison import Request, local_world_size
-    from codeparrot_ds.run.precision import device_precisions, with_precision
-    from codeparrot_ds.zero.ds_config import name_in
+    from codeparrot_ds.run.precision import describe_choice, device_precisions, with_precision
+    from codeparrot_ds.zero.ds_config import name_in, open_ds_config
 
     device = _local_device()
-    fastest = device_precisions(device)[0]
-    config = with_precision(config, (fastest,))
+    precisions = device_precisions(device)
+    fastest = precisions[0]
+    asked = config.deepspeed if not arguments.ds_configs else ""
+    config = with_precision(config, fastest)
     named = [text.partition(",") for text in arguments.ds_configs]
+    for name in filter(None, [asked, *(name for name, _, _ in named)]):
+        if (said := describe_choice(name, open_ds_config(name, precisions), device=device)) is not None:
+            _say_aside(said)
     request = Request(
         configs=[name_in(name, fastest) + comma + fields for name, comma, fields in named] or [config.deepspeed],
         config=config,

@@ -20,6 +20,7 @@ FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 PRODUCTS = {
     "mm": ("mm", "mm.out"),
     "addmm": ("addmm", "addmm_", "addmm.out"),
+    "_addmm_activation": ("_addmm_activation", "_addmm_activation.out"),
     "bmm": ("bmm", "bmm.out"),
     "baddbmm": ("baddbmm", "baddbmm_", "baddbmm.out"),
     "addbmm": ("addbmm", "addbmm_", "addbmm.out"),
@@ -29,6 +30,7 @@ PRODUCTS = {
 }
 BACKWARD = getattr(torch.ops.aten, f"{FLASH}_backward").default  # which takes fp32 sums beside 16-bit tensors
 _library: torch.library.Library | None = None
+_replaced: set[torch.dtype] = set()
 
 
 def has_bf16_products() -> bool:
@@ -36,15 +38,21 @@ def has_bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def multiply_in_fp32_where_needed() -> bool:
-    """Replaces this process's 16-bit products on a CPU that has none; returns whether they are replaced now.
+def without_products() -> set[torch.dtype]:
+    """The 16-bit precisions that this CPU multiplies with scalar code; fp16 is one on most that have bf16."""
+    has = {torch.bfloat16: has_bf16_products(), torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported()}
+    return {dtype for dtype, there in has.items() if not there}
 
-    Matrix products and attention, forwards and backwards, whoever calls them. A CPU with its own keeps them.
+
+def multiply_in_fp32_where_needed(*wanted: torch.dtype) -> set[torch.dtype]:
+    """Replaces this process's products in the `wanted` precisions that its CPU has none of; returns what is replaced.
+
+    Matrix products and attention, forwards and backwards, whoever calls them. What the CPU has products of stays as it
+    is; while anything is replaced, each call of these operators takes some microseconds more.
     """
     global _library
-    if has_bf16_products():
-        return False
-    if _library is None:
+    _replaced.update(without_products() & set(wanted or HALVES))
+    if _replaced and _library is None:
         _library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             # It is what is wanted here, and PyTorch says it of the first operator alone.
@@ -52,7 +60,7 @@ def multiply_in_fp32_where_needed() -> bool:
             for functional, forms in PRODUCTS.items():
                 for form in forms:
                     _replace(_library, form, getattr(torch.ops.aten, functional).default)
-    return True
+    return set(_replaced)
 
 
 def _replace(library: torch.library.Library, form: str, compute: Callable) -> None:
@@ -62,10 +70,10 @@ def _replace(library: torch.library.Library, form: str, compute: Callable) -> No
 
 
 def _product(original: Any, compute: Callable, in_place: bool, keys: Any, *args: Any, **kwargs: Any) -> Any:
-    """One call of a replaced operator; what is not 16-bit goes to PyTorch's own kernel."""
+    """One call of a replaced operator; what is in another precision goes to PyTorch's own kernel."""
     dtype, out = args[0].dtype, kwargs.get("out")
     dtypes = {value.dtype for value in (*args, out) if isinstance(value, torch.Tensor)}
-    if dtype not in HALVES or dtypes - {dtype, torch.float32 if compute is BACKWARD else dtype}:
+    if dtype not in _replaced or dtypes - {dtype, torch.float32 if compute is BACKWARD else dtype}:
         return original.call_boxed(keys, *args, **kwargs)  # which refuses a mixture
     options = {key: _widened(value) for key, value in kwargs.items() if key != "out"}
     result = compute(*map(_widened, args), **options)

@@ -89,7 +89,7 @@ def import_deepspeed(
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
     source = read_deepspeed_checkpoint(folder, parameter_shapes(shape), tag=tag)
-    config = with_precision(config, (source.precision,))
+    config = with_precision(config, source.precision)
     _check_continuation(source, config, shape)
     datasets = open_datasets(config)
     stream = stream_of(config, datasets, encoder)
@@ -234,7 +234,7 @@ def _scheduler_step(source: DeepSpeedCheckpoint) -> int:
 
 def _check_continuation(source: DeepSpeedCheckpoint, config: RunConfig, shape: GPT2Shape) -> None:
     """Refuses a DeepSpeed JSON whose optimizer means something else by the same moments, as ``train`` would."""
-    file = open_ds_config(config.deepspeed, (source.precision,))
+    file = open_ds_config(config.deepspeed, began=source.precision)
     resolved = resolve(
         file,
         config,

@@ -16,7 +16,6 @@ from codeparrot_ds.run import probe
 from codeparrot_ds.run.folder import package_versions
 from codeparrot_ds.run.hostfile import Host
 from codeparrot_ds.run.hosts import Answer, ask_all
-from codeparrot_ds.run.precision import device_precisions
 
 COMPARED = ("python", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 CLOCK_SECONDS = 5.0
@@ -142,6 +141,7 @@ def examine(hosts: list[Host], wanted: Wanted) -> Examination:
     if wanted.build is not None:
         _build_missing(examination, wanted)
     _name_missing_operators(examination)
+    _name_slow_precisions(examination, wanted.device)
     if wanted.links:
         _look_at_links(examination, wanted)
     examination.findings.sort(key=lambda finding: finding.warning)
@@ -236,13 +236,6 @@ def _skew(answer: Answer) -> float:
 
 
 def _judge_devices(host: Host, reply: dict[str, Any], device: str) -> Iterator[Finding]:
-    fast, fast_here = reply["precision"][device], device_precisions(device)[0]
-    if fast != fast_here and (reply["gpus"] or device == "cpu"):
-        detail = (
-            f"its {'GPUs' if device == 'cuda' else 'CPU'} multiply fast in {fast}, and those here in {fast_here}: all "
-            f"ranks go at the pace of the slowest, so name one that suits all, as --deepspeed zero2_{fast}"
-        )
-        yield Finding(host=host.name, check="precision", detail=detail, warning=True)
     needed = 1 + max((slot for slot in host.slots if isinstance(slot, int)), default=0)
     if device == "cuda":
         if len(reply["gpus"]) < needed:
@@ -295,6 +288,22 @@ def _name_missing_operators(examination: Examination) -> None:
                 f"{', '.join(names)} not built there yet: codeparrot-ds doctor --build does it on all hosts at once"
             )
             examination.findings.append(Finding(host=host, check="operators", detail=detail, warning=True))
+
+
+def _name_slow_precisions(examination: Examination, device: str) -> None:
+    """Names the hosts that have no fast bf16 where others have: the precision of a run is the same on all of them."""
+    replies = {host: answer.reply for host, answer in examination.answers.items() if answer.problem is None}
+    fastest = {host: reply["precision"][device] for host, reply in replies.items() if reply["gpus"] or device == "cpu"}
+    if len(set(fastest.values())) < 2:
+        return
+    lacks = "its CPU has no bf16 instructions" if device == "cpu" else "its GPUs are older than Ampere and have no bf16"
+    for host, precision in fastest.items():
+        if precision != "bf16":
+            detail = (
+                f"{lacks}, as others have: all ranks go at its pace; leave it out, or name one precision for all, as "
+                f"--deepspeed zero2_{precision}"
+            )
+            examination.findings.append(Finding(host=host, check="precision", detail=detail, warning=True))
 
 
 def _look_at_links(examination: Examination, wanted: Wanted) -> None:

@@ -54,7 +54,7 @@ from codeparrot_ds.run.launcher import MODULE, hosts_of, is_local
 from codeparrot_ds.run.micro_batch import with_micro_batch
 from codeparrot_ds.run.ops import are_built, build_apart, needed_operators
 from codeparrot_ds.run.plan import predict, why_too_large
-from codeparrot_ds.run.precision import describe_choice, device_precisions, open_for, run_precisions, with_precision
+from codeparrot_ds.run.precision import began_with, describe_choice, device_precisions, open_for, with_precision
 from codeparrot_ds.shell import pasteable
 from codeparrot_ds.zero.ds_config import resolve
 from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
@@ -91,17 +91,15 @@ def front_door(config: RunConfig, launch: LaunchOptions, *, typed: Sequence[str]
         check_free(output_dir / name)
     config = with_checkpoint(dataclasses.replace(config, run_name=name))
     typed_tokenizer, asked = config.tokenizer, config.deepspeed
-    precisions = run_precisions(config, device_precisions(device))
-    config = with_precision(with_initial_model(config), precisions)
-    said = describe_choice(asked, config.deepspeed, precisions, device=device)
-    if said is not None:
-        print(said, file=sys.stderr)
+    config = with_precision(with_initial_model(config), began_with(config) or device_precisions(device)[0])
     if config.auto_micro_batch:
         check_named(config)
         config = with_micro_batch(config, world_size=ranks, device=device)
     ds_config = check_run(config, device=device, world_size=ranks)
     if (finished := finished_checkpoint(config)) is not None and _is_at_its_end(config, finished, going_on):
         return 0
+    if (said := describe_choice(asked, open_for(config, device), device=device)) is not None:
+        print(said, file=sys.stderr)
     for warning in config_warnings(config, continued_from(config)):
         print(f"warning: {warning.sentence}", file=sys.stderr)
     if is_local(hosts):

@@ -356,7 +356,7 @@ def _what_fits(
     """The smaller micro-batch and the shipped configs of the same precision that fit, those that need most first."""
     overhead, options = load_overhead(), []
     request = PlanRequest(model=config.model, device_memory=device_memory)
-    own = open_ds_config(config.deepspeed, (precision(ds_config),))
+    own = open_ds_config(config.deepspeed, began=precision(ds_config))
     smaller = [size for size in _micro_batch_sizes(request, config, world_size) if size < config.micro_batch_size]
     for size in sorted(smaller, reverse=True):
         run = _with_micro_batch(config, size)

@@ -73,7 +73,7 @@ from codeparrot_ds.run.meter import Meter
 from codeparrot_ds.run.micro_batch import with_micro_batch
 from codeparrot_ds.run.ops import build_operators, use_operators_folder
 from codeparrot_ds.run.plan import predict
-from codeparrot_ds.run.precision import run_precisions, with_precision
+from codeparrot_ds.run.precision import began_with, with_precision
 from codeparrot_ds.run.profiler import StepProfiler
 from codeparrot_ds.run.rank_times import RankTimes
 from codeparrot_ds.run.ranks import Ranks, SharedError, join_ranks
@@ -156,9 +156,9 @@ class Session:
         startup.lap("DeepSpeed import and process group")
         stop = StopSignal(ranks, config.max_hours)
         if ranks.device.type == "cpu":
-            multiply_in_fp32_where_needed()
-        config, precisions = ranks.on_main(lambda: _ready(config, ranks))
-        resolved, encoder, shape = ranks.together(lambda: _resolve(config, precisions, ranks))
+            multiply_in_fp32_where_needed(torch.bfloat16)  # DeepSpeed trains no fp16 where a CPU has none
+        config, followed = ranks.on_main(lambda: _ready(config, ranks))
+        resolved, encoder, shape = ranks.together(lambda: _resolve(config, followed, ranks))
         ds_config = resolved.config
         sampler = open_sampler(config, ranks, together=zero_stage(ds_config) == 3)
         startup.lap("config and tokenizer")
@@ -538,24 +538,24 @@ def _named(config: RunConfig) -> RunConfig:
     return config if config.run_name else dataclasses.replace(config, run_name=new_run_name(Path(config.output_dir)))
 
 
-def _ready(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, tuple[str, ...]]:
-    """The config with what the front door decides where there is one, and what the ranks train in, the fastest first.
+def _ready(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, str]:
+    """The config with what the front door decides where there is one, and the precision that ``auto`` follows.
 
     Decided are the name, the initial model, the precision, the micro-batch and the paths. These are rank 0's: another
     rank may have another working directory, or its host another home.
     """
     typed_tokenizer = config.tokenizer
     config = with_checkpoint(_named(config))
-    precisions = run_precisions(config, rank_precisions(ranks.device))
-    config = with_initial_model(with_precision(config, precisions))
+    followed = began_with(config) or rank_precisions(ranks.device)[0]
+    config = with_initial_model(with_precision(config, followed))
     config = with_micro_batch(config, world_size=ranks.world_size, device=ranks.device.type)
-    return with_absolute_paths(with_kept_tokenizer(config, typed_tokenizer)), precisions
+    return with_absolute_paths(with_kept_tokenizer(config, typed_tokenizer)), followed
 
 
-def _resolve(config: RunConfig, precisions: tuple[str, ...], ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Shape]:
+def _resolve(config: RunConfig, followed: str, ranks: Ranks) -> tuple[Resolved, Encoder, GPT2Shape]:
     encoder = load_encoder(config.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
-    file = open_ds_config(config.deepspeed, precisions)
+    file = open_ds_config(config.deepspeed, rank_precisions(ranks.device), began=followed)
     # The front door has checked it too; a rank may have been started without.
     check_ds_config(file, config=config, device=ranks.device.type, world_size=ranks.world_size)
     resolved = resolve(

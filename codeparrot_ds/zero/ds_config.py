@@ -86,30 +86,42 @@ def name_in(name: str, precision: str) -> str:
     """
     if not name.endswith(AUTO) or Path(name).is_file():
         return name
-    base = name.removesuffix(AUTO)
-    found, names = base if precision == "bf16" else f"{base}_{precision}", shipped_names()
-    if found in names:
-        return found
+    base, names = name.removesuffix(AUTO), shipped_names()
+    with_auto = [other for other in names if f"{other}_fp32" in names and f"{other}_fp16" in names]
+    if base in with_auto:
+        return base if precision == "bf16" else f"{base}_{precision}"
     if Path(base).is_file():
         raise UserError(f'{AUTO} goes with a shipped name; in {base} write "enabled": "auto" for bf16 and fp16')
     if base not in names:
-        raise UserError(f"DeepSpeed config {name!r} is no shipped config{did_you_mean(base, names)}")
-    with_auto = [f"{other}{AUTO}" for other in names if f"{other}_fp32" in names and f"{other}_fp16" in names]
-    raise UserError(f"{base} is not shipped in {precision}: name a file, or one of {', '.join(with_auto)}")
+        raise UserError(f"DeepSpeed config {name!r} is no shipped config{did_you_mean(name, _with_auto(with_auto))}")
+    # On this machine it may be shipped: but not on every one that the run goes to.
+    raise UserError(f"{base} is not shipped in every precision: name a file, or {', '.join(_with_auto(with_auto))}")
+
+
+def _with_auto(names: Sequence[str]) -> list[str]:
+    """Shipped names with ``:auto``."""
+    return [name + AUTO for name in names]
 
 
 @dataclass(frozen=True)
 class DsFile:
-    """A DeepSpeed JSON as read: what it says, and the line of each key.
+    """A DeepSpeed JSON as read: what it says, the line of each key, and what it is read for.
 
-    ``precisions`` are those of the device that it is read for, the fastest first: ``"enabled": "auto"`` follows them.
-    None is any device.
+    ``precisions`` are those that the device trains in, the fastest first; None is any device. ``began`` is the
+    precision of the run that goes on, which ``"enabled": "auto"`` follows before the device's.
     """
 
     path: Path
     config: dict[str, Any]
     lines: dict[KeyPath, int]
     precisions: Sequence[str] | None = None
+    began: str | None = None
+
+    @property
+    def followed(self) -> Sequence[str]:
+        """What ``"enabled": "auto"`` follows, first to last."""
+        device = self.precisions or GPU_PRECISIONS
+        return device if self.began is None else (self.began, *(name for name in device if name != self.began))
 
     def where(self, path: KeyPath) -> str:
         """``file:line`` of a key, for a reader."""
@@ -122,10 +134,18 @@ def load_ds_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read_ds_config(path).config
 
 
-def open_ds_config(name_or_path: str, precisions: Sequence[str] = GPU_PRECISIONS) -> DsFile:
-    """The file that a name, ``NAME:auto`` or a path means on a device that trains in `precisions`, as read."""
-    file = read_ds_config(find_ds_config(name_in(name_or_path, precisions[0])))
-    return dataclasses.replace(file, precisions=precisions)
+def open_ds_config(
+    name_or_path: str, precisions: Sequence[str] = GPU_PRECISIONS, *, began: str | None = None
+) -> DsFile:
+    """The file that a name, ``NAME:auto`` or a path means, as read.
+
+    Args:
+        name_or_path: as in the run config.
+        precisions: that the device trains in, the fastest first.
+        began: the precision of a run that goes on.
+    """
+    file = read_ds_config(find_ds_config(name_in(name_or_path, began or precisions[0])))
+    return dataclasses.replace(file, precisions=precisions, began=began)
 
 
 def read_ds_config(path: str | os.PathLike[str]) -> DsFile:
@@ -385,7 +405,7 @@ def resolve(
     filled.default(("wall_clock_breakdown",), False, "DeepSpeed's default")
     filled.set(("steps_per_print",), STEPS_PER_PRINT, "set here: the run has its own log, and DeepSpeed's costs time")
 
-    for path, (chosen, why) in settled_precision(resolved, file.precisions or GPU_PRECISIONS).items():
+    for path, (chosen, why) in settled_precision(resolved, file.followed).items():
         filled.set(path, chosen, f'"auto" at {file.where(path)}: {why}')
     for path, (value, why) in auto_meanings(model_hidden_size, nvme_path).items():
         if value_at(resolved, path) == "auto":

@@ -63,6 +63,7 @@ def lint(
     parameters: int | None = None,
     libaio: bool | None = None,
     precisions: Sequence[str] | None = None,
+    followed: Sequence[str] | None = None,
     lines: Mapping[KeyPath, int] | None = None,
 ) -> list[Finding]:
     """Everything wrong with `ds_config`, all at once, errors and warnings in the order of the file.
@@ -76,14 +77,15 @@ def lint(
         world_size: number of ranks, where it is known.
         parameters: of the model, where it is known.
         libaio: whether this machine can build NVMe offloading (`libaio_installed`); None is not judged.
-        precisions: that the device trains in, the fastest first; ``"enabled": "auto"`` follows them. None: of any.
+        precisions: that the device trains in, the fastest first; None: of any.
+        followed: what ``"enabled": "auto"`` follows, first to last; None: the device's.
         lines: the line of each key.
     """
     precisions = precisions or (CPU_PRECISIONS if device == "cpu" else GPU_PRECISIONS)
     reading = read_keys(ds_config)
     now, renamed = modern(reading.config)
     subject = Subject(
-        config=with_settled_precision(now, precisions),
+        config=with_settled_precision(now, followed or precisions),
         run=config,
         device=device,
         world_size=world_size,
@@ -105,7 +107,8 @@ def lint(
 
 def lint_file(file: DsFile, **known: Any) -> list[Finding]:
     """`lint` of a file as read, with the lines of its keys."""
-    return lint(file.config, file.path, lines=file.lines, precisions=file.precisions, **known)
+    followed = None if file.precisions is None else file.followed
+    return lint(file.config, file.path, lines=file.lines, precisions=file.precisions, followed=followed, **known)
 
 
 def check_ds_config(file: DsFile, **known: Any) -> list[Finding]:

@@ -84,12 +84,12 @@ def test_a_rank_that_was_started_without_the_front_door_keeps_absolute_paths(
     shutil.copytree(exported, tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export")
     (tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
     config = make_config(data="corpus", tokenizer="", init_from="first", output_dir="runs", run_name=None)
-    ready, precisions = _ready(config, _OnlyRank())
+    ready, followed = _ready(config, _OnlyRank())
     export = tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export"
     assert (ready.data, ready.output_dir) == (f"{tmp_path}/corpus", f"{tmp_path}/runs")
     assert ready.init_from == ready.tokenizer == str(export) and ready.run_name
-    assert ready.deepspeed == name_in("zero2:auto", precisions[0])
-    assert _ready(ready, _OnlyRank()) == (ready, precisions)
+    assert ready.deepspeed == name_in("zero2:auto", followed)
+    assert _ready(ready, _OnlyRank()) == (ready, followed)
 
 
 class _OnlyRank:

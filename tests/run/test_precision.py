@@ -7,9 +7,9 @@ import pytest
 from codeparrot_ds.cli import main
 from codeparrot_ds.config import PRESETS, RunConfig
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.precision import describe_choice, device_precisions, open_for, run_precisions, with_precision
+from codeparrot_ds.run.precision import began_with, describe_choice, device_precisions, open_for, with_precision
 from codeparrot_ds.zero.ds_config import name_in, open_ds_config, precision, resolve, settled_precision
-from codeparrot_ds.zero.lint import lint
+from codeparrot_ds.zero.lint import lint, lint_file
 
 OLD, NEW, T4 = ("fp32",), ("bf16", "fp32"), ("fp16", "fp32")
 H100 = ("bf16", "fp16", "fp32")
@@ -69,19 +69,20 @@ def test_names(name, chosen):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("wanted", ["bf16", "fp16", "fp32"])
 def test_every_preset_has_its_config_in_every_precision(preset, wanted):
-    config = with_precision(RunConfig(**PRESETS[preset]), (wanted,))
+    config = with_precision(RunConfig(**PRESETS[preset]), wanted)
     file = open_ds_config(config.deepspeed)
-    bf16 = open_ds_config(with_precision(RunConfig(**PRESETS[preset]), ("bf16",)).deepspeed)
+    bf16 = open_ds_config(with_precision(RunConfig(**PRESETS[preset]), "bf16").deepspeed)
     assert precision(file.config) == wanted
     assert file.config["zero_optimization"] == bf16.config["zero_optimization"]
     assert file.config.get("activation_checkpointing") == bf16.config.get("activation_checkpointing")
 
 
 def test_names_that_there_are_not(tmp_path):
-    with pytest.raises(UserError, match="'zerro2:auto' is no shipped config; did you mean 'zero2'"):
+    with pytest.raises(UserError, match="'zerro2:auto' is no shipped config; did you mean 'zero2:auto'"):
         name_in("zerro2:auto", "fp32")
-    with pytest.raises(UserError, match="zero3_offload is not shipped in fp32: name a file, or one of .*zero3:auto"):
-        name_in("zero3_offload:auto", "fp32")
+    for name in ("zero3_offload", "zero2_fp32"):  # whatever this machine's precision is
+        with pytest.raises(UserError, match=f"{name} is not shipped in every precision: name a file, or .*zero3:auto"):
+            name_in(f"{name}:auto", "bf16")
     own = tmp_path / "own.json"
     own.write_text("{}")
     with pytest.raises(UserError, match='write "enabled": "auto"'):
@@ -143,29 +144,48 @@ def test_a_check_says_what_a_precision_costs(config, device, precisions, words):
 
 def test_a_run_keeps_the_precision_that_it_began_with(tmp_path):
     config = RunConfig(output_dir=str(tmp_path), run_name="old")
-    assert run_precisions(config, NEW) == NEW
+    assert began_with(config) is None
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "ds_config.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    assert run_precisions(config, H100) == ("fp32", "bf16", "fp16")
-    assert with_precision(config, run_precisions(config, NEW)).deepspeed == "zero2_fp32"
+    assert began_with(config) == "fp32"
+    assert with_precision(config, "fp32").deepspeed == "zero2_fp32"
     assert open_for(config, "cpu").path.name == "zero2_fp32.json"
     # A branch of it goes on as it was; a start afresh is the device's.
     checkpoint = str(tmp_path / "old" / "checkpoints" / "step-00000010")
-    branch = RunConfig(output_dir=str(tmp_path), run_name="new", resume=checkpoint)
-    assert run_precisions(branch, NEW)[0] == "fp32"
-    afresh = RunConfig(output_dir=str(tmp_path), run_name="old", resume="never")
-    assert run_precisions(afresh, NEW) == NEW
+    assert began_with(RunConfig(output_dir=str(tmp_path), run_name="new", resume=checkpoint)) == "fp32"
+    assert began_with(RunConfig(output_dir=str(tmp_path), run_name="old", resume="never")) is None
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(BOTH))
+    assert open_ds_config(str(own), H100, began="fp32").followed == ("fp32", "bf16", "fp16")
 
 
-def test_what_is_said_of_the_choice(monkeypatch):
+@pytest.mark.parametrize(
+    ("began", "device", "precisions", "key"),
+    [("fp16", "cpu", OLD, "fp16.enabled"), ("bf16", "cpu", OLD, "bf16.enabled"), ("bf16", "cuda", T4, "bf16.enabled")],
+)
+def test_what_a_run_began_in_is_still_judged_by_the_device_that_it_goes_on_with(began, device, precisions, key):
+    file = open_ds_config("zero2:auto", precisions, began=began)
+    assert [finding.key for finding in lint_file(file, device=device)] == [key]
+
+
+def test_what_is_said_of_the_choice(monkeypatch, tmp_path):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert describe_choice("zero2:auto", "zero2_fp32", OLD, device="cpu") == (
+    old = open_ds_config("zero2:auto", OLD)
+    assert describe_choice("zero2:auto", old, device="cpu") == (
         "training in fp32 (zero2_fp32): ONEDNN_MAX_CPU_ISA=AVX2 leaves this CPU no bf16 instructions; "
         "--deepspeed zero2 trains in bf16 all the same, no faster"
     )
-    said = describe_choice("zero2:auto", "zero2", ("bf16", "fp32"), device="cpu")
-    assert said == "training in bf16 (zero2), as this run began; this machine is faster in fp32"
-    assert describe_choice("zero2", "zero2", OLD, device="cpu") is None  # named
+    assert describe_choice("zero2", open_ds_config("zero2", OLD), device="cpu") is None  # named
+    said = describe_choice("zero2:auto", open_ds_config("zero2:auto", OLD, began="bf16"), device="cpu")
+    assert said == "training in bf16 (zero2), as the run began; this machine is faster in fp32"
+    said = describe_choice("zero2:auto", open_ds_config("zero2:auto", NEW, began="fp32"), device="cpu")
+    assert said == "training in fp32 (zero2_fp32), as the run began; this machine is faster in bf16"
+    assert describe_choice("zero2:auto", open_ds_config("zero2:auto", NEW), device="cpu") is None
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(BOTH))
+    said = describe_choice(str(own), open_ds_config(str(own), T4), device="cuda")
+    assert said == f"training in fp16 ({own}): a GPU here is older than Ampere and has no bf16 products"
+    assert describe_choice(str(own), open_ds_config(str(own), H100), device="cuda") is None
 
 
 @pytest.mark.parametrize(
