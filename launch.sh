@@ -44,7 +44,8 @@ create_environment() {
 # On x86-64 Linux the package index has torch with CUDA; who told pip to look elsewhere has chosen already.
 offer_cpu_build() {
     [ "$(uname -m)" = x86_64 ] && [ ! -e /dev/nvidiactl ] && ! "$python" -c 'import torch' 2> /dev/null || return 0
-    if "$python" -m pip config list | grep -qE "[.](index-url|extra-index-url|find-links|no-index)="; then return 0; fi
+    local settings; settings="$("$python" -m pip config list)"
+    if grep -qE "[.](index-url|extra-index-url|find-links|no-index)=" <<< "$settings"; then return 0; fi
     echo "launch.sh: no NVIDIA GPU here, and pip's torch is the CUDA build: 3 GB to fetch. For the CPU build (0.2 GB)" \
         "press Ctrl-C and run: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ./launch.sh$arguments" >&2
 }

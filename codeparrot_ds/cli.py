@@ -925,7 +925,7 @@ def _add_evaluate(commands: Any) -> None:
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.evaluation.source import data_of, named_model
 
-    source = named_model(arguments.source)
+    source = named_model(arguments.source, device=arguments.device, seq_length=arguments.seq_length)
     data = data_of(source, arguments.split, arguments.data)
     _say_aside(f"importing torch, then reading {arguments.source}")
 
@@ -995,7 +995,8 @@ def _run_complete(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.evaluation.prompts import gather_prompts
     from codeparrot_ds.evaluation.source import named_model
 
-    source, prompts = named_model(arguments.source), gather_prompts(arguments.prompts, arguments.files)
+    source = named_model(arguments.source, device=arguments.device)
+    prompts = gather_prompts(arguments.prompts, arguments.files)
     _say_aside(f"importing torch, then reading {arguments.source}")
 
     from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
@@ -1092,7 +1093,7 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.evaluation.sandbox import Limits
     from codeparrot_ds.evaluation.source import named_model
 
-    source = named_model(arguments.source)
+    source = named_model(arguments.source, device=arguments.device)
     settings = Settings(
         problems=arguments.problems,
         limit=arguments.limit,

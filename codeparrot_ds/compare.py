@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from codeparrot_ds.config import FIELDS, RunConfig
+from codeparrot_ds.config import RunConfig
 from codeparrot_ds.config_warnings import config_warnings
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.comparison import (
@@ -102,8 +102,7 @@ def with_warnings(candidates: Sequence[Candidate], request: Request) -> list[Can
     """Says what of the run config that all share can hardly be meant; what one alone has becomes a note of its."""
 
     def sentences(config: RunConfig) -> list[str]:
-        found = [warning for warning in config_warnings(config) if FIELDS[warning.field].group in TRIAL_GROUPS]
-        return [f"warning: {warning.sentence}" for warning in found]
+        return [f"warning: {warning.sentence}" for warning in config_warnings(config, groups=TRIAL_GROUPS)]
 
     shared = sentences(request.config)
     for sentence in shared:

@@ -312,9 +312,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = max((d for d in divisors if d <= wanted), default=None)
-    above = min((d for d in divisors if d > wanted), default=None)
+    far = 1_000_000  # nobody counts a batch of 1e30 through
+    start = min(wanted, number)
+    below = next((d for d in range(start, max(0, start - far), -1) if number % d == 0), 1)
+    above = next((d for d in range(wanted + 1, min(number, wanted + far) + 1) if number % d == 0), None)
     return " or ".join(str(d) for d in (below, above) if d is not None)
 
 

@@ -120,6 +120,17 @@ RUNS = [
     Slip("to look at", "data inspect frist", "did you mean 'runs/first'?"),
     Slip("to begin from", TRAIN + " --init-from frist", "--init-from frist: there is no run or model folder frist"),
     Slip("a bare name of the Hub", "evaluate gpt2", "a model on the Hub is named org/name"),
+    Slip(
+        "a data set of the Hub", "corpus org/absent:xyz --out new", "there is no folder org/absent here, and the Hub at"
+    ),
+    Slip(
+        "problems of the Hub",
+        "humaneval first --generate-only --problems org/nope",
+        "): name a .jsonl file of problems",
+    ),
+    Slip("an unknown device", "evaluate first --device tpu", "choose cpu, cuda, cuda:N, mps or xpu"),
+    Slip("a GPU that is not there", "complete first --device cuda:99", "device 'cuda:99': this machine"),
+    Slip("rows longer than a model's", "evaluate first --seq-length 9999", "the model reads rows of 2 to"),
     Slip("a model of the Hub", "evaluate org/absent", "there is no folder org/absent here, and the Hub at http"),
     Slip(
         "the folder of runs",
@@ -235,6 +246,6 @@ def _write_run(run: Path, parameters: dict[str, list[int]]) -> None:
     (run / "checkpoints").mkdir()
     staging = staging_folder(run / "checkpoints", 4)
     (staging / "export").mkdir(parents=True)
-    content = {"state.json": {"parameters": parameters}, "data.json": {}, "export/config.json": {}}
+    content = {"state.json": {"parameters": parameters}, "data.json": {}, "export/config.json": {"n_positions": 256}}
     files = {name: write_file(staging / name, [json.dumps(value).encode()]) for name, value in content.items()}
     publish(staging, 4, files)

@@ -6,9 +6,11 @@ import json
 import pytest
 
 from codeparrot_ds.cli import main
+from codeparrot_ds.compare import TRIAL_GROUPS
 from codeparrot_ds.config import PRESETS, RunConfig
 from codeparrot_ds.config_warnings import Continued, config_warnings, learning_rate_at
 from codeparrot_ds.demo import demo_schedule
+from codeparrot_ds.errors import UserError
 
 DEMO = PRESETS["demo"]
 
@@ -36,19 +38,29 @@ def test_no_demo_warns_whatever_its_steps(steps):
             {"num_warmup_steps": 300},
             "num_warmup_steps 300 is not below max_train_steps 300: the learning rate comes to",
         ),
+        (
+            {"num_warmup_steps": 299},
+            "299 leaves 1 of max_train_steps 300 after the warm-up; choose 15 or so",
+        ),
         ({"num_warmup_steps": 2000}, "comes to 0.000299 and never to 0.002; choose 15 or so"),
         ({"save_checkpoint_steps": 301}, "nothing is saved or evaluated before the end"),
         ({"save_checkpoint_steps": 301, "eval_steps": 10}, "max_train_steps 300: nothing is saved before the end"),
         ({"eval_steps": 301}, "nothing is evaluated between start and end"),
         ({"eval_steps": 100}, "meet at multiples of 300 alone: keep_best_checkpoint chooses among those"),
-        ({"keep_checkpoint_every": 200}, "only those at multiples of 600 are kept for ever"),
+        ({"keep_checkpoint_every": 100}, "before the last only those at multiples of 300 are kept for ever"),
+        ({"keep_checkpoint_every": 200}, "keeps no checkpoint for ever: with save_checkpoint_steps 150 none up to"),
+        ({"keep_checkpoint_every": 600}, "keep_checkpoint_every 600 keeps no checkpoint for ever"),
+        ({"max_hours": 1e-4}, "max_hours 0.0001 is 0.36 seconds"),
+        ({"eval_prompts": "examples", "eval_new_tokens": 257}, "eval_new_tokens 257 is above seq_length 256"),
+        ({"allow_execution": True}, "allow_execution runs nothing without eval_problems"),
+        ({"global_batch_size": 8 * 10**29}, "x seq_length 256 is 2.05e+32 tokens for one step"),
         ({"log_steps": 301}, "there is one line of metrics, at the end"),
         ({"profile": 298}, "profile 298 begins with step 4 of a start, and with max_train_steps 300 there are 297"),
         ({"max_eval_steps": 1}, "evaluates on 2,048 tokens, whose loss is much by chance; -1"),
         ({"learning_rate": 5.0}, "learning_rate 5 is far above what such a model trains with (1e-5 to 1e-2"),
         ({"learning_rate": 0.05}, "learning_rate 0.05 is far above"),
-        ({"learning_rate": 0.0}, "learning_rate 0 changes no weight"),
-        ({"learning_rate": 5e-40}, "learning_rate 5e-40 changes no weight"),
+        ({"learning_rate": 0.0}, "learning_rate 0 changes no weight: nothing is learned"),
+        ({"learning_rate": 5e-40}, "learning_rate 5e-40 changes no weight: steps so small are"),
         ({"weight_decay": 10.0}, "learning_rate x weight_decay = 0.02 of every matrix away each step"),
         ({"max_grad_norm": 1e-4}, "max_grad_norm 0.0001 cuts every gradient down to next to nothing"),
         ({"dropout": 0.9}, "dropout 0.9 is the share that is dropped"),
@@ -63,11 +75,18 @@ def test_what_can_hardly_be_meant(changes, words):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_warmup_steps": 299},
+        {"num_warmup_steps": 270},
         {"num_warmup_steps": 0},
         {"save_checkpoint_steps": 300},
         {"eval_steps": 50},
         {"eval_steps": 300},
+        {"eval_steps": 1_000_000},
+        {"eval_steps": 50, "save_checkpoint_steps": 200},
+        {"max_hours": 0.02},
+        {"eval_new_tokens": 257},
+        {"allow_execution": True, "eval_problems": "problems.jsonl"},
+        {"global_batch_size": 2**21},
+        {"lr_scheduler_type": "constant"},
         {"eval_steps": 100, "keep_best_checkpoint": False},
         {"keep_checkpoint_every": 300},
         {"keep_checkpoint_every": 75},
@@ -78,6 +97,8 @@ def test_what_can_hardly_be_meant(changes, words):
         {"learning_rate": 0.02},
         {"learning_rate": 1e-7},
         {"weight_decay": 1.0},
+        {"weight_decay": 2.0, "learning_rate": 1e-5},
+        {"learning_rate": 3e-5},
         {"weight_decay": 0.0},
         {"max_grad_norm": 0.0},
         {"max_grad_norm": 0.01},
@@ -86,6 +107,36 @@ def test_what_can_hardly_be_meant(changes, words):
 )
 def test_what_may_be_meant(changes):
     assert config_warnings(RunConfig(**DEMO | changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "words"),
+    [
+        ("small", 5, "choose with it num_warmup_steps 0, save_checkpoint_steps 5, log_steps 5"),
+        ("small", 1000, "choose with it num_warmup_steps 50, save_checkpoint_steps 1000"),
+        ("large", 5, "num_warmup_steps 750 (the learning rate comes to 1.07e-06 and never to 0.0002), save_checkpoint"),
+        ("demo", 5, "save_checkpoint_steps 150 (nothing is saved or evaluated before the end), log_steps 10"),
+    ],
+)
+def test_a_short_try_of_a_preset_is_told_once_what_to_set(preset, steps, words):
+    (warning,) = config_warnings(RunConfig(**PRESETS[preset] | {"max_train_steps": steps}))
+    assert warning.field == "max_train_steps" and words in warning.sentence
+    assert warning.sentence.startswith(f"max_train_steps {steps} is short for ")
+
+
+def test_a_comparison_hears_of_the_fields_of_its_trials_alone():
+    config = RunConfig(**PRESETS["small"] | {"max_train_steps": 5})
+    (warning,) = config_warnings(config, groups=TRIAL_GROUPS)
+    assert warning.sentence.endswith("never to 0.0005; choose 0") and warning.field == "num_warmup_steps"
+
+
+def test_a_batch_beyond_all_counting_is_refused_at_once():
+    with pytest.raises(UserError, match=r"not divisible by micro_batch_size 12 \(nearest micro_batch_size: 10 or 16\)"):
+        RunConfig(global_batch_size=10**30)
+    with pytest.raises(UserError, match=r"\(nearest micro_batch_size: 96 or 192\)"):
+        RunConfig(micro_batch_size=100)
+    with pytest.raises(UserError, match=r"\(nearest micro_batch_size: 192\)"):
+        RunConfig(micro_batch_size=10**30)
 
 
 def continued(step: int, **changes) -> Continued:
@@ -120,6 +171,10 @@ def test_a_learning_rate_that_jumps_where_a_run_goes_on(then, step, now, words):
         ({}, 100, {"max_train_steps": 400}),  # early enough: less than twice the rate
         ({"lr_scheduler_type": "constant"}, 300, {"lr_scheduler_type": "constant", "max_train_steps": 500}),
         ({}, 150, {"learning_rate": 1e-3}),
+        ({}, 10, {"learning_rate": 6e-3}),  # nothing had decayed
+        ({}, 20, {"learning_rate": 6e-3}),
+        ({"num_warmup_steps": 200}, 10, {}),
+        ({"lr_scheduler_type": "constant"}, 100, {"learning_rate": 6e-3}),
     ],
 )
 def test_a_run_that_may_well_go_on_so(then, step, now):

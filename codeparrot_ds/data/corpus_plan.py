@@ -21,6 +21,7 @@ from typing import Any
 
 import orjson
 
+from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.data.raw import ReadAccount, TreeFile, detect_license, open_dataset, repository_name
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import did_you_mean_path
@@ -190,7 +191,10 @@ def _parquet_units(source: int, path: Path, state: tuple[Any, ...], account: Rea
 
 def _dataset_units(source: int, name: str) -> Iterator[Unit]:
     try:
-        dataset, state = open_dataset(name)
+        with first_look(name.partition(":")[0], "name a folder or a file"):
+            dataset, state = open_dataset(name)
+    except UserError:
+        raise
     except Exception as error:  # the library raises many kinds: no such name, no such split, no network
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"source {name} is no path here, and no data set that can be opened: {reason}") from error

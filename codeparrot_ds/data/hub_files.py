@@ -1,4 +1,4 @@
-"""Small files of model repositories on the Hugging Face Hub, through its client's cache, with a command's patience.
+"""What a command takes from the Hugging Face Hub, through its client's cache, with a command's patience.
 
 The client itself asks a Hub that does not answer again and again, for minutes in all. Here it is asked once; where it
 does not answer, what the cache holds is taken.
@@ -65,6 +65,56 @@ def hub_file(name: str, file: str, *, what: str) -> Path:
         return Path(hf_hub_download(repo, file, revision=revision, endpoint=_endpoint()))
 
 
+@contextlib.contextmanager
+def first_look(name: str, remedy: str) -> Iterator[None]:
+    """Within, ``datasets`` takes a data set from the Hub that answers, else from its cache, and never waits for it.
+
+    The library asks a Hub that does not answer for minutes. Here it is asked once, and where it does not answer the
+    library is told to stay offline for this look.
+
+    Args:
+        name: ``org/name``; nothing is asked about a folder.
+        remedy: what the reader can name instead.
+
+    Raises:
+        UserError: the Hub cannot be reached and the cache has no such data set.
+    """
+    if Path(name).is_dir():
+        yield
+        return
+    import datasets
+    from huggingface_hub import HfApi, constants, errors
+
+    try:
+        HfApi(endpoint=_endpoint()).dataset_info(name, timeout=TIMEOUT_SECONDS)
+    except errors.HFValidationError:
+        pass  # the library says what is wrong with the name
+    except (OSError, _http_error()) as error:
+        if not _is_refusal(error):  # and of one the library says more
+            places = [(datasets.config, "HF_HUB_OFFLINE"), (constants, "HF_HUB_OFFLINE")]
+            before = [getattr(*place) for place in places]
+            try:
+                for place in places:
+                    setattr(*place, True)
+                yield
+            except ConnectionError:
+                here = f"there is no folder {name} here, and the Hub"
+                raise UserError(
+                    f"{here} is not asked offline (HF_HUB_OFFLINE): {remedy}"
+                    if before[1]
+                    else f"{here} at {_endpoint()} cannot be reached ({_told(error)}): {remedy}, or try again"
+                ) from error
+            finally:
+                for place, value in zip(places, before, strict=True):
+                    setattr(*place, value)
+            return
+    yield
+
+
+def _told(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def _ask(repo: str, file: str, revision: str) -> None:
     """Whether the Hub has a file, in one request; raises the client's errors."""
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
@@ -116,5 +166,6 @@ def _user_errors(name: str, file: str, what: str) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise UserError(f"there is no folder {name} here, and no model on the Hub can be named so") from error
     except (OSError, _http_error()) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{here} at {_endpoint()} cannot be reached ({told}): name a folder, or try again") from error
+        raise UserError(
+            f"{here} at {_endpoint()} cannot be reached ({_told(error)}): name a folder, or try again"
+        ) from error

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.details import Details
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
-from codeparrot_ds.evaluation.source import context_length, data_of, find_model, load_model
+from codeparrot_ds.evaluation.source import check_seq_length, context_length, data_of, find_model, load_model
 from codeparrot_ds.evaluation.token_classes import TokenClasses
 from codeparrot_ds.model.attention import document_inputs
 
@@ -213,8 +213,7 @@ def evaluate_model(
     context = context_length(model)
     if seq_length is None:
         seq_length = as_trained.get("seq_length") or min(context or 1024, 1024)
-    if seq_length < 2 or context is not None and seq_length > context:
-        raise UserError(f"seq_length is {seq_length}; the model reads rows of 2 to {context} tokens")
+    check_seq_length(seq_length, context)
     encoder = _encoder_of(tokenizer)
     encoder.prove_fast_encoding(read_texts(shards, BadDocuments(limit=None)))
     loader = ValidationLoader(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.evaluation.sandbox import Check
@@ -97,7 +98,10 @@ def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, 
 
     repo, _, split = name.partition(":")
     try:
-        rows: Iterable[Any] = datasets.load_dataset(repo, split=split or "test")
+        with first_look(repo, "name a .jsonl file of problems"):
+            rows: Iterable[Any] = datasets.load_dataset(repo, split=split or "test")
+    except UserError:
+        raise
     except Exception as error:  # the library raises many kinds, and each says what is wrong
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise UserError(f"{name} is no file here, and cannot be loaded as a data set: {first}") from error

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +20,45 @@ from codeparrot_ds.run.checkpoint_files import newest_export
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def named_model(source: str) -> str:
+def named_model(source: str, *, device: str | None = None, seq_length: int | None = None) -> str:
     """Returns a model as a command was given it, with the path of a run that was given by its bare name.
 
-    Raises ``UserError`` for one that is not there, before anything heavy is imported.
+    Raises ``UserError`` for one that is not there, a device that this machine lacks, and rows that are longer than what
+    the model reads, before anything heavy is imported.
     """
+    if device is not None:
+        _check_device(device)
     source = in_runs(source)
-    if find_model(source) == source and not exists(source):
+    place = find_model(source)
+    if place == source and not exists(source):
         hub_file(source, "config.json", what="model")
+    config = Path(place) / "config.json"
+    if seq_length is not None and config.is_file():
+        with contextlib.suppress(ValueError, AttributeError):  # what is no config is said where the model is loaded
+            check_seq_length(seq_length, json.loads(config.read_text(encoding="utf-8")).get("n_positions"))
     return source
+
+
+def check_seq_length(seq_length: int, context: int | None) -> None:
+    """Raises ``UserError`` for rows that a model cannot read."""
+    if seq_length < 2 or context is not None and seq_length > context:
+        raise UserError(f"seq_length is {seq_length}; the model reads rows of 2 to {context} tokens")
+
+
+def _check_device(device: str) -> None:
+    from codeparrot_ds.run.launch import local_device, local_ranks
+
+    name = re.fullmatch(r"(cpu|cuda|mps|xpu)(?::(\d+))?", device)
+    if name is None:
+        raise UserError(f"device {device!r} is none that PyTorch knows; choose cpu, cuda, cuda:N, mps or xpu")
+    version = importlib.metadata.version("torch")
+    if name[1] != "cuda" or "rocm" in version:  # AMD's GPUs are called so too, and are not counted here
+        return
+    number = local_ranks("cuda") if local_device() == "cuda" else 0
+    if number == 0:
+        raise UserError(f"device {device!r}: this machine has no GPU that its PyTorch ({version}) can use; choose cpu")
+    if int(name[2] or 0) >= number:
+        raise UserError(f"device {device!r}: this machine's GPUs are cuda:0 to cuda:{number - 1}")
 
 
 def find_model(source: str | Path) -> str:

@@ -73,22 +73,20 @@ PRECISION = (
         lambda s, value: (
             value is True and s.get("bf16.enabled") is not True and s.device == "cpu" and "fp16" not in s.precisions
         ),
-        "fp16 needs a GPU: DeepSpeed refuses it on a CPU without AVX512-FP16; choose zero{stage}.json (bf16) or "
-        "zero{stage}_fp32.json",
+        "fp16 needs a GPU: DeepSpeed refuses it on a CPU without AVX512-FP16; choose {in_bf16} or {in_fp32}",
     ),
     Rule(
         "bf16.enabled",
         "warning",
         lambda s, value: value is True and s.device == "cpu" and "bf16" not in s.precisions,
         "this CPU has no bf16 instructions: matrix products are made in fp32 and rounded, which is no faster than fp32 "
-        "and often slower; choose zero{stage}_fp32.json",
+        "and often slower; choose {in_fp32}",
     ),
     Rule(
         "bf16.enabled",
         "warning",
         lambda s, value: value is True and s.device == "cuda" and "bf16" not in s.precisions,
-        "this GPU has no bf16 products (it is older than Ampere), and PyTorch's stand-in is slow; choose "
-        "zero{stage}_fp16.json",
+        "this GPU has no bf16 products (it is older than Ampere), and PyTorch's stand-in is slow; choose {in_fp16}",
     ),
     Rule(
         "torch_autocast.enabled",

@@ -225,17 +225,19 @@ def settled_precision(ds_config: Mapping[str, Any], precisions: Sequence[str]) -
     As the Hugging Face Trainer's flags would, it switches one of them on: the fastest of the device's that the file
     leaves open. A file that knows bf16 alone, as most that are published, gets fp16 on a GPU without bf16.
     """
-    said = {name: value_at(ds_config, (name, "enabled")) for name in ("bf16", "fp16")}
+    old = "bfloat16" in ds_config and "bf16" not in ds_config
+    blocks = {"bf16": "bfloat16" if old else "bf16", "fp16": "fp16"}
+    said = {name: value_at(ds_config, (block, "enabled")) for name, block in blocks.items()}
     left_open = [name for name, value in said.items() if value == "auto"]
     if not left_open:
         return {}
     chosen = next((name for name, value in said.items() if value is True), None)
     if chosen is not None:
-        return {(name, "enabled"): (False, f"{chosen} is on") for name in left_open}
+        return {(blocks[name], "enabled"): (False, f"{chosen} is on") for name in left_open}
     possible = [*left_open, "fp32", *(["fp16"] if "fp16" not in ds_config else [])]
     chosen = next((name for name in precisions if name in possible), "fp32")
     why = f"the device trains in {' or '.join(precisions)}"
-    return {(name, "enabled"): (name == chosen, why) for name in said if name in left_open or name == chosen}
+    return {(blocks[name], "enabled"): (name == chosen, why) for name in said if name in left_open or name == chosen}
 
 
 def with_settled_precision(ds_config: Mapping[str, Any], precisions: Sequence[str]) -> dict[str, Any]:

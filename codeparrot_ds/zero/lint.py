@@ -219,6 +219,7 @@ def _apply(rule: Rule, subject: Subject) -> Iterator[Said]:
     message = rule.message
     if "{" in message:
         named = {"value": value, "stage": subject.stage, "precision": subject.precision}
+        named |= {f"in_{each}": subject.counterpart(each) for each in ("bf16", "fp16", "fp32")}
         message = message.format(**named, parameters=subject.parameters)
     yield path_of(rule.key), severity, message
 

@@ -156,7 +156,7 @@ def _unknown(key: str, block: KeyPath, known: Mapping[str, Kind], near: str | No
 # --------------------------------------------------------------------------------------------------------------------
 # Values
 
-_AUTO = frozenset({*auto_meanings(1, ""), ("bf16", "enabled"), ("fp16", "enabled")})
+_AUTO = frozenset({*auto_meanings(1, ""), *((name, "enabled") for name in ("bf16", "bfloat16", "fp16"))})
 
 
 def _problem(path: KeyPath, kind: Kind, value: Any) -> str | None:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from codeparrot_ds.config import RunConfig
-from codeparrot_ds.zero.ds_config import GPU_PRECISIONS, offload_device, precision, value_at, zero_stage
+from codeparrot_ds.zero.ds_config import (
+    GPU_PRECISIONS,
+    activation_checkpointing,
+    offload_device,
+    precision,
+    value_at,
+    zero_stage,
+)
 from codeparrot_ds.zero.known_keys import KeyPath
 
 
@@ -48,6 +55,17 @@ class Subject:
         """The precision that micro-batches are added up in."""
         return short_dtype(self.get("data_types.grad_accum_dtype", self.precision))
 
+    def counterpart(self, precision: str) -> str:
+        """What a reader chooses for the same in another precision: a shipped file where one keeps what saves memory."""
+        suffix = {"bf16": ".json (bf16)"}.get(precision, f"_{precision}.json")
+        if not self.offloads("optimizer") and not self.offloads("parameters"):
+            if not activation_checkpointing(self.config):
+                return f"zero{self.stage}{suffix}"
+            if self.stage == 2 and self.get("activation_checkpointing.cpu_checkpointing") is not True:
+                return f"zero2_activation_checkpointing{suffix}"
+        on = "" if precision == "fp32" else f"{precision} on and "
+        return f"the same with {on}{self.precision} off"
+
     def offloads(self, what: str) -> bool:
         """Whether the ``optimizer`` or the ``parameters`` live outside the device."""
         return offload_device(self.config, what) in ("cpu", "nvme")
@@ -62,7 +80,8 @@ class Rule:
     """Something that is wrong with a key that has a value, when `applies` says so of the subject and that value.
 
     `severity` is ``error``, ``warning``, or ``run``: an error where a run config is known, a warning for a file alone,
-    which other programs may well use. ``{value}``, ``{stage}`` and ``{precision}`` in the message are filled in.
+    which other programs may well use. ``{value}``, ``{stage}``, ``{precision}`` and ``{in_fp32}``
+    (`Subject.counterpart`) in the message are filled in.
     """
 
     key: str

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from codeparrot_ds.data.hub_dataset import HubFile, HubReader, resolve_hub_dataset
+from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents, write_shard
 from tests.data.hub_server import Fault, HubServer, client_process, content_id, running_hub
@@ -199,6 +200,27 @@ def test_an_unwell_hub_gets_one_sentence(hub, client, mixed):
     hub.fault = Fault("drop")
     with pytest.raises(UserError, match=r"team/mixed cannot be looked up: http://127.* cannot be reached \(.*\.$"):
         client(resolve_hub_dataset, "team/mixed", "train")
+
+
+def load_for_problems(name: str) -> int:
+    """Rows of the train split, as ``humaneval --problems`` loads it."""
+    import datasets
+
+    with first_look(name, "name a file"):
+        return len(datasets.load_dataset(name, split="train"))
+
+
+@pytest.mark.parametrize("kind", ["drop", "status"])
+def test_a_command_asks_once_and_then_takes_what_the_cache_holds(hub, client, kind):
+    hub.commit(f"team/{kind}", {"train.jsonl": b'{"a": 1}\n{"a": 2}\n'})
+    assert client(load_for_problems, f"team/{kind}") == 2
+    hub.fault = Fault(kind, status=503) if kind == "status" else Fault(kind)
+    hub.log.clear()
+    started = time.monotonic()
+    assert client(load_for_problems, f"team/{kind}") == 2
+    with pytest.raises(UserError, match=r"no folder team/new here, and the Hub at http://127.* name a file, or try"):
+        client(load_for_problems, "team/new")
+    assert len(hub.log) <= 2 and time.monotonic() - started < 5
 
 
 def test_offline_and_without_a_network_get_one_sentence(tmp_path, mixed):

@@ -4,6 +4,8 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 
 from codeparrot_ds.errors import UserError
@@ -79,11 +81,12 @@ def test_a_bad_file_is_told_by_line_and_key(tmp_path, content, message):
 
 
 def test_names_that_lead_nowhere_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     for source, message in (
         ("absent.jsonl", "no such file, and neither humaneval, mbpp nor a data set's name"),
-        ("org/absent", "cannot be loaded as a data set"),
+        ("org/absent", "no folder org/absent here, and the Hub at http://127.0.0.1:9 cannot be reached .*: name a"),
         (tmp_path, "is a folder"),
     ):
         with pytest.raises(UserError, match=message):
             load_problems(source)
+    assert not datasets.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE

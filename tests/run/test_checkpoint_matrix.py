@@ -93,7 +93,7 @@ def results(tmp_path_factory):
     others = [exact_job(layout) for layout in EXACT] + [failing_job(ON_DISK)]
     others += [native_job(layout) for layout in NATIVE]
     others += [plain_job(source, source, control) for source in DAMAGED for control in ("", *CONTROLS)]
-    return run_plans(plans_of(PAIRS, others), tmp_path_factory.mktemp("matrix"), timeout=280)
+    return run_plans(plans_of(PAIRS, others), tmp_path_factory.mktemp("matrix"), timeout=540)
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda layout: str(layout))

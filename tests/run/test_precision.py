@@ -8,7 +8,17 @@ from codeparrot_ds.cli import main
 from codeparrot_ds.config import PRESETS, RunConfig
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.run.precision import began_with, describe_choice, device_precisions, open_for, with_precision
-from codeparrot_ds.zero.ds_config import name_in, open_ds_config, precision, resolve, settled_precision
+from codeparrot_ds.zero.ds_config import (
+    find_ds_config,
+    load_ds_config,
+    name_in,
+    open_ds_config,
+    precision,
+    resolve,
+    resolve_ds_config,
+    settled_precision,
+    with_settled_precision,
+)
 from codeparrot_ds.zero.lint import lint, lint_file
 
 OLD, NEW, T4 = ("fp32",), ("bf16", "fp32"), ("fp16", "fp32")
@@ -140,6 +150,33 @@ def test_a_check_says_what_a_precision_costs(config, device, precisions, words):
     config = {"zero_optimization": {"stage": 2}, **config}
     said = [f.message for f in lint(config, "f", device=device, precisions=precisions)]
     assert any(words in message for message in said) if words else not any("bf16" in message for message in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "precisions", "words"),
+    [
+        ("zero2_activation_checkpointing", "cpu", OLD, "choose zero2_activation_checkpointing_fp32.json"),
+        ("zero2_activation_checkpointing", "cuda", T4, "choose zero2_activation_checkpointing_fp16.json"),
+        ("zero2_activation_checkpointing_fp16", "cpu", OLD, "zero2_activation_checkpointing.json (bf16) or zero2_a"),
+        ("zero3_offload", "cpu", OLD, "choose the same with bf16 off"),
+        ("zero3_offload", "cuda", T4, "choose the same with fp16 on and bf16 off"),
+        ("zero3_activation_checkpointing", "cpu", OLD, "choose the same with bf16 off"),
+    ],
+)
+def test_what_is_to_be_chosen_instead_keeps_what_saves_memory(name, device, precisions, words):
+    config = load_ds_config(find_ds_config(name))
+    said = [each.message for each in lint(config, "f", device=device, precisions=precisions)]
+    assert any(words in message for message in said)
+
+
+@pytest.mark.parametrize("precisions", [OLD, NEW])
+def test_auto_under_bf16s_old_name_is_settled_as_under_the_new(precisions):
+    old = {"zero_optimization": {"stage": 2}, "bfloat16": {"enabled": "auto"}}
+    assert not [each for each in lint(old, "f", device="cpu", precisions=precisions) if each.severity == "error"]
+    settled = with_settled_precision(old, precisions)
+    assert "bf16" not in settled and settled["bfloat16"]["enabled"] is (precisions[0] == "bf16")
+    resolved = resolve_ds_config(old, RunConfig(), world_size=1, model_hidden_size=64, precisions=precisions)
+    assert resolved["bf16"]["enabled"] is (precisions[0] == "bf16")
 
 
 def test_a_run_keeps_the_precision_that_it_began_with(tmp_path):
