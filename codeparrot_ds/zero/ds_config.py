@@ -75,6 +75,8 @@ def find_ds_config(name_or_path: str | os.PathLike[str]) -> Path:
     hint = did_you_mean(path.name.removesuffix(".json"), shipped_names())
     if path.name != text or text.endswith(".json"):
         hint = did_you_mean_path(text) or hint
+    if text == AUTO[1:]:
+        hint = f"; write NAME{AUTO}, such as zero2{AUTO}"
     raise UserError(f"DeepSpeed config {text!r} is neither a file nor a shipped config{hint}")
 
 
@@ -93,7 +95,9 @@ def name_in(name: str, precision: str) -> str:
     if Path(base).is_file():
         raise UserError(f'{AUTO} goes with a shipped name; in {base} write "enabled": "auto" for bf16 and fp16')
     if base not in names:
-        raise UserError(f"DeepSpeed config {name!r} is no shipped config{did_you_mean(base, names)}")
+        raise UserError(
+            f"DeepSpeed config {name!r} is no shipped config{did_you_mean(name, [f'{n}{AUTO}' for n in names])}"
+        )
     with_auto = [f"{other}{AUTO}" for other in names if f"{other}_fp32" in names and f"{other}_fp16" in names]
     raise UserError(f"{base} is not shipped in {precision}: name a file, or one of {', '.join(with_auto)}")
 
