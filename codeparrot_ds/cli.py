@@ -557,9 +557,9 @@ def _run_check(arguments: argparse.Namespace) -> int:
     shape, model = _model_of(run) if config or arguments.explain else (None, None)
     names = arguments.ds_configs or [run.deepspeed]
     of_run = [] if config is None else _check_run_config(config, arguments)
-    if any(finding["severity"] == "error" for finding in of_run):
-        arguments.explain = False  # nothing is handed to DeepSpeed
-    files = [_check_file(name, arguments, config, shape) for name in names]
+    # Of a run that cannot start nothing is handed to DeepSpeed.
+    explain = arguments.explain and all(finding["severity"] != "error" for finding in of_run)
+    files = [_check_file(name, arguments, config, shape, explain=explain) for name in names]
     notice = version_notice()
     findings = [*of_run, *(finding for file in files for finding in file["findings"])]
     num = {kind: sum(finding["severity"] == kind for finding in findings) for kind in KINDS}
@@ -599,7 +599,9 @@ def _check_run_config(config: RunConfig, arguments: argparse.Namespace) -> list[
     return [finding.as_json() for finding in findings]
 
 
-def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | None, shape: Any) -> dict[str, Any]:
+def _check_file(
+    name: str, arguments: argparse.Namespace, config: RunConfig | None, shape: Any, *, explain: bool
+) -> dict[str, Any]:
     """The findings of one DeepSpeed JSON, and what it resolves to when asked."""
     from codeparrot_ds.model.shapes import num_parameters
     from codeparrot_ds.run.ops import are_built
@@ -629,7 +631,7 @@ def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | No
     else:
         text = [str(finding) for finding in findings] or [f"{path}: nothing wrong"]
     report: dict[str, Any] = {"file": path, "findings": [finding.as_json() for finding in findings]}
-    if arguments.explain and not any(finding.severity == "error" for finding in findings):
+    if explain and not any(finding.severity == "error" for finding in findings):
         try:
             resolved = _resolve_file(file, arguments, config, shape)
         except UserError as error:

@@ -69,7 +69,7 @@ def _read_shape(name_or_path: str) -> GPT2Shape:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        if path.parent.is_dir() and path.name == "config.json" and Path(name_or_path).is_dir():
+        if Path(name_or_path).is_dir():
             raise UserError(f"model {name_or_path} is a folder without a config.json")
         hint = did_you_mean_path(name_or_path) or did_you_mean(name_or_path, KNOWN_SHAPES)
         raise UserError(f"model {name_or_path!r} is neither a known shape nor a GPT-2 config.json{hint}")
