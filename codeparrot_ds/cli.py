@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import errno
 import io
 import json
@@ -36,6 +35,7 @@ from codeparrot_ds.option_types import batches as _batches
 from codeparrot_ds.option_types import count as _count
 from codeparrot_ds.option_types import counts as _counts
 from codeparrot_ds.option_types import index as _index
+from codeparrot_ds.option_types import port as _port
 from codeparrot_ds.option_types import real as _real
 from codeparrot_ds.option_types import whole as _whole
 from codeparrot_ds.paths import expand, find_run, in_runs, name_argument, not_a_run, path_argument
@@ -143,6 +143,8 @@ def _command(
         name, help=text, description=text[0].upper() + text[1:] + ".", **kwargs
     )
     parser.set_defaults(parser=parser, run=run)
+    if run is not None:  # else its actions are
+        _take_positionals_anywhere(parser)
     return parser
 
 
@@ -463,19 +465,10 @@ def _add_train(commands: Any) -> None:
 
 def _run_train(arguments: argparse.Namespace) -> int:
     config, launch = config_from_arguments(arguments), launch_from_arguments(arguments)
-    typed = arguments.arguments
-    if config.run_name is None and not launch.no_ssh:  # whose hosts would make a name each
-        from codeparrot_ds.run.folder import new_run_name
-
-        name = new_run_name(Path(config.output_dir))
-        config, typed = dataclasses.replace(config, run_name=name), [*typed, "--run-name", name]
-    log = Path(config.output_dir) / str(config.run_name) / "log"
-    model = Path(config.model).name
-    print(f"run {config.run_name}: checking {config.max_train_steps} steps of {model}; log in {log}", flush=True)
 
     from codeparrot_ds.run.launch import front_door
 
-    return front_door(config, launch, typed=typed)
+    return front_door(config, launch, typed=arguments.arguments, say=_say)
 
 
 def _add_doctor(commands: Any) -> None:
@@ -494,7 +487,7 @@ def _add_doctor(commands: Any) -> None:
     group.add_argument(
         "--master-addr", metavar="HOST", help="address of the first host (default: that which ssh reaches it by)"
     )
-    group.add_argument("--master-port", type=_count, metavar="N", help="port there (default: any free one)")
+    group.add_argument("--master-port", type=_port, metavar="N", help="port there (default: any free one)")
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--config", type=name_argument, metavar="FILE", help="run config with the four below (default: none)"
@@ -502,7 +495,7 @@ def _add_doctor(commands: Any) -> None:
     group.add_argument("--data", metavar="DIR", help="corpus that every host must see (default: none)")
     group.add_argument("--tokenizer", metavar="DIR", help="tokenizer that every host must see (default: none)")
     group.add_argument("--output-dir", metavar="DIR", help="folder of runs that hosts share (default: runs)")
-    group.add_argument("--deepspeed", metavar="JSON", help="whose operators must be built (default: zero2)")
+    group.add_argument("--deepspeed", metavar="JSON", help="whose operators must be built (default: zero2:auto)")
     group = parser.add_argument_group("mending")
     group.add_argument("--build", action="store_true", help="build operators that are missing, on all hosts at once")
     group.add_argument("--clear-locks", action="store_true", help="remove the locks of killed builds")
@@ -542,7 +535,10 @@ def _add_check(commands: Any) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help=_default("what the ranks will have", "auto")
     )
-    parser.add_argument("--world-size", type=_count, metavar="N", help="ranks (default: those of a run here)")
+    parser.add_argument(
+        "--world-size", type=_count, metavar="N",
+        help="ranks that share the batch and the lanes (default: any; for --explain those of a run here)",
+    )  # fmt: skip
     parser.add_argument(
         "--explain", action="store_true",
         help="also print the config that a run would hand to DeepSpeed, and where each value came from",
@@ -560,8 +556,10 @@ def _run_check(arguments: argparse.Namespace) -> int:
     run = config or RunConfig()
     shape, model = _model_of(run) if config or arguments.explain else (None, None)
     names = arguments.ds_configs or [run.deepspeed]
-    files = [_check_file(name, arguments, config, shape) for name in names]
     of_run = [] if config is None else _check_run_config(config, arguments)
+    # Of a run that cannot start nothing is handed to DeepSpeed.
+    explain = arguments.explain and all(finding["severity"] != "error" for finding in of_run)
+    files = [_check_file(name, arguments, config, shape, explain=explain) for name in names]
     notice = version_notice()
     findings = [*of_run, *(finding for file in files for finding in file["findings"])]
     num = {kind: sum(finding["severity"] == kind for finding in findings) for kind in KINDS}
@@ -578,19 +576,32 @@ def _run_check(arguments: argparse.Namespace) -> int:
 
 
 def _check_run_config(config: RunConfig, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What of the run config can hardly be meant, in the form of the JSONs' findings."""
+    """What of the run config does not go with the ranks or can hardly be meant, in the form of the JSONs' findings."""
     from codeparrot_ds.config_warnings import config_warnings
+    from codeparrot_ds.data.stream import check_world_size
     from codeparrot_ds.run.folder import continued_from
     from codeparrot_ds.zero.lint import Finding
 
     place = arguments.config or f"preset {arguments.preset}"
-    return [
-        Finding(place, warning.field, "warning", warning.sentence).as_json()
+    findings = [
+        Finding(place, warning.field, "warning", warning.sentence)
         for warning in config_warnings(config, continued_from(config))
     ]
+    if (ranks := arguments.world_size) is not None:
+        checks: dict[str, Callable[[], Any]] = {"num_lanes": lambda: check_world_size(config.num_lanes, ranks)}
+        if not config.auto_micro_batch:
+            checks["global_batch_size"] = lambda: config.gradient_accumulation_steps(ranks)
+        for field, check in checks.items():
+            try:
+                check()
+            except UserError as error:
+                findings.append(Finding(place, field, "error", str(error)))
+    return [finding.as_json() for finding in findings]
 
 
-def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | None, shape: Any) -> dict[str, Any]:
+def _check_file(
+    name: str, arguments: argparse.Namespace, config: RunConfig | None, shape: Any, *, explain: bool
+) -> dict[str, Any]:
     """The findings of one DeepSpeed JSON, and what it resolves to when asked."""
     from codeparrot_ds.model.shapes import num_parameters
     from codeparrot_ds.run.ops import are_built
@@ -620,7 +631,7 @@ def _check_file(name: str, arguments: argparse.Namespace, config: RunConfig | No
     else:
         text = [str(finding) for finding in findings] or [f"{path}: nothing wrong"]
     report: dict[str, Any] = {"file": path, "findings": [finding.as_json() for finding in findings]}
-    if arguments.explain and not any(finding.severity == "error" for finding in findings):
+    if explain and not any(finding.severity == "error" for finding in findings):
         try:
             resolved = _resolve_file(file, arguments, config, shape)
         except UserError as error:
@@ -733,7 +744,6 @@ def _add_plan(commands: Any) -> None:
     group.add_argument(
         "--out", type=path_argument, metavar="PNG", help="draw stacked bars into this file (default: none)"
     )
-    _take_positionals_anywhere(parser)
 
 
 def _take_positionals_anywhere(parser: ArgumentParser) -> None:
@@ -754,10 +764,22 @@ def _take_positionals_anywhere(parser: ArgumentParser) -> None:
     parser.parse_known_args = parse  # type: ignore[method-assign]
 
 
+def _check_picture(path: Path) -> None:
+    """Refuses the path of a picture that could not be written, or would be one under another kind's name."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: name a file in it, such as {path / 'plan.png'}")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out {path}: the picture is a PNG, so its name ends in .png")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}")
+
+
 def _run_plan(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.run import device_memory
     from codeparrot_ds.run.plan import as_json, describe, plan_of
 
+    if arguments.out is not None:
+        _check_picture(arguments.out)
     device = device_memory.smallest_gpu() if arguments.device_memory is None else None
     memory = device[1] if device else None
     if arguments.device_memory is not None:
@@ -969,7 +991,11 @@ def _add_complete(commands: Any) -> None:
     parser = _command(commands, "complete", _run_complete, "completions of prompts, each cut where its block ends")
     _add_model(parser)
     parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="start of some code; - reads it (default: the recipe's four)"
+        "prompts",
+        nargs="*",
+        default=[],
+        metavar="PROMPT",
+        help="start of some code; - reads it (default: the recipe's four)",
     )
     parser.add_argument(
         "--file", action="append", default=[], type=path_argument, dest="files", metavar="FILE",
@@ -1201,7 +1227,6 @@ def _add_checkpoint_import(actions: Any) -> None:
         help=_default("row of the run's data to go on with; those before are read once to find it", 0),
     )  # fmt: skip
     add_config_arguments(action)
-    _take_positionals_anywhere(action)
 
 
 def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
@@ -1210,11 +1235,11 @@ def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
             option = "--" + field.replace("_", "-")
             raise UserError(f"{option} does not go with RUN_FOLDER, which says where the run is and what its name is")
     config = config_from_arguments(arguments)
-    _say(f"importing torch, then reading {arguments.deepspeed_folder}")
 
     from codeparrot_ds.run.import_check import check_import
 
     check_import(arguments.deepspeed_folder, arguments.run_folder, config, arguments.tag)
+    _say(f"importing torch, then reading {arguments.deepspeed_folder}")
 
     from codeparrot_ds.run.checkpoint_import import describe, import_deepspeed, warnings_of
 
@@ -1253,12 +1278,12 @@ def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
 
 def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.data.staging import refuse_existing
-    from codeparrot_ds.run.checkpoint_files import find_checkpoint
+    from codeparrot_ds.run.checkpoint_files import find_checkpoint, locate_checkpoint
 
     refuse_existing(arguments.out, marker="config.json", overwrite=arguments.overwrite)
-    run = find_run(arguments.path)
-    _say(f"reading {run}: every byte is verified first")
-    checkpoint = find_checkpoint(run, arguments.step)
+    checkpoint = locate_checkpoint(find_run(arguments.path), arguments.step)
+    _say(f"reading {checkpoint}: every byte is verified first")
+    find_checkpoint(checkpoint)
 
     from codeparrot_ds.run.checkpoint_export import export_checkpoint
 

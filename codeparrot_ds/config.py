@@ -20,17 +20,17 @@ from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.option_types import count as _positive
 from codeparrot_ds.option_types import index as _not_negative
-from codeparrot_ds.option_types import real
-from codeparrot_ds.paths import did_you_mean_path, expand, name_argument, nearest_of
+from codeparrot_ds.option_types import port, real, whole_number
+from codeparrot_ds.paths import NEAR, RUNS, SLIP, did_you_mean_path, expand, name_argument, nearest_of
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str], likeness: float = NEAR) -> str:
     """``"; did you mean 'x'?"`` for the choice nearest to `word`, or the list of choices when none is near."""
-    choices = sorted(choices)
-    near = nearest_of(word, choices)
+    choices = sorted(set(choices))
+    near = nearest_of(word, choices, likeness)
     if near is not None:
         return f"; did you mean {near!r}?"
-    if len(choices) <= 12:
+    if 0 < len(choices) <= 12:
         return f"; choose one of {', '.join(choices)}"
     return ""
 
@@ -353,6 +353,8 @@ class _Field:
             return f"must be at least {self.minimum:g}, not {value!r}"
         if self.choices and value not in self.choices:
             return f"cannot be {value!r}{did_you_mean(value, self.choices)}"
+        if self.is_path and self.default and not value:
+            return "cannot be an empty text"
         if self.is_path and value:
             try:
                 self.each_path(value, expand)
@@ -383,15 +385,8 @@ class _Field:
         if self.kind == "float":
             return float(text)
         if self.kind == "int":
-            number = float(text)
-            return int(text) if text.lstrip("+-").isdigit() else _whole(number)
+            return whole_number(text)
         return text
-
-
-def _whole(number: float) -> int:
-    if not number.is_integer():
-        raise ValueError(number)
-    return int(number)
 
 
 def _fields() -> dict[str, _Field]:
@@ -530,6 +525,8 @@ def _value_of_node(field: _Field, node: Any) -> tuple[Any, str | None]:
     value: Any = node.value
     if tag == "null":
         value = None
+        if node.value == "~" and field.is_path:
+            return None, 'must be text, and YAML reads ~ as nothing: write "~" in quotes'
     elif field.kind == "bool" and tag == "bool":
         value = node.value.lower() in ("true", "yes", "on")
     elif field.kind in ("int", "float") and node.style is None and tag in ("int", "float", "str"):
@@ -577,11 +574,16 @@ class ArgumentParser(argparse.ArgumentParser):
         options = {name for action in self._actions for name in action.option_strings}
         # An option with two spellings is offered in the one that the help shows.
         options = {name for name in options if "_" not in name or name.replace("_", "-") not in options}
-        return f"unknown option {option}{did_you_mean(option.replace('_', '-'), options)}"
+        dashed = option.replace("_", "-")
+        here = OPTIONS_ELSEWHERE.get(dashed, "")
+        if here.partition(" ")[0] in options:
+            return f"unknown option {option}; here it is {here}"
+        return f"unknown option {option}{did_you_mean(dashed, options - {'--help', '-h'}, SLIP)}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, f"cannot be {value!r}{did_you_mean(str(value), action.choices)}")
+            hint = did_you_mean(str(value), action.choices, SLIP)
+            raise argparse.ArgumentError(action, f"cannot be {value!r}{hint}")
 
     def error(self, message: str) -> NoReturn:
         # argparse's "argument --a/--b: …" as a sentence about the option in the spelling that the help shows.
@@ -589,6 +591,14 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+# Options that people know from other trainers, and what means that here.
+OPTIONS_ELSEWHERE = {
+    "--lr": "--learning-rate",
+    "--batch-size": "--global-batch-size or --micro-batch-size",
+    **dict.fromkeys(("--epochs", "--num-epochs", "--num-train-epochs"), "--max-train-steps"),
+    "--bf16": "--deepspeed NAME, such as zero2",
+    "--fp16": "--deepspeed NAME, such as zero2_fp16",
+}
 # What an option needs, by what the help calls it.
 VALUES = {
     **dict.fromkeys(("N", "K"), "a whole number"),
@@ -696,14 +706,22 @@ def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
     preset = getattr(arguments, "preset", None)
     if preset is not None:
         if preset not in PRESETS:
-            looks_like_file = preset.endswith((".yaml", ".yml", ".json"))
-            hint = f"; to read a file write --config {preset}" if looks_like_file else did_you_mean(preset, PRESETS)
-            raise UserError(f"unknown preset {preset!r}{hint}")
+            raise UserError(f"unknown preset {preset!r}{_what_for_preset(preset)}")
         values.update(PRESETS[preset])
     if getattr(arguments, "config", None) is not None:
         values.update(read_config_file(arguments.config))
     values.update({name: value for name, value in vars(arguments).items() if name in FIELDS})
     return RunConfig(**values)
+
+
+def _what_for_preset(text: str) -> str:
+    """What to write instead of a text that is no preset."""
+    if text.endswith((".yaml", ".yml", ".json")):
+        return f"; to read a file write --config {text}"
+    for path in (Path(text, "config.yaml"), Path(RUNS, text, "config.yaml")):
+        if path.is_file():
+            return f"; to go on with a run write --config {path}"
+    return did_you_mean(text, PRESETS)
 
 
 def arguments_of(config: RunConfig) -> list[str]:
@@ -762,7 +780,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         help="address of the first host (default: found by the launcher)",
     )  # fmt: skip
     group.add_argument(
-        "--master-port", "--master_port", type=_positive, metavar="N", dest="master_port",
+        "--master-port", "--master_port", type=port, metavar="N", dest="master_port",
         help="port of the first host (default: a free one)",
     )  # fmt: skip
     group.add_argument(

@@ -7,15 +7,29 @@ import math
 from collections.abc import Callable
 
 
-def whole(minimum: int | None = None) -> Callable[[str], int]:
-    """A whole number, of at least ``minimum`` where there is one."""
+def whole_number(text: str) -> int:
+    """The whole number that a text means, ``1e5`` too; ValueError or OverflowError if it means none."""
+    if text.lstrip("+-").isdigit():
+        return int(text)
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
+def whole(minimum: int | None = None, maximum: int | None = None) -> Callable[[str], int]:
+    """A whole number, of at least ``minimum`` and at most ``maximum`` where there are any."""
+    least = "" if minimum is None else f" of at least {minimum}"
+    most = "" if maximum is None else f" and at most {maximum}"
 
     def parse(text: str) -> int:
-        digits = text[1:] if text.startswith("-") else text
-        if not (digits.isascii() and digits.isdigit()) or (minimum is not None and int(text) < minimum):
-            least = "" if minimum is None else f" of at least {minimum}"
-            raise argparse.ArgumentTypeError(f"must be a whole number{least}, not {text!r}")
-        return int(text)
+        try:
+            number = whole_number(text)
+        except (ValueError, OverflowError):
+            number = None
+        if number is None or (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+            raise argparse.ArgumentTypeError(f"must be a whole number{least}{most}, not {text!r}")
+        return number
 
     return parse
 
@@ -57,6 +71,7 @@ def real(
 
 count = whole(1)
 index = whole(0)
+port = whole(1, 65_535)
 
 
 def counts(text: str) -> tuple[int, ...]:

@@ -22,8 +22,8 @@ RUNS = "runs"
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 _BARE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", re.ASCII)
-_SLIP = 0.75  # likeness of two names from which one is taken for the other mistyped, whatever the Hub may hold
-_NEAR = 0.6  # likeness from which it is offered
+SLIP = 0.75  # likeness of two names from which one is taken for the other mistyped, whatever the Hub may hold
+NEAR = 0.6  # likeness from which it is offered
 _MAX_SIBLINGS = 2000  # entries of a folder that are looked at for a likeness
 
 
@@ -36,6 +36,8 @@ def expand(text: str) -> str:
 
     def value_of(match: re.Match[str]) -> str:
         name = match[1] or match[2]
+        if not name and not exists(text):
+            raise UserError(f"{text}: ${{}} names no variable")
         value = os.environ.get(name, "")
         if value or exists(text):  # a name that holds a dollar
             return value or match[0]
@@ -56,6 +58,8 @@ def path_argument(text: str) -> Path:
 
 def name_argument(text: str) -> str:
     """The type of an argument that is a path or a name of something else."""
+    if not text:
+        raise argparse.ArgumentTypeError("cannot be an empty text")
     try:
         return expand(text)
     except UserError as error:
@@ -85,7 +89,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 # What is not there
 
 
-def nearest(path: str | os.PathLike[str], likeness: float = _NEAR) -> str | None:
+def nearest(path: str | os.PathLike[str], likeness: float = NEAR) -> str | None:
     """The existing path that is most like one that does not exist, part by part; None where none is.
 
     Args:
@@ -105,7 +109,7 @@ def nearest(path: str | os.PathLike[str], likeness: float = _NEAR) -> str | None
     return found or None
 
 
-def nearest_of(name: str, choices: Iterable[str], likeness: float = _NEAR) -> str | None:
+def nearest_of(name: str, choices: Iterable[str], likeness: float = NEAR) -> str | None:
     """The choice that is most like a name, whatever the case of letters; None where none is."""
     by_lower_case = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=likeness)
@@ -113,8 +117,11 @@ def nearest_of(name: str, choices: Iterable[str], likeness: float = _NEAR) -> st
 
 
 def did_you_mean_path(path: str | os.PathLike[str], otherwise: str = "") -> str:
-    """``"; did you mean 'corpus'?"`` for a path that does not exist, or ``; otherwise`` where nothing is like it."""
-    return _quoted(nearest(path)) or (otherwise and f"; {otherwise}")
+    """``"; did you mean 'corpus'?"`` for a path that does not exist, or ``; otherwise`` where nothing is like it.
+
+    Nothing at all for a path that exists: what is wrong with it is not its name.
+    """
+    return "" if exists(path) else _quoted(nearest(path)) or (otherwise and f"; {otherwise}")
 
 
 def _quoted(found: str | None, sign: str = "") -> str:
@@ -147,7 +154,7 @@ def may_be_on_hub(text: str, *, bare: bool = False, is_meant: Callable[[str], bo
         return False
     if at:
         return True
-    near = nearest(text, _SLIP)
+    near = nearest(text, SLIP)
     return not os.path.isdir(os.path.dirname(text)) and (near is None or not is_meant(near))
 
 
@@ -171,11 +178,13 @@ def find_run(text: str | os.PathLike[str], runs: str | os.PathLike[str] = RUNS, 
     """The path of a run, or of something in it, by its path or by its name in the folder of runs.
 
     Raises:
-        UserError: there is neither, with the nearest that is there.
+        UserError: there is neither, with the nearest that is there, or it is a file.
     """
     found = in_runs(os.fspath(text), runs)
     if not exists(found):
         raise UserError(no_run(found, runs, what=what))
+    if not os.path.isdir(found):
+        raise UserError(f"{found} is a file; name the folder of a {what}")
     return Path(found)
 
 

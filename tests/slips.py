@@ -164,9 +164,58 @@ STARTS = [
     Slip("from weights in part", TRAIN + " --init-from model --model model", "has no weights for transformer.h.0.attn"),
 ]
 
+OPTIONS = [
+    Slip("of another trainer", "train --lr 3", "unknown option --lr; here it is --learning-rate"),
+    Slip("of a precision", "train --bf16", "unknown option --bf16; here it is --deepspeed NAME, such as zero2"),
+    Slip("like no other", "train --dry-run", "unknown option --dry-run (see"),
+    Slip("of another command", "checkpoint verify first --step 9", "unknown option --step (see"),
+    Slip("a command like no other", "runs", "cannot be 'runs' (see"),
+    Slip("a port", "doctor --master-port 99999999", "must be a whole number of at least 1 and at most 65535"),
+    Slip("a port of a run", TRAIN + " --master-port 70000", "must be a whole number of at least 1 and at most 65535"),
+    Slip("1e3", "tokenizer --data corpsu --out new --vocab-size 1e3", "did you mean 'corpus'?"),
+    Slip("nothing asked", "complete", "the following arguments are required: MODEL (see"),
+    Slip("a prompt behind an option", "complete frist --temperature 0 'def f('", "did you mean 'runs/first'?"),
+    Slip("a config behind one", f"compare zero1 --warmup-steps 0 zero9 {COMPARE} --data corpus", "'zero9' is neither"),
+    Slip("a source behind one", "corpus src --out new --num-workers 1 more", "source more does not exist"),
+    Slip("a run behind one", "report first --out new runs/x", "there is no run runs/x"),
+    Slip("a preset behind one", "train --seed 2 lrge", "did you mean 'large'?"),
+    Slip("a run for a preset", "train first", "to go on with a run write --config runs/first/config.yaml"),
+    Slip("in a fast precision", TRAIN + " --deepspeed zro2:auto", "did you mean 'zero2:auto'?"),
+    Slip("auto without a name", TRAIN + " --deepspeed auto", "write NAME:auto, such as zero2:auto"),
+    Slip("a word for prompts", TRAIN + " --eval-prompts exampels", "did you mean 'examples'?"),
+]
+
+KINDS = [
+    Slip("a picture in no folder", "plan small zero2 --out new/x.png", "--out new/x.png: there is no folder new"),
+    Slip("a folder for a picture", "plan small zero2 --out corpus", "--out corpus is a folder: name a file in it"),
+    Slip("another picture", "plan small zero2 --out x.txt", "--out x.txt: the picture is a PNG"),
+    Slip("data for doctor", "doctor --data corpsu", "did you mean 'corpus'?"),
+    Slip("a tokenizer for doctor", "doctor --tokenizer tokenzier", "did you mean 'tokenizer'?"),
+    Slip("a folder of runs for doctor", "doctor --output-dir hosts", "hosts cannot be made"),
+    Slip("a folder for a model", TRAIN + " --model corpus", "model corpus is a folder without a config.json"),
+    Slip("a file for a model", TRAIN + " --model hosts", "model hosts is no GPT-2 config.json: line 1 is not JSON"),
+    Slip("a run to plan", "plan runs/first", "model runs/first is a folder without a config.json"),
+    Slip("a folder for prompts", TRAIN + " --eval-prompts corpus", "corpus is a folder: name a file of prompts"),
+    Slip("a folder for a prompt", "complete first --file corpus", "corpus is a folder: name a file of prompts"),
+    Slip("a file for a run", "report hosts", "hosts is a file; name the folder of a run"),
+    Slip("a file for a branch", "hub status hosts", "hosts is a file; name the folder of a run"),
+    Slip("a file for a checkpoint", TRAIN + " --resume hosts", "hosts is a file; name the folder of a checkpoint or"),
+    Slip("all checkpoints for one", TRAIN + " --resume runs/first/checkpoints", "it has no manifest.json"),
+    Slip(
+        "a folder for a repository", TRAIN + " --init-from runs/hub.git@first", "hub.git is not a bare git repository"
+    ),
+    Slip("nothing to resume", TRAIN + " --resume ''", "--resume cannot be an empty text"),
+    Slip("no config", TRAIN + " --deepspeed ''", "--deepspeed cannot be an empty text"),
+    Slip("no folder of runs", TRAIN + " --output-dir ''", "--output-dir cannot be an empty text"),
+    Slip("no folder of a demo", "demo --workdir ''", "--workdir cannot be an empty text"),
+    Slip("~ without quotes", "train demo --config null.yaml", "null.yaml:1: output_dir must be text, and YAML reads ~"),
+    Slip("a variable without a name", TRAIN + " --output-dir '${}/x'", "${} names no variable"),
+]
+
 SLIPS = [
     *(Slip(f"{kind}: {slip.name}", slip.command, slip.sentence)
-      for kind, slips in (("variable", VARIABLES), ("absent", ABSENT), ("run", RUNS), ("start", STARTS))
+      for kind, slips in (("variable", VARIABLES), ("absent", ABSENT), ("run", RUNS), ("start", STARTS),
+                          ("option", OPTIONS), ("kind", KINDS))
       for slip in slips),
 ]  # fmt: skip
 
@@ -180,7 +229,7 @@ def prepare(folder: Path) -> IO[str]:
     for split in ("train", "validation"):
         (folder / "corpus" / split).mkdir(parents=True)
         (folder / "corpus" / split / "part-0.jsonl").write_text("".join(documents))
-    _write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     (folder / "src").mkdir()
     (folder / "src" / "a.py").write_text("x = 1\n")
     for name, content in {
@@ -190,6 +239,7 @@ def prepare(folder: Path) -> IO[str]:
         "hosts": "alpha slots=1\n",
         "run.yaml": "seed: 2\n",
         "variable.yaml": "seed: 2\noutput_dir: $NONE_SUCH/runs\n",
+        "null.yaml": "output_dir: ~\n",
         "mine.json": "{}",
         "prompts.txt": "def f():\n",
         "problems.jsonl": "{}\n",
@@ -213,7 +263,7 @@ def prepare(folder: Path) -> IO[str]:
     return lock
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """257 tokens: the bytes and an end of sequence."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -230,7 +280,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 def _write_model(folder: Path) -> None:
     """A small GPT-2 with the weights of its embedding alone, and of these the header."""
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 512}
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
     header = json.dumps({"transformer.wte.weight": {"dtype": "F32", "shape": [257, 16]}}).encode()

@@ -19,6 +19,7 @@ from codeparrot_ds.cli import main
 from codeparrot_ds.config import FIELDS, REQUIRED
 from codeparrot_ds.run.plan import VOCAB_SIZE
 from codeparrot_ds.zero.ds_config import ds_configs_folder
+from tests.slips import TRAIN, prepare, write_tokenizer
 
 COMMANDS = "demo corpus tokenizer data train doctor evaluate complete humaneval".split()
 COMMANDS += "check plan compare checkpoint hub report".split()
@@ -362,12 +363,15 @@ except ImportError:
 """
 
 
+IMPORTED = ["demo", "--data", "corpus", "--tokenizer", "t"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "first"),
     [
         (
-            ["train", "small", "--data", "c", "--tokenizer", "t", "--run-name", "one"],
-            "[] run one: checking 150000 steps",
+            ["train", "small", "--data", "corpus", "--tokenizer", "t", "--run-name", "one"],
+            "run one: checking 150000 steps",
         ),
         (["demo", "--workdir", "w"], "[] demo in w: "),
         (["compare", "zero2", "--data", "c", "--tokenizer", "t"], "[] comparison in comparison: "),
@@ -376,7 +380,7 @@ except ImportError:
         (["humaneval", "model", "--generate-only"], "fetching the problems openai/openai_humaneval:test"),
         (["humaneval", "model", "--generate-only", "--problems", "p.jsonl"], "importing torch, then reading model"),
         (["checkpoint", "export", "model", "--out", "o"], "[] reading model: every byte is verified first"),
-        (["checkpoint", "import", "model", "run"], "[] importing torch, then reading model"),
+        (["checkpoint", "import", "states", "run", *IMPORTED], "importing torch, then reading states"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -384,14 +388,35 @@ def test_something_is_seen_before_anything_heavy_is_imported(arguments, first, t
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "w").write_text("")  # a file: the demo ends there
-    (tmp_path / "corpus" / "validation").mkdir(parents=True)
-    (tmp_path / "corpus" / "validation" / "0.jsonl").write_text('{"content": "x = 1"}\n')
+    for split in ("train", "validation"):
+        (tmp_path / "corpus" / split).mkdir(parents=True)
+        (tmp_path / "corpus" / split / "0.jsonl").write_text('{"content": "x = 1"}\n')
+    write_tokenizer(tmp_path / "t")
+    (tmp_path / "states").mkdir()
+    (tmp_path / "states" / "mp_rank_00_model_states.pt").touch()
     problem = {"task_id": "1", "prompt": "def f():", "entry_point": "f", "canonical_solution": " pass", "test": ""}
     (tmp_path / "p.jsonl").write_text(json.dumps(problem))
     command = [sys.executable, "-c", FIRST_WORD, *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
     answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert first in answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train",
+        f"{TRAIN} --no-ssh",
+        "checkpoint import hosts new demo --data corpus --tokenizer tokenizer",
+        "checkpoint export first --step 9 --out new",
+        "plan small zero2 --out nodir/plan.png",
+    ],
+)
+def test_nothing_is_announced_before_a_refusal(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with prepare(tmp_path):
+        assert main(shlex.split(command)) == 2
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

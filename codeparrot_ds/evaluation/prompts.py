@@ -12,21 +12,27 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS
 from codeparrot_ds.evaluation.problems import Problem, load_problems
 from codeparrot_ds.evaluation.sandbox import check_sandbox
-from codeparrot_ds.paths import did_you_mean_path
+from codeparrot_ds.paths import did_you_mean_path, nearest_of
 
 EXAMPLES = "examples"
 """As ``eval_prompts``: the recipe's four."""
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path, words: Sequence[str] = ()) -> list[str]:
     """Returns the prompts of a file: its text, or where its name ends in ``.jsonl`` one a line, as a text or an object
     with one under ``prompt``.
+
+    A file that is not there may be one of ``words`` mistyped.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file of a prompt{did_you_mean_path(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: name a file of prompts") from None
+    except (FileNotFoundError, NotADirectoryError):
+        word = nearest_of(str(path), words)
+        hint = f"; did you mean {word!r}?" if word else did_you_mean_path(path)
+        raise UserError(f"{path}: no such file of a prompt{hint}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text: {error}") from error
     if path.suffix != ".jsonl":
@@ -61,7 +67,7 @@ def what_to_complete(config: RunConfig) -> tuple[list[str], list[Problem]]:
     if config.eval_prompts == EXAMPLES:
         prompts = [prompt for prompt, _ in EXAMPLE_PROMPTS]
     elif config.eval_prompts:
-        prompts = read_prompts(config.eval_prompts)
+        prompts = read_prompts(config.eval_prompts, [EXAMPLES])
         if not prompts:
             raise UserError(f"eval_prompts: {config.eval_prompts} holds no prompt")
     if not config.eval_problems:

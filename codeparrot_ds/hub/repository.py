@@ -174,7 +174,7 @@ class LocalRepository:
     def create(self) -> None:
         """Makes the repository with a first commit on main; does nothing where it exists and is ours."""
         if self.path.is_dir() and any(self.path.iterdir()) or self.path.is_file():
-            self._check()
+            self._check(otherwise="; give a path ending in .git that does not exist yet")
             if self._find(f"refs/heads/{MAIN}") is None:
                 self._first_commit()
             return
@@ -374,11 +374,11 @@ class LocalRepository:
         ]
         return self._git("mktree", "-z", stdin="".join(entries)).strip()
 
-    def _check(self) -> None:
+    def _check(self, otherwise: str = "") -> None:
         if not self.path.exists():
             raise UserError(f"{self}: no such repository{did_you_mean_path(self.path)}")
         if self._run("rev-parse", "--is-bare-repository").stdout.strip() != b"true":
-            raise UserError(f"{self} is not a bare git repository; give a path ending in .git that does not exist yet")
+            raise UserError(f"{self} is not a bare git repository{otherwise}")
         if self._run("config", "--get", _MARKER).returncode:
             raise UserError(
                 f"{self} is a git repository that codeparrot-ds did not make; give another path, or let it be used by "

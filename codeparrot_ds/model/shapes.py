@@ -69,12 +69,16 @@ def _read_shape(name_or_path: str) -> GPT2Shape:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
+        if Path(name_or_path).is_dir():
+            raise UserError(f"model {name_or_path} is a folder without a config.json")
         hint = did_you_mean_path(name_or_path) or did_you_mean(name_or_path, KNOWN_SHAPES)
         raise UserError(f"model {name_or_path!r} is neither a known shape nor a GPT-2 config.json{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a JSON config: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"model {path} is no GPT-2 config.json: line {error.lineno} is not JSON") from None
+    except UnicodeDecodeError:
+        raise UserError(f"model {path} is no GPT-2 config.json: it is not text") from None
     if not isinstance(config, dict) or config.get("model_type") != "gpt2":
         family = config.get("model_type") if isinstance(config, dict) else None
         raise UserError(f"{path}: model_type must be 'gpt2', not {family!r}")

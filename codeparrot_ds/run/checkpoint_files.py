@@ -144,8 +144,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         content = path.read_bytes()
         manifest = json.loads(content)
         version, entries, created = (manifest[key] for key in ("format", "files", "created"))
+    except FileNotFoundError as error:
+        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read ({error})") from error
+        why = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read: {why}") from error
     # Compared as bytes: every one of them counts. Whatever a later format holds, it ends in the same seal.
     if durable.json_bytes(sealed({key: value for key, value in manifest.items() if key != SEAL})) != content:
         raise UserError(f"{path} is damaged: its content is not what its own SHA-256 says")
@@ -284,6 +287,14 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     Raises:
         UserError: there is none, not that one, or it is damaged.
     """
+    checkpoint = locate_checkpoint(path, step)
+    if damage := verify_checkpoint(checkpoint):
+        raise UserError(damage[0])
+    return checkpoint
+
+
+def locate_checkpoint(path: Path, step: int | None = None) -> Path:
+    """What `find_checkpoint` finds, before its bytes are looked at."""
     path = Path(path)
     if (path / "run.json").is_file():
         folders = checkpoint_folders(path / "checkpoints")
@@ -299,9 +310,6 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         path = step_folder(path / "checkpoints", step or steps[-1])
     elif step is not None and path.name != step_folder(path, step).name:
         raise UserError(f"--step goes with a run's folder, and {path} is none")
-    damage = verify_checkpoint(path)
-    if damage:
-        raise UserError(damage[0])
     return path
 
 

@@ -15,13 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config import REQUIRED, LaunchOptions, RunConfig, with_absolute_paths, with_field
 from codeparrot_ds.config_warnings import config_warnings
-from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
 from codeparrot_ds.data.opening import check_datasets, check_local_data, open_datasets, resume_stream, stream_of
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.errors import UserError
@@ -61,7 +61,14 @@ from codeparrot_ds.zero.lint import check_ds_config, libaio_installed
 from codeparrot_ds.zero.memory import Memory
 
 
-def front_door(config: RunConfig, launch: LaunchOptions, *, typed: Sequence[str] = (), module: str = MODULE) -> int:
+def front_door(
+    config: RunConfig,
+    launch: LaunchOptions,
+    *,
+    typed: Sequence[str] = (),
+    module: str = MODULE,
+    say: Callable[[str], None] = lambda line: None,
+) -> int:
     """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
 
     0 is finished, or stopped and saved; 1 something broke; 2 a mistake of the user's; 3 too many bad steps in a row;
@@ -72,24 +79,28 @@ def front_door(config: RunConfig, launch: LaunchOptions, *, typed: Sequence[str]
         launch: where the ranks run.
         typed: the options of ``train`` with the launcher's own, for the command that goes on with the run.
         module: what a rank runs.
+        say: told which run this is, and where its log will be, once nothing is wrong at first sight.
 
     Raises:
         UserError: anything that can be known to be wrong before a rank starts.
     """
     started = time.time()
+    if launch.no_ssh and not config.run_name:
+        raise UserError("--no-ssh needs --run-name, the same on every host: each would make a name of its own")
+    output_dir = Path(config.output_dir)
+    name = config.run_name or new_run_name(output_dir)
+    going_on = _going_on(typed, config, name)
+    check_named(config)
+    if not launch.node_rank:  # with --no-ssh the first host's rank 0, which may have begun, holds the run
+        check_free(output_dir / name)
+    config = with_checkpoint(dataclasses.replace(config, run_name=name))
+    steps, model = config.max_train_steps, Path(config.model).name
+    say(f"run {name}: checking {steps} steps of {model}; log in {output_dir / name / 'log'}")
     device = local_device(hostfile=launch.hostfile is not None)
     hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
     if launch.bind_cores and shutil.which("numactl") is None:
         raise UserError("--bind-cores needs numactl, which is not on PATH: install it, or leave the option out")
-    if launch.no_ssh and not config.run_name:
-        raise UserError("--no-ssh needs --run-name, the same on every host: each would make a name of its own")
     ranks = sum(len(host.slots) for host in hosts)
-    output_dir = Path(config.output_dir)
-    name = config.run_name or new_run_name(output_dir)
-    going_on = _going_on(typed, config, name)
-    if not launch.node_rank:  # with --no-ssh the first host's rank 0, which may have begun, holds the run
-        check_free(output_dir / name)
-    config = with_checkpoint(dataclasses.replace(config, run_name=name))
     typed_tokenizer, asked = config.tokenizer, config.deepspeed
     config = with_precision(with_initial_model(config), began_with(config) or device_precisions(device)[0])
     if config.auto_micro_batch:
@@ -225,7 +236,7 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
 def check_named(config: RunConfig) -> None:
     """Refuses a run without data or tokenizer, or whose data is neither here nor on the Hub, which is not asked."""
     for field in REQUIRED:
-        if not getattr(config, field):
+        if not getattr(config, field) and not (field == "tokenizer" and config.init_from):  # which brings its own
             raise UserError(
                 f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
             )
@@ -293,7 +304,16 @@ def wanted_of(config: RunConfig, launch: LaunchOptions, *, build: bool, clear_lo
         launch: where it would run.
         build: build missing operators.
         clear_locks: remove the locks of killed builds.
+
+    Raises:
+        UserError: what the config names is not there, or cannot be made.
     """
+    for data, split in ((config.data, "train"), (config.validation_data, "validation")):
+        if data:
+            check_local_data(data, split)
+    if config.tokenizer:
+        find_tokenizer(config.tokenizer)
+    _existing_folder(Path(config.output_dir))
     device = local_device(hostfile=launch.hostfile is not None)
     hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
     file = open_for(config, device)
@@ -351,13 +371,19 @@ def _visible_gpus() -> int:
     return len(answer.stdout.splitlines()) if answer.returncode == 0 else 0
 
 
-def _check_space(output_dir: Path, parameters: int, keep: int) -> None:
-    """Refuses a run whose first checkpoints cannot fit, and a folder that cannot be written."""
+def _existing_folder(output_dir: Path) -> Path:
+    """The part of a path that exists; `UserError` where it is a file."""
     existing = output_dir.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"output_dir {output_dir} cannot be made: {existing} is a file")
+    return existing
+
+
+def _check_space(output_dir: Path, parameters: int, keep: int) -> None:
+    """Refuses a run whose first checkpoints cannot fit, and a folder that cannot be written."""
+    existing = _existing_folder(output_dir)
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"output_dir {output_dir} cannot be written: no permission in {existing}")
     needed = parameters * BYTES_A_PARAMETER * (min(keep, 1) + 1)

@@ -75,6 +75,8 @@ def find_ds_config(name_or_path: str | os.PathLike[str]) -> Path:
     hint = did_you_mean(path.name.removesuffix(".json"), shipped_names())
     if path.name != text or text.endswith(".json"):
         hint = did_you_mean_path(text) or hint
+    if text == AUTO[1:]:
+        hint = f"; write NAME{AUTO}, such as zero2{AUTO}"
     raise UserError(f"DeepSpeed config {text!r} is neither a file nor a shipped config{hint}")
 
 

@@ -72,7 +72,7 @@ def test_sequence_longer_than_the_positions_is_refused(name):
     [
         ('{"model_type": "llama"}', "model_type must be 'gpt2', not 'llama'"),
         ("[1]", "model_type must be 'gpt2'"),
-        ("{", "not a JSON config"),
+        ("{", "line 1 is not JSON"),
         ('{"model_type": "gpt2", "n_embd": 10, "n_head": 3}', "n_embd 10 is not divisible by n_head 3"),
         ('{"model_type": "gpt2", "n_layer": -1}', "n_layer must be a whole number"),
         ('{"model_type": "gpt2", "n_layer": "2"}', "n_layer must be a whole number"),

@@ -128,3 +128,10 @@ def test_check_imports_neither_torch_nor_deepspeed_and_answers_at_once():
         seconds.append(time.perf_counter() - started)
     assert answer.stdout.splitlines()[-1] == "[]"
     assert statistics.median(seconds) < 2  # 0.3 s on a quiet machine
+
+
+def test_ranks_that_cannot_share_the_batch_or_the_lanes_are_errors(capsys):
+    code, said = run(capsys, "zero2", "--preset", "demo", "--world-size", 7, "--explain")
+    assert code == 1 and "resolved for" not in said
+    assert "preset demo: error: num_lanes=64 cannot be shared by 7 ranks" in said
+    assert said.count("preset demo: error: global_batch_size 16 is not divisible by") == said.count("x 7 = 56") == 1
