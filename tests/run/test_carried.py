@@ -21,7 +21,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def test_what_a_run_needs_is_carried():
     wanted = {
-        name: "x" for name in ("HF_TOKEN", "WANDB_API_KEY", "OMP_NUM_THREADS", "NCCL_DEBUG", "GLOO_SOCKET_IFNAME")
+        name: "x"
+        for name in (
+            "HF_TOKEN",
+            "WANDB_API_KEY",
+            "OMP_NUM_THREADS",
+            "ONEDNN_MAX_CPU_ISA",
+            "NCCL_DEBUG",
+            "GLOO_SOCKET_IFNAME",
+        )
     }
     wanted |= {name: "x" for name in ("TOKENIZERS_PARALLELISM", "CUDA_LAUNCH_BLOCKING", "https_proxy")}
     left = {
