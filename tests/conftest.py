@@ -74,6 +74,17 @@ def pytest_collection_finish(session):
         )
 
 
+@pytest.fixture(autouse=True)
+def _own_products():
+    """Gives a CPU without 16-bit products its own back after a test that ran a command here, which replaces them."""
+    yield
+    products = sys.modules.get("codeparrot_ds.model.products")
+    if products is not None and products._library is not None:
+        products._library._destroy()
+        products._library = None
+        products._replaced.clear()
+
+
 def pytest_sessionfinish():
     for builder in _builder:
         if builder.poll() is None:

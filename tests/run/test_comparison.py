@@ -256,7 +256,7 @@ def test_a_reference_that_failed_leaves_that_to_the_next(tmp_path):
 
 def test_what_can_hardly_be_meant_is_said_once_for_all_and_else_by_config(make_request, tmp_path, capsys):
     changes = {"max_train_steps": 100, "num_warmup_steps": 100, "steps": 10}  # no trial saves every 15,000 steps
-    request = make_request("zero1", "zero2,learning_rate=5", **changes)
+    request = make_request("zero1_fp32", "zero2_fp32,learning_rate=5", **changes)
     one, other = with_warnings(candidates_of(request, tmp_path / "out", device="cpu"), request)
     (shared,) = capsys.readouterr().err.splitlines()
     assert shared.startswith("warning: num_warmup_steps 100 is not below max_train_steps 100: ")
