@@ -132,11 +132,11 @@ def test_check_prints_all_findings_and_fails_on_errors(tmp_path, capsys):
     bad.write_text('{"gradient_cliping": 1, "zero_optimisation": {"stage": 2}}')
     broken = tmp_path / "broken.json"
     broken.write_text('{"fp16": {"enabled": true,}}')
-    assert main(["check", str(bad), str(broken), "zero3"]) == 1
+    assert main(["check", str(bad), str(broken), "zero3_fp32"]) == 1
     said = capsys.readouterr().out
     assert "did you mean 'gradient_clipping'?" in said and "did you mean 'zero_optimization'?" in said
     assert f"{broken}:1:" in said
-    assert f"{ds_configs_folder() / 'zero3.json'}: nothing wrong" in said
+    assert f"{ds_configs_folder() / 'zero3_fp32.json'}: nothing wrong" in said
 
 
 def test_check_of_fp16_depends_on_the_device(capsys):

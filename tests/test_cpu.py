@@ -51,6 +51,7 @@ def test_processors(processor, line, precisions):
 
 
 def test_a_machine_without_cpuinfo_trains_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     found = cpu.instructions(tmp_path / "no cpuinfo")
     monkeypatch.setattr(cpu, "instructions", lambda: found)
     assert cpu_precisions() == ("fp32",) and why_not_bf16() == "this CPU has no bf16 instructions"

@@ -90,6 +90,7 @@ def front_door(
     output_dir = Path(config.output_dir)
     name = config.run_name or new_run_name(output_dir)
     going_on = _going_on(typed, config, name)
+    check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")  # before any of it is said
     check_named(config)
     if not launch.node_rank:  # with --no-ssh the first host's rank 0, which may have begun, holds the run
         check_free(output_dir / name)

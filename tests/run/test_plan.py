@@ -333,7 +333,7 @@ def test_train_refuses_on_a_gpu_and_can_be_overruled(make_config, gpu, capsys):
 def test_cpu_ranks_are_warned_only(make_config, monkeypatch, capsys):
     import psutil
 
-    config = make_config()
+    config = make_config(deepspeed="zero2_fp32")
     resolved = check_run(config, device="cpu", world_size=2)
     check_memory(config, resolved, device="cpu", ranks=2)
     assert capsys.readouterr().err == ""
