@@ -83,7 +83,9 @@ def test_a_rank_that_was_started_without_the_front_door_keeps_absolute_paths(
     (tmp_path / "corpus").symlink_to(corpus_dir)
     shutil.copytree(exported, tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export")
     (tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
-    config = make_config(data="corpus", tokenizer="", init_from="first", output_dir="runs", run_name=None)
+    config = make_config(
+        data="corpus", tokenizer="", init_from="first", output_dir="runs", run_name=None, deepspeed="zero2:auto"
+    )
     ready, followed = _ready(config, _OnlyRank())
     export = tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export"
     assert (ready.data, ready.output_dir) == (f"{tmp_path}/corpus", f"{tmp_path}/runs")
