@@ -88,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f": {error.filename}" if error.filename else ""
         print(f"{PROGRAM}: error: {REFUSALS[error.errno]}{where}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was the output: the interpreter's own flush at exit must not complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UserError.exit_code
 
 
