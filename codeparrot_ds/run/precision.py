@@ -63,15 +63,14 @@ def with_precision(config: RunConfig, followed: str) -> RunConfig:
 
 def describe_choice(asked: str, file: DsFile, *, device: str) -> str | None:
     """One line on what ``NAME:auto`` (`asked`) or a file's ``"auto"`` became; None where it is bf16, or was named."""
-    chosen, fastest = precision(with_settled_precision(file.config, file.followed)), file.followed[0]
-    is_auto = asked.endswith(AUTO) or settled_precision(file.config, file.followed)
-    device_fastest = (file.precisions or GPU_PRECISIONS)[0]
-    if not is_auto or chosen == fastest == device_fastest == "bf16":
+    if not asked.endswith(AUTO) and not settled_precision(file.config, file.followed):
         return None
+    chosen = precision(with_settled_precision(file.config, file.followed))
+    fastest = (file.precisions or GPU_PRECISIONS)[0]
     said = f"training in {chosen} ({file.path.stem if asked.endswith(AUTO) else file.path})"
-    if chosen == file.began != device_fastest:
-        return f"{said}, as the run began; this machine is faster in {device_fastest}"
-    if chosen == device_fastest == "bf16":
+    if chosen == file.began != fastest:
+        return f"{said}, as the run began; this machine is faster in {fastest}"
+    if fastest == "bf16":  # what else the file left open is its own doing
         return None
     why = why_not_bf16() if device == "cpu" else "a GPU here is older than Ampere and has no bf16 products"
     also = f"; --deepspeed {asked.removesuffix(AUTO)} trains in bf16 all the same, no faster"

@@ -223,6 +223,8 @@ def test_what_is_said_of_the_choice(monkeypatch, tmp_path):
     said = describe_choice(str(own), open_ds_config(str(own), T4), device="cuda")
     assert said == f"training in fp16 ({own}): a GPU here is older than Ampere and has no bf16 products"
     assert describe_choice(str(own), open_ds_config(str(own), H100), device="cuda") is None
+    own.write_text(json.dumps({"fp16": {"enabled": "auto"}}))  # no word of bf16: the device's lack of it is no reason
+    assert describe_choice(str(own), open_ds_config(str(own), H100), device="cuda") is None
 
 
 @pytest.mark.parametrize(
