@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 # Read, not imported: the build environment has none of the packages.
-SOURCE = (HERE / "codeparrot_ds" / "__init__.py").read_text(encoding="utf-8")
+SOURCE = (HERE / "codeparrot_ds" / "version.py").read_text(encoding="utf-8")
 VERSION_LINE = next(line for line in SOURCE.splitlines() if line.startswith("__version__"))
 VERSION = ast.literal_eval(VERSION_LINE.partition("=")[2].strip())
 
@@ -36,7 +36,7 @@ setup(
     packages=find_packages(include=["codeparrot_ds", "codeparrot_ds.*"]),
     cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.10",
-    entry_points={"console_scripts": ["codeparrot-ds = codeparrot_ds.cli:main"]},
+    entry_points={"console_scripts": ["codeparrot-ds = codeparrot_ds.cli.main:main"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",

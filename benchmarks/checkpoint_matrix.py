@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_matrix.py
 
-What is compared, and with what, is told in ``tests/run/layouts.py``, whose ranks do the work; a test keeps to
+What is compared, and with what, is told in ``tests/checkpoint/layouts.py``, whose ranks do the work; a test keeps to
 a selection of the pairs. Exits with 1 where a bar is missed.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 
 from record import REPOSITORY, record_parser, write_record
 
-sys.path.insert(0, str(REPOSITORY / "tests" / "run"))
-from layouts import (
+sys.path[:0] = [str(REPOSITORY)]
+from tests.checkpoint.layouts import (  # noqa: E402
     CONTROLS,
     OFFLOADED,
     STAGES,

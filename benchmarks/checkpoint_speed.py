@@ -86,15 +86,17 @@ def work_as_rank(options: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from codeparrot_ds.config import RunConfig
+    from codeparrot_ds.config.run_config import RunConfig
     from codeparrot_ds.data.encoder import load_encoder
+    from codeparrot_ds.ds_config.facts import zero_stage
+    from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+    from codeparrot_ds.ds_config.resolve import resolve_ds_config
+    from codeparrot_ds.engine.engine import create_engine
+    from codeparrot_ds.engine.operators import build_operators, use_operators_folder
+    from codeparrot_ds.engine.ranks import join_ranks, leave_ranks
     from codeparrot_ds.model.gpt2 import build_model
     from codeparrot_ds.model.shapes import find_shape
-    from codeparrot_ds.run.engine import create_engine
-    from codeparrot_ds.run.ops import build_operators, use_operators_folder
-    from codeparrot_ds.run.parent_end import end_process
-    from codeparrot_ds.run.ranks import join_ranks, leave_ranks
-    from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config, zero_stage
+    from codeparrot_ds.supervision.process_end import end_process
 
     use_operators_folder(os.environ)
     ranks = join_ranks()
@@ -141,7 +143,7 @@ class Ways:
     extra: int | None = None
 
     def __post_init__(self) -> None:
-        from codeparrot_ds.run.checkpoint import CheckpointSaver
+        from codeparrot_ds.checkpoint.saver import CheckpointSaver
 
         self.folder = Path(self.options.workdir)
         self.own_group = self.ranks.with_own_group().control  # PyTorch's thread must not use the ranks' own either
@@ -185,9 +187,9 @@ class Ways:
         return time.perf_counter() - started
 
     def _ours(self, measured: dict[str, float]) -> None:
-        from codeparrot_ds.run.checkpoint import RunState, load_checkpoint
-        from codeparrot_ds.run.checkpoint_files import verify_checkpoint
-        from codeparrot_ds.run.export import Export
+        from codeparrot_ds.checkpoint.export import Export
+        from codeparrot_ds.checkpoint.folders import verify_checkpoint
+        from codeparrot_ds.checkpoint.saver import RunState, load_checkpoint
 
         state = RunState(step=1, tokens=1, data={}, layout={"world_size": WORLD_SIZE}, extra={"evaluations": []})
         export = Export(
@@ -220,7 +222,7 @@ class Ways:
         measured["ours: restore, verified"] = measured["ours: verify"] + loading
 
     def _fragment_bytes(self) -> int:
-        from codeparrot_ds.run.fragments import owned_fragments
+        from codeparrot_ds.engine.fragments import owned_fragments
 
         return sum(
             tensor.nbytes
@@ -241,8 +243,8 @@ class Ways:
     def _distributed(self, measured: dict[str, float]) -> None:
         import torch.distributed.checkpoint as dcp
 
-        from codeparrot_ds.run.fragment_files import fragment_entries
-        from codeparrot_ds.run.fragments import owned_fragments
+        from codeparrot_ds.checkpoint.fragment_files import fragment_entries
+        from codeparrot_ds.engine.fragments import owned_fragments
 
         folder = str(self.folder / "distributed")
         (fragments,) = list(owned_fragments(self.engine)) or [[]]

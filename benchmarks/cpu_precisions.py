@@ -18,7 +18,7 @@ from typing import Any
 
 from record import record_parser, write_record
 
-from codeparrot_ds.config import PRESETS, RunConfig
+from codeparrot_ds.config.run_config import PRESETS, RunConfig
 
 CONFIGS = {"fp32": "zero2_fp32", "bf16": "zero2"}
 VOCAB_SIZE = 8192
@@ -50,13 +50,14 @@ def measure(steps: int, scalar_steps: int) -> dict[str, Any]:
     import torch
 
     from codeparrot_ds.cpu import cpu_precisions
+    from codeparrot_ds.ds_config.file import open_ds_config
+    from codeparrot_ds.ds_config.resolve import resolve
+    from codeparrot_ds.engine.engine import create_engine, keep_freed_pages
+    from codeparrot_ds.engine.operators import build_operators
+    from codeparrot_ds.engine.ranks import join_ranks
     from codeparrot_ds.model.gpt2 import build_model
     from codeparrot_ds.model.products import multiply_in_fp32_where_needed
     from codeparrot_ds.model.shapes import find_shape
-    from codeparrot_ds.run.engine import create_engine, keep_freed_pages
-    from codeparrot_ds.run.ops import build_operators
-    from codeparrot_ds.run.ranks import join_ranks
-    from codeparrot_ds.zero.ds_config import open_ds_config, resolve
 
     keep_freed_pages()
     join_ranks()

@@ -30,15 +30,15 @@ import numpy as np
 import torch
 from record import write_record
 
-from codeparrot_ds.config import RunConfig
-from codeparrot_ds.data.corpus import build_corpus
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.corpus.build import build_corpus
+from codeparrot_ds.corpus.tokenizer import train_tokenizer
+from codeparrot_ds.data.datasets import check_datasets, open_datasets, proof_texts, stream_of
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
-from codeparrot_ds.data.opening import check_datasets, open_datasets, proof_texts, stream_of
 from codeparrot_ds.data.packing import Packer
-from codeparrot_ds.data.sources import BadDocuments, Piece, find_shards, read_documents, read_texts
+from codeparrot_ds.data.shards import BadDocuments, Piece, find_shards, read_documents, read_texts
 from codeparrot_ds.data.stream import StreamConfig, stream_fingerprint
-from codeparrot_ds.data.tokenizer import train_tokenizer
 
 SEQ_LENGTH = 1024
 STEP_ROWS = 98  # 100,352 tokens
@@ -366,9 +366,9 @@ MEMORY = """
 import itertools, json, sys
 sys.path.insert(0, "benchmarks")
 from pathlib import Path
-from codeparrot_ds.config import RunConfig
+from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.opening import open_stream
+from codeparrot_ds.data.datasets import open_stream
 from codeparrot_ds.data.stream import TrainingStream
 def peak():  # not getrusage, whose peak a process inherits from the one that started it
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])

@@ -24,7 +24,7 @@ from typing import Any
 
 from record import REPOSITORY, record_parser, write_record
 
-from codeparrot_ds.zero.ds_config import shipped_names
+from codeparrot_ds.ds_config.file import shipped_names
 
 STEPS = 5  # the plan is compared after the third
 

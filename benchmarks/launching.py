@@ -23,12 +23,13 @@ from typing import Any
 
 from record import REPOSITORY, record_parser, write_record
 
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "cluster"), str(REPOSITORY / "tests" / "torture")]
+sys.path[:0] = [str(REPOSITORY)]
 
 import psutil  # noqa: E402
-from cluster import OF_A_LAUNCHER, Cluster, missing  # noqa: E402
-from kills import lay_course  # noqa: E402
-from trainings import Training, newest_valid_step, options, outcome, rows, train_on_one_host  # noqa: E402
+
+from tests.cluster.cluster import OF_A_LAUNCHER, Cluster, missing  # noqa: E402
+from tests.cluster.trainings import Training, newest_valid_step, options, outcome, rows, train_on_one_host  # noqa: E402
+from tests.torture.kills import lay_course  # noqa: E402
 
 PARTS = ("stops", "losses", "doctor", "overhead")
 HOSTS = ("alpha", "beta")

@@ -19,13 +19,14 @@ from typing import Any
 
 from record import write_record
 
-from codeparrot_ds.config import RunConfig
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config, shipped_names
+from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.memory.formulas import quick_memory
+from codeparrot_ds.memory.trace import trace_all
+from codeparrot_ds.memory.workload import Workload
 from codeparrot_ds.model.shapes import find_shape
-from codeparrot_ds.run.memory_trace import trace_all
-from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config, shipped_names
-from codeparrot_ds.zero.memory import Workload
-from codeparrot_ds.zero.plan import quick_memory
 
 SEQ_LENGTH, VOCAB_SIZE = 1024, 32_768
 # Micro-batch and accumulation: a micro-batch that is added to others, and one that is a whole step.

@@ -101,9 +101,9 @@ def load_rows(options: argparse.Namespace) -> torch.Tensor:
 
 def corpus_rows(options: argparse.Namespace, num_rows: int) -> np.ndarray:
     """Returns the first rows of a training run with the same seed and the default lanes and shuffle buffer."""
-    from codeparrot_ds.config import RunConfig
+    from codeparrot_ds.config.run_config import RunConfig
     from codeparrot_ds.data.encoder import load_encoder
-    from codeparrot_ds.data.sources import find_shards
+    from codeparrot_ds.data.shards import find_shards
     from codeparrot_ds.data.stream import Dataset, StreamConfig, TrainingStream
 
     encoder, defaults = load_encoder(options.tokenizer), RunConfig()
@@ -285,8 +285,8 @@ def nanogpt(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> It
 
 
 def bare(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> Iterator[Step]:
+    from codeparrot_ds.engine.engine import keep_freed_pages
     from codeparrot_ds.model.gpt2 import get_grouped_params
-    from codeparrot_ds.run.engine import keep_freed_pages
 
     keep_freed_pages()
     model = our_model(options).to(device(), torch.bfloat16).train()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from record import REPOSITORY, record_parser, write_record
 
-from codeparrot_ds.config import PRESETS, RunConfig
+from codeparrot_ds.config.run_config import PRESETS, RunConfig
 
 SHARES = (0.01, 0.5, 0.99)
 DATA_PARTS = ("data", "checkpoint", "loader and trackers", "first step")
@@ -89,13 +89,14 @@ def save_engine(options: argparse.Namespace) -> None:
     import torch
 
     from codeparrot_ds.data.encoder import load_encoder
+    from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+    from codeparrot_ds.ds_config.resolve import resolve_ds_config
+    from codeparrot_ds.engine.engine import create_engine
+    from codeparrot_ds.engine.operators import build_operators
+    from codeparrot_ds.engine.ranks import join_ranks
     from codeparrot_ds.model.gpt2 import build_model
     from codeparrot_ds.model.shapes import find_shape
-    from codeparrot_ds.run.engine import create_engine
-    from codeparrot_ds.run.ops import build_operators
-    from codeparrot_ds.run.parent_end import end_process
-    from codeparrot_ds.run.ranks import join_ranks
-    from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
+    from codeparrot_ds.supervision.process_end import end_process
 
     config, encoder = run_config(options), load_encoder(options.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
@@ -114,8 +115,8 @@ def save_engine(options: argparse.Namespace) -> None:
 
 def rows_of_an_epoch(options: argparse.Namespace) -> int:
     """Rows of the run before one of its lanes begins anew."""
+    from codeparrot_ds.data.datasets import open_stream
     from codeparrot_ds.data.encoder import load_encoder
-    from codeparrot_ds.data.opening import open_stream
     from codeparrot_ds.data.stream import TrainingStream
 
     config = run_config(options)

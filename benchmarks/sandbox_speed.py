@@ -12,7 +12,7 @@ import time
 
 from record import record_parser, write_record
 
-from codeparrot_ds.evaluation.sandbox import Check, Limits, bare_command, check_sandbox, judge_all
+from codeparrot_ds.sandbox.judge import Check, Limits, bare_command, check_sandbox, judge_all
 
 PROGRAM = "def add(a, b):\n    return a + b\n"
 CHECK = Check(tests=("assert add(1, 2) == 3\nassert add(-1, 1) == 0\nassert add('a', 'b') == 'ab'",), entry_point="add")

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from record import write_record
 
-from codeparrot_ds.config import RunConfig
-from codeparrot_ds.data.corpus import build_corpus
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.corpus.build import build_corpus
+from codeparrot_ds.corpus.tokenizer import train_tokenizer
+from codeparrot_ds.data.datasets import StreamStart, open_stream, saved_stream
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.opening import StreamStart, open_stream, saved_stream
-from codeparrot_ds.data.sources import BadDocuments, LocalFile, find_shards, read_documents
+from codeparrot_ds.data.shards import BadDocuments, LocalFile, find_shards, read_documents
 from codeparrot_ds.data.stream import StreamConfig, TrainingStream, lane_pieces, stream_fingerprint
-from codeparrot_ds.data.tokenizer import train_tokenizer
 
 NUM_RANKS = NUM_LANES = 1024
 NUM_SHARDS = 54

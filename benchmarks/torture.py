@@ -15,9 +15,9 @@ from pathlib import Path
 
 from record import REPOSITORY, record_parser, write_record
 
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "torture")]
+sys.path[:0] = [str(REPOSITORY)]
 
-from kills import MOMENTS, TARGETS, Course, Kill, Torture, figures, lay_course  # noqa: E402
+from tests.torture.kills import MOMENTS, TARGETS, Course, Kill, Torture, figures, lay_course  # noqa: E402
 
 CONFIGS = ("zero0_fp32", "zero1", "zero2", "zero2_offload", "zero3", "zero3_fp32")
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from codeparrot_ds.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from codeparrot_ds.config import RunConfig
+    from codeparrot_ds.config.run_config import RunConfig
     from codeparrot_ds.data.constant_length import ConstantLengthDataset
     from codeparrot_ds.data.encoder import estimate_chars_per_token
     from codeparrot_ds.evaluation.complete import complete_code, first_block
     from codeparrot_ds.model.gpt2 import get_grouped_params
 
-__version__ = "0.1.0"
 
 __all__ = [
     "ConstantLengthDataset",
@@ -29,7 +30,7 @@ __all__ = [
 # Imported when first touched, so that `import codeparrot_ds` costs neither torch nor transformers.
 _HOMES = {
     "ConstantLengthDataset": "codeparrot_ds.data.constant_length",
-    "RunConfig": "codeparrot_ds.config",
+    "RunConfig": "codeparrot_ds.config.run_config",
     "complete_code": "codeparrot_ds.evaluation.complete",
     "estimate_chars_per_token": "codeparrot_ds.data.encoder",
     "first_block": "codeparrot_ds.evaluation.complete",

@@ -2,7 +2,7 @@
 
 import sys
 
-from codeparrot_ds.cli import main
+from codeparrot_ds.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,6 +22,11 @@ WITHOUT_FP16 = (*WITHOUT_BF16, "AVX2_VNNI_2", "AVX512_CORE_BF16")
 NEWEST_FIRST = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("avx", "AVX"), ("asimd", "NEON"))
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: those of its affinity mask, which ``taskset`` and schedulers set."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_precisions() -> tuple[str, ...]:
     """What this CPU trains in, the fastest first: ``bf16`` and ``fp16`` where it has products of them, and ``fp32``."""
     has, limit = instructions(), _limit()

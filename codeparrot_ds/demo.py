@@ -9,15 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.config import PRESETS, LaunchOptions, RunConfig
-from codeparrot_ds.data.corpus import build_corpus
-from codeparrot_ds.data.raw import standard_library_sources
-from codeparrot_ds.data.tokenizer import train_tokenizer
+from codeparrot_ds.checkpoint.run_folder import new_run_name, recorded_outcome
+from codeparrot_ds.config.launch_options import LaunchOptions
+from codeparrot_ds.config.run_config import PRESETS, RunConfig
+from codeparrot_ds.corpus.build import build_corpus
+from codeparrot_ds.corpus.readers import standard_library_sources
+from codeparrot_ds.corpus.tokenizer import train_tokenizer
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.run.folder import new_run_name, recorded_outcome
-from codeparrot_ds.run.launch import front_door
-from codeparrot_ds.run.tracking import duration
+from codeparrot_ds.launch.start import front_door
 from codeparrot_ds.shell import interrupted_by_sigterm, pasteable
+from codeparrot_ds.terminal import duration
 
 VOCAB_SIZE = 8192
 PROMPT = '''def area_of_rectangle(a: float, b: float):
@@ -105,7 +106,7 @@ def _finish(run: Path, started: float) -> None:
     from codeparrot_ds.hub.commands import hub_publish
     from codeparrot_ds.hub.worker import read_destination
     from codeparrot_ds.model.products import multiply_in_fp32_where_needed
-    from codeparrot_ds.run.report import write_report
+    from codeparrot_ds.report.run_report import write_report
 
     multiply_in_fp32_where_needed()
     _say(4, "branch: every checkpoint is a commit on the run's branch, now merged into main")

@@ -202,3 +202,14 @@ def not_a_run(folder: str | os.PathLike[str]) -> UserError:
     inside = sorted(path.parent.name for path in Path(folder).glob("*/run.json"))
     hint = f"; it holds the runs {', '.join(inside[:5])}{' …' if len(inside) > 5 else ''}" if inside else ""
     return UserError(f"{os.fspath(folder)} is not a run: it has no run.json{hint}")
+
+
+def did_you_mean(word: str, choices: Iterable[str], likeness: float = NEAR) -> str:
+    """``"; did you mean 'x'?"`` for the choice nearest to `word`, or the list of choices when none is near."""
+    choices = sorted(set(choices))
+    near = nearest_of(word, choices, likeness)
+    if near is not None:
+        return f"; did you mean {near!r}?"
+    if 0 < len(choices) <= 12:
+        return f"; choose one of {', '.join(choices)}"
+    return ""

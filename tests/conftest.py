@@ -13,22 +13,23 @@ import pytest
 # The Hubs of the tests speak LFS, not Xet; the client reads this when it is imported.
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 
-from codeparrot_ds.run.ops import are_built
+from codeparrot_ds.engine.operators import are_built
 
 # A suite that was started in the background has SIGINT ignored, and what it starts would have it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+pytest_plugins = ["tests.runs"]
 REPOSITORY = Path(__file__).resolve().parents[1]
 OPERATORS = ["fused_adam", "cpu_adam", "pin_memory", "async_io"]
 BUILD = """
-from codeparrot_ds.run.ops import build_operators
-from codeparrot_ds.zero.catalogue import catalogue
+from codeparrot_ds.engine.operators import build_operators
+from tools.ds_configs import catalogue
 for name in ("zero2", "zero2_offload", "zero3_nvme"):
     build_operators(catalogue()[name].config, "cpu")
 """
 # Each starts two or three ranks at a time: one after another, and those that need no operator of the disk first.
 LAUNCHING = (
-    *("torture", "cluster", "story", "test_old_runs.py", "run/test_bad_steps.py", "run/test_checkpoint_matrix.py"),
+    *("torture", "cluster", "story", "test_old_runs.py", "training/test_bad_steps.py", "checkpoint/test_matrix.py"),
 )
 _builder: list[subprocess.Popen] = []
 

@@ -1,4 +1,4 @@
-"""Imports point down only, and the pure layer imports nothing heavy when it is imported."""
+"""The order of the house: imports point down, no circles, no folder that takes everything."""
 
 import ast
 from pathlib import Path
@@ -7,36 +7,41 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "codeparrot_ds"
 MODULES = {
-    ".".join(("codeparrot_ds", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+    ".".join(("codeparrot_ds", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-# From what the user types (3) down to what is pure (0).
-LAYERS = {
-    "cli": 3,
-    "demo": 3,
-    "__main__": 3,
-    "train": 2,
-    "compare": 2,
-    "search": 2,
-    "trial": 2,
-    "run": 1,
-    "hub": 1,
-    "evaluation": 1,
-    "model.activation": 1,
-    "model.attention": 1,
-    "model.gpt2": 1,
-    "model.loss": 1,
-    "model.products": 1,
-}
+# From the ground up: a module imports from its own folder and from those before it. Files beside the folders are the
+# ground, but for those that are named here.
+ORDER = (
+    *("ground", "supervision", "sandbox", "config", "model", "data", "ds_config", "engine", "corpus", "hub"),
+    *("checkpoint", "memory", "telemetry", "evaluation", "report", "training", "launch", "train", "compare"),
+    *("demo", "cli", "__main__"),
+)
+MAX_FILES = 12  # beside __init__.py
+MAX_SHARE = 0.15  # of the package's lines
 HEAVY = {"torch", "deepspeed", "transformers"}
-# Loaders are torch's own; running without torch is not asked of them.
-MAY_IMPORT_TORCH = {"codeparrot_ds.data.constant_length", "codeparrot_ds.data.loader"}
+# Importing a module of these folders imports nothing heavy: `check`, `plan`, `--help` and errors answer at once.
+LIGHT = {
+    "ground",
+    "supervision",
+    "sandbox",
+    "config",
+    "ds_config",
+    "corpus",
+    "hub",
+    "launch",
+    "demo",
+    "cli",
+    "__main__",
+}
 
 
-def layer(module):
-    """The layer of a module of the package; 0, the pure one, unless `LAYERS` says otherwise."""
-    inside = module.removeprefix("codeparrot_ds").lstrip(".")
-    return next((LAYERS[name] for name in (inside, inside.split(".")[0]) if name in LAYERS), 0)
+def folder(module):
+    """Where a module lives, by its name in `ORDER`."""
+    parts = module.split(".")[1:]
+    if not parts:
+        return "ground"
+    return parts[0] if parts[0] in ORDER else "ground"
 
 
 def imports(tree):
@@ -58,27 +63,69 @@ def imports(tree):
     yield from walk(tree, True)
 
 
+def own_module(name):
+    """The module of the package that `from … import` means: a module, or what holds the name."""
+    return name if name in MODULES else name.rpartition(".")[0]
+
+
+def graph():
+    """By module, the modules of the package that it imports anywhere, inside functions too."""
+    return {
+        module: {
+            own_module(name)
+            for name, _ in imports(ast.parse(path.read_text()))
+            if name.split(".")[0] == "codeparrot_ds"
+        }
+        for module, path in MODULES.items()
+    }
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_point_down(module):
-    own = layer(module)
+    own = ORDER.index(folder(module))
     for name, top in imports(ast.parse(MODULES[module].read_text())):
         root = name.split(".")[0]
         if root == "codeparrot_ds":
-            assert layer(name) <= own, f"{module} (layer {own}) imports {name} (layer {layer(name)})"
-        elif root in HEAVY and top and (own == 0 or own == 3):
-            assert module in MAY_IMPORT_TORCH and root == "torch", f"{module} imports {root} when it is imported"
+            other = folder(own_module(name))
+            assert ORDER.index(other) <= own, f"{module} imports {name}, and {other} lies above {folder(module)}"
+        elif root in HEAVY and top:
+            assert folder(module) not in LIGHT, f"{module} imports {root} when it is imported"
 
 
-@pytest.mark.parametrize("module", sorted(name for name in MODULES if name.endswith("__init__")))
-def test_importing_a_package_does_nothing(module):
-    if module == "codeparrot_ds.__init__":
+def test_no_circles():
+    edges, done = graph(), set()
+
+    def visit(module, way):
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for other in sorted(edges[module] - {module}):
+                visit(other, [*way, module])
+            done.add(module)
+
+    for module in sorted(edges):
+        visit(module, [])
+
+
+def test_no_folder_is_a_drawer():
+    lines = {path: len(path.read_text().splitlines()) for path in MODULES.values()}
+    for each in (path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()):
+        own = [path for path in lines if path.parent == each]
+        assert len(own) - 1 <= MAX_FILES, f"{each.name} has {len(own) - 1} files"
+        share = sum(lines[path] for path in own) / sum(lines.values())
+        assert share <= MAX_SHARE, f"{each.name} has {share:.0%} of the lines"
+
+
+@pytest.mark.parametrize("module", sorted(module for module, path in MODULES.items() if path.name == "__init__.py"))
+def test_a_folder_says_what_it_is_for(module):
+    if module == "codeparrot_ds":
         return
-    body = ast.parse(MODULES[module].read_text()).body
-    assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
+    tree = ast.parse(MODULES[module].read_text())
+    assert len(ast.get_docstring(tree).splitlines()) == 1 and len(tree.body) == 1, "one line, and nothing else"
 
 
-def test_the_table_names_real_modules():
-    for name in LAYERS:
-        path = PACKAGE / name.replace(".", "/")
-        assert path.is_dir() or path.with_suffix(".py").is_file(), name
-    assert set(MODULES) >= MAY_IMPORT_TORCH
+def test_the_order_names_what_is_there():
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert set(ORDER) - {"ground"} <= names
+    assert {
+        path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name not in ("__pycache__", "ds_configs")
+    } <= (set(ORDER))

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from stories import evaluations, losses, metrics, run_here, train_in_turn
+
+from tests.story.stories import evaluations, losses, metrics, run_here, train_in_turn
 
 ARCHIVE = Path(__file__).with_name("fixtures") / "0.1.0.tar.xz"
 RUNS = [

@@ -7,22 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds import cli
-from codeparrot_ds.config import (
-    FIELDS,
-    MODEL_NAMES,
-    PATH_FIELDS,
-    ArgumentParser,
-    RunConfig,
-    add_config_arguments,
-    config_from_arguments,
-    load_config,
-    with_absolute_paths,
-)
+from codeparrot_ds.cli import main as cli
+from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from codeparrot_ds.config.files import load_config
+from codeparrot_ds.config.run_config import FIELDS, MODEL_NAMES, PATH_FIELDS, RunConfig, with_absolute_paths
+from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import KNOWN_SHAPES
 from codeparrot_ds.paths import expand, find_run, in_runs, may_be_on_hub, nearest, not_a_run, shown
-from codeparrot_ds.zero.ds_config import resolve_ds_config
 
 FIELDS_WITH_PATHS = "data validation_data tokenizer model init_from deepspeed eval_prompts eval_problems".split()
 FIELDS_WITH_PATHS += "output_dir resume hub".split()

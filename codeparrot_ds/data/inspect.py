@@ -13,21 +13,20 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from codeparrot_ds.config import RunConfig, load_config
+from codeparrot_ds.config.files import load_config
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.data.datasets import open_datasets, proof_texts, split_shards, stream_of
 from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
-from codeparrot_ds.data.opening import open_datasets, proof_texts, split_shards, stream_of
-from codeparrot_ds.data.raw import Progress
-from codeparrot_ds.data.sources import BadDocuments, Shard, read_texts
+from codeparrot_ds.data.shards import BadDocuments, Shard, read_texts
 from codeparrot_ds.data.stream import Lane, LaneState, StreamConfig
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import exists, may_be_on_hub, no_run
+from codeparrot_ds.terminal import VISIBLE, Progress, visible
 
 SPLITS = ("train", "validation")
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
-# A corpus may hold what a terminal obeys. Shown by Unicode's pictures of control characters, but for tab and newline.
-_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-_VISIBLE |= {0x7F: "\u2421"} | {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+VISIBLE |= {0x7F: "\u2421"} | {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,13 +264,3 @@ class RowPrinter:
         if bad := list(reader.bad_documents):
             text += f"; {len(bad)} unreadable documents skipped, the first: {bad[0]}"
         return text
-
-
-def visible(text: str) -> str:
-    """Text in which what a terminal would obey is shown instead."""
-    return text.translate(_VISIBLE)
-
-
-def uses_colour(is_terminal: bool, environment: Mapping[str, str]) -> bool:
-    """Whether to write colours: on a terminal that has them, unless NO_COLOR (no-color.org) is set."""
-    return is_terminal and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"

@@ -15,15 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from codeparrot_ds.data.sources import BadDocuments, open_shard
-from codeparrot_ds.data.stream import (
-    STATE_FIELDS,
-    LaneState,
-    LaneStates,
-    StreamConfig,
-    lanes_in_turn,
-    resume_states,
-)
+from codeparrot_ds.data.shards import BadDocuments, open_shard
+from codeparrot_ds.data.stream import STATE_FIELDS, LaneState, LaneStates, StreamConfig, lanes_in_turn, resume_states
 from codeparrot_ds.data.workers import Block, BlockMaker, Worker, block_shapes
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import numpy as np
 
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.packing import Packer
-from codeparrot_ds.data.sources import (
+from codeparrot_ds.data.shards import (
     START,
     BadDocuments,
     Piece,

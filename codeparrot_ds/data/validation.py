@@ -14,11 +14,12 @@ import numpy as np
 
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.packing import Packer
-from codeparrot_ds.data.sources import BadDocuments, Shard, read_documents
+from codeparrot_ds.data.shards import BadDocuments, Shard, read_documents
 from codeparrot_ds.data.stream import lane_pieces
 
 if TYPE_CHECKING:
     import torch
+
 
 IGNORED_LABEL = -100
 ENCODE_BATCH = 16

@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from codeparrot_ds.data.sources import BadDocument, BadDocuments
+from codeparrot_ds.data.shards import BadDocument, BadDocuments
 from codeparrot_ds.data.stream import STATE_FIELDS, Lane, LaneStates, StreamConfig
 from codeparrot_ds.errors import UserError
 

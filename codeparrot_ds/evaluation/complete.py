@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.evaluation.source import load_model
+from codeparrot_ds.evaluation.models import load_model
 
 BLOCK_STARTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
 """Each starts another block at the left margin, which ends the one before."""

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.evaluation.colour import coloured
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, EXAMPLE_PROMPTS, EXAMPLE_ROOM, LINE, SEPARATOR
+from codeparrot_ds.evaluation.details import TOKEN_CLASSES, byte_classes
 from codeparrot_ds.evaluation.generate import Completion, Request, Sampling, generate
+from codeparrot_ds.evaluation.models import context_length, load_model
 from codeparrot_ds.evaluation.prompts import read_prompts
-from codeparrot_ds.evaluation.source import context_length, load_model
 from codeparrot_ds.paths import expand
+from codeparrot_ds.terminal import visible
 
 HELP = """A prompt is what you type up to an empty line; its completions follow.
 :file PATH        a file's text is the prompt
@@ -242,3 +243,27 @@ def _changed(settings: CompleteSettings, name: str, value: str) -> CompleteSetti
         return dataclasses.replace(settings, **{name: kinds[name](value)})
     except ValueError:
         raise UserError(f"{name} is a number, not {value!r}") from None
+
+
+_COLOURS = {"keyword": "\x1b[1;34m", "literal": "\x1b[32m", "comment": "\x1b[2m"}
+_PLAIN = "\x1b[0m"
+
+
+def coloured(text: str, before: str = "") -> str:
+    """Returns source with colours, and with what a terminal would obey made visible.
+
+    Args:
+        text: any part of a source.
+        before: what it follows: a string or comment that begins there goes on here.
+    """
+    start = before.encode("utf-8", "replace")
+    data = text.encode("utf-8", "replace")
+    classes = byte_classes(start + data)[len(start) :].tolist()
+    parts, begin = [], 0
+    for end in range(1, len(data) + 1):
+        if end == len(data) or classes[end] != classes[begin]:
+            piece = visible(data[begin:end].decode("utf-8", "replace"))
+            colour = _COLOURS.get(TOKEN_CLASSES[classes[begin]], "")
+            parts.append(f"{colour}{piece}{_PLAIN}" if colour else piece)
+            begin = end
+    return "".join(parts)

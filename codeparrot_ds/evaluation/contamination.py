@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from codeparrot_ds.data.sources import BadDocuments, Piece, Shard, read_documents
+from codeparrot_ds.data.shards import BadDocuments, Piece, Shard, read_documents
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.problems import Problem
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from codeparrot_ds.evaluation.complete import cut
-from codeparrot_ds.evaluation.source import context_length
+from codeparrot_ds.evaluation.models import context_length
 
 _ROOM_TOKENS = 64  # that a cache grows by
 _FEW_TOKENS = 256  # of the vocabulary, which nearly always hold top_p of the probability: sorting all takes far longer

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds import __version__, durable
+from codeparrot_ds import durable
+from codeparrot_ds.checkpoint.folders import find_model, find_run
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.pass_at_k import PassAtK, estimate
 from codeparrot_ds.evaluation.problems import Problem, load_problems
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
-from codeparrot_ds.evaluation.sandbox import Limits, check_sandbox, judge_all
-from codeparrot_ds.evaluation.source import find_model, find_run
+from codeparrot_ds.sandbox.judge import Limits, check_sandbox, judge_all
+from codeparrot_ds.version import __version__
 
 Progress = Callable[[str, int, int | None], None]
 Key = tuple[str, int]
@@ -244,7 +245,7 @@ def _generate(
     if not total:
         return
     from codeparrot_ds.evaluation.generate import Request, Sampling, generate
-    from codeparrot_ds.evaluation.source import load_model
+    from codeparrot_ds.evaluation.models import load_model
     from codeparrot_ds.model.products import multiply_in_fp32_where_needed
 
     multiply_in_fp32_where_needed()

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from codeparrot_ds.checkpoint.folders import find_model
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.evaluation.details import Details
+from codeparrot_ds.evaluation.details import Details, TokenClasses
+from codeparrot_ds.evaluation.models import check_seq_length, context_length, data_of, load_model
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
-from codeparrot_ds.evaluation.source import check_seq_length, context_length, data_of, find_model, load_model
-from codeparrot_ds.evaluation.token_classes import TokenClasses
 from codeparrot_ds.model.attention import document_inputs
 
 IGNORED_LABEL = -100
@@ -194,9 +194,9 @@ def evaluate_model(
         ``source``, ``model`` (what was loaded), ``data``, ``split``, ``seq_length``, ``dtype``, ``loss``,
         ``perplexity``, ``bits_per_byte``, ``eval_tokens``, ``seconds``, and what ``Details.result`` returns.
     """
-    from codeparrot_ds.config import RunConfig
-    from codeparrot_ds.data.opening import split_shards
-    from codeparrot_ds.data.sources import BadDocuments, read_texts
+    from codeparrot_ds.config.run_config import RunConfig
+    from codeparrot_ds.data.datasets import split_shards
+    from codeparrot_ds.data.shards import BadDocuments, read_texts
     from codeparrot_ds.data.validation import ValidationLoader
 
     as_trained = _evaluated_with(source)

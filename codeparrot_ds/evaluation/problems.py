@@ -13,8 +13,8 @@ from typing import Any
 from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
-from codeparrot_ds.evaluation.sandbox import Check
 from codeparrot_ds.paths import did_you_mean_path, exists, expand, may_be_on_hub
+from codeparrot_ds.sandbox.judge import Check
 
 PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test"}
 """Short names of the public sets."""

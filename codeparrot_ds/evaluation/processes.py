@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.errors import UserError
 
 _POLL_SECONDS = 0.05
@@ -34,7 +34,7 @@ def run_processes(module: str, tasks: list[dict[str, Any]], *, device: str | Non
     import torch
 
     gpus = torch.cuda.device_count()
-    threads = max(1, len(os.sched_getaffinity(0)) // len(tasks))
+    threads = max(1, usable_cores() // len(tasks))
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank, task in enumerate(tasks):

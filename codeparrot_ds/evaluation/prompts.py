@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from codeparrot_ds.config import RunConfig
+from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS
 from codeparrot_ds.evaluation.problems import Problem, load_problems
-from codeparrot_ds.evaluation.sandbox import check_sandbox
 from codeparrot_ds.paths import did_you_mean_path, nearest_of
+from codeparrot_ds.sandbox.judge import check_sandbox
 
 EXAMPLES = "examples"
 """As ``eval_prompts``: the recipe's four."""

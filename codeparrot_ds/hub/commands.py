@@ -10,8 +10,9 @@ from pathlib import Path
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository, require_token
+from codeparrot_ds.hub.places import is_remote, open_repository
 from codeparrot_ds.hub.queue import PushQueue
-from codeparrot_ds.hub.repository import MAIN, Commit, Repository, UnavailableError, is_remote, open_repository
+from codeparrot_ds.hub.repository import MAIN, Commit, Repository, UnavailableError
 from codeparrot_ds.hub.worker import Answer, Destination, Pauses, check_owner, drain, read_destination, start_drain
 from codeparrot_ds.shell import pasteable
 

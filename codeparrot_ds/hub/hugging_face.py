@@ -23,15 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.repository import (
-    MAIN,
-    NEEDED,
-    PUBLISHED,
-    PUBLISHED_COMMIT,
-    Commit,
-    UnavailableError,
-    folder_files,
-)
+from codeparrot_ds.hub.local_git import folder_files
+from codeparrot_ds.hub.repository import MAIN, NEEDED, PUBLISHED, PUBLISHED_COMMIT, Commit, UnavailableError
 
 TOKEN_VARIABLE = "HF_TOKEN"
 TIMEOUT_SECONDS = 60.0

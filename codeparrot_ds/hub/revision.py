@@ -13,7 +13,8 @@ from pathlib import Path
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository
-from codeparrot_ds.hub.repository import HUB_NAME, MAIN, LocalRepository, Repository
+from codeparrot_ds.hub.local_git import LocalRepository
+from codeparrot_ds.hub.repository import HUB_NAME, MAIN, Repository
 from codeparrot_ds.paths import expand
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from codeparrot_ds.data.redaction import find_key
+from codeparrot_ds.corpus.redaction import find_key
 from codeparrot_ds.errors import UserError
 
 # Written by the tokenizer's training on public text, and large: a token of the vocabulary is no secret of ours.

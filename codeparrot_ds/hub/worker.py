@@ -25,9 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from codeparrot_ds.child_process import python_path
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.places import open_repository
 from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
-from codeparrot_ds.hub.repository import Commit, Repository, UnavailableError, open_repository
+from codeparrot_ds.hub.repository import Commit, Repository, UnavailableError
 from codeparrot_ds.paths import not_a_run
 
 FIRST_PAUSE_SECONDS = 1.0
@@ -253,8 +255,6 @@ def start_drain(run_dir: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
     """
     log = Path(run_dir) / "hub" / "push.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    package_parent = str(Path(__file__).resolve().parents[2])
-    search_path = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     with open(log, "ab") as handle:
         return subprocess.Popen(
             [sys.executable, "-m", "codeparrot_ds.hub.worker", str(run_dir)],
@@ -262,7 +262,7 @@ def start_drain(run_dir: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
             stdout=handle,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path)},
+            env=os.environ | {"PYTHONPATH": python_path()},
         )
 
 

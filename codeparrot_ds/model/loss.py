@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from codeparrot_ds.model.cpu_kernels import CACHED_ELEMENTS, OnePassCrossEntropy, by_cache
 from codeparrot_ds.model.shapes import chunk_of_tokens
-
-# Logits whose fp32 copy and softmax stay in a CPU's cache between the passes over them: 2 MiB each.
-CACHED_ELEMENTS = 2**19
 
 
 def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
@@ -19,7 +17,7 @@ def causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, 
     The labels are shifted instead of the logits, so the logits are not copied to drop their last position. A GPU takes
     whole passes over them in fp32; a CPU is faster with what its caches hold, so there it is `chunked_lm_loss`.
     """
-    if _by_cache(logits):
+    if by_cache(logits):
         return chunked_lm_loss(logits, labels, vocab_size)
     return F.cross_entropy(logits.float().view(-1, vocab_size), _next_tokens(labels), ignore_index=-100)
 
@@ -30,16 +28,11 @@ def chunked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int,
     The same arithmetic in another order; the plain one holds three fp32 tensors of the logits' size. A CPU that trains
     writes this gradient over the logits.
     """
-    by_cache = _by_cache(logits)
-    chunk = CACHED_ELEMENTS // vocab_size if by_cache else chunk_of_tokens(labels.shape[1], vocab_size)
-    at_once = by_cache and logits.requires_grad and logits.dtype != torch.float16
+    cached = by_cache(logits)
+    chunk = CACHED_ELEMENTS // vocab_size if cached else chunk_of_tokens(labels.shape[1], vocab_size)
+    at_once = cached and logits.requires_grad and logits.dtype != torch.float16
     cross_entropy = OnePassCrossEntropy if at_once else ChunkedCrossEntropy
     return cross_entropy.apply(logits.view(-1, vocab_size), _next_tokens(labels), max(1, chunk))
-
-
-def _by_cache(logits: torch.Tensor) -> bool:
-    """Whether chunks are sized for a CPU's cache; a compiler would write each of the many into its graph."""
-    return logits.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _next_tokens(labels: torch.Tensor) -> torch.Tensor:
@@ -81,38 +74,3 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             found[rows] = softmax.mul_(weights[rows, None])
             del softmax  # before the next one is made
         return found, None, None
-
-
-class OnePassCrossEntropy(torch.autograd.Function):
-    """`ChunkedCrossEntropy` with one softmax instead of two: the forward pass puts the gradient in the logits' place.
-
-    For a CPU, where looking at a value stops nothing and fresh memory costs more than the arithmetic, and for what
-    needs no loss scale: the gradient is kept divided by the number of targets. The logits are gone; autograd raises
-    where something else had kept them for its own gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
-        known = targets != -100
-        columns = targets.clamp(min=0)[:, None]
-        count = known.sum()
-        weights = (known / count)[:, None]
-        minus_one = torch.full((1, 1), -1.0)
-        found, parts = logits.detach(), []
-        for begin in range(0, len(logits), chunk):
-            rows = slice(begin, begin + chunk)
-            softmax = torch.softmax(logits[rows], 1, dtype=torch.float32)
-            probability = softmax.gather(1, columns[rows])
-            if probability.min() < torch.finfo(torch.float32).tiny:  # from 87 nats on
-                parts.append(torch.log_softmax(logits[rows], 1, dtype=torch.float32).gather(1, columns[rows]))
-            else:
-                parts.append(probability.log())
-            softmax.scatter_add_(1, columns[rows], minus_one.expand(len(softmax), 1))
-            found[rows] = softmax.mul_(weights[rows])
-        ctx.save_for_backward(found)
-        return -torch.where(known, torch.cat(parts)[:, 0], 0.0).sum() / count
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (found,) = ctx.saved_tensors
-        return (found if gradient == 1 else found * gradient), None, None

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.config import did_you_mean
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.paths import did_you_mean_path
+from codeparrot_ds.paths import did_you_mean, did_you_mean_path
 
 # Of the fp32 softmax of a chunked loss: 128 MiB.
 CHUNK_ELEMENTS = 2**25

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing
-from kills import lay_course
-from trainings import Training, options, train_on_one_host
 
-from codeparrot_ds.run.ops import are_built, build_apart
-from codeparrot_ds.zero.catalogue import catalogue
+from codeparrot_ds.engine.operators import are_built, build_apart
+from tests.cluster.cluster import Cluster, missing
+from tests.cluster.trainings import Training, options, train_on_one_host
+from tests.torture.kills import lay_course
+from tools.ds_configs import catalogue
 
 STEPS = 40
 

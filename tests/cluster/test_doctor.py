@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from trainings import options
 
 import codeparrot_ds
-from codeparrot_ds.run.ops import operators_folder
+from codeparrot_ds.engine.operators import operators_folder
+from tests.cluster.trainings import options
 
 THREE = "alpha slots=1\nbeta slots=1\ngamma slots=1\n"
 

@@ -5,7 +5,8 @@ import signal
 import time
 
 import pytest
-from trainings import newest_valid_step, outcome, rows
+
+from tests.cluster.trainings import newest_valid_step, outcome, rows
 
 TWO = "alpha slots=1\nbeta slots=1\n"
 THREE = "alpha slots=1\nbeta slots=1\ngamma slots=1  # a comment\n"

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster import OF_A_LAUNCHER, REPOSITORY, Cluster
-
-from codeparrot_ds.run import checkpoint_files
+from codeparrot_ds.checkpoint import folders as checkpoint_files
+from tests.cluster.cluster import OF_A_LAUNCHER, REPOSITORY, Cluster
 
 OF_THE_CLOCK = {"time", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "memory_bytes"}
 OF_THE_CLOCK |= {"rank_seconds_median", "rank_seconds_max", "slowest_rank"}

@@ -15,7 +15,7 @@ import torch
 
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import BLOCK_ROWS, TrainingLoader, token_ids
-from codeparrot_ds.data.sources import LocalFile, find_shards
+from codeparrot_ds.data.shards import LocalFile, find_shards
 from codeparrot_ds.data.stream import Dataset, LaneStates, StreamConfig, TrainingStream
 from tests.data.conftest import make_documents, write_shard
 

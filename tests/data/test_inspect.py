@@ -11,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from codeparrot_ds.cli import main
-from codeparrot_ds.config import RunConfig, save_config
+from codeparrot_ds.cli.main import main
+from codeparrot_ds.config.files import save_config
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.data.datasets import open_datasets, stream_of
 from codeparrot_ds.data.encoder import Encoder
-from codeparrot_ds.data.inspect import InspectedRow, RowPrinter, RowReader, inspection_config, uses_colour
-from codeparrot_ds.data.opening import open_datasets, stream_of
-from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.data.inspect import InspectedRow, RowPrinter, RowReader, inspection_config
+from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.stream import TrainingStream
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.terminal import uses_colour
 from tests.data.conftest import make_documents, write_shard
 
 DOCUMENTS = make_documents(60)
@@ -280,7 +282,8 @@ def test_text_that_the_terminal_cannot_write_is_no_error(config: RunConfig, tmp_
 def test_no_torch(config: RunConfig, tmp_path: Path) -> None:
     run = on_disk(config, tmp_path / "run")
     script = (
-        "import json, sys\nfrom codeparrot_ds.cli import main\nmain(sys.argv[1:])\nprint(json.dumps([*sys.modules]))"
+        "import json, sys\nfrom codeparrot_ds.cli.main import main\n"
+        "main(sys.argv[1:])\nprint(json.dumps([*sys.modules]))"
     )
     for split in ("train", "validation"):
         result = subprocess.run(

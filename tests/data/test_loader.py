@@ -16,7 +16,7 @@ import torch
 from codeparrot_ds.data import workers
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.loader import BATCHES_AHEAD, TrainingLoader, token_ids
-from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.stream import Dataset, LaneState, LaneStates, StreamConfig, TrainingStream
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents
@@ -202,7 +202,7 @@ import weakref
 weakref.finalize(weakref.WeakSet(), int)  # weakref's own exit handler comes before multiprocessing's, so runs after it
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
-from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.stream import Dataset, StreamConfig
 corpus, tokenizer = sys.argv[1:]
 dataset = Dataset(name=corpus, shards=find_shards(corpus, "train"))

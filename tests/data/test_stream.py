@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codeparrot_ds.data import sources
+from codeparrot_ds.data import shards as sources
 from codeparrot_ds.data.encoder import Encoder
-from codeparrot_ds.data.sources import BadDocuments, Piece, find_shards, read_documents
+from codeparrot_ds.data.shards import BadDocuments, Piece, find_shards, read_documents
 from codeparrot_ds.data.stream import (
     Dataset,
     LaneState,

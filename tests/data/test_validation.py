@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codeparrot_ds.data.encoder import Encoder
-from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.validation import IGNORED_LABEL, ValidationLoader
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents

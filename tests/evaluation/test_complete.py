@@ -5,15 +5,11 @@ import shutil
 
 import pytest
 
+from codeparrot_ds.checkpoint.folders import find_model
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.evaluation.complete import (
-    complete_code,
-    first_block,
-    load_generator,
-)
-from codeparrot_ds.evaluation.source import find_model
+from codeparrot_ds.evaluation.complete import complete_code, first_block, load_generator
+from codeparrot_ds.hub.local_git import LocalRepository
 from codeparrot_ds.hub.queue import PushQueue
-from codeparrot_ds.hub.repository import LocalRepository
 from codeparrot_ds.hub.worker import Destination, drain
 
 

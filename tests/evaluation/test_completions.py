@@ -6,11 +6,10 @@ import re
 
 import pytest
 
-from codeparrot_ds.cli import main
+from codeparrot_ds.cli.main import main
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.evaluation.colour import coloured
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS, LINE, SEPARATOR, first_block, load_generator
-from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
+from codeparrot_ds.evaluation.completions import CompleteSettings, coloured, run_complete
 from codeparrot_ds.evaluation.prompts import gather_prompts
 
 AREA = EXAMPLE_PROMPTS[0][0]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.cli import main
-from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.cli.main import main
+from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.contamination import find_contamination, tokens
 from codeparrot_ds.evaluation.problems import load_problems

@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.validation import ValidationLoader
-from codeparrot_ds.evaluation.details import Details
+from codeparrot_ds.evaluation.details import TOKEN_CLASSES, Details, TokenClasses
+from codeparrot_ds.evaluation.models import load_model
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, evaluate_model, token_losses, token_ranks
-from codeparrot_ds.evaluation.source import load_model
-from codeparrot_ds.evaluation.token_classes import TOKEN_CLASSES, TokenClasses
 
 SOURCE = (
     b'def f(x, s="a b"):\n    """Doc\n    more."""\n    # note it\n    return x[0x1f] + 1.5e-3 or None  # end\n'

@@ -5,7 +5,7 @@ import torch
 
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, first_block, load_generator
 from codeparrot_ds.evaluation.generate import Request, Sampling, generate, sample
-from codeparrot_ds.evaluation.source import load_model
+from codeparrot_ds.evaluation.models import load_model
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=24)
 PROMPTS = [

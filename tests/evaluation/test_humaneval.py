@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.cli import main
+from codeparrot_ds.cli.main import main
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
 from codeparrot_ds.evaluation.pass_at_k import estimate
@@ -83,7 +83,7 @@ def test_a_killed_command_goes_on_where_it_was(model_folder, tmp_path, monkeypat
     # All is there: no model is needed any more, and nothing is judged twice.
     results = humaneval(model_folder, tmp_path / "r", settings=SETTINGS, num_workers=2)
     verdicts = (tmp_path / "r" / "verdicts-t0.6.jsonl").read_bytes()
-    monkeypatch.setattr("codeparrot_ds.evaluation.source.load_model", None)
+    monkeypatch.setattr("codeparrot_ds.evaluation.models.load_model", None)
     monkeypatch.setattr("codeparrot_ds.evaluation.humaneval.judge_all", None)
     again = humaneval(model_folder, tmp_path / "r", settings=SETTINGS)
     assert again["results"] == results["results"]

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.sources import find_shards
+from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation import perplexity
+from codeparrot_ds.evaluation.models import load_model
 from codeparrot_ds.evaluation.perplexity import (
     evaluate_batches,
     evaluate_in_processes,
@@ -23,7 +24,6 @@ from codeparrot_ds.evaluation.perplexity import (
     result_from_sums,
     token_losses,
 )
-from codeparrot_ds.evaluation.source import load_model
 
 
 def transformers_loss(model, batches) -> tuple[float, int]:

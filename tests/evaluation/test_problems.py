@@ -12,7 +12,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import first_block
 from codeparrot_ds.evaluation.pass_at_k import estimate
 from codeparrot_ds.evaluation.problems import load_problems
-from codeparrot_ds.evaluation.sandbox import judge_all
+from codeparrot_ds.sandbox.judge import judge_all
 
 FILES = {name: Path(__file__).with_name(f"{name}.jsonl") for name in ("problems", "problems_mbpp")}
 

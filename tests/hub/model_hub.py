@@ -26,7 +26,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
 
-from codeparrot_ds.config import LICENSES
+from codeparrot_ds.config.run_config import LICENSES
 
 TOKEN = "hf_" + "TheTokenOfTheTests" + "0" * 16
 READER = "hf_" + "ReadsAndNeverWrites" + "0" * 15

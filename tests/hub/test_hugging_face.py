@@ -11,7 +11,8 @@ import pytest
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository
-from codeparrot_ds.hub.repository import UnavailableError, open_repository
+from codeparrot_ds.hub.places import open_repository
+from codeparrot_ds.hub.repository import UnavailableError
 from tests.hub.model_hub import READER, Fault
 from tests.hub.pushing import export
 

@@ -14,8 +14,8 @@ import pytest
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status
+from codeparrot_ds.hub.local_git import LocalRepository
 from codeparrot_ds.hub.queue import PushQueue, file_sha256
-from codeparrot_ds.hub.repository import LocalRepository
 from codeparrot_ds.hub.worker import NICENESS, drain, read_destination, start_drain
 
 NAME = "brave-fox-1"

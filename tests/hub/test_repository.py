@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.repository import LocalRepository, open_repository
+from codeparrot_ds.hub.local_git import LocalRepository
+from codeparrot_ds.hub.places import open_repository
 from tests.hub.pushing import export
 
 
@@ -91,7 +92,7 @@ def test_a_commit_onto_a_branch_that_moved_meanwhile_is_refused(repository, tmp_
 
 
 def test_the_locks_of_a_killed_git_do_not_stop_later_pushes(repository, tmp_path, monkeypatch):
-    monkeypatch.setattr("codeparrot_ds.hub.repository._STALE_LOCK_SECONDS", 0.01)
+    monkeypatch.setattr("codeparrot_ds.hub.local_git._STALE_LOCK_SECONDS", 0.01)
     repository.create_branch("run-a")
     (repository.path / "refs" / "heads" / "run-a.lock").write_text("")
     (repository.path / "HEAD.lock").write_text("")

@@ -9,17 +9,18 @@ from collections import Counter
 from functools import partial
 
 import torch
-from tiny_gpt2 import TINY
 from torch.nn import functional as F
 
-from codeparrot_ds.config import RunConfig
+from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.cpu import cpu_precisions
+from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.resolve import resolve_ds_config
+from codeparrot_ds.engine.engine import create_engine
+from codeparrot_ds.engine.operators import build_operators
+from codeparrot_ds.engine.ranks import join_ranks
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.products import HALVES, PRODUCTS, has_bf16_products, multiply_in_fp32_where_needed
-from codeparrot_ds.run.engine import create_engine
-from codeparrot_ds.run.ops import build_operators
-from codeparrot_ds.run.ranks import join_ranks
-from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
+from tests.model.tiny_gpt2 import TINY
 
 answer: dict = {"has_bf16_products": has_bf16_products(), "cpu_precisions": cpu_precisions()}
 native: Counter[str] = Counter()

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_gpt2 import TINY, build, rows
 from torch.nn import functional as F
 
-from codeparrot_ds.model import activation
+from codeparrot_ds.model import cpu_kernels
 from codeparrot_ds.model.activation import TanhGELU
+from tests.model.tiny_gpt2 import TINY, build, rows
 
 
 def values(dtype, count=6000):
@@ -24,7 +24,7 @@ def gelu_and_slope(function, x):
 @pytest.mark.parametrize("chunk", [1, 777, 2**18])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_and_derivatives_are_as_near_as_their_precision_allows(monkeypatch, dtype, chunk):
-    monkeypatch.setattr(activation, "CHUNK", chunk)
+    monkeypatch.setattr(cpu_kernels, "CHUNK", chunk)
     x = values(dtype)
     exact, exact_slope = gelu_and_slope(lambda v: F.gelu(v, approximate="tanh"), x.double())
     result, slope = gelu_and_slope(TanhGELU().train(), x)

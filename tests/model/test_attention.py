@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from tiny_gpt2 import EOS, TINY, build, rows
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from codeparrot_ds.model import attention
-from codeparrot_ds.model.attention import BlockedAttention, causal_attention, document_inputs
+from codeparrot_ds.model import cpu_kernels
+from codeparrot_ds.model.attention import causal_attention, document_inputs
+from codeparrot_ds.model.cpu_kernels import BlockedAttention
+from tests.model.tiny_gpt2 import EOS, TINY, build, rows
 
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
@@ -34,8 +35,8 @@ def test_attention_runs_the_flash_kernel_without_a_mask(training):
 
 @pytest.mark.parametrize(("training", "has_bf16"), [(True, True), (True, False), (False, True)])
 def test_training_in_bf16_on_a_cpu_attends_in_blocks_where_they_are_faster(monkeypatch, training, has_bf16):
-    monkeypatch.setattr(attention, "has_bf16_products", lambda: has_bf16)
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(cpu_kernels, "has_bf16_products", lambda: has_bf16)
+    monkeypatch.setattr(cpu_kernels, "BLOCK", 16)
     model = build(dropout=0.1 if not training else 0.0).to(torch.bfloat16).train(training)
     calls, sizes = profiled(model, rows(tokens=48))
     blocked = training and has_bf16
@@ -74,7 +75,7 @@ def test_blocks_are_the_plain_attention(tokens, scaling):
 
 
 def test_gradients_of_blocks_are_those_of_finite_differences(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 3)
+    monkeypatch.setattr(cpu_kernels, "BLOCK", 3)
     inputs = leaves(1, 2, 7, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda q, k, v: BlockedAttention.apply(q, k, v, None), inputs)
 
@@ -120,7 +121,7 @@ def test_attention_dropout_only_in_training():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_causal(monkeypatch, dtype):
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(cpu_kernels, "BLOCK", 8)
     model = build().to(dtype)
     ids = rows(batch=1, tokens=20)
     changed = ids.clone()

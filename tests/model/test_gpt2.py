@@ -5,14 +5,11 @@ import math
 
 import pytest
 import torch
-from tiny_gpt2 import EOS, TINY, UNTIED, build, rows
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from codeparrot_ds.model.gpt2 import (
-    get_grouped_params,
-    hugging_face_config,
-)
+from codeparrot_ds.model.gpt2 import get_grouped_params, hugging_face_config
 from codeparrot_ds.model.shapes import KNOWN_SHAPES, num_parameters
+from tests.model.tiny_gpt2 import EOS, TINY, UNTIED, build, rows
 
 
 @pytest.mark.parametrize("shape", [KNOWN_SHAPES["demo"], TINY, UNTIED], ids=["demo", "tied", "untied"])
@@ -146,7 +143,7 @@ def test_the_model_with_its_loss_is_one_graph_and_keeps_the_flash_kernel(chunked
 @pytest.mark.parametrize("chunked", [True, False])
 def test_nothing_in_a_micro_step_asks_for_a_value(monkeypatch, chunked):
     """``.item()``, ``bool()`` and ``nonzero`` make the host wait for a GPU; all show in a CPU's profile too."""
-    monkeypatch.setattr("codeparrot_ds.model.loss._by_cache", lambda logits: False)  # as on a GPU
+    monkeypatch.setattr("codeparrot_ds.model.loss.by_cache", lambda logits: False)  # as on a GPU
     model, ids = build(chunked_loss=chunked), rows()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(input_ids=ids, labels=ids).loss.backward()

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_gpt2 import TINY, build, rows
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from codeparrot_ds.model import loss, shapes
 from codeparrot_ds.model.loss import causal_lm_loss, chunked_lm_loss
+from tests.model.tiny_gpt2 import TINY, build, rows
 
 
 def test_loss_is_the_mean_over_the_next_tokens_in_fp32():
@@ -24,7 +24,7 @@ def test_loss_is_the_mean_over_the_next_tokens_in_fp32():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The losses as a GPU runs them: plain, and in chunks that are not sized for a cache."""
-    monkeypatch.setattr(loss, "_by_cache", lambda logits: False)
+    monkeypatch.setattr(loss, "by_cache", lambda logits: False)
 
 
 @pytest.mark.parametrize("elements", [7 * 300, 2**25, 1], ids=["several chunks a row", "one chunk", "a token a chunk"])
@@ -32,7 +32,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("by_cache", [True, False])
 def test_a_chunked_loss_is_the_plain_one(monkeypatch, dtype, elements, by_cache):
     monkeypatch.setattr(*((loss, "CACHED_ELEMENTS") if by_cache else (shapes, "CHUNK_ELEMENTS")), elements)
-    monkeypatch.setattr(loss, "_by_cache", lambda logits: by_cache)
+    monkeypatch.setattr(loss, "by_cache", lambda logits: by_cache)
     generator = torch.Generator().manual_seed(1)
     logits = (4 * torch.randn(3, 33, 300, generator=generator)).to(dtype).requires_grad_()
     labels = rows()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from old_cpu import OLD_CPU
 
 from codeparrot_ds.model.products import has_bf16_products, multiply_in_fp32_where_needed
+from tests.old_cpu import OLD_CPU
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Half a spacing of bf16 and fp16 relative to a number, and some for sums of two rounded terms.

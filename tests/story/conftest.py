@@ -8,11 +8,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from old_cpu import OLD_CPU
-from stories import COMPARED, OTHERS, STEPS, Workshop, run_here, train_in_turn
 
-from codeparrot_ds.data.corpus import build_corpus
-from codeparrot_ds.data.tokenizer import train_tokenizer
+from codeparrot_ds.corpus.build import build_corpus
+from codeparrot_ds.corpus.tokenizer import train_tokenizer
+from tests.old_cpu import OLD_CPU
+from tests.story.stories import COMPARED, OTHERS, STEPS, Workshop, run_here, train_in_turn
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ import shutil
 import sys
 
 import pytest
-from stories import log, losses, run_command, run_here
 
-from codeparrot_ds.data.tokenizer import train_tokenizer
-from codeparrot_ds.run.checkpoint_files import list_checkpoints, verify_checkpoint
+from codeparrot_ds.checkpoint.folders import list_checkpoints, verify_checkpoint
+from codeparrot_ds.corpus.tokenizer import train_tokenizer
+from tests.story.stories import log, losses, run_command, run_here
 
 
 def refused(process, *words):

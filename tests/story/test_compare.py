@@ -6,9 +6,9 @@ import json
 import sys
 
 import pytest
-from stories import run_command, run_here
 
-from codeparrot_ds.run.comparison_trial import FOUND
+from codeparrot_ds.compare.trial_process import FOUND
+from tests.story.stories import run_command, run_here
 
 WRONG = "zero2_fp32,max_grad_norm=0"
 # As for the Hugging Face Trainer, which fills in what is "auto".

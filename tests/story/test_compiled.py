@@ -1,6 +1,6 @@
 """``train --compile`` through the front door: it trains the same and ends, with its cache beside the operators."""
 
-from stories import losses, metrics
+from tests.story.stories import losses, metrics
 
 
 def test_a_compiled_run_has_the_losses_of_the_plain_one(workshop, tmp_path, monkeypatch):

@@ -6,15 +6,15 @@ import json
 import shutil
 
 import pytest
-from stories import REPOSITORY, losses, train_in_turn
 
-from codeparrot_ds.config import load_config
+from codeparrot_ds.config.files import load_config
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS, first_block
 from codeparrot_ds.evaluation.generate import Request, Sampling, generate
+from codeparrot_ds.evaluation.models import load_model
 from codeparrot_ds.evaluation.problems import load_problems
-from codeparrot_ds.evaluation.source import load_model
-from codeparrot_ds.run.report import write_report
-from codeparrot_ds.run.samples import parses
+from codeparrot_ds.report.run_report import write_report
+from codeparrot_ds.training.samples import parses
+from tests.story.stories import REPOSITORY, losses, train_in_turn
 
 PROBLEMS = REPOSITORY / "tests" / "evaluation" / "problems.jsonl"
 SHORT = ("--max-train-steps", "4", "--save-checkpoint-steps", "2")

@@ -13,9 +13,9 @@ import time
 
 import psutil
 import pytest
-from stories import REPOSITORY, clean_environment, evaluations, metrics, run_command
 
 from codeparrot_ds.evaluation.perplexity import evaluate_model
+from tests.story.stories import REPOSITORY, clean_environment, evaluations, metrics, run_command
 
 # A third of the demo's steps, with the whole schedule. All 300 bring the perplexity from 8,263 to 340; these must
 # bring it below a tenth of the vocabulary, which is about what knowing every token's frequency would give.

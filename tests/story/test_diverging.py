@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from safetensors.torch import load_file
-from stories import metrics
 
-from codeparrot_ds.run.report import write_report
+from codeparrot_ds.report.run_report import write_report
+from tests.story.stories import metrics
 
 
 def refuse(constant: str):

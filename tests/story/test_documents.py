@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from stories import evaluations, losses, run_command
 
 from codeparrot_ds.evaluation.perplexity import evaluate_model
+from tests.story.stories import evaluations, losses, run_command
 
 STEPS = 3
 

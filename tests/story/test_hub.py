@@ -9,12 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from stories import clean_environment, evaluations, train_in_turn
 
-from codeparrot_ds.config import load_config
+from codeparrot_ds.config.files import load_config
 from codeparrot_ds.evaluation.completions import CompleteSettings, run_complete
 from codeparrot_ds.evaluation.perplexity import evaluate_model
 from tests.hub.model_hub import TOKEN, running_hub
+from tests.story.stories import clean_environment, evaluations, train_in_turn
 
 WANDB_KEY = "0123456789abcdef" * 2 + "deadbeef"
 REPO = "org/code-model"

@@ -6,11 +6,11 @@ The other stories train by name in bf16 and fp32 on whatever CPU this is.
 from __future__ import annotations
 
 import pytest
-from old_cpu import OLD_CPU
-from stories import log, losses, run_here
 
-from codeparrot_ds.config import load_config
+from codeparrot_ds.config.files import load_config
 from codeparrot_ds.cpu import cpu_precisions
+from tests.old_cpu import OLD_CPU
+from tests.story.stories import log, losses, run_here
 
 
 def furthest(run, other):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from stories import STEPS, evaluations, log, losses, train_in_turn
+
+from tests.story.stories import STEPS, evaluations, log, losses, train_in_turn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 

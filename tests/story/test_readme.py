@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from stories import REPOSITORY, run_here
 
-from codeparrot_ds.cli import build_parser
-from codeparrot_ds.run.ops import operators_folder
+from codeparrot_ds.cli.main import build_parser
+from codeparrot_ds.engine.operators import operators_folder
+from tests.story.stories import REPOSITORY, run_here
 
 # The README's paths and names, and what a user has in their places. The home has a space in its name too.
 PATHS = {

@@ -11,9 +11,9 @@ import time
 
 import psutil
 import pytest
-from stories import REPOSITORY, STEPS, clean_environment, evaluations, log, losses, metrics, run_command
 
-from codeparrot_ds.run.checkpoint_files import list_checkpoints
+from codeparrot_ds.checkpoint.folders import list_checkpoints
+from tests.story.stories import REPOSITORY, STEPS, clean_environment, evaluations, log, losses, metrics, run_command
 
 
 @pytest.fixture

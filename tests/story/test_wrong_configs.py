@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from stories import clean_environment, free_port, run_command
-from wrong_configs import CASES, SMALL, is_right, write_cases
 
-from codeparrot_ds.config import ArgumentParser, add_config_arguments, config_from_arguments
-from codeparrot_ds.run.comparison import Request, Results, candidates_of, left_to_run, reference_of
-from codeparrot_ds.run.comparison_report import judge_all
-from codeparrot_ds.run.comparison_trial import FOUND, orders_of, prepare_trial
-from codeparrot_ds.run.initial_weights_folder import initial_weights
+from codeparrot_ds.compare.candidates import Request, Results, candidates_of, left_to_run, reference_of
+from codeparrot_ds.compare.findings import judge_all
+from codeparrot_ds.compare.trial_process import FOUND, initial_weights, orders_of, prepare_trial
+from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from tests.story.stories import clean_environment, free_port, run_command
+from tests.story.wrong_configs import CASES, SMALL, is_right, write_cases
 
 STEPS = 12
 # Linear and cosine decay part late; that and more of a kind is in benchmarks/comparison.py.

@@ -1,6 +1,6 @@
 """DeepSpeed configs through the real launcher: equal data gives equal losses, and a run goes on as if never stopped.
 
-``tests/zero/test_catalogue.py`` trains every shipped file; here are the stages and precisions, and where Adam's states
+``ds_config/test_shipped.py`` trains every shipped file; here are the stages and precisions, and where Adam's states
 may lie. The runs of ``conftest.py`` are trained in turn by one pair of ranks; single ones here have a launch of their
 own and must come out the same to the bit.
 """
@@ -12,9 +12,19 @@ import math
 import shutil
 
 import pytest
-from stories import COMPARED, OTHERS, STEPS, clean_environment, evaluations, log, losses, metrics, run_command
 
-from codeparrot_ds.zero.catalogue import catalogue
+from tests.story.stories import (
+    COMPARED,
+    OTHERS,
+    STEPS,
+    clean_environment,
+    evaluations,
+    log,
+    losses,
+    metrics,
+    run_command,
+)
+from tools.ds_configs import catalogue
 
 
 @pytest.mark.parametrize("name", COMPARED + OTHERS)

@@ -12,11 +12,11 @@ import os
 import sys
 from pathlib import Path
 
-from codeparrot_ds.config import ArgumentParser, add_config_arguments, config_from_arguments
-from codeparrot_ds.run.parent_end import end_process
-from codeparrot_ds.run.ranks import leave_ranks
-from codeparrot_ds.run.session import Session
-from codeparrot_ds.train import train
+from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from codeparrot_ds.engine.ranks import leave_ranks
+from codeparrot_ds.supervision.process_end import end_process
+from codeparrot_ds.training.loop import train
+from codeparrot_ds.training.session import Session
 
 SAVED_BY_DEEPSPEED_TOO = ("zero3_fp32-on-2",)
 

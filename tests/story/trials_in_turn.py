@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from codeparrot_ds.config import load_config
-from codeparrot_ds.run.parent_end import end_process
-from codeparrot_ds.run.ranks import leave_ranks
-from codeparrot_ds.trial import Orders, run_trial
+from codeparrot_ds.compare.trial import Orders, run_trial
+from codeparrot_ds.config.files import load_config
+from codeparrot_ds.engine.ranks import leave_ranks
+from codeparrot_ds.supervision.process_end import end_process
 
 
 def main(places: list[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
 
 # A small model on short rows, with steps large enough that every setting does something, and clipping at work.
 SMALL = [

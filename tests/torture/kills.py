@@ -27,9 +27,9 @@ from typing import Any
 import psutil
 from safetensors.torch import load_file
 
-from codeparrot_ds.data.tokenizer import train_tokenizer
-from codeparrot_ds.hub.repository import LocalRepository
-from codeparrot_ds.run import checkpoint_files
+from codeparrot_ds.checkpoint import folders as checkpoint_files
+from codeparrot_ds.corpus.tokenizer import train_tokenizer
+from codeparrot_ds.hub.local_git import LocalRepository
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "brave-otter-7"
@@ -455,7 +455,7 @@ class Torture:
 def newest_checkpoint(run: Path) -> int | None:
     """The step of the newest whole checkpoint; one whose place another was to take counts."""
     folders = checkpoint_files.checkpoint_folders(run / "checkpoints")
-    steps = [int(folder.name[5:]) for folder in folders if (folder / checkpoint_files.MANIFEST).is_file()]
+    steps = [checkpoint_files.step_of(folder) for folder in folders if (folder / checkpoint_files.MANIFEST).is_file()]
     steps += [int(path.name[-8:]) for path in (run / "checkpoints").glob(f"{checkpoint_files.REPLACED}*")]
     return max(steps, default=None)
 

@@ -3,7 +3,8 @@
 import concurrent.futures
 
 import pytest
-from kills import Course, Torture, figures, lay_course
+
+from tests.torture.kills import Course, Torture, figures, lay_course
 
 SEEDS = {"zero2": 5, "zero3": 6}
 KILLS = 10  # of each

@@ -10,17 +10,20 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file
 
-from codeparrot_ds.config import RunConfig
+from codeparrot_ds.checkpoint import folders as checkpoint_files
+from codeparrot_ds.checkpoint.export import Export
+from codeparrot_ds.checkpoint.run_folder import RunFolder
+from codeparrot_ds.checkpoint.saver import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.resolve import resolve_ds_config
+from codeparrot_ds.engine.engine import create_engine
+from codeparrot_ds.engine.fragments import owned_fragments
+from codeparrot_ds.engine.ranks import Ranks
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape
-from codeparrot_ds.run import checkpoint_files, session
-from codeparrot_ds.run.checkpoint import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
-from codeparrot_ds.run.engine import create_engine
-from codeparrot_ds.run.export import Export
-from codeparrot_ds.run.folder import RunFolder
-from codeparrot_ds.run.fragments import owned_fragments
-from codeparrot_ds.run.ranks import Ranks
-from codeparrot_ds.zero.ds_config import find_ds_config, load_ds_config, resolve_ds_config
+from codeparrot_ds.training.publish import Publisher
+from codeparrot_ds.training.resume import newest_valid
 
 SHAPE = GPT2Shape(n_layer=1, n_embd=16, n_head=2, vocab_size=257, n_positions=32)
 T = TypeVar("T")
@@ -84,9 +87,9 @@ class TinyRun:
         self.engine, self.restored = build_engine(config), build_engine(config)
         for _ in range(2):  # the restored one has moments too, others
             self._train_step(self.restored)
-        self.session = object.__new__(session.Session)  # for what it does after a save
-        self.session.config, self.session.folder = config, RunFolder(path)
-        self.session.folder.record = {"hub": str(path.parent / "hub.git")}
+        self.folder = RunFolder(path)
+        self.folder.record = {"hub": str(path.parent / "hub.git")}
+        self.publisher = Publisher(config, self.folder, lambda *message: None)
         self._savers = {in_background: self._saver(in_background) for in_background in (False, True)}
 
     def _saver(self, in_background: bool) -> CheckpointSaver:
@@ -95,7 +98,7 @@ class TinyRun:
             self.ranks,
             self.checkpoints,
             in_background=in_background,
-            published=self.session._after_save,
+            published=self.publisher.after_save,
             report=lambda outcome: None,
         )
 
@@ -141,7 +144,7 @@ class TinyRun:
 
     def newest(self) -> Path | None:
         """The checkpoint that a start would choose; damaged ones are set aside and logged."""
-        return session._newest_valid(self.session.folder, self.ranks)
+        return newest_valid(self.folder, self.ranks)
 
     def load(self, checkpoint: Path) -> Content:
         """Brings a checkpoint back, into an engine that holds nothing of it; its export has the same weights."""
@@ -176,4 +179,4 @@ def leftovers(checkpoints: Path) -> list[str]:
 
 
 def checkpoint_steps(checkpoints: Path) -> list[int]:
-    return [int(path.name[5:]) for path in checkpoint_files.checkpoint_folders(checkpoints)]
+    return [checkpoint_files.step_of(path) for path in checkpoint_files.checkpoint_folders(checkpoints)]

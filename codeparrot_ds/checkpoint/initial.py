@@ -1,0 +1,173 @@
+"""A run that begins with the weights and the tokenizer of another: ``--init-from``. Torch only where weights are read.
+
+Nothing else of the other run is taken: the optimizer, the schedule, the data and the step begin anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.checkpoint.folders import TOKENIZER_FILES, WEIGHTS, checkpoint_folders, find_model
+from codeparrot_ds.config.files import load_config
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.revision import fetch, parse_revision
+from codeparrot_ds.model.shapes import find_shape, parameter_shapes
+from codeparrot_ds.paths import in_runs
+from codeparrot_ds.staging import staged_folder
+
+# What two configs may differ in and still have the same weights; the activation's two names are one function.
+_FREE = ("vocab_size", "activation_function")
+
+
+def with_initial_model(config: RunConfig) -> RunConfig:
+    """Resolves ``init_from`` of a run that is about to start: to a commit or a folder, and its tokenizer.
+
+    A run that goes on from a checkpoint keeps what it began with, and nothing is fetched.
+
+    Returns:
+        The config with ``init_from`` pinned and ``tokenizer`` set, maybe to a folder that goes with this process
+        (`with_kept_tokenizer`); unchanged without ``init_from``.
+
+    Raises:
+        UserError: the model cannot be had, is of another shape than ``model``, or has another tokenizer than the one
+            that was named.
+    """
+    if not config.init_from:
+        return config
+    run = Path(config.output_dir) / str(config.run_name)
+    if goes_on(config) and (run / "config.yaml").is_file():
+        saved = load_config(run / "config.yaml")
+        return dataclasses.replace(config, init_from=saved.init_from, tokenizer=config.tokenizer or saved.tokenizer)
+    config = dataclasses.replace(config, init_from=in_runs(config.init_from, config.output_dir))
+    revision = parse_revision(config.init_from)
+    if revision is not None and revision.is_pinned and config.tokenizer:
+        return config  # by the front door
+    if revision is not None:
+        revision = revision.pinned()
+        source, folder = str(revision), fetch(revision)
+    else:
+        folder = _folder_of(config.init_from).absolute()
+        source = str(folder)
+    tokenizer = _tokenizer(config, folder, source)
+    encoder = load_encoder(tokenizer)
+    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    there = find_shape(str(folder), vocab_size=encoder.vocab_size, seq_length=1)
+    differing = [
+        f"{field.name} is {getattr(there, field.name)} there and {getattr(shape, field.name)} here"
+        for field in dataclasses.fields(shape)
+        if field.name not in _FREE and getattr(there, field.name) != getattr(shape, field.name)
+    ]
+    if differing:
+        raise UserError(
+            f"--init-from {config.init_from} is another model than --model {config.model} ({'; '.join(differing)}); "
+            "name its shape or its config.json with --model"
+        )
+    shapes = weight_shapes(folder / WEIGHTS)
+    if shapes.get("transformer.wte.weight", [0])[0] != encoder.vocab_size:
+        raise UserError(f"--init-from {config.init_from}: its weights are not for {encoder.vocab_size} tokens")
+    if lacking := sorted(parameter_shapes(shape).keys() - shapes.keys()):
+        raise UserError(f"--init-from {config.init_from} has no weights for {', '.join(lacking[:3])}")
+    return dataclasses.replace(config, init_from=source, tokenizer=tokenizer)
+
+
+def with_kept_tokenizer(config: RunConfig, typed: str) -> RunConfig:
+    """The config with its tokenizer in a folder that outlives this start and that every host sees.
+
+    What came from the Hub or out of a git repository is copied beside the runs.
+
+    Args:
+        config: as `with_initial_model` leaves it.
+        typed: its ``tokenizer`` before that.
+    """
+    is_a_models_own = not typed and parse_revision(config.init_from) is None
+    if not config.tokenizer or os.path.isdir(typed) or is_a_models_own:
+        return config
+    folder, digest = find_tokenizer(config.tokenizer), load_encoder(config.tokenizer).fingerprint
+    place = Path(config.output_dir).absolute() / "tokenizers" / digest[:12]
+    if not place.is_dir():
+        with staged_folder(place, marker="tokenizer.json", overwrite=False) as staging:
+            for name in TOKENIZER_FILES:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, staging / name)
+    return dataclasses.replace(config, tokenizer=str(place))
+
+
+def goes_on(config: RunConfig) -> bool:
+    """Whether the weights come from a checkpoint, so that ``init_from`` has nothing to say."""
+    checkpoints = Path(config.output_dir) / str(config.run_name) / "checkpoints"
+    return config.resume not in ("auto", "never") or (config.resume == "auto" and bool(checkpoint_folders(checkpoints)))
+
+
+def weight_shapes(path: Path) -> dict[str, list[int]]:
+    """Returns the shape of every tensor of a safetensors file, from its header.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is no safetensors file ({error})"
+        raise UserError(f"{path} cannot be read: {reason}") from None
+
+
+def load_initial_weights(model: Any, config: RunConfig, ranks: Any, *, partitioned: bool) -> None:
+    """Puts the weights of ``init_from`` into a model that was just built; rank 0 reads them; collective."""
+    if not config.init_from or ranks.on_main(lambda: goes_on(config)):
+        return
+    from codeparrot_ds.model.gpt2 import load_weights
+
+    def find() -> str:
+        path = initial_weights_file(config.init_from)
+        there, here = weight_shapes(path), {name for name, _ in model.named_parameters()}
+        if here - there.keys():
+            raise UserError(f"{path} has no weights for {', '.join(sorted(here - there.keys())[:3])}")
+        return str(path)
+
+    path = ranks.on_main(find)
+    load_weights(model, Path(path) if ranks.is_main else None, partitioned=partitioned)
+
+
+def initial_weights_file(source: str) -> Path:
+    """The weights of what ``init_from`` names."""
+    revision = parse_revision(source)
+    return (fetch(revision) if revision is not None else _folder_of(source)) / WEIGHTS
+
+
+def _folder_of(source: str) -> Path:
+    try:
+        folder = Path(find_model(source))
+    except UserError as error:
+        raise UserError(f"--init-from {source}: {error}") from None
+    if not folder.is_dir():
+        raise UserError(
+            f"--init-from {source}: no such run or model folder; a model on the Hub is named with its branch, as in "
+            "org/name@main"
+        )
+    return folder
+
+
+def _tokenizer(config: RunConfig, folder: Path, source: str) -> str:
+    """The tokenizer: the one that was named, or the model's own."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"--init-from {source} has no tokenizer.json, so its weights mean nothing")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if config.tokenizer:
+        if load_encoder(config.tokenizer).fingerprint != digest:
+            raise UserError(
+                f"the tokenizer {config.tokenizer} is not the one that --init-from {source} was trained with; leave "
+                "--tokenizer out to take that one"
+            )
+        return config.tokenizer
+    return str(folder)

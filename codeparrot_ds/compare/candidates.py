@@ -1,0 +1,466 @@
+"""A comparison on disk: what is compared, and what each trial gave. No torch here.
+
+::
+
+    DIR/comparison.json            what must stay the same when it goes on, and the peak that MFU is held against
+    DIR/ds_configs/<name>.json     the DeepSpeed JSON of each, as it was when the comparison began
+    DIR/initial/                   the weights that all begin with
+    DIR/perturbed-<precision>/     the same with rounding errors
+    DIR/trials/<trial>/            config.yaml, orders.json, output.log, found.json, result.json
+    DIR/runs/<trial>/              what a run leaves behind, less its checkpoint
+    DIR/report.html, .md, .json
+
+``result.json`` is the only state: a trial that has one is done, whatever became of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds import durable
+from codeparrot_ds.compare.verdict import coarser
+from codeparrot_ds.config.run_config import FIELDS, PATH_FIELDS, SET_BY_COMPARE, RunConfig, with_absolute_paths
+from codeparrot_ds.cpu import usable_cores
+from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.devices import local_ranks, smallest_gpu
+from codeparrot_ds.ds_config.facts import precision, with_settled_precision, zero_stage
+from codeparrot_ds.ds_config.file import open_ds_config
+from codeparrot_ds.ds_config.foreign import import_ds_config
+from codeparrot_ds.ds_config.lint import libaio_installed, lint
+from codeparrot_ds.ds_config.precision import device_precisions
+from codeparrot_ds.ds_config.resolve import resolve_ds_config
+from codeparrot_ds.engine.operators import are_built
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.launch.preflight import check_run
+from codeparrot_ds.memory.device import load_overhead
+from codeparrot_ds.memory.plan import predict
+from codeparrot_ds.memory.workload import Memory
+from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
+from codeparrot_ds.paths import did_you_mean
+from codeparrot_ds.terminal import gigabytes
+
+# What all candidates of a comparison share; the rest of the run config may differ from one to the next.
+SHARED = (
+    *("model", "tokenizer", "data", "seq_length", "global_batch_size", "init_from", "output_dir", "run_name"),
+    *("deepspeed", "resume", "hub", "wandb"),
+)
+COMPARISON = "comparison.json"
+SENSITIVITY = "sensitivity"
+RESULT, FINISHED, FINGERPRINTS = "result.json", "finished", "fingerprints.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a comparison was asked for.
+
+    Attributes:
+        configs: each a file or shipped name, with ``,field=value`` for what of the run config it changes.
+        config: the run config that all share.
+        world_sizes: numbers of ranks.
+        micro_batch_sizes: of every config; None for its own.
+        steps: optimizer steps of a trial, warm-up and scored.
+        warmup_steps: of them, not scored.
+        repeats: trials of each candidate.
+        parts_steps: taken apart after the first trial of each.
+        checkpoint: whether the first trial of each saves one.
+    """
+
+    configs: Sequence[str]
+    config: RunConfig
+    world_sizes: Sequence[int]
+    micro_batch_sizes: Sequence[int] | None = None
+    steps: int = 30
+    warmup_steps: int = 5
+    repeats: int = 2
+    parts_steps: int = 3
+    checkpoint: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps <= self.warmup_steps:
+            raise UserError(f"--steps {self.steps} leaves none after --warmup-steps {self.warmup_steps}")
+        if self.steps > self.config.max_train_steps:
+            raise UserError(
+                f"--steps {self.steps} is more than the run's max_train_steps {self.config.max_train_steps}, "
+                "which its schedule ends with"
+            )
+
+    def same(self) -> dict[str, Any]:
+        """What must not change when a comparison goes on."""
+        shared = dataclasses.asdict(with_absolute_paths(self.config))
+        kept = {name: value for name, value in shared.items() if name not in SET_BY_COMPARE}
+        return {"steps": self.steps, "warmup_steps": self.warmup_steps, "config": kept}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One DeepSpeed config on one number of ranks.
+
+    Attributes:
+        label: of the config, as the user wrote it, with its micro-batch where that is not the run's.
+        world_size: number of ranks.
+        ds_config: the JSON in the comparison's folder.
+        config: its run config, without a name.
+        resolved: the resolved DeepSpeed config; empty where it could not be.
+        predicted: the plan's memory.
+        skipped: why it is not run.
+        notes: what the user should know of it.
+        repeats: trials of it.
+    """
+
+    label: str
+    world_size: int
+    ds_config: Path
+    config: RunConfig
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    predicted: Memory | None = None
+    skipped: str | None = None
+    notes: Sequence[str] = ()
+    repeats: int = 1
+
+    @property
+    def name(self) -> str:
+        """With the ranks, for a reader."""
+        return f"{self.label} on {self.world_size}"
+
+    @property
+    def slug(self) -> str:
+        """The same as a file's name, and a run's."""
+        return slug_of(self.name)
+
+
+def slug_of(text: str) -> str:
+    """A text as a run's name: letters, digits and dashes; a hash keeps what was cut or replaced apart."""
+    plain = re.sub(r"[^A-Za-z0-9._]+", "-", text.replace("..", ".")).strip("-.")
+    if plain == text.replace(" ", "-") and len(plain) <= 60:
+        return plain
+    return f"{plain[:60].strip('-.')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Candidates
+
+
+def parse_config(text: str) -> tuple[str, dict[str, Any]]:
+    """``zero2,micro_batch_size=4`` as a name or path and fields of the run config.
+
+    Raises:
+        UserError: an unknown field, one that all configs share, or a value that it cannot have.
+    """
+    name, *assignments = text.split(",")
+    fields: dict[str, Any] = {}
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or key not in FIELDS:
+            raise UserError(f"{text!r}: after the comma comes field=value of the run config{did_you_mean(key, FIELDS)}")
+        if key in SHARED:
+            raise UserError(f"{text!r}: {key} is the same for all configs of a comparison; give it as an option")
+        fields[key] = _parsed(text, key, value)
+    return name, fields
+
+
+def _parsed(text: str, key: str, value: str) -> Any:
+    known = FIELDS[key]
+    try:
+        parsed = value.lower() in ("true", "yes", "on", "1") if known.kind == "bool" else known.parse(value)
+    except (ValueError, OverflowError):
+        raise UserError(f"{text!r}: {key} must be {known.expected}, not {value!r}") from None
+    problem = known.problem(parsed)
+    if problem:
+        raise UserError(f"{text!r}: {key} {problem}")
+    return parsed
+
+
+def candidates_of(request: Request, folder: Path, *, device: str) -> list[Candidate]:
+    """Every config of a request at every number of ranks and micro-batch, checked and planned.
+
+    Their JSONs are written into the folder. Why one cannot run is its ``skipped``.
+
+    Raises:
+        UserError: one was mistyped, is not there, or is no JSON: that is mended before any is trained.
+    """
+    parsed = [(text, *parse_config(text)) for text in request.configs]
+    stems = [Path(name).stem for _, name, _ in parsed]
+    found: dict[str, Candidate] = {}
+    for text, name, fields in parsed:
+        unique = stems.count(Path(name).stem) == 1 or all(
+            other == name for _, other, _ in parsed if Path(other).stem == Path(name).stem
+        )
+        base = Path(name).stem if unique else name
+        given = text.partition(",")[2]
+        for world_size in request.world_sizes:
+            for size in request.micro_batch_sizes or (0,):  # 0: its own
+                candidate = _candidate(request, folder, name, base, given, fields, world_size, size, device)
+                found[candidate.name] = candidate
+    return list(found.values())
+
+
+def _candidate(
+    request: Request,
+    folder: Path,
+    name: str,
+    base: str,
+    given: str,
+    fields: dict[str, Any],
+    world_size: int,
+    micro_batch_size: int,
+    device: str,
+) -> Candidate:
+    label = base + (f",{given}" if given else "")
+    file = open_ds_config(name, device_precisions(device))
+    try:
+        imported = import_ds_config(with_settled_precision(file.config, device_precisions(device)), request.config)
+    except UserError as error:
+        return Candidate(
+            label=label, world_size=world_size, ds_config=Path(name), config=request.config, skipped=str(error)
+        )
+    size = micro_batch_size or fields.get("micro_batch_size") or imported.micro_batch_size
+    if micro_batch_size and micro_batch_size != request.config.micro_batch_size:
+        label += f",micro_batch_size={micro_batch_size}"
+    path = folder / "ds_configs" / f"{slug_of(base)}.json"
+    _keep(path, imported.config)
+    try:
+        changed = {**fields, "micro_batch_size": size or request.config.micro_batch_size}
+        config = dataclasses.replace(request.config, **changed, deepspeed=str(path.absolute()))
+    except UserError as error:
+        return Candidate(label=label, world_size=world_size, ds_config=path, config=request.config, skipped=str(error))
+    planned = Candidate(
+        label=label,
+        world_size=world_size,
+        ds_config=path,
+        config=config,
+        notes=tuple(imported.notes),
+        repeats=request.repeats,
+    )
+    return plan_candidate(planned, imported.config, device=device)
+
+
+def _keep(path: Path, config: Mapping[str, Any]) -> None:
+    """Writes a candidate's JSON; a comparison that goes on must find what it began with."""
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8")) != config:
+            raise UserError(f"{path} differs from the config of that name as it is now: choose another --out")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_json(path, config)
+
+
+def plan_candidate(candidate: Candidate, ds_config: Mapping[str, Any], *, device: str) -> Candidate:
+    """A candidate with its resolved config and predicted memory, or with the reason why it is not run."""
+    config, world_size = candidate.config, candidate.world_size
+    encoder = load_encoder(config.tokenizer)
+    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    try:
+        config.gradient_accumulation_steps(world_size)
+        findings = lint(
+            ds_config,
+            candidate.ds_config,
+            config=config,
+            device=device,
+            world_size=world_size,
+            parameters=num_parameters(shape),
+            libaio=libaio_installed() or are_built(["async_io"]),
+            precisions=device_precisions(device),
+        )
+        errors = [f"{finding.key}: {finding.message}" for finding in findings if finding.severity == "error"]
+        if errors:
+            raise UserError("; ".join(errors))
+        resolved = resolve_ds_config(
+            ds_config,
+            config,
+            world_size=world_size,
+            model_hidden_size=shape.n_embd,
+            nvme_path=candidate.ds_config.parent.parent / "nvme",
+            source=candidate.ds_config,
+            precisions=device_precisions(device),
+        )
+        predicted = predict(config, shape, resolved, world_size)
+    except UserError as error:
+        return dataclasses.replace(candidate, skipped=str(error))
+    notes = [*candidate.notes, *(f"{finding.key}: {finding.message}" for finding in findings)]
+    skipped = _why_not_here(predicted, world_size, device)
+    return dataclasses.replace(candidate, resolved=resolved, predicted=predicted, notes=notes, skipped=skipped)
+
+
+def local_world_size(device: str) -> int:
+    """How many ranks are compared on this machine unless told: two on a CPU that has the cores.
+
+    One, as ``train`` has there, would have all of the model whatever the ZeRO stage.
+    """
+    return local_ranks(device) if device == "cuda" else min(2, usable_cores())
+
+
+def _why_not_here(predicted: Memory, world_size: int, device: str) -> str | None:
+    """Why this machine cannot run it: too few devices, or too little memory by the plan."""
+    import psutil
+
+    if device == "cuda":
+        devices, gpu = local_ranks(device), smallest_gpu()
+        if world_size > devices:
+            return f"needs {world_size} GPUs and this machine has {devices}"
+        needed = load_overhead().total(predicted.peak_bytes, world_size)
+        if gpu is not None and needed > gpu[1]:
+            return f"needs {gigabytes(needed)} a rank by the plan and {gpu[0]} has {gigabytes(gpu[1])}"
+        host = world_size * predicted.host_bytes
+    else:
+        host = world_size * (predicted.peak_bytes + predicted.host_bytes)
+    total = psutil.virtual_memory().total
+    if host > total:
+        return f"its tensors take {gigabytes(host)} of host memory by the plan and this machine has {gigabytes(total)}"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# On disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One start of one candidate; ``repeat`` counts from 0. A sensitivity run has the precision of its errors."""
+
+    candidate: Candidate
+    repeat: int
+    perturbed: str | None = None
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{SENSITIVITY}-{self.perturbed}-{self.candidate.slug}"
+            if self.perturbed
+            else f"{self.candidate.slug}-{self.repeat}"
+        )
+
+
+def open_folder(folder: Path, request: Request) -> None:
+    """Makes a comparison's folder, or goes on in it.
+
+    Raises:
+        UserError: the folder is another comparison, or something else.
+    """
+    path = folder / COMPARISON
+    if not path.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is no comparison and not empty: choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        durable.write_json(path, {"version": 1, **request.same()})
+        return
+    saved, now = json.loads(path.read_text(encoding="utf-8")), request.same()
+    then = {"steps": saved.get("steps"), "warmup_steps": saved.get("warmup_steps"), **saved.get("config", {})}
+    here = {"steps": now["steps"], "warmup_steps": now["warmup_steps"], **now["config"]}
+    for key in PATH_FIELDS:  # earlier versions kept paths as they were typed
+        if isinstance(then.get(key), str):
+            then[key] = FIELDS[key].absolute(then[key])
+    differing = [f"{key} was {then.get(key)!r} and is {here[key]!r}" for key in here if then.get(key) != here[key]]
+    if differing:
+        raise UserError(f"{folder} holds another comparison ({'; '.join(differing)}): choose another --out")
+
+
+class Results:
+    """What became of the trials of a comparison, read from its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of(self, trial: Trial) -> dict[str, Any] | None:
+        """``result.json`` of a trial; None while it has not been run to its end."""
+        try:
+            return dict(json.loads((self.folder / "trials" / trial.name / RESULT).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def status(self, trial: Trial) -> str | None:
+        """How a trial ended; None while it has not."""
+        result = self.of(trial)
+        return None if result is None else str(result["status"])
+
+    def has_failed(self, candidate: Candidate) -> bool:
+        """Whether a trial of a candidate did not finish; its other trials would hardly say more."""
+        return any(self.status(trial) not in (None, FINISHED) for trial in trials_of(candidate))
+
+
+def forget_failures(folder: Path) -> None:
+    """Removes the results of the trials that did not finish, so that they are run again."""
+    for path in folder.glob(f"trials/*/{RESULT}"):
+        if json.loads(path.read_text(encoding="utf-8"))["status"] != FINISHED:
+            path.unlink()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is run, in which order
+
+
+def left_to_run(candidates: Sequence[Candidate], results: Results) -> list[Trial]:
+    """The trials without a result, in the order of running; none of candidates of which one failed."""
+    going = [each for each in candidates if each.skipped is None and not results.has_failed(each)]
+    trials = all_trials(going, reference_of(candidates, results)) if going else []
+    return [trial for trial in trials if results.status(trial) is None]
+
+
+def trials_of(candidate: Candidate) -> list[Trial]:
+    """All trials of one candidate."""
+    return [Trial(candidate=candidate, repeat=repeat) for repeat in range(candidate.repeats)]
+
+
+def all_trials(ready: Sequence[Candidate], reference: Candidate) -> list[Trial]:
+    """Every trial in the order of running: forwards and backwards by turns, sensitivity runs after the first."""
+    in_order = sorted(ready, key=lambda candidate: candidate != reference)  # the others keep their order
+    trials = []
+    for repeat in range(max(candidate.repeats for candidate in ready)):
+        turn = in_order if repeat % 2 == 0 else in_order[::-1]
+        trials += [Trial(candidate=candidate, repeat=repeat) for candidate in turn if repeat < candidate.repeats]
+    return [trials[0], *sensitivity_trials(ready, reference), *trials[1:]]
+
+
+def sensitivity_trials(ready: Sequence[Candidate], reference: Candidate) -> list[Trial]:
+    """The reference once more for each precision that another config is judged in."""
+    own = precision(reference.resolved)
+    others = [candidate for candidate in ready if candidate != reference]
+    needed = {coarser(precision(candidate.resolved), own) for candidate in others}
+    return [Trial(candidate=reference, repeat=0, perturbed=name) for name in sorted(needed)]
+
+
+def reference_of(candidates: Sequence[Candidate], results: Results) -> Candidate:
+    """The config that losses are compared with: fp32 at stage 0 on the fewest ranks where given, else the first.
+
+    One whose first trial did not finish leaves that to the next; where none did, it is the first after all.
+    """
+    ready = [candidate for candidate in candidates if candidate.skipped is None]
+    ready.sort(key=lambda each: (not _is_plain(each), each.world_size if _is_plain(each) else 0))
+    for candidate in ready:
+        if results.status(Trial(candidate=candidate, repeat=0)) in (None, FINISHED):
+            return candidate
+    return ready[0]
+
+
+def _is_plain(candidate: Candidate) -> bool:
+    return precision(candidate.resolved) == "fp32" and zero_stage(candidate.resolved) == 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_data(config: RunConfig, folder: Path, *, device: str, world_size: int) -> None:
+    """The front door's checks of data, tokenizer, model and disk, once for all candidates.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    check_run(
+        dataclasses.replace(config, run_name="check", output_dir=str(folder / "runs"), hub="off"),
+        device=device,
+        world_size=world_size,
+    )
+
+
+def model_shape(config: RunConfig) -> GPT2Shape:
+    """The shape of a run's model, with its tokenizer's vocabulary."""
+    encoder = load_encoder(config.tokenizer)
+    return find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)

@@ -1,0 +1,231 @@
+"""``compare``: several DeepSpeed configs on the same weights and rows, one after the other, in fresh processes.
+
+Everything is checked and planned first. Then each config is run in turn, as often as asked for, and forwards and
+backwards by turns, so that what changes on the machine meanwhile meets all of them alike. Every trial leaves its result
+on the disk: a comparison that was stopped goes on with the same command, and has a report of what it knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from codeparrot_ds.checkpoint.initial import with_initial_model
+from codeparrot_ds.compare.candidates import (
+    COMPARISON,
+    Candidate,
+    Request,
+    Results,
+    Trial,
+    candidates_of,
+    check_data,
+    forget_failures,
+    left_to_run,
+    open_folder,
+    reference_of,
+)
+from codeparrot_ds.compare.findings import Findings, judge_all
+from codeparrot_ds.compare.page import write_reports
+from codeparrot_ds.compare.peak import Peak, peak_of_comparison
+from codeparrot_ds.compare.progress import TrialProgress
+from codeparrot_ds.compare.search import Search
+from codeparrot_ds.compare.trial_process import PROGRAM, initial_weights, orders_of, run_trial
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.config.warnings import config_warnings
+from codeparrot_ds.devices import local_device
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.launch.preflight import check_named
+
+Say = Callable[[str], None]
+TRIAL_GROUPS = ("model", "batch and schedule")
+"""Of the run config's fields, those that trials are trained with: they neither evaluate nor save at intervals."""
+
+
+def run_comparison(
+    request: Request,
+    folder: Path,
+    *,
+    hang_seconds: float,
+    retry_failed: bool,
+    search_minutes: float | None = None,
+    say: Say,
+) -> int:
+    """Compares, and writes ``report.html``, ``report.md`` and ``report.json`` into the folder.
+
+    Args:
+        request: what to compare.
+        folder: of the comparison; one that was interrupted goes on.
+        hang_seconds: a trial that writes nothing for so long is ended.
+        retry_failed: run again what did not finish.
+        search_minutes: search on from the configs for so long; None compares them and no others.
+        say: prints a line for the user.
+
+    Returns:
+        0 when at least one config was measured, 1 when none was.
+
+    Raises:
+        UserError: a mistake in what was asked for.
+        KeyboardInterrupt: the user's; the report is of the trials done.
+    """
+    device = local_device()
+    request = dataclasses.replace(request, config=with_initial_model(request.config))
+    check_named(request.config)
+    with _forgotten_if_refused(folder):
+        candidates = _prepare(request, folder, device, retry_failed=retry_failed, say=say)
+    num_ready = sum(candidate.skipped is None for candidate in candidates)
+    say(f"training {num_ready} config(s), each in fresh processes; a line follows each trial")
+    peak = peak_of_comparison(folder / COMPARISON, device)
+    if search_minutes is None:
+        findings = compare(request, folder, candidates, peak=peak, hang_seconds=hang_seconds, say=say)
+    else:
+        findings = search(
+            request,
+            folder,
+            candidates,
+            device=device,
+            peak=peak,
+            minutes=search_minutes,
+            hang_seconds=hang_seconds,
+            say=say,
+        )
+    say("")
+    for line in findings.lines():
+        say(line)
+    say(f"report: {folder / 'report.html'}")
+    return 0 if findings.speeds else 1
+
+
+def with_warnings(candidates: Sequence[Candidate], request: Request) -> list[Candidate]:
+    """Says what of the run config that all share can hardly be meant; what one alone has becomes a note of its."""
+
+    def sentences(config: RunConfig) -> list[str]:
+        return [f"warning: {warning.sentence}" for warning in config_warnings(config, groups=TRIAL_GROUPS)]
+
+    shared = sentences(request.config)
+    for sentence in shared:
+        print(sentence, file=sys.stderr, flush=True)
+    return [
+        dataclasses.replace(each, notes=[*each.notes, *(own for own in sentences(each.config) if own not in shared)])
+        for each in candidates
+    ]
+
+
+def _prepare(request: Request, folder: Path, device: str, *, retry_failed: bool, say: Say) -> list[Candidate]:
+    """Makes the folder, and checks and plans everything."""
+    open_folder(folder, request)
+    if retry_failed:
+        forget_failures(folder)
+    candidates = with_warnings(candidates_of(request, folder, device=device), request)
+    ready = [candidate for candidate in candidates if candidate.skipped is None]
+    for candidate in candidates:
+        for sentence in [candidate.skipped] if candidate.skipped else candidate.notes:
+            say(f"{candidate.name}: {'skipped: ' if candidate.skipped else ''}{sentence}")
+    if not ready:
+        raise UserError("none of the configs can be run here: " + str(candidates[0].skipped))
+    check_data(ready[0].config, folder, device=device, world_size=ready[0].world_size)
+    return candidates
+
+
+@contextlib.contextmanager
+def _forgotten_if_refused(folder: Path) -> Iterator[None]:
+    """Takes a folder that was not there before away again where the comparison is refused."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except UserError:
+        if new:
+            shutil.rmtree(new[-1], ignore_errors=True)
+        raise
+
+
+def compare(
+    request: Request,
+    folder: Path,
+    candidates: Sequence[Candidate],
+    *,
+    peak: Peak | None = None,
+    hang_seconds: float,
+    say: Say,
+    program: Sequence[str] = PROGRAM,
+) -> Findings:
+    """Runs every trial that has no result yet, and reports, also where it is interrupted.
+
+    Args:
+        request: what to compare.
+        folder: of the comparison.
+        candidates: of the request, checked and planned.
+        peak: what all trials are held against for MFU; None lets each measure its own.
+        hang_seconds: a trial that writes nothing for so long is ended.
+        say: prints a line for the user.
+        program: the command that runs a trial, less its options.
+    """
+    results = Results(folder)
+    try:
+        with TrialProgress(request, candidates, results, say) as progress:
+            while left := left_to_run(candidates, results):
+                trial = left[0]
+                initial = initial_weights(request.config, folder, perturbed=trial.perturbed)
+                result = run_trial(
+                    trial,
+                    folder,
+                    initial=initial,
+                    orders=orders_of(request, trial, peak),
+                    hang_seconds=hang_seconds,
+                    progress=progress.steps_done,
+                    program=program,
+                )
+                progress.finished(trial, result)
+    except KeyboardInterrupt:
+        say(_stopped(folder))
+        raise
+    finally:
+        findings = report(request, folder, candidates)
+    return findings
+
+
+def search(
+    request: Request,
+    folder: Path,
+    candidates: Sequence[Candidate],
+    *,
+    device: str,
+    peak: Peak | None = None,
+    minutes: float,
+    hang_seconds: float,
+    say: Say,
+    program: Sequence[str] = PROGRAM,
+) -> Findings:
+    """Measures the candidates, and then what may be faster, for so many minutes; reports, also where interrupted."""
+
+    def run(trial: Trial) -> None:
+        run_trial(
+            trial,
+            folder,
+            initial=initial_weights(request.config, folder, perturbed=trial.perturbed),
+            orders=orders_of(request, trial, peak),
+            hang_seconds=hang_seconds,
+            progress=lambda steps: None,
+            program=program,
+        )
+
+    try:
+        return Search(request, folder, candidates, device=device, minutes=minutes, run=run, say=say).run()
+    except KeyboardInterrupt:
+        say(_stopped(folder))
+        raise
+
+
+def _stopped(folder: Path) -> str:
+    return f"stopped; {folder / 'report.html'} has what is known so far"
+
+
+def report(request: Request, folder: Path, candidates: Sequence[Candidate]) -> Findings:
+    """Judges what the trials on the disk found and writes the reports."""
+    results = Results(folder)
+    findings = judge_all(request, results, candidates, reference_of(candidates, results))
+    write_reports(findings, folder)
+    return findings

@@ -1,0 +1,1 @@
+"""The run config: its fields, files and options. Importing it imports neither torch nor PyYAML."""

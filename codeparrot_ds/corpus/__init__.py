@@ -1,0 +1,1 @@
+"""From source trees to cleaned shards and a tokenizer."""

@@ -1,0 +1,202 @@
+"""Cuts the sources of a corpus into units of work: the same sources give the same units on any number of cores.
+
+A unit is a few megabytes of a tree's files, a byte range of a plain file of JSON lines, a whole compressed file (its
+text can only be reached from its start), some row groups of a Parquet file, or one shard of a streamed data set. Its
+``key`` names everything that its result depends on, so a finished unit is reused exactly where it is still true.
+
+Memory: about 300 bytes a file of a source tree, until all units are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from codeparrot_ds.corpus.readers import ReadAccount, TreeFile, detect_license, open_dataset, repository_name
+from codeparrot_ds.data.hub_files import first_look
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.paths import did_you_mean_path
+
+UNIT_BYTES = 8 << 20
+PLAIN_ROW_SUFFIXES = (".jsonl", ".json")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
+UNIT_VERSION = 1
+"""Raised when the code reads a unit to another result."""
+
+# Installed packages and caches inside a tree are other people's code or no code. A folder that is itself given as a
+# source is always read: only what lies below it is skipped.
+_SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
+_DATASET_NAME = re.compile(r"[\w.-]+/[\w.-]+(?::[\w+\[\]%-]+)?|.+:[\w+\[\]%-]+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """One piece of work. ``start`` and ``stop`` are bytes, row groups, or the shard and the number of shards."""
+
+    source: int
+    kind: str
+    """``tree``, ``json``, ``parquet`` or ``dataset``."""
+    name: str
+    files: tuple[TreeFile, ...] = ()
+    start: int = 0
+    stop: int | None = None
+    state: tuple[Any, ...] = ()
+    """What tells a changed source: size and time of a row file, the origin of a data set's files."""
+
+    def key(self, settings: Sequence[Any]) -> str:
+        """Name of the result: equal for equal sources read with equal settings."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "source"}
+        fields["files"] = [dataclasses.astuple(each) for each in self.files]
+        # A file name need not be valid Unicode; such a file is left out, but it has a place in its unit's name.
+        data = orjson.dumps([UNIT_VERSION, settings, orjson.Fragment(_dump(fields))])
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _dump(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return orjson.dumps(ascii(value))
+
+
+@dataclass(kw_only=True)
+class Source:
+    """A source with its units and what planning already had to leave out."""
+
+    name: str
+    expected: str
+    units: list[Unit]
+    account: ReadAccount
+
+
+def plan_sources(sources: Sequence[str], *, suffixes: Sequence[str], content_column: str) -> list[Source]:
+    """The sources, each once, in an order that does not depend on how they were given.
+
+    Raises:
+        UserError: a source that does not exist or is of no known kind.
+    """
+    # One folder named twice would double the copies of all its files.
+    unique = {os.path.realpath(source) if os.path.exists(source) else source: source for source in map(str, sources)}
+    planned = []
+    for number, (place, source) in enumerate(sorted(unique.items())):
+        account = ReadAccount()
+        rows = f"rows with the text column {content_column!r}"
+        if os.path.isdir(place):
+            units = _tree_units(number, Path(place), account, tuple(suffixes))
+            expected = "/".join(f"*{suffix}" for suffix in suffixes)
+        elif os.path.isfile(place) and source.endswith(ROW_SUFFIXES):
+            units, expected = _row_file_units(number, Path(source), account), rows
+        elif os.path.exists(place):
+            raise UserError(f"{source} is neither a folder nor a row file ({', '.join(ROW_SUFFIXES)})")
+        elif _names_dataset(source):
+            units, expected = _dataset_units(number, source), rows
+        else:
+            raise UserError(f"source {source} does not exist{did_you_mean_path(source)}")
+        planned.append(Source(name=source, expected=expected, units=list(units), account=account))
+    return planned
+
+
+def _names_dataset(source: str) -> bool:
+    """A name without a split whose first part is a folder here is a path with a mistake, not worth asking the Hub."""
+    if source.startswith((".", "~")) or "://" in source or not _DATASET_NAME.fullmatch(source):
+        return False
+    return ":" in source or not os.path.isdir(os.path.dirname(source))
+
+
+def _tree_units(source: int, root: Path, account: ReadAccount, suffixes: tuple[str, ...]) -> Iterator[Unit]:
+    """Files in name order, cut where ``UNIT_BYTES`` are reached."""
+    if str(root) == os.path.realpath(sysconfig.get_paths()["stdlib"]):
+        # Debian ships the library without its licence, and a folder name such as "python3.11" tells a reader nothing.
+        files = _walk(root, root, "python/cpython", "psf-2.0", account, suffixes)
+    else:
+        files = _walk(root, root, repository_name(root), detect_license(root), account, suffixes)
+    group: list[TreeFile] = []
+    size = 0
+    for each in files:
+        group.append(each)
+        size += each.size_bytes
+        if size >= UNIT_BYTES:
+            yield Unit(source=source, kind="tree", name=str(root), files=tuple(group))
+            group, size = [], 0
+    if group:
+        yield Unit(source=source, kind="tree", name=str(root), files=tuple(group))
+
+
+def _walk(
+    folder: Path, root: Path, repo_name: str, license: str, account: ReadAccount, suffixes: tuple[str, ...]
+) -> Iterator[TreeFile]:
+    """Walk in name order. A git checkout below the root is a repository of its own, with its own name and licence."""
+    try:
+        if folder != root and (folder / ".git").exists():
+            root, repo_name, license = folder, repository_name(folder), detect_license(folder)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        account.leave_out("unreadable", str(folder), reason=error.strerror or str(error))
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith("."):
+                yield from _walk(Path(entry.path), root, repo_name, license, account, suffixes)
+        elif entry.name.endswith(suffixes) and entry.is_file():
+            status = entry.stat()
+            yield TreeFile(
+                file=entry.path,
+                path=os.path.relpath(entry.path, root),
+                repo_name=repo_name,
+                license=license,
+                size_bytes=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+            )
+
+
+def _row_file_units(source: int, path: Path, account: ReadAccount) -> Iterator[Unit]:
+    status = path.stat()
+    state = (status.st_size, status.st_mtime_ns)
+    if path.suffix == ".parquet":
+        yield from _parquet_units(source, path, state, account)
+    elif path.suffix in PLAIN_ROW_SUFFIXES:
+        for start in range(0, status.st_size, UNIT_BYTES):
+            stop = min(start + UNIT_BYTES, status.st_size)
+            yield Unit(source=source, kind="json", name=str(path), start=start, stop=stop, state=state)
+    else:
+        yield Unit(source=source, kind="json", name=str(path), state=state)
+
+
+def _parquet_units(source: int, path: Path, state: tuple[Any, ...], account: ReadAccount) -> Iterator[Unit]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        # The directory of a Parquet file is its last part: of one that was cut off nothing can be read.
+        account.damage(str(path), 0, str(error))
+        return
+    start = size = 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= UNIT_BYTES or group + 1 == metadata.num_row_groups:
+            yield Unit(source=source, kind="parquet", name=str(path), start=start, stop=group + 1, state=state)
+            start, size = group + 1, 0
+
+
+def _dataset_units(source: int, name: str) -> Iterator[Unit]:
+    try:
+        with first_look(name.partition(":")[0], "name a folder or a file"):
+            dataset, state = open_dataset(name)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises many kinds: no such name, no such split, no network
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise UserError(f"source {name} is no path here, and no data set that can be opened: {reason}") from error
+    for shard in range(dataset.num_shards):
+        yield Unit(source=source, kind="dataset", name=name, start=shard, stop=dataset.num_shards, state=tuple(state))

@@ -1,0 +1,442 @@
+"""Raw documents: the text files of source trees and the rows of row files, with their repository and licence.
+
+The readers take a piece of a source (files of a tree, a byte range, some row groups, a shard) and a ``ReadAccount``
+that they fill on the way. What cannot be used costs its document, never the source, and is counted and named.
+"""
+
+from __future__ import annotations
+
+import codecs
+import configparser
+import gzip
+import io
+import json
+import re
+import sysconfig
+import tokenize
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+UNKNOWN_LICENSE = "unknown"
+MAX_NAMED = 100
+"""So many problems of a unit are named; all are counted."""
+SPDX_HEAD_CHARACTERS = 2000
+ROW_COLUMNS = ("repo_name", "path", "license", "copies")
+PARQUET_BATCH_ROWS = 256
+
+# The phrase that comes first in a licence decides: the GPLs name each other in their last paragraphs.
+_LICENSE_PHRASES = {
+    "python software foundation license": "psf-2.0",
+    "apache license": "apache-2.0",
+    "gnu affero general public license": "agpl-3.0",
+    "gnu lesser general public license": "lgpl",
+    "gnu general public license": "gpl",
+    "mozilla public license": "mpl-2.0",
+    "this is free and unencumbered software": "unlicense",
+    "permission to use, copy, modify, and/or distribute": "isc",
+    "permission is hereby granted, free of charge": "mit",
+    "redistribution and use in source and binary forms": "bsd",
+}
+_SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9.+\-() \t]*[A-Za-z0-9.+)])")
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeFile:
+    """A file of a source tree as planning found it; size and time tell a later build whether it changed."""
+
+    file: str
+    path: str
+    """Relative to the repository's root."""
+    repo_name: str
+    license: str
+    size_bytes: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawDocument:
+    """One file or row as it was found. ``copies`` is above 1 where a row file says so.
+
+    ``path`` is empty where a row names none; ``row`` (from 1, inside the piece that was read) then stands for it.
+    """
+
+    repo_name: str
+    path: str
+    license: str
+    content: str
+    encoding: str = "utf-8"
+    row: int = 0
+    copies: int = 1
+
+
+@dataclass(kw_only=True)
+class ReadAccount:
+    """What was read from one piece of a source, and what was left out and why."""
+
+    documents: int = 0
+    bytes: int = 0
+    rows: int = 0
+    """Rows that the piece holds, good or bad: later pieces of the same file number theirs from here."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    named: list[tuple[str, int, str]] = field(default_factory=list)
+    """File, row (0 for a whole file) and reason of the first ``MAX_NAMED`` problems; empty files are none."""
+    damaged: list[tuple[str, int, str]] = field(default_factory=list)
+    """File, last good row and reason, of files that end or break in the middle; what came before is kept."""
+
+    def leave_out(self, category: str, file: str, row: int = 0, reason: str = "") -> None:
+        self.left_out[category] += 1
+        if category != "empty" and len(self.named) < MAX_NAMED:  # packages are full of empty files, and rightly so
+            self.named.append((printable(file), row, reason or category.replace("_", " ")))
+
+    def damage(self, file: str, row: int, reason: str) -> None:
+        self.damaged.append((printable(file), row, reason.splitlines()[0] if reason else "unknown"))
+
+
+def printable(name: str) -> str:
+    """A file name of any bytes as text that can be printed and stored."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+class _LeftOut(Exception):
+    """A document that must not enter a corpus, with the category that it is counted under."""
+
+    def __init__(self, category: str, reason: str = "") -> None:
+        super().__init__(reason)
+        self.category = category
+
+
+def standard_library_sources() -> list[str]:
+    """The running interpreter's own standard library: real code of one licence on every machine."""
+    return [sysconfig.get_paths()["stdlib"]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# text
+
+
+def decode(data: bytes) -> tuple[str, str]:
+    """The text of a file without its byte order mark, and the name of its encoding; line ends stay as they are.
+
+    In this order: a byte order mark, UTF-8, the coding cookie of PEP 263. Text that is none of these is left out: a
+    guess by letter frequencies is wrong often enough on code, which is nearly all ASCII, to put broken words into
+    comments and strings, and such files are rare. UTF-8 comes before the cookie because bytes beyond ASCII that
+    happen to be valid UTF-8 are UTF-8, whatever a forgotten "latin-1" in the first line says.
+
+    Raises:
+        UnicodeError: none of these encodings.
+    """
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding), encoding
+    except UnicodeError:
+        if encoding != "utf-8":
+            raise
+    try:
+        cookie, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(cookie), cookie
+    except (SyntaxError, LookupError) as error:  # no cookie or one that names nothing
+        raise UnicodeError(str(error)) from error
+
+
+def _checked(content: str) -> str:
+    """The text, if it may enter a corpus."""
+    if "\0" in content:
+        raise _LeftOut("nul_bytes")
+    if not content.strip():
+        raise _LeftOut("empty")
+    return content
+
+
+def spdx_license(text: str) -> str:
+    """The licence that an ``SPDX-License-Identifier`` line in the file's head names, as GitHub writes it, or ""."""
+    found = _SPDX.search(text, 0, SPDX_HEAD_CHARACTERS)
+    if not found:
+        return ""
+    return " ".join(found[1].lower().replace("-only", "").strip("()").split())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# source trees
+
+
+def read_files(files: Iterable[TreeFile], account: ReadAccount) -> Iterator[RawDocument]:
+    """The documents of these files, in their order."""
+    for each in files:
+        try:
+            try:
+                content, encoding = decode(Path(each.file).read_bytes())
+                each.path.encode("utf-8")
+            except OSError as error:
+                raise _LeftOut("unreadable", error.strerror or str(error)) from error
+            except UnicodeError as error:
+                raise _LeftOut("not_text") from error
+            _checked(content)
+        except _LeftOut as error:
+            account.leave_out(error.category, each.file, reason=str(error))
+            continue
+        yield RawDocument(
+            repo_name=each.repo_name,
+            path=each.path,
+            license=spdx_license(content) or each.license,
+            content=content,
+            encoding=encoding,
+        )
+
+
+def repository_name(root: Path) -> str:
+    """``owner/name`` of a checkout's remote "origin", otherwise the folder's name."""
+    config = configparser.ConfigParser(strict=False, interpolation=None)
+    try:
+        config.read(root / ".git" / "config", encoding="utf-8")
+        url = config.get('remote "origin"', "url")
+    except (configparser.Error, UnicodeError):
+        return printable(root.name)
+    parts = url.strip().removesuffix("/").removesuffix(".git").replace(":", "/").split("/")
+    return "/".join(part for part in parts[-2:] if part) or printable(root.name)
+
+
+def detect_license(root: Path) -> str:
+    """GitHub's name of the licence in the tree's root (``mit``, ``apache-2.0`` …), or ``unknown``."""
+    for path in sorted(root.iterdir()):
+        if path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "UNLICENSE")) and path.is_file():
+            text = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())
+            found = {text.find(phrase): name for phrase, name in _LICENSE_PHRASES.items() if phrase in text}
+            if found:
+                return _with_version(found[min(found)], text[min(found) :])
+    return UNKNOWN_LICENSE
+
+
+def _with_version(name: str, text: str) -> str:
+    if name == "bsd":
+        return "bsd-3-clause" if "neither the name" in text else "bsd-2-clause"
+    if name in ("gpl", "lgpl"):
+        version = re.search(r"version (\d(?:\.\d)?)", text[:100])
+        return f"{name}-{float(version[1])}" if version else name
+    return name
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def read_json_rows(
+    path: Path, account: ReadAccount, content_column: str, *, start: int = 0, stop: int | None = None
+) -> Iterator[RawDocument]:
+    """The rows of a file of JSON lines; of a plain file only the lines that begin in bytes [start, stop)."""
+    number = 0
+    try:
+        for number, line in enumerate(_lines(path, start, stop), start=1):
+            account.rows = number
+            if line.strip():
+                yield from _row_document(line, content_column, path, number, account, parse=_parse)
+    except (OSError, EOFError, zlib.error) as error:
+        account.damage(str(path), number, getattr(error, "strerror", None) or str(error))
+
+
+def _parse(line: bytes) -> object:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        if b"\\ud" in line.lower() and _has_lone_surrogate(line):
+            raise _LeftOut("lone_surrogates") from error
+        raise _LeftOut("bad_rows", str(error)) from error
+
+
+def _has_lone_surrogate(line: bytes) -> bool:
+    """Whether a row is good JSON but for halves of surrogate pairs, which are characters in no encoding."""
+    try:
+        json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    except ValueError:
+        pass
+    return False
+
+
+def _row_document(
+    raw: Any,
+    column: str,
+    path: Path,
+    number: int,
+    account: ReadAccount,
+    parse: Callable[[Any], object] = lambda row: row,
+) -> Iterator[RawDocument]:
+    """The document of one row, or none, with the reason in the account."""
+    try:
+        row, content = _row_text(parse(raw), column)
+        _checked(content)
+    except _LeftOut as error:
+        account.leave_out(error.category, str(path), number, str(error))
+        return
+    # CodeParrot's rows hold counts as text ("copies": "3"); rows of other origin may lack all but the text.
+    copies = str(row.get("copies") or 1)
+    license = str(row.get("license") or UNKNOWN_LICENSE)
+    yield RawDocument(
+        repo_name=str(row.get("repo_name") or path.name),
+        path=str(row.get("path") or ""),
+        license=spdx_license(content) or license if license == UNKNOWN_LICENSE else license,
+        content=content,
+        row=number,
+        copies=max(1, int(copies)) if copies.isdecimal() and len(copies) < 10 else 1,
+    )
+
+
+def _row_text(row: object, column: str) -> tuple[dict, str]:
+    if not isinstance(row, dict):
+        raise _LeftOut("bad_rows", "the row is not an object")
+    if column not in row:
+        raise _LeftOut("bad_rows", f"no column {column!r} (columns: {', '.join(map(str, row))})")
+    content = row[column]
+    if isinstance(content, bytes):
+        try:
+            return row, content.decode("utf-8")
+        except UnicodeError as error:
+            raise _LeftOut("not_text") from error
+    if not isinstance(content, str):
+        raise _LeftOut("bad_rows", f"column {column!r} is not text")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _LeftOut("lone_surrogates") from error
+    return row, content
+
+
+def _lines(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+    if path.suffix == ".zst":
+        lines = _zstandard_lines(path)
+    elif path.suffix == ".gz":
+        lines = _gzip_lines(path)
+    else:
+        lines = _plain_lines(path, start, stop)
+    for number, line in enumerate(lines):
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 and start == 0 else line
+
+
+def _plain_lines(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        position = start
+        if start:
+            file.seek(start - 1)  # a line that begins exactly at start is ours
+            position += len(file.readline()) - 1
+        while stop is None or position < stop:
+            line = file.readline()
+            if not line:
+                return
+            position += len(line)
+            yield line
+
+
+def _gzip_lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as file:
+        yield from file
+
+
+def _zstandard_lines(path: Path) -> Iterator[bytes]:
+    """Lines of all frames. ``zstandard.open`` would end quietly where a file was cut off; this raises ``EOFError``."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    rest, frame, frame_data = b"", None, b""
+    with path.open("rb") as file:
+        while frame_data or (frame_data := file.read(1 << 18)):
+            frame = frame or decompressor.decompressobj()
+            try:
+                *lines, rest = (rest + frame.decompress(frame_data)).split(b"\n")
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            yield from lines
+            frame_data = frame.unused_data
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the file ends in the middle of a zstd frame")
+    if rest:
+        yield rest
+
+
+def read_parquet_rows(
+    path: Path, account: ReadAccount, content_column: str, *, start: int, stop: int
+) -> Iterator[RawDocument]:
+    """The rows of row groups [start, stop); a group that cannot be read is damage, the next ones are still read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        wanted = [name for name in (content_column, *ROW_COLUMNS) if name in names]
+        for group in range(start, stop):
+            first = account.rows
+            account.rows += file.metadata.row_group(group).num_rows
+            number = first
+            try:
+                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=wanted or names[:1]):
+                    for row in _batch_rows(batch, content_column):
+                        number += 1
+                        if content_column not in names:
+                            row = dict.fromkeys(names)
+                        yield from _row_document(row, content_column, path, number, account)
+            except (OSError, pyarrow.ArrowException) as error:
+                account.damage(str(path), number, f"row group {group}: {error}")
+
+
+def _batch_rows(batch: Any, content_column: str) -> Iterator[dict]:
+    """Rows of an Arrow batch, the text as bytes: Arrow does not check that strings are UTF-8."""
+    import pyarrow
+
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            binary = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
+            values = column.cast(binary).to_pylist()
+            if name != content_column:
+                values = [value and value.decode("utf-8", "replace") for value in values]
+        else:
+            values = column.to_pylist()
+        columns[name] = values
+    for number in range(batch.num_rows):
+        yield {name: values[number] for name, values in columns.items()}
+
+
+def open_dataset(name: str) -> tuple[Any, list[str]]:
+    """The streamed split that a source ``org/name`` or ``org/name:split`` names (``train`` by default), and its state.
+
+    The state names the files with their revision, checksum or time, as far as the library knows them.
+
+    Raises:
+        Exception: whatever the ``datasets`` library raises where it finds or reads no such data set.
+    """
+    from datasets import load_dataset_builder
+
+    head, _, split = name.partition(":")
+    builder = load_dataset_builder(head)
+    files = (builder.config.data_files or {}).items()
+    state = [f"{split}: {list(each)} {getattr(each, 'origin_metadata', '')}" for split, each in files]
+    return builder.as_streaming_dataset(split=split or "train"), [str(builder.hash), *state]
+
+
+def read_dataset_rows(
+    name: str, account: ReadAccount, content_column: str, *, shard: int, num_shards: int
+) -> Iterator[RawDocument]:
+    """The rows of one shard of a streamed data set."""
+    path = Path(name)
+    try:
+        dataset, _ = open_dataset(name)
+        if num_shards > 1:
+            dataset = dataset.shard(num_shards=num_shards, index=shard)
+        for account.rows, row in enumerate(dataset, start=1):
+            yield from _row_document(row, content_column, path, account.rows, account)
+    except Exception as error:  # the library raises many kinds; each is named and costs the rest of a shard
+        account.damage(name, account.rows, f"shard {shard}: {error or repr(error)}")

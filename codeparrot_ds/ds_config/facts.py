@@ -1,0 +1,96 @@
+"""What a DeepSpeed config says: stage, precision, offloading."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from codeparrot_ds.ds_config.known_keys import KeyPath
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a config says
+
+
+def zero_stage(ds_config: Mapping[str, Any]) -> int:
+    """ZeRO stage 0-3; 0 when the config names none."""
+    zero = ds_config.get("zero_optimization")
+    return int(zero.get("stage", 0)) if isinstance(zero, Mapping) else int(bool(zero))
+
+
+def precision(ds_config: Mapping[str, Any]) -> str:
+    """``"bf16"``, ``"fp16"`` or ``"fp32"``: what the weights are trained in."""
+    for name, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
+        if any(value_at(ds_config, (key, "enabled")) is True for key in keys):
+            return name
+    return "fp32"
+
+
+def settled_precision(ds_config: Mapping[str, Any], precisions: Sequence[str]) -> dict[KeyPath, tuple[bool, str]]:
+    """What each ``"enabled": "auto"`` of bf16 and fp16 becomes on a device that trains in `precisions`, and why.
+
+    As the Hugging Face Trainer's flags would, it switches one of them on: the fastest of the device's that the file
+    leaves open. A file that knows bf16 alone, as most that are published, gets fp16 on a GPU without bf16.
+    """
+    old = "bfloat16" in ds_config and "bf16" not in ds_config
+    blocks = {"bf16": "bfloat16" if old else "bf16", "fp16": "fp16"}
+    said = {name: value_at(ds_config, (block, "enabled")) for name, block in blocks.items()}
+    left_open = [name for name, value in said.items() if value == "auto"]
+    if not left_open:
+        return {}
+    chosen = next((name for name, value in said.items() if value is True), None)
+    if chosen is not None:
+        return {(blocks[name], "enabled"): (False, f"{chosen} is on") for name in left_open}
+    possible = [*left_open, "fp32", *(["fp16"] if "fp16" not in ds_config else [])]
+    chosen = next((name for name in precisions if name in possible), "fp32")
+    why = f"the device trains in {' or '.join(precisions)}"
+    return {(blocks[name], "enabled"): (name == chosen, why) for name in said if name in left_open or name == chosen}
+
+
+def with_settled_precision(ds_config: Mapping[str, Any], precisions: Sequence[str]) -> dict[str, Any]:
+    """A copy of a config in which `settled_precision` stands for ``"auto"``."""
+    config = copy.deepcopy(dict(ds_config))
+    for path, (value, _) in settled_precision(config, precisions).items():
+        set_value(config, path, value)
+    return config
+
+
+def offload_device(ds_config: Mapping[str, Any], what: str) -> str:
+    """``"none"``, ``"cpu"`` or ``"nvme"``: where `what` (``"optimizer"`` or ``"parameters"``) lives."""
+    block = {"optimizer": "offload_optimizer", "parameters": "offload_param"}[what]
+    return value_at(ds_config, ("zero_optimization", block, "device")) or "none"
+
+
+def activation_checkpointing(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the ``activation_checkpointing`` block is there: DeepSpeed itself has no key that switches it on."""
+    return ds_config.get("activation_checkpointing") is not None
+
+
+def uses_nvme(ds_config: Mapping[str, Any]) -> bool:
+    """Whether anything is offloaded to NVMe."""
+    return "nvme" in (offload_device(ds_config, "optimizer"), offload_device(ds_config, "parameters"))
+
+
+def value_at(config: Mapping[str, Any], path: KeyPath) -> Any:
+    """The value at a key path, or None where the path does not lead anywhere."""
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def set_value(config: dict[str, Any], path: KeyPath, value: Any) -> None:
+    for key in path[:-1]:
+        if not isinstance(config.get(key), dict):
+            config[key] = {}
+        config = config[key]
+    config[path[-1]] = value
+
+
+def leaves(config: Mapping[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every key path of a config that does not lead to another block, and its value."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value

@@ -1,0 +1,64 @@
+"""Configs that were written for other programs: what of them a comparison takes, and what it says about the rest.
+
+A config for the Hugging Face Trainer or for DeepSpeed's autotuner holds batch sizes, a schedule and monitors as well.
+In a comparison these belong to the run, which is the same for all configs: they are taken out, and each is named. The
+micro-batch alone is the config's own, for the rows of a step do not depend on it. ``"auto"`` stays, for ``resolve``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.ds_config.facts import leaves, value_at
+from codeparrot_ds.ds_config.known_keys import KeyPath
+from codeparrot_ds.ds_config.resolve import RUN_OWNED_KEYS
+
+MICRO_BATCH: KeyPath = ("train_micro_batch_size_per_gpu",)
+OF_OTHER_PROGRAMS = ("autotuning", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """A config as a comparison takes it.
+
+    Attributes:
+        config: the JSON without what belongs to the run.
+        micro_batch_size: the config's own; None where it names none.
+        notes: one sentence for each thing that was taken out and says something else than the run.
+    """
+
+    config: dict[str, Any]
+    micro_batch_size: int | None
+    notes: list[str]
+
+
+def import_ds_config(ds_config: Mapping[str, Any], run: RunConfig) -> Imported:
+    """What a comparison on the rows of ``run`` takes of a config."""
+    config: dict[str, Any] = copy.deepcopy(dict(ds_config))
+    notes = []
+    micro_batch = value_at(config, MICRO_BATCH)
+    own = micro_batch if isinstance(micro_batch, int) and not isinstance(micro_batch, bool) else None
+    for path, field in RUN_OWNED_KEYS.items():
+        value = value_at(config, path)
+        if value is None or value == "auto":
+            continue
+        wanted = getattr(run, field, None)
+        _remove(config, path)
+        if path != MICRO_BATCH and value != wanted and path != ("gradient_accumulation_steps",):
+            notes.append(f"{'.'.join(path)} {value!r} is left out: all configs train with {field} {wanted!r}")
+    if any(value != "auto" for _, value in leaves(value_at(config, ("scheduler", "params")) or {})):
+        notes.append(f"scheduler is left out: all configs train with {run.lr_scheduler_type}")
+    config.pop("scheduler", None)
+    for block in OF_OTHER_PROGRAMS:
+        if config.pop(block, None) is not None:
+            notes.append(f"{block} is left out: it changes nothing that is compared")
+    return Imported(config=config, micro_batch_size=own, notes=notes)
+
+
+def _remove(config: dict[str, Any], path: KeyPath) -> None:
+    block = value_at(config, path[:-1]) if path[:-1] else config
+    del block[path[-1]]

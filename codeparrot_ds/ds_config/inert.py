@@ -1,0 +1,281 @@
+"""Keys that DeepSpeed 0.19.8 reads and that then do nothing, or nearly nothing, where they stand: warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from codeparrot_ds.ds_config.known_keys import KEYS
+from codeparrot_ds.ds_config.rules import Rule, Subject
+
+_ZERO = "zero_optimization"
+_OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM = f"{_ZERO}.offload_optimizer", f"{_ZERO}.offload_param"
+# Memory that a bucket larger than the model must waste before it is worth a word.
+WASTED_BYTES = 1 << 29
+DEFAULT_BUCKET = 500_000_000
+DEFAULT_SUB_GROUP = 1_000_000_000
+
+# The stages at which each ZeRO key does something, where that is not all of 1 to 3.
+_STAGES = {
+    (1, 2): "use_multi_rank_bucket_allreduce round_robin_gradients parameter_alignment",
+    (2,): "ignore_unused_parameters",
+    (3,): """
+        enable_sanity_checks leaf_module log_trace_cache_warnings memory_efficient_linear override_module_apply
+        save_muon_momentum_buffer_in_memory sub_group_size zero_hpz_partition_size zero_quantized_gradients
+        zero_quantized_nontrainable_weights zero_quantized_weights
+        """,
+}
+_NOTHING_AT_ALL = "allgather_bucket_size allgather_partitions"
+_STAGE_OF = {name: stages for stages, names in _STAGES.items() for name in names.split()}
+
+
+def _stages_of(key: str) -> tuple[int, ...]:
+    return (3,) if key.startswith("stage3_") else _STAGE_OF.get(key, (1, 2, 3))
+
+
+def _by_stage() -> list[Rule]:
+    """One rule a ZeRO key: it does nothing at the other stages."""
+    rules = []
+    handled_elsewhere = {"stage", "offload_optimizer", "offload_param", "compute_grad_norm", "legacy_stage1"}
+    for key in KEYS[("zero_optimization",)]:
+        stages = _stages_of(key)
+        if (
+            key in handled_elsewhere
+            or key in _NOTHING_AT_ALL.split()
+            or f"stage3_{key}" in KEYS[("zero_optimization",)]
+        ):
+            continue
+        where = f"stage {stages[0]}" if len(stages) == 1 else f"stages {stages[0]}-{stages[-1]}"
+
+        def wrong(s: Subject, value: Any, stages: tuple[int, ...] = stages, key: str = key) -> bool:
+            off = value is False or (key == "zero_hpz_partition_size" and value <= 1)
+            return s.stage not in stages and not off
+
+        rules.append(Rule(f"{_ZERO}.{key}", "warning", wrong, f"does nothing at stage {{stage}}: it is for {where}"))
+    return rules
+
+
+def _only(keys: str, when: Callable[[Subject], bool], message: str) -> list[Rule]:
+    """Keys that do something only `when`; one that is switched off anyway is not worth a word."""
+
+    def wrong(s: Subject, value: Any) -> bool:
+        return value is not False and not when(s)
+
+    return [Rule(key, "warning", wrong, message) for key in keys.split()]
+
+
+def _within(block: str, keys: str) -> str:
+    return " ".join(f"{block}.{key}" for key in keys.split())
+
+
+def _bucket_is_wasteful(subject: Subject, bucket: int) -> bool:
+    if subject.parameters is None or subject.stage == 0:
+        return False
+    buckets = 2 if subject.stage < 3 and subject.get(f"{_ZERO}.overlap_comm") is True else 1
+    value_bytes = 4 if subject.precision == "fp32" else 2
+    return (bucket - subject.parameters) * buckets * value_bytes > WASTED_BYTES
+
+
+ZERO = (
+    *_by_stage(),
+    *_only(
+        _within(_ZERO, _NOTHING_AT_ALL),
+        lambda s: s.get(f"{_ZERO}.zenflow") is not None,
+        "does nothing: DeepSpeed 0.19.8 gathers all partitions in one call",
+    ),
+    Rule(
+        f"{_ZERO}.contiguous_gradients",
+        "warning",
+        lambda s, value: value is False and s.stage in (1, 2) and s.offloads("optimizer"),
+        "offloading the optimizer switches it on whatever the file says",
+    ),
+    Rule(
+        f"{_ZERO}.zero_quantized_nontrainable_weights",
+        "warning",
+        lambda s, value: value is True and s.stage == 3 and s.run is not None,
+        "a run here trains every weight: there is nothing that it would quantize",
+    ),
+    Rule(
+        f"{_ZERO}.reduce_bucket_size",
+        "warning",
+        _bucket_is_wasteful,
+        "is larger than the model ({parameters:,} parameters): memory is set aside for nothing, and with one bucket "
+        "nothing overlaps; 5e7 is a good size",
+    ),
+    Rule(
+        f"{_ZERO}.stage",
+        "warning",
+        lambda s, value: s.get(f"{_ZERO}.reduce_bucket_size") is None and _bucket_is_wasteful(s, DEFAULT_BUCKET),
+        "reduce_bucket_size is not set, and DeepSpeed's default of 500,000,000 is larger than the model "
+        "({parameters:,} parameters): memory is set aside for nothing, and with one bucket nothing overlaps; write 5e7",
+    ),
+)
+
+OFFLOAD = (
+    *_only(
+        _within(_OFFLOAD_OPTIMIZER, "pin_memory ratio"),
+        lambda s: s.offloads("optimizer"),
+        "does nothing: nothing is offloaded here; write the device",
+    ),
+    *_only(
+        f"{_OFFLOAD_PARAM}.pin_memory",
+        lambda s: s.offloads("parameters"),
+        "does nothing: nothing is offloaded here; write the device",
+    ),
+    *_only(
+        _within(_OFFLOAD_OPTIMIZER, "buffer_count nvme_path pipeline_read pipeline_write fast_init"),
+        lambda s: s.on_nvme("optimizer"),
+        "does nothing: it is for device nvme",
+    ),
+    *_only(
+        _within(_OFFLOAD_PARAM, "buffer_count buffer_size nvme_path max_in_cpu"),
+        lambda s: s.on_nvme("parameters"),
+        "does nothing: it is for device nvme",
+    ),
+    *_only(
+        f"{_OFFLOAD_OPTIMIZER}.super_offload",
+        lambda s: s.stage == 3,
+        "does nothing at stage {stage}: it is for stage 3",
+    ),
+    *_only(
+        f"{_OFFLOAD_OPTIMIZER}.cpuadam_cores_perc",
+        lambda s: s.stage == 3 and s.get(f"{_OFFLOAD_OPTIMIZER}.super_offload") is True,
+        "does nothing without super_offload at stage 3",
+    ),
+    *_only(
+        _within("aio", " ".join(KEYS[("aio",)])),
+        lambda s: s.on_nvme("optimizer") or s.on_nvme("parameters"),
+        "does nothing: nothing is offloaded to NVMe",
+    ),
+    Rule(
+        f"{_OFFLOAD_OPTIMIZER}.device",
+        "warning",
+        lambda s, value: (
+            value == "nvme"
+            and s.parameters is not None
+            and s.stage == 3
+            and s.get(f"{_ZERO}.sub_group_size", DEFAULT_SUB_GROUP) >= DEFAULT_SUB_GROUP > s.parameters
+        ),
+        "saves no memory: sub_group_size is larger than the model ({parameters:,} parameters), so all of it passes "
+        "through pinned buffers at once; write a smaller sub_group_size, such as 1e7",
+    ),
+)
+
+PRECISION = (
+    *(
+        Rule(
+            block,
+            "warning",
+            lambda s, value: "enabled" not in value,
+            'is off: the block has no "enabled": true',
+        )
+        for block in ("fp16", "bf16", "torch_autocast")
+    ),
+    *_only(
+        _within("fp16", "initial_scale_power loss_scale_window hysteresis consecutive_hysteresis min_loss_scale"),
+        lambda s: s.get("fp16.enabled") is not True or s.get("fp16.loss_scale", 0) == 0,
+        "does nothing: loss_scale sets a fixed scale; 0 makes it dynamic",
+    ),
+    *_only(
+        "bf16.immediate_grad_update",
+        lambda s: s.stage == 1 and s.precision == "bf16" and s.accumulation == "fp32" and not s.offloads("optimizer"),
+        "does nothing: it is for stage 1 in bf16 with fp32 accumulation",
+    ),
+    *_only(
+        "bf16.check_grad_overflow",
+        lambda s: s.get("bf16.enabled") is not True or s.stage in (1, 2),
+        "does nothing at stage {stage}: it is for stages 1 and 2",
+    ),
+    Rule(
+        "bf16.bf16_master_weights_and_grads",
+        "warning",
+        lambda s, value: (
+            value is True
+            and s.stage == 1
+            and s.precision == "bf16"
+            and s.accumulation == "fp32"
+            and not s.offloads("optimizer")
+        ),
+        "does nothing: stage 1 with fp32 accumulation (BF16_Optimizer) always keeps fp32 masters",
+    ),
+    Rule(
+        "bf16.bf16_master_weights_and_grads",
+        "warning",
+        lambda s, value: value is True and s.precision != "bf16",
+        "rounds the master weights of a {precision} run to bf16; switch bf16 on, or remove the key",
+    ),
+    Rule(
+        "torch_autocast.enabled",
+        "warning",
+        lambda s, value: (
+            value is True and s.get("bf16.enabled") is True and s.get("bf16.bf16_master_weights_and_grads") is not True
+        ),
+        "adds casts and saves no memory: bf16 has the weights in bf16 already; keep one of the two",
+    ),
+    Rule(
+        "torch_autocast.enabled",
+        "warning",
+        lambda s, value: (
+            value is True
+            and s.run is not None
+            and "transformers.pytorch_utils.Conv1D" not in s.get("torch_autocast.lower_precision_safe_modules", [])
+        ),
+        "gradients of GPT-2's matrices are communicated in fp32 unless lower_precision_safe_modules names "
+        "transformers.pytorch_utils.Conv1D (and torch.nn.Linear)",
+    ),
+)
+
+OPTIMIZER = (
+    Rule(
+        "optimizer.params.adam_w_mode",
+        "warning",
+        lambda s, value: value is False and s.optimizer == "adamw",
+        "does nothing: the type AdamW always decays as AdamW; write the type Adam",
+    ),
+    *_only(
+        "optimizer.params.fp32_optimizer_states",
+        lambda s: s.offloads("optimizer") or s.optimizer not in ("adam", "adamw"),
+        "does nothing: it is for offloaded optimizers",
+    ),
+    *_only(
+        "optimizer.legacy_fusion",
+        lambda s: s.stage == 0 and s.precision != "fp32",
+        "does nothing: it is for stage 0 in fp16 or bf16",
+    ),
+)
+
+ACTIVATION_CHECKPOINTING = (
+    Rule(
+        "activation_checkpointing.partition_activations",
+        "warning",
+        lambda s, value: value is True and s.get("tensor_parallel.autotp_size", 0) <= 1,
+        "saves nothing without model parallelism, which this file does not set up",
+    ),
+    *_only(
+        "activation_checkpointing.number_checkpoints",
+        lambda s: s.get("activation_checkpointing.contiguous_memory_optimization") is True,
+        "does nothing without contiguous_memory_optimization",
+    ),
+)
+
+_OWN_CHECKPOINTS = "does nothing: the run saves and restores its checkpoints itself"
+# What a run here does itself; other programs may need it.
+IN_A_RUN = (
+    *(
+        Rule(key, "warning", lambda s, value: s.run is not None, message)
+        for keys, message in (
+            ("checkpoint datastates_ckpt", _OWN_CHECKPOINTS),
+            (
+                _within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"),
+                _OWN_CHECKPOINTS,
+            ),
+            ("dataloader_drop_last", "does nothing: the run has its own data stream, which drops nothing"),
+            ("pipeline", "does nothing: a run here has no pipeline parallelism"),
+            ("autotuning", "does nothing: only the launcher's --autotuning reads it"),
+            ("steps_per_print", "does nothing: the run sets it and has its own log"),
+        )
+        for key in keys.split()
+    ),
+)
+
+INERT = (*ZERO, *OFFLOAD, *PRECISION, *OPTIMIZER, *ACTIVATION_CHECKPOINTING, *IN_A_RUN)

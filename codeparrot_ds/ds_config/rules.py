@@ -1,0 +1,96 @@
+"""What a rule of the config check looks at, and the form of a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.ds_config.facts import activation_checkpointing, offload_device, precision, value_at, zero_stage
+from codeparrot_ds.ds_config.file import GPU_PRECISIONS
+from codeparrot_ds.ds_config.known_keys import KeyPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A DeepSpeed config under its keys' present names, without values of a wrong type, and what is known around it."""
+
+    config: Mapping[str, Any]
+    run: RunConfig | None = None
+    device: str = "cuda"
+    world_size: int | None = None
+    parameters: int | None = None  # of the model
+    libaio: bool | None = None  # whether this machine has what NVMe offloading is built with
+    precisions: Sequence[str] = GPU_PRECISIONS  # that the device trains in, the fastest first
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a dotted key; `default` where there is none, or an ``"auto"`` that the run will fill."""
+        value = value_at(self.config, path_of(key))
+        return default if value is None or value == "auto" else value
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return zero_stage(self.config)
+
+    @property
+    def precision(self) -> str:
+        """``bf16``, ``fp16`` or ``fp32``."""
+        return precision(self.config)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name in lower case; the recipe's where the file names none."""
+        return str(self.get("optimizer.type", "AdamW")).lower()
+
+    @property
+    def accumulation(self) -> str:
+        """The precision that micro-batches are added up in."""
+        return short_dtype(self.get("data_types.grad_accum_dtype", self.precision))
+
+    def counterpart(self, precision: str) -> str:
+        """What a reader chooses for the same in another precision: a shipped file where one keeps what saves memory."""
+        suffix = {"bf16": ".json (bf16)"}.get(precision, f"_{precision}.json")
+        if not self.offloads("optimizer") and not self.offloads("parameters"):
+            if not activation_checkpointing(self.config):
+                return f"zero{self.stage}{suffix}"
+            if self.stage == 2 and self.get("activation_checkpointing.cpu_checkpointing") is not True:
+                return f"zero2_activation_checkpointing{suffix}"
+        on = "" if precision == "fp32" else f"{precision} on and "
+        return f"the same with {on}{self.precision} off"
+
+    def offloads(self, what: str) -> bool:
+        """Whether the ``optimizer`` or the ``parameters`` live outside the device."""
+        return offload_device(self.config, what) in ("cpu", "nvme")
+
+    def on_nvme(self, what: str) -> bool:
+        """Whether the ``optimizer`` or the ``parameters`` live on NVMe."""
+        return offload_device(self.config, what) == "nvme"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that is wrong with a key that has a value, when `applies` says so of the subject and that value.
+
+    `severity` is ``error``, ``warning``, or ``run``: an error where a run config is known, a warning for a file alone,
+    which other programs may well use. ``{value}``, ``{stage}``, ``{precision}`` and ``{in_fp32}``
+    (`Subject.counterpart`) in the message are filled in.
+    """
+
+    key: str
+    severity: str
+    applies: Callable[[Subject, Any], bool]
+    message: str
+
+
+def path_of(key: str) -> KeyPath:
+    """The path of a dotted key."""
+    return tuple(key.split("."))
+
+
+def short_dtype(name: str) -> str:
+    """``bf16``, ``fp16``, ``fp32`` (or ``int8``) for each of the names that DeepSpeed knows a dtype by."""
+    names = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+    name = str(name).removeprefix("torch.")
+    return names.get(name, name)

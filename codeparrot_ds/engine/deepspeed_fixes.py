@@ -1,0 +1,238 @@
+"""What is changed in a DeepSpeed 0.19.8 engine so that every stage and precision does the same arithmetic."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def import_muon_uncompiled() -> None:
+    """Imports DeepSpeed's Muon, for whose class ZeRO's optimizers look, without all of torch's compiler.
+
+    Its functions are compiled as they are defined, which imports inductor: a third of a second of every start. Here
+    they are when they are first called.
+    """
+    from deepspeed.runtime import compiler
+
+    def compile_when_called(function: Callable) -> Callable:
+        compiled = functools.cache(lambda: torch.compile(function))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    plain_compile = compiler.compile
+    compiler.compile = lambda: compile_when_called
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = plain_compile
+
+
+@torch.no_grad()
+def undo_construction_step(engine: Any) -> None:
+    """Takes back the optimizer step that DeepSpeed makes while it builds a bf16 or fp16 engine at stage 0.
+
+    ``initialize_optimizer_states`` of ``FP16_Optimizer`` (fused Adam) and ``FP16_UnfusedOptimizer`` (torch's) steps
+    once with zero gradients to create Adam's states. That leaves the step counter at 1 (a wrong bias correction: the
+    first real update is about a third too small) and the masters decayed once, so stage 0 parts from stages 1 to 3
+    within a few steps. The working weights are not touched by that step: they give the masters back.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups_flat"):
+        pairs = zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True)
+    elif hasattr(optimizer, "fp32_groups"):
+        pairs = zip(itertools.chain(*optimizer.fp16_groups), itertools.chain(*optimizer.fp32_groups), strict=True)
+    else:
+        return
+    for working, master in pairs:
+        master.data.copy_(working.data)
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+
+
+def scale_the_loss_at_stage0(engine: Any) -> None:
+    """Multiplies fp16's loss by the loss scale at stage 0, where DeepSpeed only divides the gradients by it.
+
+    ``engine.backward`` scales the loss for ZeRO's optimizers alone. Unscaled, small gradients vanish in fp16, and the
+    step takes what is left for 65,536 times as small as it is: it never clips, and Adam's epsilon weighs. Beside
+    torch's optimizers (``FP16_UnfusedOptimizer``) it also keeps the norm as it was before the division.
+    """
+    optimizer = engine.optimizer
+    scaling = optimizer.loss_scale_config
+    if not scaling.use_grad_scaling:  # bf16
+        return
+    plain_backward = engine.backward
+
+    def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        scale = scaling.cur_scale
+        return plain_backward(loss.float() * scale, *args, **kwargs) / scale
+
+    engine.backward = backward
+    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":
+        plain_unscale = optimizer.unscale_and_clip_grads
+
+        def unscale(total_norm: Any, *args: Any, **kwargs: Any) -> Any:
+            optimizer._global_grad_norm = total_norm / scaling.cur_scale
+            return plain_unscale(total_norm, *args, **kwargs)
+
+        optimizer.unscale_and_clip_grads = unscale
+
+
+def guard_bare_optimizer(engine: Any) -> None:
+    """Gives stage 0 in fp32 what the other engines have: the gradient norm, and a skipped step where it is not finite.
+
+    There DeepSpeed steps the bare optimizer: it clips but does not keep the norm, and a NaN goes into the weights. The
+    norm is summed in fp64 as ZeRO does: torch's fp32 sum over millions of squares is off by 1e-4 to 1e-3 on a CPU, so
+    that stage 0 would clip otherwise than the other stages.
+    """
+    optimizer = engine.optimizer
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    plain_step = optimizer.step
+    optimizer.overflow = False
+
+    def total_norm() -> torch.Tensor:
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(_norms_of_rows(grad), dtype=torch.float64) for grad in grads])
+        return norms.square().sum().float().sqrt()  # infinite where fp32 cannot hold the square, as at other stages
+
+    def clip() -> None:
+        engine._global_grad_norm = total_norm()
+        torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), engine._global_grad_norm)
+
+    def step(*args: Any, **kwargs: Any) -> None:
+        if engine.gradient_clipping() <= 0:
+            engine._global_grad_norm = total_norm()
+        optimizer.overflow = not bool(torch.isfinite(engine._global_grad_norm))
+        if not optimizer.overflow:
+            plain_step(*args, **kwargs)
+
+    engine.clip_fp32_gradients = clip
+    optimizer.step = step
+    scaler = engine.torch_autocast_z0_gradscaler
+    if scaler is not None:  # of fp16 autocast: it calls the optimizer's step only where the gradients are finite
+        plain_scaler_step = scaler.step
+
+        def scaler_step(optimizer: Any) -> None:
+            optimizer.overflow = True
+            plain_scaler_step(optimizer)
+
+        scaler.step = scaler_step
+
+
+def decide_by_the_norm(engine: Any) -> None:
+    """Makes the norm of the gradient, which is there anyway, decide at stages 1 and 2 whether a step is left out.
+
+    DeepSpeed first takes the largest and the smallest of every gradient, which tell nothing that the norm does not. It
+    saves these passes where ``bf16.check_grad_overflow`` is false, but takes no notice of the norm either then, and NaN
+    goes into the weights. With ``compute_grad_norm`` false there is no norm, so the passes are made, also in fp32 that
+    has no such switch. An offloaded optimizer looks while the gradients arrive.
+    """
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "check_grad_overflow"):
+        return
+    looks_itself = optimizer.cpu_offload and optimizer.check_grad_overflow
+    optimizer.check_grad_overflow = True
+    if optimizer.compute_grad_norm and not looks_itself:
+        optimizer.check_overflow = lambda **_: None
+
+
+def norm_without_fp64_copies(engine: Any) -> None:
+    """Hands ZeRO the norms of short rows of each gradient, whose norm is the gradient's.
+
+    It copies every gradient to fp64 for its norm, since fp32 loses digits over millions of squares. Over a thousand it
+    does not; of a CPU's step of 111M parameters these copies are 1%, and a large one may need fresh memory.
+    """
+    optimizer = engine.optimizer
+    if engine.device.type != "cpu" or not hasattr(optimizer, "get_grad_norm_direct"):
+        return
+    plain_norm = optimizer.get_grad_norm_direct
+
+    def norm(gradients: list[torch.Tensor], params: Any, **kwargs: Any) -> torch.Tensor:
+        gradients = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        return plain_norm([_norms_of_rows(gradient) for gradient in gradients], params, **kwargs)
+
+    optimizer.get_grad_norm_direct = norm
+
+
+def _norms_of_rows(tensor: torch.Tensor, width: int = 1024) -> torch.Tensor:
+    """The fp32 norms of each `width` numbers of a tensor, and the last few numbers themselves."""
+    numbers = tensor.detach().reshape(-1)
+    whole = numbers.numel() // width * width
+    norms = torch.linalg.vector_norm(numbers[:whole].view(-1, width), dim=1, dtype=torch.float32)
+    return torch.cat([norms, numbers[whole:].float()])
+
+
+def bound_stage3_norms(engine: Any) -> None:
+    """Takes a gradient for infinite at stage 3 where the others do: when fp32 cannot hold the square of its norm.
+
+    Stage 3 counts norms in fp64. Without clipping such a gradient would make Adam's second moment infinite for good.
+    """
+    if type(engine.optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3":
+        return
+    plain_norms = engine.optimizer._get_norm_groups
+    largest = torch.finfo(torch.float32).max ** 0.5
+
+    def norms() -> list[torch.Tensor]:
+        return [torch.where(norm < largest, norm, torch.inf) for norm in map(torch.as_tensor, plain_norms())]
+
+    engine.optimizer._get_norm_groups = norms
+
+
+def drop_offloaded_sums(engine: Any) -> None:
+    """Drops gradients that were added up in fp32 for an offloaded optimizer when their step is left out.
+
+    DeepSpeed keeps these sums at stages 1 and 2 and adds the next step's gradients to them: after one NaN every later
+    step is skipped.
+    """
+    optimizer = engine.optimizer
+    if not getattr(optimizer, "cpu_offload", False):
+        return
+    plain_reset = optimizer.reset_cpu_buffers
+
+    def reset() -> None:  # called after every step; after one that was made there is nothing left to drop
+        plain_reset()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+    optimizer.reset_cpu_buffers = reset
+
+
+def let_the_loss_scale_rest(engine: Any) -> None:
+    """Keeps fp16 at its smallest loss scale, where DeepSpeed would raise: such a step counts as a bad one instead."""
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+
+
+def forget_beta_powers(engine: Any) -> None:
+    """Makes DeepSpeed's C++ Adam compute beta^t afresh at each step, as it does after a restart.
+
+    The C++ optimizer keeps a running float product of beta^t in the process (``IncrementStep`` in
+    ``csrc/includes/cpu_adam.h``) and falls back to ``pow`` when the step number does not follow the last one. The two
+    differ in the last bits, so a resumed run would part from an uninterrupted one. Updating one dummy number with a
+    step number far away leaves the next real step no choice but ``pow``. On a GPU the kernel has no such memory.
+    """
+    base = engine.basic_optimizer
+    beta1, beta2 = base.param_groups[0]["betas"]
+    epsilon, far_away = base.param_groups[0]["eps"], 2**30
+    grad, weight, moment1, moment2 = (torch.zeros(1) for _ in range(4))
+
+    def update_dummy(*_: Any) -> None:
+        if type(base).__name__ == "DeepSpeedCPUAdam":
+            base.ds_opt_adam.adam_update(
+                base.opt_id, far_away, 0.0, beta1, beta2, epsilon, 0.0, True, weight, grad, moment1, moment2
+            )
+        else:
+            tensors = [[grad], [weight], [moment1], [moment2]]
+            base.multi_tensor_adam(
+                2048 * 32, base._dummy_overflow_buf, tensors, 0.0, beta1, beta2, epsilon, far_away, 1, 1, 0.0
+            )
+
+    on_cpu = type(base).__name__ == "FusedAdam" and engine.device.type == "cpu"
+    if on_cpu or type(base).__name__ == "DeepSpeedCPUAdam":
+        base.register_step_post_hook(update_dummy)

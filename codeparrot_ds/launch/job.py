@@ -1,0 +1,275 @@
+"""A checked run from its first start to its last: the hosts are asked, the launcher is started, and again if need be.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.checkpoint.folders import checkpoint_folders
+from codeparrot_ds.checkpoint.run_folder import recorded_outcome
+from codeparrot_ds.child_process import python_path
+from codeparrot_ds.config.arguments import arguments_of
+from codeparrot_ds.config.launch_options import LaunchOptions
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.cpu import usable_cores
+from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.engine.operators import needed_operators, use_operators_folder
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.launch.deepspeed_command import MODULE, is_local, node_command, runner_command, runner_environment
+from codeparrot_ds.launch.doctor import Examination, Wanted, examine, local_paths
+from codeparrot_ds.launch.hostfile import Host
+from codeparrot_ds.launch.preflight import BYTES_A_PARAMETER
+from codeparrot_ds.launch.ssh import ask_all
+from codeparrot_ds.model.shapes import find_shape, num_parameters
+from codeparrot_ds.shell import pasteable
+from codeparrot_ds.supervision.control import ADDRESS, TOKEN, ControlServer
+from codeparrot_ds.supervision.forwarded_env import FILE, carried, read_deepspeed_env
+from codeparrot_ds.supervision.process_end import LEADS
+from codeparrot_ds.supervision.supervise import End, run_to_the_end
+from codeparrot_ds.supervision.watchdog import FAILED, HUNG, LOST
+from codeparrot_ds.telemetry.startup import LAUNCHED_AT
+
+RETURN_SECONDS = 120.0
+"""That a restart waits for a host that does not answer, unless ``--min-hosts`` lets it go on without."""
+ASK_AGAIN_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked run.
+
+    Attributes:
+        config: the run config, with a name and absolute paths: it is what every rank is given.
+        launch: where and how its ranks run.
+        device: ``cpu`` or ``cuda``.
+        hosts: that are to train.
+        ds_config: the resolved DeepSpeed config.
+        started: when the front door was entered.
+        run: its folder.
+        going_on: options of ``train`` that go on with it.
+        module: what a rank runs.
+    """
+
+    config: RunConfig
+    launch: LaunchOptions
+    device: str
+    hosts: list[Host]
+    ds_config: dict[str, Any]
+    started: float
+    run: Path
+    going_on: list[str]
+    module: str = MODULE
+
+
+def run_job(job: Job) -> int:
+    """Starts a run's ranks, again after a loss as often as it may; returns the exit code."""
+    hosts = job.hosts
+    end = End(code=FAILED)
+    for start in range(job.launch.max_restarts + 1):
+        try:
+            end, hosts = _start(job, hosts, again=start > 0)
+        except UserError as error:
+            if start == 0:
+                raise
+            print(f"codeparrot-ds train: it cannot start again: {error}", file=sys.stderr, flush=True)
+            break
+        if end.asked or end.code not in (FAILED, LOST, HUNG) or start == job.launch.max_restarts:
+            break
+        print(
+            f"codeparrot-ds train: restart {start + 1} of {job.launch.max_restarts}, from the newest checkpoint that "
+            "is whole",
+            file=sys.stderr,
+            flush=True,
+        )
+    _say_how_to_go_on(job, end)
+    return end.code
+
+
+def _say_how_to_go_on(job: Job, end: End) -> None:
+    """The command that goes on with a run which was stopped, by somebody or by ``max_hours``."""
+    stopped = end.code == 0 and recorded_outcome(job.run).get("status") == "stopped"
+    if not stopped and not (end.asked and end.code):
+        return
+    newest = next(iter(checkpoint_folders(job.run / "checkpoints")), None)
+    what = "Stopped and saved." if stopped else "Stopped without saving."
+    if newest is None:
+        what = "Stopped before anything was saved."
+    elif not stopped:
+        what += f" The newest checkpoint is {newest}."
+    print(f"\n{what} Go on with:\n  {pasteable('train', *job.going_on)}", flush=True)
+
+
+def _start(job: Job, hosts: list[Host], *, again: bool) -> tuple[End, list[Host]]:
+    """One start; returns how it ended, and the hosts that took part."""
+    arguments = arguments_of(job.config)
+    if again and checkpoint_folders(job.run / "checkpoints"):
+        arguments = [*arguments, "--resume=auto"]
+    server = ControlServer()
+    options: dict[str, Any] = {"server": server, "hang_seconds": job.launch.hang_seconds}
+    if is_local(hosts) or job.launch.no_ssh:
+        command, environment = _on_this_host(job, hosts, arguments)
+        options["has_rank_0"] = not job.launch.node_rank
+        return run_to_the_end(command, environment, job.run, **options), hosts
+    with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as folder:
+        base = f"/tmp/codeparrot-ds-{os.getuid()}-{secrets.token_hex(8)}"
+        patience = RETURN_SECONDS if again and job.launch.min_hosts is None else 0.0
+        examination, hosts = _ask_hosts(job, hosts, server, base, arguments, patience)
+        addr, port = examination.master_addr, examination.master_port
+        assert addr is not None and port is not None
+        try:
+            command = runner_command(hosts, job.launch, Path(folder), addr=addr, port=port, module=job.module)
+            exported = {FILE: base} | ({"DS_ACCELERATOR": "cpu"} if job.device == "cpu" else {})
+            environment = runner_environment(Path(folder), exported)
+            ranks = sum(len(host.slots) for host in hosts)
+            end = run_to_the_end(command, environment, job.run, num_ranks=ranks, **options)
+        finally:
+            if len(server.ranks) < sum(len(host.slots) for host in hosts):
+                _forget(_paths(hosts, base, job.launch))  # else the guards have
+    return end, hosts
+
+
+def _on_this_host(job: Job, hosts: list[Host], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    launch = job.launch
+    node_rank = launch.node_rank or 0
+    environment = rank_environment(job.device, len(hosts[node_rank].slots))
+    environment[LAUNCHED_AT] = str(job.started)
+    environment[LEADS] = "1"
+    port = launch.master_port or _free_port()
+    addr = launch.master_addr or "127.0.0.1"
+    command = node_command(hosts, launch, arguments, addr=addr, port=port, node_rank=node_rank, module=job.module)
+    return command, environment
+
+
+def _ask_hosts(
+    job: Job, hosts: list[Host], server: ControlServer, base: str, arguments: list[str], patience_seconds: float = 0.0
+) -> tuple[Examination, list[Host]]:
+    """Asks the hosts whether all is well there and brings them the environment; leaves out those that may be missing.
+
+    Asks again for so long while hosts do not answer.
+
+    Raises:
+        UserError: what is wrong on which host, with the remedy.
+    """
+    launch, config = job.launch, job.config
+    encoder = load_encoder(config.tokenizer)
+    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    wanted = Wanted(
+        device=job.device,
+        output_dir=Path(config.output_dir),
+        data=local_paths(config.data, config.validation_data or "", config.tokenizer, config.deepspeed),
+        operators=needed_operators(job.ds_config, job.device),
+        build=job.ds_config,
+        needed_bytes=2 * BYTES_A_PARAMETER * num_parameters(shape),
+        master_addr=launch.master_addr,
+        master_port=launch.master_port,
+        environments=_environments(job, hosts, server, base, arguments),
+        variables=shared_variables(job.device),
+    )
+    try:
+        examination = examine(hosts, wanted)
+        deadline = time.monotonic() + patience_seconds
+        while examination.unreachable and time.monotonic() < deadline:
+            time.sleep(ASK_AGAIN_SECONDS)
+            examination = examine(hosts, wanted)
+    except BaseException:
+        _forget(_paths(hosts, base, launch))
+        raise
+    missing = examination.unreachable
+    left = {name: path for name, path in _paths(hosts, base, launch).items() if name not in missing}
+    errors = [finding for finding in examination.findings if not finding.warning]
+    if missing and launch.min_hosts is not None and len(hosts) - len(missing) >= launch.min_hosts:
+        for finding in errors:
+            if finding.host in missing:
+                print(f"warning: going on without {finding}", file=sys.stderr)
+        _forget(left)
+        hosts = [host for host in hosts if host.name not in missing]
+        _check_world_size(job, hosts)
+        return _ask_hosts(job, hosts, server, base, arguments)
+    if errors:
+        _forget(left)
+        raise UserError("; ".join(map(str, errors)))
+    for finding in examination.findings:
+        print(f"warning: {finding}", file=sys.stderr)
+    return examination, hosts
+
+
+def _check_world_size(job: Job, hosts: list[Host]) -> None:
+    from codeparrot_ds.launch.preflight import check_run
+
+    ranks = sum(len(host.slots) for host in hosts)
+    try:
+        check_run(dataclasses.replace(job.config, resume="auto"), device=job.device, world_size=ranks)
+    except UserError as error:
+        names = ", ".join(host.name for host in hosts)
+        raise UserError(f"the run cannot go on with {names} alone: {error}") from error
+
+
+def shared_variables(device: str) -> dict[str, str]:
+    """What every rank gets of this process's environment, and what the user's ``.deepspeed_env`` sets."""
+    variables = carried(os.environ) | read_deepspeed_env([Path.home(), Path.cwd()])
+    variables.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        variables["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
+    if device == "cpu":
+        variables["DS_ACCELERATOR"] = "cpu"
+    for name in ("PYTHONPATH", "PYTHONHOME"):  # the launcher exports them
+        variables.pop(name, None)
+    return variables
+
+
+def _environments(
+    job: Job, hosts: list[Host], server: ControlServer, base: str, arguments: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The file with environment and arguments, for each host."""
+    variables = shared_variables(job.device) | {TOKEN: server.token, LAUNCHED_AT: str(job.started)}
+    variables[ADDRESS] = f"{socket.gethostname()}:{server.port}"
+    return {
+        name: {
+            "path": path,
+            "content": {"variables": dict(variables), "arguments": arguments},
+            "control_port": server.port,
+        }
+        for name, path in _paths(hosts, base, job.launch).items()
+    }
+
+
+def _paths(hosts: list[Host], base: str, launch: LaunchOptions) -> dict[str, str]:
+    """Where the file is on each host."""
+    # DeepSpeed's own starter numbers the hosts for their ranks; with the others each reads a file of the same name.
+    return {host.name: f"{base}.{number if launch.launcher == 'pdsh' else 0}" for number, host in enumerate(hosts)}
+
+
+def _forget(paths: dict[str, str]) -> None:
+    """Takes the environment away from the hosts, where no rank did."""
+    if paths:
+        ask_all({name: {"forget": path} for name, path in paths.items()}, seconds=20.0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(device: str, ranks: int) -> dict[str, str]:
+    """The environment that launcher and ranks get: device, threads, operators' folder, this interpreter first."""
+    environment = dict(os.environ)
+    use_operators_folder(environment)
+    if device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // ranks)))
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The package may be used from a checkout; the ranks import the same one.
+    environment["PYTHONPATH"] = python_path(environment)
+    return environment

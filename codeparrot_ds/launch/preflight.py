@@ -1,0 +1,190 @@
+"""What is checked of a run before a rank starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.checkpoint.run_folder import (
+    check_checkpoint,
+    check_continuation,
+    check_ds_continuation,
+    check_run_name,
+    recorded_pins,
+)
+from codeparrot_ds.config.run_config import REQUIRED, RunConfig
+from codeparrot_ds.data.datasets import check_datasets, check_local_data, open_datasets, resume_stream, stream_of
+from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
+from codeparrot_ds.devices import smallest_gpu
+from codeparrot_ds.ds_config.lint import check_ds_config, libaio_installed
+from codeparrot_ds.ds_config.precision import open_for
+from codeparrot_ds.ds_config.resolve import resolve
+from codeparrot_ds.engine.operators import are_built, build_apart, needed_operators
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation.prompts import what_to_complete
+from codeparrot_ds.hub.hugging_face import require_token
+from codeparrot_ds.hub.places import is_remote, open_repository
+from codeparrot_ds.hub.secrets import check_for_secrets
+from codeparrot_ds.memory.plan import predict, why_too_large
+from codeparrot_ds.memory.workload import Memory
+from codeparrot_ds.model.shapes import find_shape, num_parameters
+from codeparrot_ds.terminal import gigabytes
+
+BYTES_A_PARAMETER = 16
+"""Of a checkpoint: three fp32 numbers for the optimizer, the export, and room for the rest."""
+
+
+def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
+    """Checks config, DeepSpeed JSON, tokenizer, model, data, folder and disk without a rank; returns the resolved JSON.
+
+    Warnings about the JSON, and what it changes for a run that goes on, are printed to stderr once nothing is wrong.
+
+    Args:
+        config: a run config with a name.
+        device: ``cpu`` or ``cuda``, for what DeepSpeed refuses there.
+        world_size: number of ranks; None when a hostfile decides.
+
+    Raises:
+        UserError: the first thing that is wrong, or all findings of the config check.
+    """
+    check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
+    check_run_name(str(config.run_name))
+    check_named(config)
+    run = Path(config.output_dir) / str(config.run_name)
+    file = open_for(config, device)
+    check_for_secrets(json.dumps(file.config), str(file.path))
+    encoder = load_encoder(config.tokenizer)
+    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    warnings = check_ds_config(
+        file,
+        config=config,
+        device=device,
+        world_size=world_size,
+        parameters=num_parameters(shape),
+        libaio=libaio_installed() or are_built(["async_io"]),
+    )
+    what_to_complete(config)
+    datasets = open_datasets(config, recorded_pins(run))
+    check_datasets(config, datasets)
+    if world_size is not None:
+        check_world_size(config.num_lanes, world_size)
+    resolved = resolve(
+        file,
+        config,
+        world_size=world_size or 1,
+        model_hidden_size=shape.n_embd,
+        nvme_path=run / "nvme",
+    ).config
+    check_continuation(config, run)
+    changed = check_ds_continuation(config, run, resolved)
+    checkpoint = check_checkpoint(config, run, shape)
+    _check_data(config, run, checkpoint, stream_of(config, datasets, encoder))
+    if open_repository(config.hub, config.output_dir) is not None and is_remote(config.hub):
+        require_token(config.hub)
+    _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
+    for finding in warnings:
+        print(finding, file=sys.stderr)
+    if changed:
+        print(f"{run} goes on with another DeepSpeed config: {'; '.join(map(str, changed))}", file=sys.stderr)
+    return resolved
+
+
+def check_named(config: RunConfig) -> None:
+    """Refuses a run without data or tokenizer, or whose data is neither here nor on the Hub, which is not asked."""
+    for field in REQUIRED:
+        if not getattr(config, field) and not (field == "tokenizer" and config.init_from):  # which brings its own
+            raise UserError(
+                f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
+            )
+    check_local_data(config.data, "train")
+
+
+def check_memory(config: RunConfig, ds_config: dict[str, Any], *, device: str, ranks: int, refuse: bool = True) -> None:
+    """Refuses a run that the memory plan says no GPU here can hold; on CPUs and without ``refuse`` it only warns.
+
+    GPUs are those of this machine: with a hostfile they may be others, and nothing is judged. On CPUs the ranks share
+    the machine's memory with everything else and can swap, and a process takes more than its tensors, so a plan says
+    too little to refuse on: a run that is over all of the memory by its tensors alone is worth a word, no more.
+
+    Raises:
+        UserError: the shortfall, and what would fit.
+    """
+    encoder = load_encoder(config.tokenizer)
+    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    if device == "cpu":
+        _warn_of_little_memory(predict(config, shape, ds_config, ranks), ranks)
+        return
+    gpu = smallest_gpu()
+    if gpu is None:
+        return  # nvidia-smi does not say
+    problem = why_too_large(config, shape, ds_config, ranks, gpu[1], gpu[0])
+    if problem is not None and refuse:
+        raise UserError(problem)
+    if problem is not None:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _warn_of_little_memory(memory: Memory, ranks: int) -> None:
+    """Says when the ranks' tensors alone are more than this machine's memory."""
+    import psutil
+
+    total, needed = psutil.virtual_memory().total, ranks * (memory.peak_bytes + memory.host_bytes)
+    if needed > total:
+        print(
+            f"warning: the tensors of {ranks} rank(s) take {gigabytes(needed)} at their peak and this machine has "
+            f"{gigabytes(total)} of memory; see `codeparrot-ds plan`",
+            file=sys.stderr,
+        )
+
+
+def _check_data(config: RunConfig, run: Path, checkpoint: Path | None, stream: StreamConfig) -> None:
+    """Refuses to resume on other data than the checkpoint's."""
+    if checkpoint is None:
+        return
+    try:
+        saved = json.loads((checkpoint / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
+    if isinstance(saved, dict) and "fingerprint" in saved:
+        try:
+            resume_stream(saved, stream_fingerprint(stream), on_data_change=config.on_data_change)
+        except UserError as error:
+            raise UserError(f"{run}: {error}") from None
+
+
+def existing_folder(output_dir: Path) -> Path:
+    """The part of a path that exists; `UserError` where it is a file."""
+    existing = output_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"output_dir {output_dir} cannot be made: {existing} is a file")
+    return existing
+
+
+def _check_space(output_dir: Path, parameters: int, keep: int) -> None:
+    """Refuses a run whose first checkpoints cannot fit, and a folder that cannot be written."""
+    existing = existing_folder(output_dir)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir {output_dir} cannot be written: no permission in {existing}")
+    needed = parameters * BYTES_A_PARAMETER * (min(keep, 1) + 1)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"output_dir {output_dir} has {free / 1e9:.1f} GB free and a checkpoint beside the one before it takes "
+            f"{needed / 1e9:.1f} GB: free some space or choose another --output-dir"
+        )
+
+
+def build_operators(ds_config: dict[str, Any], device: str, environment: dict[str, str]) -> None:
+    names = ", ".join(needed_operators(ds_config, device))
+    print(f"building DeepSpeed's operators ({names}), once for this environment; a minute or two", file=sys.stderr)
+    problem = build_apart(ds_config, device, environment)
+    if problem is not None:
+        raise UserError(problem)

@@ -1,0 +1,609 @@
+"""The memory of a rank by formulas: the whole catalogue at once, without torch, in milliseconds.
+
+Each term names the file of DeepSpeed 0.19.8 (under ``deepspeed/runtime/``) that allocates it. A plan is made once for a
+model, a DeepSpeed config and a number of ranks; any number of micro-batches is then a multiplication. The traced depth
+(``memory/trace.py``) runs DeepSpeed's own engine instead, and the formulas are tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from codeparrot_ds.ds_config.facts import activation_checkpointing, offload_device, precision, value_at, zero_stage
+from codeparrot_ds.memory.gradient_memory import (
+    NORM_WIDTH,
+    Buckets,
+    GradientMemory,
+    Partition,
+    PartitionedGradients,
+    partition_numel,
+    partitions,
+    sharded_gradients,
+    whole_gradients,
+)
+from codeparrot_ds.memory.model_memory import FP32, BackwardPass, Moment, parameters
+from codeparrot_ds.memory.workload import CATEGORIES, Memory, Workload
+from codeparrot_ds.model.shapes import num_parameters
+
+WIDTHS = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "half": 2, "bf16": 2, "bfloat16": 2}
+# Defaults of zero/config.py.
+REDUCE_BUCKET_SIZE, PREFETCH_BUCKET_SIZE, PERSISTENCE_THRESHOLD = 500_000_000, 50_000_000, 100_000
+MAX_LIVE_PARAMETERS, SUB_GROUP_SIZE = 1_000_000_000, 1_000_000_000
+# swap_tensor/partitioned_optimizer_swapper.py: gradient, master and two moments go to the file.
+SWAPPED_TENSORS = 4
+PARAMETER_BUFFER_ELEMENTS = 100_000_000  # zero/offload_config.py, offload_param.buffer_size
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a resolved DeepSpeed config says about memory, with DeepSpeed's defaults filled in."""
+
+    ds_config: Mapping[str, Any]
+    world_size: int
+
+    def _zero(self, key: str, default: Any) -> Any:
+        value = value_at(self.ds_config, ("zero_optimization", key))
+        return default if value is None else value
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return zero_stage(self.ds_config)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return WIDTHS[precision(self.ds_config)]
+
+    @property
+    def accumulation_width(self) -> int:
+        """Bytes of a gradient that is accumulated: ``data_types.grad_accum_dtype``, else the weights' own."""
+        dtype = value_at(self.ds_config, ("data_types", "grad_accum_dtype"))
+        return self.width if dtype is None else WIDTHS[str(dtype)]
+
+    @property
+    def communication_width(self) -> int:
+        """Bytes of a gradient on the wire (``engine.py``, ``communication_data_type``)."""
+        dtype = self.ds_config.get("communication_data_type")
+        return self.width if dtype is None else WIDTHS[str(dtype)]
+
+    @property
+    def master_width(self) -> int:
+        """Bytes of a master weight and of its gradient in the step (``base_optimizer.py``)."""
+        low = (("bf16", "bf16_master_weights_and_grads"), ("fp16", "fp16_master_weights_and_grads"))
+        return 2 if any(value_at(self.ds_config, path) is True for path in low) else FP32
+
+    @property
+    def state_width(self) -> int:
+        """Bytes of each of Adam's two moments."""
+        return 2 if value_at(self.ds_config, ("bf16", "bf16_optimizer_states")) is True else FP32
+
+    @property
+    def optimizer_device(self) -> str:
+        """``none``, ``cpu`` or ``nvme``."""
+        return offload_device(self.ds_config, "optimizer")
+
+    @property
+    def parameter_device(self) -> str:
+        """``none``, ``cpu`` or ``nvme``; stage 3 alone offloads weights."""
+        return offload_device(self.ds_config, "parameters") if self.stage == 3 else "none"
+
+    @property
+    def overlaps(self) -> bool:
+        """``overlap_comm``; on by default at stage 3 alone."""
+        return bool(self._zero("overlap_comm", self.stage == 3))
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped; DeepSpeed does by default."""
+        return self.ds_config.get("gradient_clipping", 1.0) > 0
+
+    @property
+    def bucket_elements(self) -> int:
+        """``reduce_bucket_size``."""
+        return int(self._zero("reduce_bucket_size", REDUCE_BUCKET_SIZE))
+
+    @property
+    def buckets(self) -> Buckets:
+        """Those of stages 1 and 2."""
+        separate = self.stage == 1 and self.accumulation_width != self.width
+        return Buckets(
+            elements=self.bucket_elements,
+            count=1 + self.overlaps,
+            width=self.accumulation_width if separate else self.width,
+            communication_width=self.communication_width,
+        )
+
+    @property
+    def prefetch_elements(self) -> int:
+        """``stage3_prefetch_bucket_size``."""
+        return int(self._zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET_SIZE))
+
+    @property
+    def max_live_parameters(self) -> int:
+        """``stage3_max_live_parameters``: gathered weights at a time."""
+        return int(self._zero("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+
+    @property
+    def persistence_threshold(self) -> int:
+        """``stage3_param_persistence_threshold``: smaller weights stay whole on every rank."""
+        return int(self._zero("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
+
+    @property
+    def sub_group_size(self) -> int:
+        """``sub_group_size``: parameters that stage 3 updates at a time."""
+        return int(self._zero("sub_group_size", SUB_GROUP_SIZE))
+
+    @property
+    def checkpoints_on_host(self) -> bool:
+        """``activation_checkpointing.cpu_checkpointing``: the blocks' inputs wait in host memory."""
+        return value_at(self.ds_config, ("activation_checkpointing", "cpu_checkpointing")) is True
+
+    @property
+    def secondary_ranks(self) -> int:
+        """``zero_hpz_partition_size``: ranks that hold a second copy of the weights between them; 0 without."""
+        ranks = int(self._zero("zero_hpz_partition_size", 1))
+        return ranks if ranks > 1 and self.world_size > 1 else 0
+
+    def pinned(self, size: int) -> int:
+        """What a host tensor of `size` bytes takes: torch's page-locked blocks are powers of two."""
+        blocks = ("offload_optimizer", "offload_param")
+        pins = any(value_at(self.ds_config, ("zero_optimization", block, "pin_memory")) is True for block in blocks)
+        return 1 << (size - 1).bit_length() if pins and size else size
+
+    def _buffer_count(self, block: str, default: int) -> int:
+        count = value_at(self.ds_config, ("zero_optimization", block, "buffer_count"))
+        return default if count is None else int(count)
+
+    @property
+    def optimizer_buffers(self) -> int:
+        """``offload_optimizer.buffer_count``."""
+        return self._buffer_count("offload_optimizer", 4)
+
+    @property
+    def parameter_buffers(self) -> int:
+        """``offload_param.buffer_count``."""
+        return self._buffer_count("offload_param", 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMemory:
+    """What an engine holds and adds, in bytes on the device of a rank; `Memory` without the activations.
+
+    Attributes:
+        parameters, optimizer, buckets, gradients, temporary: resident between two steps.
+        gathered: whole weights at each moment of the first and of later micro-batches of a step (stage 3), and copies.
+        backward: gradients and buckets at the same moments.
+        before_step: gradients that the backward pass leaves.
+        step_temporary: what the optimizer step adds to them at its peak.
+        initialization: the peak while the engine is built.
+    """
+
+    parameters: int
+    optimizer: int
+    buckets: int = 0
+    gradients: int = 0
+    temporary: int = 0
+    gathered: Sequence[Sequence[tuple[int, int]]] = ()
+    backward: Sequence[Sequence[GradientMemory]] = field(default_factory=list)
+    before_step: int = 0
+    step_temporary: int = 0
+    initialization: int = 0
+    host: Sequence[int] = (0, 0)
+    nvme: int = 0
+
+    @property
+    def resident(self) -> int:
+        """Bytes between two steps."""
+        return self.parameters + self.optimizer + self.buckets + self.gradients + self.temporary
+
+
+class QuickPlan:
+    """Formulas for one workload; `at` gives the memory of any micro-batch of the same model, config and ranks.
+
+    Args:
+        workload: its ``ds_config``'s micro-batch and accumulation are defaults that `at` replaces.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.settings = EngineSettings(workload.ds_config, workload.world_size)
+        self.parameters = parameters(workload.shape)
+        self.moments = BackwardPass(
+            workload.shape,
+            seq_length=workload.seq_length,
+            width=self.settings.width,
+            attention=workload.attention,
+            dropout=workload.dropout > 0,
+            chunked_loss=workload.chunked_loss,
+            checkpointing=activation_checkpointing(workload.ds_config),
+            checkpoints_on_host=self.settings.checkpoints_on_host,
+        ).moments()
+
+    @cached_property
+    def engine(self) -> EngineMemory:
+        """What the optimizer holds that the config makes DeepSpeed choose (``engine.py``, ``_configure_optimizer``)."""
+        settings = self.settings
+        if settings.stage == 3:
+            return self._stage3()
+        if settings.stage == 0:
+            return self._unpartitioned()
+        fp32_beside_bf16 = precision(settings.ds_config) == "bf16" and settings.accumulation_width == FP32
+        if settings.stage == 1 and fp32_beside_bf16 and settings.optimizer_device == "none":
+            return self._bf16_optimizer()
+        return self._stages_1_and_2()
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint of the run takes: masters and moments once, and the export (``checkpoint/saver.py``)."""
+        settings = self.settings
+        return num_parameters(self.workload.shape) * (settings.master_width + 2 * settings.state_width + settings.width)
+
+    @property
+    def _built(self) -> int:
+        """The peak while the model is built below stage 3: fp32 weights, and the largest as it is drawn."""
+        return FP32 * (sum(p.numel for p in self.parameters) + max(p.numel for p in self.parameters))
+
+    def at(self, micro_batch_size: int, accumulation_steps: int) -> Memory:
+        """The memory of a rank that runs ``accumulation_steps`` micro-batches of ``micro_batch_size`` rows a step."""
+        engine = self.engine
+        later = accumulation_steps > 1
+        sizes = self._sizes[later]
+        index = max(range(len(sizes)), key=lambda i: sizes[i][0] + micro_batch_size * sizes[i][1])
+        device = self._device_at(index, micro_batch_size, later)
+        step = dict.fromkeys(CATEGORIES, 0) | {
+            "parameters": engine.parameters,
+            "optimizer": engine.optimizer,
+            "buckets": engine.buckets,
+            "gradients": engine.gradients + engine.before_step,
+            "temporary": engine.temporary + engine.step_temporary,
+        }
+        phases = {
+            "initialization": engine.initialization,
+            "forward_backward": sum(device.values()),
+            "step": sum(step.values()),
+        }
+        return Memory(
+            depth="quick",
+            device=step if phases["step"] > phases["forward_backward"] else device,
+            resident_bytes=engine.resident,
+            phases=phases,
+            host_bytes=engine.host[later] + self._host_activations(micro_batch_size),
+            nvme_bytes=engine.nvme,
+            checkpoint_bytes=self.checkpoint_bytes,
+        )
+
+    @cached_property
+    def _sizes(self) -> list[list[tuple[int, int]]]:
+        """For a step's first micro-batch and for later ones: bytes at each moment without rows, and a row's."""
+        found = []
+        for later in (False, True):
+            devices = [[self._device_at(index, rows, later) for rows in (0, 1)] for index in range(len(self._with_end))]
+            sums = [[sum(device.values()) for device in pair] for pair in devices]
+            found.append([(none, one - none) for none, one in sums])
+        return found
+
+    def _device_at(self, index: int, rows: int, later: bool) -> dict[str, int]:
+        """What lies on the device at one moment of the last micro-batch of a step, by category."""
+        engine, moment = self.engine, self._with_end[index]
+        held = engine.backward[later][index]
+        gathered, copies = engine.gathered[later][index] if engine.gathered else (0, 0)
+        temporary = rows * moment.temporary_a_row + held.temporary + copies
+        return {
+            "parameters": engine.parameters + gathered,
+            "gradients": engine.gradients + held.gradients + moment.unfinished_gradient,
+            "optimizer": engine.optimizer,
+            "buckets": engine.buckets + held.buckets,
+            "activations": rows * moment.activations_a_row,
+            "logits": rows * moment.logits_a_row,
+            "temporary": engine.temporary + temporary,
+        }
+
+    def _host_activations(self, rows: int) -> int:
+        """The blocks' inputs that ``cpu_checkpointing`` keeps on the host: all but the newest."""
+        if not self.settings.checkpoints_on_host:
+            return 0
+        shape = self.workload.shape
+        size = rows * self.settings.width * self.workload.seq_length * shape.n_embd
+        return (shape.n_layer - 1) * (1 << (size - 1).bit_length())  # page-locked
+
+    @cached_property
+    def _with_end(self) -> list[Moment]:
+        return [*self.moments, Moment(name="reduce", activations_a_row=0)]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Stage 0
+
+    def _unpartitioned(self) -> EngineMemory:
+        """Stage 0: ``fp16/fused_optimizer.py`` for bf16 and fp16, the bare optimizer for fp32."""
+        settings = self.settings
+        numel = sum(parameter.numel for parameter in self.parameters)
+        whole = settings.width * numel
+        backward = [
+            whole_gradients(self.moments, width=settings.width, carried=carried, world_size=settings.world_size)
+            for carried in (False, True)
+        ]
+        if settings.width == FP32:
+            # Clipping takes one norm at a time; the fused optimizer works in place.
+            return EngineMemory(
+                parameters=whole,
+                optimizer=2 * FP32 * numel,
+                backward=backward,
+                before_step=whole,
+                initialization=self._built,
+            )
+        decayed = sum(parameter.numel for parameter in self.parameters if parameter.decayed)
+        return EngineMemory(
+            parameters=whole,
+            optimizer=3 * FP32 * numel,  # fp32_groups_flat and Adam's two moments
+            backward=backward,
+            before_step=whole,
+            # step: the gradients in fp32 one by one, then flattened; both beside the 16-bit ones.
+            step_temporary=2 * FP32 * decayed,
+            # initialize_optimizer_states: Adam's states and a zero gradient before the first step.
+            initialization=whole + 4 * FP32 * numel,
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Stages 1 and 2
+
+    def _shares(self) -> list[Partition]:
+        return partitions(self.parameters, self.settings.world_size)
+
+    def _bf16_optimizer(self) -> EngineMemory:
+        """Stage 1 with fp32 accumulation: ``bf16_optimizer.py``.
+
+        fp32 gradients of the whole model stay for good (``fp32_groups_gradients_flat``); bf16 ones stay on the
+        parameters from the first micro-batch to the step.
+        """
+        settings, shares = self.settings, self._shares()
+        flat, mine = sum(share.flat_numel for share in shares), sum(share.numel for share in shares)
+        backward = [
+            whole_gradients(
+                self.moments,
+                width=settings.width,
+                carried=carried,
+                world_size=settings.world_size,
+                reduces_at_end=False,
+            )
+            for carried in (False, True)
+        ]
+        # get_grads_for_reduction hands over the flat fp32 gradients: one tensor a group, reduced in the dtype of
+        # communication, a copy of the whole in 16 bits.
+        decayed = max(share.flat_numel for share in shares)
+        copy = settings.communication_width * decayed if settings.communication_width != FP32 else 0
+        for moments in backward:
+            moments[-1] = GradientMemory(gradients=moments[-1].gradients, temporary=copy)
+        return EngineMemory(
+            parameters=settings.width * flat,
+            optimizer=3 * FP32 * mine,
+            gradients=FP32 * flat,
+            backward=backward,
+            initialization=max(self._built, settings.width * flat + FP32 * (flat + mine)),
+        )
+
+    def _stages_1_and_2(self) -> EngineMemory:
+        """``zero/stage_1_and_2.py``."""
+        settings, shares = self.settings, self._shares()
+        flat, mine = sum(share.flat_numel for share in shares), sum(share.numel for share in shares)
+        offloaded = settings.optimizer_device != "none"
+        states = (settings.master_width + 2 * settings.state_width) * mine
+        largest = max(parameter.numel for parameter in self.parameters)
+        accumulator = settings.width * largest if offloaded else 0  # temp_grad_buffer_for_gpu_offload
+        owned = self._gradients(shares).owned_bytes if not offloaded or self._compact else 0
+        return EngineMemory(
+            parameters=settings.width * flat,
+            optimizer=0 if offloaded else states,
+            temporary=accumulator,
+            backward=[self._backward_of_stages_1_and_2(shares, owned, later) for later in (False, True)],
+            before_step=owned,
+            step_temporary=0 if offloaded else self._step_of_stages_1_and_2(shares),
+            # Flattening a group copies it.
+            initialization=max(self._built, 2 * settings.width * flat),
+            host=[self._host_of_stages_1_and_2(shares, later) if offloaded else 0 for later in (False, True)],
+        )
+
+    @property
+    def _compact(self) -> bool:
+        """Whether owned gradients lie in a flat fp32 partition (``_use_compact_grad_partition_buffer``)."""
+        return self.settings.accumulation_width == FP32 and self.settings.width != FP32
+
+    def _gradients(self, shares: Sequence[Partition]) -> PartitionedGradients:
+        settings = self.settings
+        return PartitionedGradients(
+            shares,
+            settings.buckets,
+            compact=self._compact,
+            offloaded=settings.optimizer_device != "none" and not self._compact,
+        )
+
+    def _backward_of_stages_1_and_2(self, shares: Sequence[Partition], owned: int, later: bool) -> list[GradientMemory]:
+        settings = self.settings
+        width = settings.buckets.width
+        if settings.stage == 1 and not settings.overlaps:
+            # Hooks only allocate the bucket; reduce_gradients goes through the parameters after the backward pass.
+            held = whole_gradients(
+                self.moments, width=width, carried=later, world_size=settings.world_size, reduces_at_end=False
+            )
+            bucketed = [
+                GradientMemory(memory.gradients, settings.buckets.bytes if later or index else 0, memory.temporary)
+                for index, memory in enumerate(held[:-1])
+            ]
+            return [*bucketed, self._gradients(shares).reduce_at_end(self.parameters, gradient_width=width)]
+        # Stage 2 reduces each micro-batch and keeps the sum of what it owns beside the newest; stage 1 keeps whole
+        # gradients until the last.
+        carried = owned if later and settings.stage == 2 and not self._compact else 0
+        gradients = self._gradients(shares)
+        if later and settings.stage == 2 and self._compact:
+            gradients.allocated = True
+        return gradients.run(self.moments, carried=carried, whole=later and settings.stage == 1, gradient_width=width)
+
+    def _step_of_stages_1_and_2(self, shares: Sequence[Partition]) -> int:
+        """The largest of what ``step`` adds: the norm of one slice in fp64, or one group's gradients for the update."""
+        settings = self.settings
+        norm = NORM_WIDTH * max(share.largest_slice for share in shares)
+        if self._compact:
+            return norm
+        updates = []
+        for share in shares:
+            # flatten(averaged_gradients), then .to(the master's dtype); a share of one slice is not copied.
+            flattened = settings.width * share.numel if share.pieces > 1 else 0
+            converted = settings.master_width * share.numel if settings.master_width != settings.width else 0
+            updates.append(flattened + converted)
+        return max(norm, *updates)
+
+    def _host_of_stages_1_and_2(self, shares: Sequence[Partition], later: bool) -> int:
+        """Master, gradient and two moments, the 16-bit copy that goes back, and buffers for accumulation."""
+        settings = self.settings
+        pinned, plain = [settings.width * max(parameter.numel for parameter in self.parameters)], 0
+        for share in shares:
+            pinned += [settings.master_width * share.numel] * 2 + [settings.width * share.numel]
+            plain += 2 * settings.state_width * share.numel
+        if later and not self._compact and settings.master_width == FP32:
+            pinned += [settings.width * member.numel for share in shares for member in share.owned]
+        return plain + sum(settings.pinned(size) for size in pinned)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Stage 3
+
+    def _stage3(self) -> EngineMemory:
+        """``zero/stage3.py`` and ``zero/partition_parameters.py``."""
+        settings = self.settings
+        mine = sum(partition_numel(parameter, settings.world_size) for parameter in self.parameters)
+        persistent = sum(p.numel for p in self.parameters if p.numel <= settings.persistence_threshold)
+        offloaded, away = settings.optimizer_device != "none", settings.parameter_device != "none"
+        # _create_fp32_partitions means to share fp32 weights with their masters, but compares a device with its name.
+        master = settings.master_width
+        states = (master + 2 * settings.state_width) * mine
+        buckets = settings.width * settings.bucket_elements
+        gradients = settings.accumulation_width * mine  # grad_partitions_flat_buffer
+        held = 0 if away else settings.width * mine
+        whole = settings.width * persistent if settings.world_size > 1 or away else 0
+        return EngineMemory(
+            parameters=held + whole,
+            optimizer=0 if offloaded else states,
+            gradients=0 if offloaded else gradients,
+            buckets=buckets,
+            gathered=[self._gathered(persistent, away, later) for later in (False, True)],
+            backward=[self._backward_of_stage3()] * 2,
+            step_temporary=0 if offloaded else self._step_of_stage3() + self._second_copy,
+            # zero.Init draws one weight at a time in fp32; a master is converted, then cloned.
+            initialization=max(
+                held + (FP32 + settings.width) * max(parameter.numel for parameter in self.parameters),
+                buckets + 2 * held + whole + (0 if offloaded else 2 * master * mine + gradients),
+            ),
+            host=[self._host_of_stage3(mine, gradients)] * 2,
+            nvme=self._nvme(mine),
+        )
+
+    def _gathered(self, persistent: int, away: bool, later: bool) -> list[tuple[int, int]]:
+        """Whole weights at each moment, and the copies of the newest.
+
+        From the second step on the coordinator knows the order of the modules and prefetches until
+        ``max_live_parameters`` are there; a weight is given back when nothing in reach needs it again
+        (``zero/partitioned_param_coordinator.py``). Several weights gathered together are copied out of their common
+        buffer (``AllGatherCoalescedHandle.wait``).
+        """
+        settings = self.settings
+        if settings.world_size == 1 and not away:
+            return [(0, 0)] * (len(self.moments) + 1)
+        live = max(0, settings.max_live_parameters - persistent)
+        total = num_parameters(self.workload.shape)
+        prefetched = min(settings.prefetch_elements, total) * settings.width
+        second = self._second_copy  # made as weights are given back, kept until the step
+        found = []
+        for moment in self.moments:
+            needed = min(max(0, moment.needed - persistent), live)
+            waits = total > settings.max_live_parameters and moment.name not in ("loss", "head")
+            found.append(
+                (
+                    settings.width * needed + (second if later else second * (total - needed) // total),
+                    prefetched if waits and moment.needed > live else 0,
+                )
+            )
+        return [*found, (second, 0)]
+
+    @property
+    def _second_copy(self) -> int:
+        """This rank's part of the second copy of the weights that hpZ keeps within a host until the next step."""
+        ranks = self.settings.secondary_ranks
+        return self.settings.width * num_parameters(self.workload.shape) // ranks if ranks else 0
+
+    def _backward_of_stage3(self) -> list[GradientMemory]:
+        settings = self.settings
+        return sharded_gradients(
+            self.moments,
+            bucket_elements=settings.bucket_elements,
+            width=settings.width,
+            communication_width=settings.communication_width,
+            world_size=settings.world_size,
+        )
+
+    def _sub_groups(self) -> list[list[int]]:
+        """Elements of each partition, by the sub-groups that are updated one after another."""
+        settings = self.settings
+        found: list[list[int]] = []
+        for decayed in (True, False):
+            numels = [
+                partition_numel(parameter, settings.world_size)
+                for parameter in self.parameters
+                if parameter.decayed is decayed
+            ]
+            group: list[int] = []
+            for index, numel in enumerate(numels):
+                group.append(numel)
+                whole = sum(numels) <= settings.sub_group_size
+                if index == len(numels) - 1 or (not whole and sum(group) >= settings.sub_group_size):
+                    found.append(group)
+                    group = []
+        return found
+
+    def _step_of_stage3(self) -> int:
+        """One sub-group's gradients, flattened and in the master's dtype (``_prepare_fp32_grad_for_sub_group``)."""
+        settings = self.settings
+        found = []
+        for group in self._sub_groups():
+            flattened = settings.accumulation_width * sum(group) if len(group) > 1 else 0
+            converted = (
+                settings.master_width * sum(group) if settings.master_width != settings.accumulation_width else 0
+            )
+            found.append(max(flattened + converted, NORM_WIDTH * max(group)))
+        return max(found)
+
+    def _groups_of_partitions(self) -> list[int]:
+        """Elements that this rank holds of each parameter group."""
+        ranks = self.settings.world_size
+        return [
+            sum(partition_numel(parameter, ranks) for parameter in self.parameters if parameter.decayed is decayed)
+            for decayed in (True, False)
+        ]
+
+    def _host_of_stage3(self, mine: int, gradients: int) -> int:
+        """Weights by group, 16-bit gradients, and the optimizer's tensors or its buffers for the disk."""
+        settings = self.settings
+        weights = 0
+        if settings.parameter_device != "none":
+            weights = sum(settings.pinned(settings.width * numel) for numel in self._groups_of_partitions())
+        if settings.parameter_device == "nvme":
+            weights += settings.pinned(settings.width * PARAMETER_BUFFER_ELEMENTS * settings.parameter_buffers)
+        if settings.optimizer_device == "none":
+            return weights
+        sub_groups = [sum(group) for group in self._sub_groups()]
+        weights += settings.pinned(gradients)
+        if settings.optimizer_device == "nvme":
+            return weights + settings.optimizer_buffers * FP32 * max(sub_groups)
+        weights += sum(settings.pinned(settings.master_width * numel) for numel in sub_groups)  # gradients of the step
+        return weights + (settings.master_width + 2 * settings.state_width) * mine
+
+    def _nvme(self, mine: int) -> int:
+        settings = self.settings
+        optimizer = SWAPPED_TENSORS * FP32 * mine if settings.optimizer_device == "nvme" else 0
+        return optimizer + (settings.width * mine if settings.parameter_device == "nvme" else 0)
+
+
+def quick_memory(workload: Workload) -> Memory:
+    """The memory of one workload by the formulas."""
+    return QuickPlan(workload).at(workload.micro_batch_size, workload.accumulation_steps)

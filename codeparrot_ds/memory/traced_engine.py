@@ -1,0 +1,246 @@
+"""A few training steps of the real engine and the real model, with every storage counted and named.
+
+The steps are those of a run: :func:`codeparrot_ds.model.gpt2.build_model`,
+:func:`codeparrot_ds.engine.engine.create_engine`, forward, backward, step. What they run on is the caller's: tensors
+without memory on a pretended accelerator (`trace`), or real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.ds_config.facts import zero_stage
+from codeparrot_ds.engine.engine import create_engine
+from codeparrot_ds.memory.storage_counter import Peak, Storage, StorageCounter, bytes_of, find_peak
+from codeparrot_ds.memory.workload import CATEGORIES, Memory, Workload
+from codeparrot_ds.model.gpt2 import build_model
+
+# Adam's states appear in the first step, what stage 3 keeps gathered after the first backward pass: by then a step is
+# like all that follow, with a micro-batch to spare.
+NUM_MICRO_BATCHES = 3
+# What DeepSpeed's functions (of 0.19.8) make, by file and function; "*" stands for all functions of a file. What stays
+# from step to step is known by where it is found instead (`_tag_model_state`).
+MAKERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "buckets": {
+        "stage_1_and_2.py": ("setup_buckets", "allreduce_bucket", "allreduce_and_scatter"),
+        "coalesced_collectives.py": ("*",),
+    },
+    "gradients": {
+        "stage_1_and_2.py": (
+            "copy_grads_in_partition",
+            "fill_grad_accum_attribute",
+            "_build_compact_grad_partition_buffer",
+        )
+    },
+    "parameters": {
+        name: ("*",) for name in ("partition_parameters.py", "partitioned_param_coordinator.py", "parameter_offload.py")
+    },
+}
+
+
+def trace(workload: Workload, *, device_name: str = "accelerator") -> Memory:
+    """The memory of one rank, from tensors without memory; changes the process for good (`fake_ranks`).
+
+    Args:
+        device_name: ``"accelerator"``: what a GPU run does. ``"cpu"``: what a run on DeepSpeed's CPU accelerator does,
+            where the host's memory is the device's.
+    """
+    from codeparrot_ds.memory import fake_device as fake_ranks
+
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    accelerator = device_name == "accelerator"
+    device = fake_ranks.pretend_accelerator() if accelerator else torch.device("cpu")
+    fake_ranks.join_fake_ranks(workload.world_size)
+    files = fake_ranks.use_fake_operators()
+    fake_ranks.convert_modules_in_place()
+    fake_ranks.make_everything_finite()
+    if accelerator and workload.attention == "flash":
+        fake_ranks.use_fused_attention()
+    # CUDA's caching allocator hands out blocks of 512 bytes.
+    counter = StorageCounter(granularity=512 if accelerator else 1, fake=True)
+    with fake_ranks.FakeTensors(), counter:
+        engine, memory = measure(workload, counter, device)
+        checkpoint_bytes = _checkpoint_bytes(engine, workload.world_size, files.num_bytes)
+    return dataclasses.replace(memory, nvme_bytes=files.num_bytes, checkpoint_bytes=checkpoint_bytes)
+
+
+def measure(workload: Workload, counter: StorageCounter, device: torch.device) -> tuple[Any, Memory]:
+    """Builds the engine and makes the steps, with `counter` entered; returns the engine and what it took.
+
+    ``nvme_bytes`` and ``checkpoint_bytes`` are left at 0.
+    """
+    gc.freeze()  # each micro-batch ends with a collection: it need not look through what was imported
+    ds_config = dict(workload.ds_config)
+    peaks = _Peaks(counter, device.type)
+    counter.phase = "initialization"
+    with peaks.of("initialization"):
+        model = build_model(
+            workload.shape,
+            eos_token_id=0,
+            seed=0,
+            dropout=workload.dropout,
+            chunked_loss=workload.chunked_loss,
+            zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
+            device=device,
+        )
+        engine = create_engine(model, ds_config, RunConfig())
+        del model
+        gc.collect()
+    gc.freeze()
+    ids = torch.zeros(workload.micro_batch_size, workload.seq_length, dtype=torch.long, device=device)
+    for _ in range(max(2, math.ceil(NUM_MICRO_BATCHES / workload.accumulation_steps))):
+        peaks.forget("forward_backward", "step")
+        _step(engine, ids, workload.accumulation_steps, counter, peaks)
+    _tag_model_state(engine, counter)
+    largest = max((peaks.device[phase] for phase in ("forward_backward", "step")), key=lambda peak: peak.num_bytes)
+    memory = Memory(
+        depth="traced",
+        device=_composition(largest, workload, engine),
+        resident_bytes=bytes_of(counter.storages(device.type)),
+        phases={phase: peak.num_bytes for phase, peak in peaks.device.items()},
+        host_bytes=peaks.host_bytes,
+        nvme_bytes=0,
+        checkpoint_bytes=0,
+    )
+    return engine, memory
+
+
+class _Peaks:
+    """The largest peak of each phase, on the device and (where that is another place) on the host."""
+
+    def __init__(self, counter: StorageCounter, device: str) -> None:
+        self._counter = counter
+        self._device = device
+        self.device: dict[str, Peak] = {}
+        self.host: dict[str, int] = {}
+
+    @property
+    def host_bytes(self) -> int:
+        """The most on the host in a training step."""
+        return max((size for phase, size in self.host.items() if phase != "initialization"), default=0)
+
+    def forget(self, *phases: str) -> None:
+        for phase in phases:
+            self.device.pop(phase, None)
+            self.host.pop(phase, None)
+
+    @contextlib.contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        """Looks for the peak of what happens inside, which belongs to a phase."""
+        counter, device = self._counter, self._device
+        counter.events.clear()
+        before, before_on_host = counter.storages(device), counter.storages("cpu")
+        yield
+        peak = find_peak(before, counter.events, device)
+        if phase not in self.device or peak.num_bytes > self.device[phase].num_bytes:
+            self.device[phase] = peak
+        if device != "cpu":
+            on_host = find_peak(before_on_host, counter.events, "cpu").num_bytes
+            self.host[phase] = max(on_host, self.host.get(phase, 0))
+
+
+def _step(engine: Any, ids: torch.Tensor, accumulation_steps: int, counter: StorageCounter, peaks: _Peaks) -> None:
+    """One optimizer step, as :func:`codeparrot_ds.training.loop.accumulate_gradients` makes it."""
+    for _ in range(accumulation_steps):
+        with peaks.of("forward_backward"):
+            counter.phase = "forward"
+            loss = engine(input_ids=ids, labels=ids).loss
+            counter.phase = "backward"
+            engine.backward(loss)
+        counter.tag((p.grad for p in engine.module.parameters() if p.grad is not None), "gradients")
+        with peaks.of("step"):
+            counter.phase = "step"
+            engine.step()
+        del loss
+        gc.collect()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the storages are
+
+
+def _tag_model_state(engine: Any, counter: StorageCounter) -> None:
+    """Names what stays from step to step by where it is found."""
+    for parameter in engine.module.parameters():
+        shards = (getattr(parameter, name, None) for name in ("ds_tensor", "ds_secondary_tensor"))
+        counter.tag([parameter.data, *(shard for shard in shards if shard is not None)], "parameters")
+    basic, wrapper = engine.basic_optimizer, engine.optimizer
+    for group in basic.param_groups:
+        counter.tag([parameter.data for parameter in group["params"]], "optimizer")
+    for state in basic.state.values():
+        counter.tag([value for value in state.values() if isinstance(value, torch.Tensor)], "optimizer")
+    # Stage 3 hands the basic optimizer one sub-group at a time.
+    counter.tag(_tensors(getattr(wrapper, "fp32_partitioned_groups_flat", [])), "optimizer")
+    for name in ("grad_partitions_flat_buffer", "averaged_gradients", "fp32_groups_gradients_flat"):
+        counter.tag(_tensors(getattr(wrapper, name, [])), "gradients")
+    counter.tag(_tensors(getattr(wrapper, "temp_grad_buffer_for_gpu_offload", [])), "buckets")
+    for bucket in getattr(wrapper, "ipg_buckets", {}).values():
+        counter.tag(_tensors(bucket.buffer), "buckets")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a tensor or in nested lists and dicts."""
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+def _composition(peak: Peak, workload: Workload, engine: Any) -> dict[str, int]:
+    """The bytes of a peak by category."""
+    shapes = {tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in engine.module.parameters()}
+    num_logits = workload.micro_batch_size * workload.seq_length * workload.shape.vocab_size
+    composition = dict.fromkeys(CATEGORIES, 0)
+    for storage in peak.storages:
+        composition[_category(storage, shapes, num_logits)] += storage.num_bytes
+    return composition
+
+
+def _category(storage: Storage, parameter_shapes: set[tuple[int, ...]], num_logits: int) -> str:
+    for tag in ("parameters", "optimizer", "gradients", "buckets"):
+        if tag in storage.tags:
+            return tag
+    file, _, function = storage.maker.partition(":")
+    for category, files in MAKERS.items():
+        if file in files and ("*" in files[file] or function in files[file]):
+            return category
+    if storage.phase not in ("forward", "backward"):
+        return "temporary"
+    if math.prod(storage.shape) == num_logits:
+        return "logits"
+    # A weight's gradient on its way to the weight: autograd makes it without DeepSpeed.
+    shape = storage.shape[1:] if storage.shape[:1] == (1,) else storage.shape
+    if storage.phase == "backward" and shape in parameter_shapes and not storage.maker:
+        return "gradients"
+    return "activations"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def _checkpoint_bytes(engine: Any, world_size: int, nvme_bytes: int) -> int:
+    """What ``engine.save_checkpoint`` of all ranks writes, from what rank 0 hands to its checkpoint engine.
+
+    Files named after a rank (``zero_pp_rank_0…``) are written by every rank, and are as large on each.
+    """
+    sizes: dict[str, int] = {}
+
+    def save(state_dict: Any, path: str) -> None:
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(state_dict)}
+        sizes[path] = sum(storage.nbytes() for storage in storages.values())
+
+    engine.checkpoint_engine.save = save
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save_checkpoint(folder, tag="traced", save_latest=False)
+    own = sum(size for path, size in sizes.items() if "zero_pp_rank_" in path)
+    shared = sum(size for path, size in sizes.items() if "zero_pp_rank_" not in path)
+    return shared + world_size * (own + nvme_bytes)

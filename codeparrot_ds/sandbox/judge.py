@@ -1,0 +1,493 @@
+"""Verdicts on generated programs: each runs in bubblewrap, and the tests that judge it run in another one.
+
+A program (the *candidate*) gets namespaces of its own: no network, no process but its own, an empty environment, a
+read-only system, a scratch folder of limited size, limits on memory, processor time, processes, files and output, and a
+wall-clock kill. The problem's tests run in the *checker*, a second sandbox that lives as long as its worker and forks
+for every problem. This process carries calls and values between them, so a program sees no test, no expected answer and
+no checker; only the checker can say that it passed. Docs: ``docs/judging.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import marshal
+import math
+import os
+import queue
+import select
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from codeparrot_ds.cpu import usable_cores
+from codeparrot_ds.errors import UserError
+
+KINDS = ("passed", "failed", "error", "syntax", "timeout", "memory", "output", "exited")
+"""Of verdicts: an assertion failed; an exception; no Python; too slow; too large; too talkative; ended by itself."""
+
+_START_SECONDS = 60.0  # of a sandbox, on a machine that is very busy
+_STOP_SECONDS = 1.0  # of a problem's tests, which do nothing more
+# Users that systemd keeps for services without one, which nothing else has. Spread, so that two programs of two hosts'
+# processes hardly ever share one: they would only share the limit on their number.
+_FIRST_USER, _NUM_USERS, _SPREAD = 61184, 4336, 2654435761
+_DEVICES = ("null", "urandom")
+_PIPE_BYTES = 65536  # that a pipe takes without a reader
+_START = f"import sys,marshal,posix;exec(marshal.loads(posix.read(0,{_PIPE_BYTES})));main(eval(sys.argv[1]))"
+_ENDS = (
+    (b'["memory"', "memory", ""),
+    (b'["exit"', "exited", "SystemExit"),
+    (b'["syntax"', "syntax", ""),
+    (b'["output"', "output", "a result is too large"),
+)
+_REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]')
+_CPU_LIMIT_REACHED = 128 + 24  # SIGXCPU, as bubblewrap hands it on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a program may use."""
+
+    seconds: float = 5.0
+    """Of wall clock from the program's first line to its tests' last, and of processor time for each process."""
+    memory_bytes: int = 512 << 20
+    """Address space of each process."""
+    processes: int = 8
+    """Processes and threads together."""
+    scratch_bytes: int = 16 << 20
+    """Of files in its folder, ``/tmp``."""
+    output_bytes: int = 1 << 20
+    """Of what it prints."""
+    message_bytes: int = 4 << 20
+    """Of the arguments or the result of one call."""
+    calls: int = 100_000
+    """From the tests into the program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """The tests of a problem."""
+
+    setup: str = ""
+    """Source that the tests need beside the program: imports and helpers."""
+    tests: tuple[str, ...]
+    """Sources that raise where the program is wrong. Names that neither they nor ``setup`` define are the program's."""
+    entry_point: str = ""
+    """A name that is the program's even where ``setup`` defines it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one program."""
+
+    kind: str
+    """One of ``KINDS``."""
+    detail: str = ""
+    """The exception's name, or what limit was met."""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.kind == "passed"
+
+
+def judge_all(
+    items: Iterable[tuple[str, Check]], *, limits: Limits | None = None, num_workers: int | None = None
+) -> Iterator[Verdict]:
+    """Yields the verdict on each (program, check), in order; a sandbox and a checker for each worker.
+
+    Args:
+        items: all read at once.
+        num_workers: one more than cores by default, since each waits now and then.
+
+    Raises ``UserError`` where no sandbox can be had.
+    """
+    limits = limits or Limits()
+    check_sandbox()
+    workers = num_workers or usable_cores() + 1
+    with ThreadPoolExecutor(workers, thread_name_prefix="sandbox") as pool:
+        judges: queue.SimpleQueue[Judge] = queue.SimpleQueue()
+        every = [Judge(limits, slot) for slot in range(workers)]
+        for judge in every:
+            judges.put(judge)
+
+        def run(item: tuple[str, Check]) -> Verdict:
+            judge = judges.get()
+            try:
+                return judge(*item)
+            finally:
+                judges.put(judge)
+
+        try:
+            yield from pool.map(run, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for judge in every:
+                judge.close()
+
+
+@cache
+def check_sandbox() -> None:
+    """Raises ``UserError`` in one sentence where this machine has no sandbox to run programs in."""
+    if sys.platform != "linux" or shutil.which("bwrap") is None:
+        raise UserError(
+            "generated programs run in a sandbox only, and bubblewrap, which makes it, is not installed; on Debian and "
+            "Ubuntu: apt-get install bubblewrap"
+        )
+    try:
+        verdict = Judge(Limits(seconds=30), 0).once(
+            "def answer():\n    return 1", Check(tests=("assert answer() == 1",))
+        )
+    except SandboxError as error:
+        if "option" in str(error).lower():
+            raise UserError(f"the sandbox needs bubblewrap 0.7 or newer; the one that is installed: {error}") from error
+        advice = "run as another user than root, or allow" if os.geteuid() == 0 else "allow"
+        raise UserError(
+            f"generated programs run in a sandbox only, and bubblewrap cannot make one here ({error}); {advice} it to "
+            "create namespaces"
+        ) from error
+    if not verdict.passed:
+        raise UserError(
+            f"the sandbox does not work here: a right program's verdict was {verdict.kind} {verdict.detail}"
+        )
+
+
+class SandboxError(UserError):
+    """The sandbox itself did not start; says nothing about a program."""
+
+
+class _Ended(Exception):
+    """A program's verdict, other than the checker's."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind)
+        self.kind, self.detail = kind, detail
+
+
+class Judge:
+    """One worker: a checker that lives on and a candidate for every verdict. Not for several threads."""
+
+    def __init__(self, limits: Limits, slot: int) -> None:
+        self.limits, self.slot = limits, slot
+        self._checker: _Inside | None = None
+        self._checked: Check | None = None
+        """Whose tests the checker has."""
+
+    def __call__(self, program: str, check: Check) -> Verdict:
+        started = time.monotonic()
+        with _Inside("candidate", self.limits, 2 * self.slot) as candidate:
+            candidate.expect_hello()
+            checker = self._ready_checker()
+            started = time.monotonic()  # from here on it is the program's time
+            try:
+                kind, detail = self._relay(program, check, candidate, checker, started + self.limits.seconds)
+            except _Ended as end:
+                kind, detail = end.kind, end.detail
+        return Verdict(kind, detail, time.monotonic() - started)
+
+    def once(self, program: str, check: Check) -> Verdict:
+        """A verdict of a worker that ends with it."""
+        try:
+            return self(program, check)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if self._checker is not None:
+            self._checker.close()
+            self._checker = None
+            self._checked = None
+
+    def _ready_checker(self) -> _Inside:
+        if self._checker is None:
+            self._checker = _Inside("checker", self.limits, 2 * self.slot + 1)
+            self._checker.expect_hello()
+        return self._checker
+
+    def _relay(
+        self, program: str, check: Check, candidate: _Inside, checker: _Inside, deadline: float
+    ) -> tuple[str, str]:
+        """Returns kind and detail of the verdict; raises ``_Ended`` where it is not the checker's."""
+        candidate.send(program.encode("utf-8", "surrogatepass").hex().encode(), deadline)
+        reply = candidate.receive(deadline)
+        _check_reply(reply)
+        if reply.startswith(b'["error"'):
+            raise _Ended("error", _name_of(reply))
+        try:
+            checker.printed_bytes = 0
+            if check != self._checked:
+                if self._checked is not None:
+                    checker.send(b'["end"]', deadline)
+                    checker.receive(deadline)
+                self._checked = check
+                message = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
+                checker.send(json.dumps(message).encode(), deadline)
+            else:
+                checker.send(b'["again"]', deadline)
+            return self._carry(candidate, checker, deadline)
+        except BaseException:
+            # Whatever state the tests are in, the next problem begins with a checker of its own.
+            self.close()
+            raise
+
+    def _carry(self, candidate: _Inside, checker: _Inside, deadline: float) -> tuple[str, str]:
+        """Carries the tests' calls to the program and its answers back, until the checker has its verdict."""
+        for _ in range(self.limits.calls + 1):
+            request = checker.receive(deadline)
+            if request.startswith(b'["done"'):
+                _, kind, detail, _ = json.loads(request)
+                return kind, bytes.fromhex(detail).decode("utf-8", "replace")
+            try:
+                candidate.send(request, deadline)
+                reply = candidate.receive(deadline)
+                _check_reply(reply)
+            except _Ended as end:
+                if not _stops(checker):
+                    self.close()
+                return end.kind, end.detail
+            checker.send(reply, deadline)
+        raise _Ended("timeout", f"more than {self.limits.calls:,} calls")
+
+
+def _check_reply(reply: bytes) -> None:
+    """Raises ``_Ended`` for what ends a program before its tests have decided; an exception in a call is the tests'."""
+    for start, kind, detail in _ENDS:
+        if reply.startswith(start):
+            raise _Ended(kind, detail)
+    if not reply.startswith(_REPLIES):  # such as what only this process may tell the checker
+        raise _Ended("error", "no reply")
+
+
+def _name_of(reply: bytes) -> str:
+    """The exception's name in a program's reply, as far as it holds one."""
+    try:
+        return bytes.fromhex(json.loads(reply)[2])[:64].decode("utf-8", "replace")
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return ""
+
+
+def _stops(checker: _Inside) -> bool:
+    """Tells a problem's tests, which wait for an answer, to end; whether they do, and the checker can go on."""
+    soon = time.monotonic() + _STOP_SECONDS
+    try:
+        checker.send(b'["stop"]', soon)
+        return checker.receive(soon).startswith(b'["done"')
+    except _Ended:
+        return False
+
+
+class _Inside:
+    """A process in a sandbox and its pipes."""
+
+    def __init__(self, side: str, limits: Limits, user: int) -> None:
+        self.side, self.limits = side, limits
+        self._received, self.printed_bytes = b"", 0
+        read_end, inner_write = os.pipe()
+        self._from_inside = read_end
+        settings = _settings(side, limits, user, inner_write)
+        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, repr(settings)]
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(inner_write,),
+                env={},
+                start_new_session=True,
+            )
+        finally:
+            os.close(inner_write)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._to_inside, self._output = self.process.stdin.fileno(), self.process.stdout.fileno()
+        with suppress(BrokenPipeError):  # it has ended; expect_hello says why
+            os.write(self._to_inside, _code())
+        os.set_blocking(self._to_inside, False)
+        os.set_blocking(self._output, False)
+        self._first_output = b""
+
+    def __enter__(self) -> _Inside:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kills bubblewrap and with it, as their parent and as the first process of their namespace, all inside."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self._from_inside)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def expect_hello(self) -> None:
+        try:
+            hello = self.receive(time.monotonic() + _START_SECONDS)
+        except _Ended as end:
+            lines = self._first_output.decode("utf-8", "replace").strip().splitlines()
+            raise SandboxError(f"it did not start: {lines[-1] if lines else end.kind}") from end
+        if hello != b'["hello"]':
+            raise SandboxError(f"its {self.side} began with {hello[:80]!r}")
+
+    def send(self, line: bytes, deadline: float) -> None:
+        data = memoryview(line + b"\n")
+        while data:
+            self._wait(self._to_inside, select.POLLOUT, deadline)
+            try:
+                data = data[os.write(self._to_inside, data) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:
+                raise self._how_it_ended() from None
+
+    def receive(self, deadline: float) -> bytes:
+        """Returns the next line; raises ``_Ended`` when there is none in time, or too much output before it."""
+        parts = [self._received]
+        size = len(self._received)
+        while b"\n" not in parts[-1]:
+            self._wait(self._from_inside, select.POLLIN, deadline)
+            part = os.read(self._from_inside, 1 << 16)
+            if not part:
+                raise self._how_it_ended()
+            parts.append(part)
+            size += len(part)
+            if size > self.limits.message_bytes + (1 << 16):
+                raise _Ended("output", "a message is too large")
+        line, _, self._received = b"".join(parts).partition(b"\n")
+        return line
+
+    def _wait(self, descriptor: int, event: int, deadline: float) -> None:
+        """Waits until a descriptor is ready, and reads what is printed meanwhile."""
+        poll = select.poll()
+        poll.register(descriptor, event)
+        poll.register(self._output, select.POLLIN)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise _Ended("timeout")
+            # Awake now and then: a child that outlives the program may hold the pipes open.
+            ready = dict(poll.poll(min(left, 0.25) * 1000))
+            if self._output in ready and not self._read_output():
+                poll.unregister(self._output)
+            if descriptor in ready:
+                return
+            if not ready and self.process.poll() is not None:
+                raise self._how_it_ended()
+
+    def _read_output(self) -> bool:
+        """Counts what was printed; False at its end."""
+        try:
+            part = os.read(self._output, 1 << 16)
+        except BlockingIOError:
+            return True
+        self.printed_bytes += len(part)
+        if len(self._first_output) < 4096:
+            self._first_output += part
+        if self.printed_bytes > self.limits.output_bytes:
+            raise _Ended("output", f"more than {self.limits.output_bytes:,} bytes")
+        return bool(part)
+
+    def _how_it_ended(self) -> _Ended:
+        try:
+            code = self.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:  # it closed its pipe and lives on
+            return _Ended("exited", "closed its pipe")
+        self._drain()
+        return _Ended("timeout", "processor time") if code == _CPU_LIMIT_REACHED else _Ended("exited", f"code {code}")
+
+    def _drain(self) -> None:
+        """Reads what was printed last, for the message of a sandbox that did not start."""
+        with suppress(BlockingIOError):
+            self._first_output += os.read(self._output, 4096)
+
+
+_code_lock = threading.Lock()
+
+
+def _code() -> bytes:
+    with _code_lock:
+        return _compiled()
+
+
+@cache
+def _compiled() -> bytes:
+    path = Path(__file__).with_name("inside.py")
+    code = marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec", optimize=2))
+    assert len(code) < _PIPE_BYTES
+    return code
+
+
+def _settings(side: str, limits: Limits, user: int, write_to: int) -> dict[str, Any]:
+    seconds = math.ceil(limits.seconds)
+    # A checker's child has as much; the checker itself lives on, and only waits.
+    cpu = (seconds, seconds + 1) if side == "candidate" else (-1, -1)
+    return {
+        "side": side,
+        "write_to": write_to,
+        "message_bytes": limits.message_bytes,
+        "user": _FIRST_USER + (os.getpid() * _SPREAD + user) % _NUM_USERS if os.geteuid() == 0 else 0,
+        "limits": {
+            "AS": (limits.memory_bytes,) * 2,
+            "CPU": cpu,
+            "FSIZE": (limits.scratch_bytes,) * 2,
+            # Kernels before 5.14 count all of a user's processes here: the checker, who is trusted, must still fork.
+            **({"NPROC": (limits.processes,) * 2} if side == "candidate" else {}),
+            "NOFILE": (64, 64),
+            "CORE": (0, 0),
+        },
+    }
+
+
+@cache
+def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
+    """The command that makes the sandbox, up to the program's own."""
+    bwrap = shutil.which("bwrap")
+    assert bwrap is not None, "check_sandbox comes first"
+    command = [bwrap, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    command += ["--die-with-parent", "--new-session", "--clearenv"]
+    if os.geteuid() == 0:
+        # Root's processes are not counted: the program gets a user of its own, which a user namespace would not let it.
+        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    else:
+        command += ["--unshare-user"]
+    for path in map(Path, ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/etc/ld.so.cache")):
+        if path.is_symlink():
+            command += ["--symlink", os.readlink(path), str(path)]
+        elif path.exists():
+            command += _read_only(path)
+    base = Path(sys.base_prefix).resolve()
+    if not base.is_relative_to("/usr"):
+        for path in (base / "bin", base / "lib", base / "lib64"):
+            if path.exists():
+                command += _read_only(path)
+    command += ["--perms", "0755", "--dir", "/dev"]
+    for name in _DEVICES:
+        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp", "--remount-ro", "/"]
+    return (*command, "--chdir", "/tmp", "--")
+
+
+def _read_only(path: Path) -> list[str]:
+    """A folder of the system, read-only, under parents that every user may pass through."""
+    parents = [str(parent) for parent in reversed(path.parents) if parent != Path("/")]
+    made = [option for parent in parents for option in ("--perms", "0755", "--dir", parent)]
+    return [*made, "--ro-bind", str(path), str(path)]
+
+
+def _interpreter() -> tuple[str, ...]:
+    executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+    return (str(executable), "-I", "-S", "-E", "-B")
+
+
+def bare_command(limits: Limits) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The commands that make a sandbox and start the interpreter in it: what a verdict costs at least."""
+    return _bubblewrap(limits.scratch_bytes), _interpreter()

@@ -1,0 +1,302 @@
+"""Slips of the hand, each with a part of the one sentence that it costs; `tests/cli/test_slips.py` makes them all.
+
+To add one, add a row to one of the lists: what it is, the command as it is typed in the folder that `prepare` makes,
+and words of the sentence. It must cost exit code 2, little CPU and no import of torch, and leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from codeparrot_ds.checkpoint.folders import publish, sealed, staging_folder
+from codeparrot_ds.config.files import save_config
+from codeparrot_ds.config.run_config import PRESETS, RunConfig
+from codeparrot_ds.durable import json_bytes, write_file
+from codeparrot_ds.model.shapes import find_shape, parameter_shapes
+
+
+class Slip(NamedTuple):
+    """One mistake."""
+
+    name: str
+    command: str
+    """Less ``codeparrot-ds``; read as a shell would, but for ``~`` and variables."""
+    sentence: str
+
+
+TRAIN = "train demo --data corpus --tokenizer tokenizer --num-lanes 2 --hub off --wandb off"
+COMPARE = "--preset demo --tokenizer tokenizer --num-lanes 2"
+
+VARIABLES = [
+    Slip("an unknown variable", TRAIN + " --output-dir $SCRATSH/runs", "$SCRATSH is not set; did you mean '$SCRATCH'?"),
+    Slip("in braces", TRAIN + " --eval-prompts ${NONE_SUCH}/p", "cannot be ${NONE_SUCH}/p: the variable $NONE_SUCH"),
+    Slip("an empty variable", "train demo --data $EMPTY/corpus", "the variable $EMPTY is empty (see"),
+    Slip("in a mixture", "train demo --data corpus=0.5,$NONE_SUCH/b=0.5", "the variable $NONE_SUCH is not set"),
+    Slip("in a file", "train demo --config variable.yaml", "variable.yaml:2: output_dir cannot be $NONE_SUCH/runs"),
+    Slip("for a corpus", "corpus src --out $NONE_SUCH/corpus", "argument --out: $NONE_SUCH/corpus: the variable"),
+    Slip("for a source", "corpus $NONE_SUCH/src --out new", "argument SRC: $NONE_SUCH/src: the variable"),
+    Slip("for a hostfile", "doctor --hostfile $NONE_SUCH/hosts", "argument --hostfile: $NONE_SUCH/hosts"),
+    Slip("for a model", "evaluate $NONE_SUCH/first", "argument MODEL: $NONE_SUCH/first"),
+    Slip("for a run", "checkpoint list $NONE_SUCH/first", "argument RUN: $NONE_SUCH/first"),
+    Slip("for data to look at", "data inspect $NONE_SUCH/corpus", "the variable $NONE_SUCH is not set"),
+    Slip("for a DeepSpeed JSON", "compare $NONE_SUCH/a.json,dropout=0.1", "the variable $NONE_SUCH is not set"),
+    Slip("an unknown user", "train demo --data ~no-such-user/corpus", "there is no user 'no-such-user' here"),
+]
+
+ABSENT = [
+    Slip("a corpus", "train demo --data corpsu --tokenizer tokenizer", "corpsu does not exist; did you mean 'corpus'?"),
+    Slip(
+        "a corpus of nothing alike", "train demo --data xyz --tokenizer tokenizer", "make a corpus with `codeparrot-ds"
+    ),
+    Slip("a split", "tokenizer --data corpus/trian --out new", "did you mean 'corpus/train'?"),
+    Slip("a part of a mixture", TRAIN + " --data corpus=0.5,corpsu=0.5", "the data corpsu does not exist"),
+    Slip("validation data", TRAIN + " --validation-data corpsu", "did you mean 'corpus'?"),
+    Slip(
+        "a CSV file", TRAIN + " --data rows.csv", "rows.csv is a file of a kind that is not read: the name of a shard"
+    ),
+    Slip("an empty shard", TRAIN + " --data empty.jsonl", "the shard empty.jsonl is empty"),
+    Slip("one shard", TRAIN + " --data shard.jsonl", "without a validation split: name another with --validation-data"),
+    Slip("a corpus for a tokenizer", "tokenizer --data corpsu --out new", "did you mean 'corpus'?"),
+    Slip("a corpus to look at", "data inspect corpsu --tokenizer tokenizer", "did you mean 'corpus'?"),
+    Slip("a corpus with problems", "data contamination corpsu", "did you mean 'corpus'?"),
+    Slip("a corpus to evaluate on", "evaluate first --data corpsu", "did you mean 'corpus'?"),
+    Slip("a source", "corpus srcc --out new", "source srcc does not exist; did you mean 'src'?"),
+    Slip("a tokenizer", "train demo --data corpus --tokenizer tokenzier", "did you mean 'tokenizer'?"),
+    Slip("a tokenizer's path", "train demo --data corpus --tokenizer ./tok", "make one with `codeparrot-ds tokenizer"),
+    Slip(
+        "a tokenizer's file", TRAIN + " --tokenizer tokenizer/tokenizer.json", "is a file: name the folder that holds"
+    ),
+    Slip("no tokenizer", TRAIN + " --tokenizer corpus", "corpus has no tokenizer.json"),
+    Slip(
+        "a tokenizer of the Hub", TRAIN + " --tokenizer absent", "there is no folder absent here, and the Hub at http"
+    ),
+    Slip(
+        "one of an organisation",
+        TRAIN + " --tokenizer org/absent",
+        "there is no folder org/absent here, and the Hub at",
+    ),
+    Slip("a hostfile", TRAIN + " --hostfile hsots", "did you mean 'hosts'?"),
+    Slip("a run config", "train --config rnu.yaml", "rnu.yaml: no such run config file; did you mean 'run.yaml'?"),
+    Slip("a DeepSpeed JSON", TRAIN + " --deepspeed mien.json", "did you mean 'mine.json'?"),
+    Slip("a DeepSpeed JSON to compare", f"compare mien.json {COMPARE} --data corpus", "did you mean 'mine.json'?"),
+    Slip("a corpus to compare on", f"compare zero1 {COMPARE} --data corpsu", "did you mean 'corpus'?"),
+    Slip("one shard to compare on", f"compare zero1 {COMPARE} --data shard.jsonl", "without a validation split"),
+    Slip("a model's config", TRAIN + " --model modle/config.json", "did you mean 'model/config.json'?"),
+    Slip("a model to plan", "plan modle/config.json", "did you mean 'model/config.json'?"),
+    Slip("prompts", TRAIN + " --eval-prompts promtps.txt", "did you mean 'prompts.txt'?"),
+    Slip("problems", TRAIN + " --eval-problems problms.jsonl --allow-execution", "did you mean 'problems.jsonl'?"),
+    Slip("a file of a prompt", "complete first --file promtps.txt", "did you mean 'prompts.txt'?"),
+    Slip(
+        "problems to solve",
+        "humaneval first --generate-only --problems problms.jsonl",
+        "did you mean 'problems.jsonl'?",
+    ),
+    Slip("a DeepSpeed checkpoint", f"checkpoint import ckpt new {TRAIN[6:]}", "checkpoint ckpt does not exist"),
+    Slip("a repository", "evaluate runs/hbu.git@first", "runs/hub.git'?"),
+    Slip("a folder for a demo", "demo --workdir hosts", "--workdir hosts is a file: name a folder"),
+]
+
+RUNS = [
+    Slip("to evaluate", "evaluate frist", "none of that name in runs; did you mean 'runs/first'?"),
+    Slip("to complete with", "complete frist 'def f'", "did you mean 'runs/first'?"),
+    Slip("to solve with", "humaneval frist --generate-only", "did you mean 'runs/first'?"),
+    Slip(
+        "by its path", "evaluate runs/frist", "there is no run or model folder runs/frist; did you mean 'runs/first'?"
+    ),
+    Slip("of another folder", "evaluate rnus/first", "did you mean 'runs/first'?"),
+    Slip("to list", "checkpoint list frist", "did you mean 'runs/first'?"),
+    Slip("to verify", "checkpoint verify runs/frist", "did you mean 'runs/first'?"),
+    Slip("to export", "checkpoint export frist --out new", "did you mean 'runs/first'?"),
+    Slip(
+        "to export over others", "checkpoint export first --out corpus", "corpus holds other files and no config.json"
+    ),
+    Slip("to ask the branch of", "hub status frist", "did you mean 'runs/first'?"),
+    Slip("to push", "hub push frist", "did you mean 'runs/first'?"),
+    Slip("to publish", "hub publish frist", "did you mean 'runs/first'?"),
+    Slip("to report", "report first frist", "did you mean 'runs/first'?"),
+    Slip("to calibrate with", "plan --calibrate frist", "did you mean 'runs/first'?"),
+    Slip("to look at", "data inspect frist", "did you mean 'runs/first'?"),
+    Slip("to begin from", TRAIN + " --init-from frist", "--init-from frist: there is no run or model folder frist"),
+    Slip("a bare name of the Hub", "evaluate gpt2", "a model on the Hub is named org/name"),
+    Slip(
+        "a data set of the Hub", "corpus org/absent:xyz --out new", "there is no folder org/absent here, and the Hub at"
+    ),
+    Slip(
+        "problems of the Hub",
+        "humaneval first --generate-only --problems org/nope",
+        "): name a .jsonl file of problems",
+    ),
+    Slip("an unknown device", "evaluate first --device tpu", "choose cpu, cuda, cuda:N, mps or xpu"),
+    Slip("a GPU that is not there", "complete first --device cuda:99", "device 'cuda:99': this machine"),
+    Slip("rows longer than a model's", "evaluate first --seq-length 9999", "the model reads rows of 2 to"),
+    Slip("a model of the Hub", "evaluate org/absent", "there is no folder org/absent here, and the Hub at http"),
+    Slip(
+        "the folder of runs",
+        "checkpoint list runs",
+        "runs is not a run: it has no run.json; it holds the runs broken, d",
+    ),
+    Slip("no run at all", "checkpoint verify corpus", "corpus is not a run: it has no run.json"),
+    Slip("no model", "evaluate corpus", "corpus is no run, checkpoint or Hugging Face model"),
+    Slip("without a checkpoint", "evaluate busy", "runs/busy has no checkpoint yet"),
+]
+
+STARTS = [
+    Slip("from nowhere", TRAIN + " --resume nowhere", "--resume nowhere: there is no checkpoint or run nowhere"),
+    Slip("from a run mistyped", TRAIN + " --resume frist", "did you mean 'runs/first'?"),
+    Slip(
+        "from a checkpoint mistyped",
+        TRAIN + " --resume runs/first/checkpoints/step-00000040",
+        "did you mean 'runs/first/checkpoints/step-00000004'?",
+    ),
+    Slip("from a folder", TRAIN + " --resume corpus", "--resume corpus: corpus is not a complete checkpoint"),
+    Slip("from a run without", TRAIN + " --resume busy", "runs/busy has no checkpoint that can be read"),
+    Slip("from one cut off", TRAIN + " --resume broken", "state.json has 2 bytes instead of 18"),
+    Slip("of a run cut off", TRAIN + " --run-name broken", "no checkpoint of runs/broken is whole"),
+    Slip("of a run that is in use", TRAIN + " --run-name busy", "runs/busy is in use by process 1 on a-host"),
+    Slip("of a run of another seed", TRAIN + " --run-name first --seed 7", "seed is 1 there and 7 here"),
+    Slip("of a later version", TRAIN + " --run-name later", "step-00000004 has format 2; this version reads up to 1"),
+    Slip("from a later version", TRAIN + " --resume later", "--resume later: runs/later/checkpoints/step-00000004 has"),
+    Slip("of a damaged record", TRAIN + " --run-name damaged", "runs/damaged/run.json is damaged"),
+    Slip("from another model", TRAIN + " --resume first --model model/config.json", "step-00000004 belongs to another"),
+    Slip("from weights of another", TRAIN + " --init-from model --model gpt2", "is another model than --model gpt2"),
+    Slip("from weights in part", TRAIN + " --init-from model --model model", "has no weights for transformer.h.0.attn"),
+]
+
+OPTIONS = [
+    Slip("of another trainer", "train --lr 3", "unknown option --lr; here it is --learning-rate"),
+    Slip("of a precision", "train --bf16", "unknown option --bf16; here it is --deepspeed NAME, such as zero2"),
+    Slip("like no other", "train --dry-run", "unknown option --dry-run (see"),
+    Slip("of another command", "checkpoint verify first --step 9", "unknown option --step (see"),
+    Slip("a command like no other", "runs", "cannot be 'runs' (see"),
+    Slip("a port", "doctor --master-port 99999999", "must be a whole number of at least 1 and at most 65535"),
+    Slip("a port of a run", TRAIN + " --master-port 70000", "must be a whole number of at least 1 and at most 65535"),
+    Slip("1e3", "tokenizer --data corpsu --out new --vocab-size 1e3", "did you mean 'corpus'?"),
+    Slip("nothing asked", "complete", "the following arguments are required: MODEL (see"),
+    Slip("a prompt behind an option", "complete frist --temperature 0 'def f('", "did you mean 'runs/first'?"),
+    Slip("a config behind one", f"compare zero1 --warmup-steps 0 zero9 {COMPARE} --data corpus", "'zero9' is neither"),
+    Slip("a source behind one", "corpus src --out new --num-workers 1 more", "source more does not exist"),
+    Slip("a run behind one", "report first --out new runs/x", "there is no run runs/x"),
+    Slip("a preset behind one", "train --seed 2 lrge", "did you mean 'large'?"),
+    Slip("a run for a preset", "train first", "to go on with a run write --config runs/first/config.yaml"),
+    Slip("in a fast precision", TRAIN + " --deepspeed zro2:auto", "did you mean 'zero2:auto'?"),
+    Slip("auto without a name", TRAIN + " --deepspeed auto", "write NAME:auto, such as zero2:auto"),
+    Slip("a word for prompts", TRAIN + " --eval-prompts exampels", "did you mean 'examples'?"),
+]
+
+KINDS = [
+    Slip("a picture in no folder", "plan small zero2 --out new/x.png", "--out new/x.png: there is no folder new"),
+    Slip("a folder for a picture", "plan small zero2 --out corpus", "--out corpus is a folder: name a file in it"),
+    Slip("another picture", "plan small zero2 --out x.txt", "--out x.txt: the picture is a PNG"),
+    Slip("data for doctor", "doctor --data corpsu", "did you mean 'corpus'?"),
+    Slip("a tokenizer for doctor", "doctor --tokenizer tokenzier", "did you mean 'tokenizer'?"),
+    Slip("a folder of runs for doctor", "doctor --output-dir hosts", "hosts cannot be made"),
+    Slip("a folder for a model", TRAIN + " --model corpus", "model corpus is a folder without a config.json"),
+    Slip("a file for a model", TRAIN + " --model hosts", "model hosts is no GPT-2 config.json: line 1 is not JSON"),
+    Slip("a run to plan", "plan runs/first", "model runs/first is a folder without a config.json"),
+    Slip("a folder for prompts", TRAIN + " --eval-prompts corpus", "corpus is a folder: name a file of prompts"),
+    Slip("a folder for a prompt", "complete first --file corpus", "corpus is a folder: name a file of prompts"),
+    Slip("a file for a run", "report hosts", "hosts is a file; name the folder of a run"),
+    Slip("a file for a branch", "hub status hosts", "hosts is a file; name the folder of a run"),
+    Slip("a file for a checkpoint", TRAIN + " --resume hosts", "hosts is a file; name the folder of a checkpoint or"),
+    Slip("all checkpoints for one", TRAIN + " --resume runs/first/checkpoints", "it has no manifest.json"),
+    Slip(
+        "a folder for a repository", TRAIN + " --init-from runs/hub.git@first", "hub.git is not a bare git repository"
+    ),
+    Slip("nothing to resume", TRAIN + " --resume ''", "--resume cannot be an empty text"),
+    Slip("no config", TRAIN + " --deepspeed ''", "--deepspeed cannot be an empty text"),
+    Slip("no folder of runs", TRAIN + " --output-dir ''", "--output-dir cannot be an empty text"),
+    Slip("no folder of a demo", "demo --workdir ''", "--workdir cannot be an empty text"),
+    Slip("~ without quotes", "train demo --config null.yaml", "null.yaml:1: output_dir must be text, and YAML reads ~"),
+    Slip("a variable without a name", TRAIN + " --output-dir '${}/x'", "${} names no variable"),
+]
+
+SLIPS = [
+    *(Slip(f"{kind}: {slip.name}", slip.command, slip.sentence)
+      for kind, slips in (("variable", VARIABLES), ("absent", ABSENT), ("run", RUNS), ("start", STARTS),
+                          ("option", OPTIONS), ("kind", KINDS))
+      for slip in slips),
+]  # fmt: skip
+
+ENVIRONMENT = {"SCRATCH": "/tmp", "EMPTY": "", "HF_ENDPOINT": "http://127.0.0.1:9"}
+"""That the slips are made in; nothing listens on port 9."""
+
+
+def prepare(folder: Path) -> IO[str]:
+    """Fills the folder that the slips are made in; returns the lock that keeps its run ``busy`` in use."""
+    documents = [json.dumps({"path": "a.py", "content": f"def f_{n}():\n    return {n}\n"}) + "\n" for n in range(40)]
+    for split in ("train", "validation"):
+        (folder / "corpus" / split).mkdir(parents=True)
+        (folder / "corpus" / split / "part-0.jsonl").write_text("".join(documents))
+    write_tokenizer(folder / "tokenizer")
+    (folder / "src").mkdir()
+    (folder / "src" / "a.py").write_text("x = 1\n")
+    for name, content in {
+        "shard.jsonl": documents[0],
+        "empty.jsonl": "",
+        "rows.csv": "content\nx = 1\n",
+        "hosts": "alpha slots=1\n",
+        "run.yaml": "seed: 2\n",
+        "variable.yaml": "seed: 2\noutput_dir: $NONE_SUCH/runs\n",
+        "null.yaml": "output_dir: ~\n",
+        "mine.json": "{}",
+        "prompts.txt": "def f():\n",
+        "problems.jsonl": "{}\n",
+    }.items():
+        (folder / name).write_text(content)
+    _write_model(folder / "model")
+    _write_run(folder / "runs" / "first", parameter_shapes(find_shape("demo", vocab_size=257, seq_length=256)))
+    _write_run(folder / "runs" / "broken", {})
+    (folder / "runs" / "broken" / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
+    _write_run(folder / "runs" / "later", {})
+    manifest = sealed({"format": 2, "step": 4, "created": "", "files": {}})
+    write_file(folder / "runs" / "later" / "checkpoints" / "step-00000004" / "manifest.json", [json_bytes(manifest)])
+    _write_run(folder / "runs" / "damaged", {})
+    (folder / "runs" / "damaged" / "run.json").write_text("{")
+    (folder / "runs" / "hub.git").mkdir()
+    (folder / "runs" / "busy" / "checkpoints").mkdir(parents=True)
+    lock = (folder / "runs" / "busy" / ".lock").open("a+")
+    lock.write("process 1 on a-host\n")
+    lock.flush()
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def write_tokenizer(folder: Path) -> None:
+    """257 tokens: the bytes and an end of sequence."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=257, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([""], trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _write_model(folder: Path) -> None:
+    """A small GPT-2 with the weights of its embedding alone, and of these the header."""
+    write_tokenizer(folder)
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 512}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    header = json.dumps({"transformer.wte.weight": {"dtype": "F32", "shape": [257, 16]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def _write_run(run: Path, parameters: dict[str, list[int]]) -> None:
+    """A run with a checkpoint of step 4, which holds what is looked at before a rank starts."""
+    run.mkdir(parents=True)
+    options = {"data": "corpus", "tokenizer": "tokenizer", "num_lanes": 2, "hub": "off", "wandb": "off"}
+    save_config(RunConfig(**PRESETS["demo"], **options, run_name=run.name), run / "config.yaml")
+    (run / "run.json").write_text(json.dumps({"name": run.name, "hub": "off"}))
+    (run / "checkpoints").mkdir()
+    staging = staging_folder(run / "checkpoints", 4)
+    (staging / "export").mkdir(parents=True)
+    content = {"state.json": {"parameters": parameters}, "data.json": {}, "export/config.json": {"n_positions": 256}}
+    files = {name: write_file(staging / name, [json.dumps(value).encode()]) for name, value in content.items()}
+    publish(staging, 4, files)

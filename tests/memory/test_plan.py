@@ -1,0 +1,371 @@
+"""The plan command, what ``train`` does with a plan, and calibration; traces at two points, formulas elsewhere."""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from codeparrot_ds import devices
+from codeparrot_ds.cli.main import main
+from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config, shipped_names
+from codeparrot_ds.ds_config.resolve import resolve_ds_config
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.launch.preflight import check_memory, check_run
+from codeparrot_ds.memory.check import MeasuredMemory, MemoryCheck
+from codeparrot_ds.memory.device import Overhead, calibrate, load_overhead, parse_memory, save_overhead
+from codeparrot_ds.memory.plan import PlanRequest, activation_line, as_json, describe, make_plan, predict, why_too_large
+from codeparrot_ds.memory.trace import keep
+from codeparrot_ds.memory.workload import Memory
+from codeparrot_ds.model.shapes import find_shape
+from codeparrot_ds.report.plan_chart import draw_plan
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Neither this machine's traces nor its calibration."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """Puts an ``nvidia-smi`` on PATH that lists GPUs of the given MiB."""
+
+    def install(*mebibytes):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        lines = "".join(f"{index}, GPU-{index}abc, Test GPU {index}, {size}\\n" for index, size in enumerate(mebibytes))
+        script = folder / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    return install
+
+
+def plan(**values):
+    fields = {"model": "large", "world_sizes": (8,), "device_memory": 80 * GB}
+    return make_plan(PlanRequest(**fields | values), Overhead())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.mark.parametrize(("model", "parameters"), [("small", 111_008_256), ("large", 1_529_628_800)])
+def test_json_counts_parameters(model, parameters, capsys):
+    assert main(["plan", model, "--json", "--world-size", "8", "--device-memory", "80GB"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["parameters"] == parameters and answer["parameter_bytes"]["bf16"] == 2 * parameters
+    assert {row["config"] for row in answer["plans"]} | {row["config"] for row in answer["impossible"]} == set(
+        shipped_names()
+    )
+    for row in answer["plans"]:
+        assert (
+            sum(row["device_bytes"].values())
+            == row["peak_bytes"]
+            == max(row["phase_bytes"]["forward_backward"], row["phase_bytes"]["step"])
+        )
+        assert row["fits"] is (row["spare_bytes"] >= 0) and row["needed_bytes"] > row["peak_bytes"]
+
+
+def test_the_whole_catalogue_in_seconds_and_without_torch():
+    script = (
+        "import sys; from codeparrot_ds.cli.main import main; code = main(['plan', 'large', '--world-size', '8']); "
+        "sys.exit(code or 3 * bool({'torch', 'deepspeed', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert all(name in ended.stdout for name in shipped_names()) and len(shipped_names()) > 30
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5
+
+
+def test_configs_may_stand_behind_options(capsys):
+    assert main(["plan", "small", "--world-size", "1,8", "zero2", "--device-memory", "80 gb", "zero3"]) == 0
+    text = capsys.readouterr().out
+    assert "1 rank(s)" in text and "8 rank(s)" in text
+    assert text.count("\nzero2 ") == text.count("\nzero3 ") == 2 and "zero1" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lrge"], "did you mean 'large'?"),
+        (["gpt2-lrge"], "did you mean 'gpt2-large'?"),
+        (["/nowhere/config.json"], "neither a known shape nor a GPT-2 config.json"),
+        (["large", "--device-memory", "lots"], "80GB (80 x 10^9 bytes), 80GiB"),
+        (["large", "--device-memory", "80"], "has no unit: write 80GB (10^9 bytes) or 80GiB (2^30)"),
+        (["large", "--device-memory", "-3GB"], "must be more than nothing"),
+        (["large", "--device-memory", "0GB"], "must be more than nothing"),
+        (["large", "--device-memory", "80XB"], "unknown unit 'XB'"),
+        (["large", "--micro-batch-sizes", "0"], "at least 1, not '0'"),
+        (["large", "--micro-batch-sizes", "3"], "nearest micro_batch_size: 2 or 4"),
+        (["large", "--micro-batch-sizes", "1", "2"], "several numbers of one option have commas: 1,2,4"),
+        (["large", "--world-size", "0"], "at least 1, not '0'"),
+        (["large", "--world-size", "5"], "512 is not divisible by micro_batch_size x world_size"),
+        (["large", "zero22"], "did you mean 'zero2'?"),
+        (["large", "--seq-length", "4096"], "longer than the 1024 positions"),
+        (["large", "--world-siz", "3"], "did you mean '--world-size'?"),
+        ([], "nothing to plan: name a model"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_in_one_sentence(arguments, words, capsys):
+    try:
+        code = main(["plan", *arguments])
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr().err.strip()
+    assert code == 2 and words in said and "\n" not in said
+
+
+def test_a_config_json_of_a_model(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 1024}))
+    assert main(["plan", str(path), "zero1", "--json", "--vocab-size", "100"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 172_032
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_rows_are_sorted_and_the_largest_micro_batch_is_the_last_that_fits():
+    made = plan(device_memory=24 * GB)
+    order = [(row.fits is False, row.needed_bytes) for row in made.rows]
+    assert order == sorted(order)
+    largest = made.largest("zero2", 8)
+    mine = {row.micro_batch_size: row for row in made.rows if row.config == "zero2"}
+    above = min(size for size in mine if size > largest)
+    assert mine[largest].fits and mine[above].fits is False
+    assert made.largest("zero0", 8) is None
+    text = describe(made)
+    assert "none" in next(line for line in text.splitlines() if line.startswith("zero0 "))
+    assert f"{mine[2].spare_bytes / 1e9:+.1f}" in text
+
+
+def test_a_config_for_several_hosts_is_not_planned_for_one_rank():
+    made = plan(world_sizes=(1,))
+    assert ("zero3_hpz", 1) in made.impossible and "zero3_hpz" not in {row.config for row in made.rows}
+    with pytest.raises(UserError, match="zero_hpz_partition_size"):
+        plan(world_sizes=(1,), ds_configs=("zero3_hpz",))
+
+
+def test_the_largest_micro_batch_is_found_among_all_whatever_is_shown():
+    asked = plan(ds_configs=("zero2",), micro_batch_sizes=(4,))
+    assert (
+        [row.micro_batch_size for row in asked.shown(8)]
+        == [4]
+        == [row["micro_batch_size"] for row in as_json(asked)["plans"]]
+    )
+    assert asked.largest("zero2", 8) == plan(ds_configs=("zero2",)).largest("zero2", 8) == 16
+
+
+def test_attention_and_checkpointing_are_compared():
+    activations = as_json(plan(ds_configs=("zero2",)))["activation_bytes"]["2"]
+    assert activations["flash"]["kept"] > 10 * activations["flash"]["checkpointed"]
+    assert activations["math"]["kept"] > 2 * activations["flash"]["kept"]
+    whole_scores = plan(ds_configs=("zero2",), attention="math").rows[0]
+    assert whole_scores.memory.peak_bytes > plan(ds_configs=("zero2",)).rows[0].memory.peak_bytes
+
+
+def demo_plan(*configs, **values):
+    return plan(model="demo", world_sizes=(2,), ds_configs=configs, micro_batch_sizes=(2,), **values)
+
+
+def test_a_chunked_loss_takes_less_for_its_logits_wherever_they_are_told():
+    plain, chunked = (plan(ds_configs=("zero2",), chunked_loss=chosen) for chosen in (None, True))
+    assert activation_line(plain, 2).endswith("; logits 0.8 GB")  # 3 x 4 bytes x 2 x 1024 x 32,768
+    assert activation_line(chunked, 2).endswith("; logits 0.5 GB")  # 2 x 2 bytes, and 2 x 4 of a row
+    peaks = [row.memory.peak_bytes for row in chunked.rows], [row.memory.peak_bytes for row in plain.rows]
+    assert all(less <= more for less, more in zip(*peaks, strict=True)) and peaks[0][-1] < peaks[1][-1]
+
+
+def test_traces_agree_with_the_formulas_and_replace_them():
+    configs = ("zero1", "zero3")
+    quick = {row.config: row.memory for row in demo_plan(*configs).asked}
+    traced = demo_plan(*configs, trace=True, num_workers=2)
+    assert {row.config for row in traced.asked} == set(configs)
+    for row in traced.asked:
+        assert (quick[row.config].depth, row.memory.depth) == ("quick", "traced")
+        assert quick[row.config].peak_bytes == pytest.approx(row.memory.peak_bytes, rel=0.03)
+    for config in configs:
+        again = demo_plan(config)
+        assert again.asked == [row for row in traced.asked if row.config == config]
+        assert "*" in describe(again)
+
+
+def test_a_kept_trace_is_used_where_it_belongs():
+    (row,) = demo_plan("zero2").asked
+    config = RunConfig(model="demo", seq_length=256, global_batch_size=16, micro_batch_size=2)
+    shape = find_shape("demo", vocab_size=32_768, seq_length=256)
+    resolved = resolve_ds_config(
+        load_ds_config(find_ds_config("zero2")), config, world_size=2, model_hidden_size=256, nvme_path="nvme"
+    )
+    from codeparrot_ds.memory.workload import Workload
+
+    workload = Workload(shape=shape, ds_config=resolved, world_size=2, seq_length=256)
+    keep(workload, dataclasses.replace(row.memory, depth="traced", resident_bytes=7))
+    assert predict(config, shape, resolved, 2).resident_bytes == 7
+    assert predict(config, shape, resolved | {"train_micro_batch_size_per_gpu": 1}, 2).depth == "quick"
+
+
+@pytest.mark.parametrize("worlds", [(8,), (1, 8)])
+def test_a_picture(worlds):
+    image = draw_plan(plan(world_sizes=worlds, ds_configs=("zero0", "zero3"), device_memory=24 * GB))
+    assert image.startswith(b"\x89PNG") and len(image) > 10_000
+    assert int.from_bytes(image[16:20], "big") == 1120
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sizes, GPUs, calibration
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("80GB", 80 * 10**9),
+        ("80 gb", 80 * 10**9),
+        ("80GiB", 80 * 2**30),
+        ("40960MiB", 40 * 2**30),
+        ("1.5 TB", 15 * 10**11),
+        ("24G", 24 * 10**9),
+    ],
+)
+def test_sizes_of_memory(text, size):
+    assert parse_memory(text) == size
+
+
+def test_the_smallest_visible_gpu_counts(gpu, monkeypatch):
+    gpu(81_559, 24_576, 40_960)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices.smallest_gpu() == ("Test GPU 1", 24 * 2**30)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert devices.smallest_gpu() == ("Test GPU 2", 40 * 2**30)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0")
+    assert devices.smallest_gpu() == ("Test GPU 0", 81_559 * 2**20)
+
+
+MEASURED = {
+    "predicted_bytes": 10 * GB, "library_bytes": GB // 2, "allocated_bytes": 11 * GB,
+    "reserved_bytes": 12 * GB, "reserved_at_end_bytes": 12 * GB,
+    "used_bytes": 14 * GB, "device": "Test GPU", "device_bytes": 80 * GB,
+}  # fmt: skip
+
+
+def test_calibration_is_kept_and_used(tmp_path, capsys):
+    run = tmp_path / "brave-otter-1"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"name": "brave-otter-1", "memory": MEASURED}))
+    before = plan(ds_configs=("zero2",)).rows[0]
+    assert main(["plan", "large", "--world-size", "8", "zero2", "--json", "--calibrate", str(run)]) == 0
+    captured = capsys.readouterr()
+    assert "memory-calibration.json" in captured.err and "brave-otter-1" in captured.err
+    overhead = load_overhead()
+    assert overhead.fixed_bytes == 1.5 * GB and overhead.outside_bytes == 2 * GB
+    assert overhead.ratio == pytest.approx(12 / 11)
+    row = json.loads(captured.out)["plans"][0]
+    assert row["peak_bytes"] == before.memory.peak_bytes
+    assert row["needed_bytes"] == overhead.total(row["peak_bytes"], 8) > before.needed_bytes
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [(None, "is not a run"), ("{", "damaged"), ('{"name": "x", "world_size": 2}', "it ran on CPUs")],
+)
+def test_nothing_to_calibrate_from(tmp_path, record, words):
+    if record is not None:
+        (tmp_path / "run.json").write_text(record)
+    with pytest.raises(UserError, match=words):
+        calibrate(tmp_path)
+    assert load_overhead() == Overhead()
+
+
+def test_a_damaged_calibration_is_named():
+    path = save_overhead(Overhead(), {})
+    assert load_overhead() == Overhead()
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"memory-calibration\.json is damaged"):
+        load_overhead()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What train does
+
+
+def large_run(**changes):
+    values = {"model": "gpt2-xl", "global_batch_size": 512, "micro_batch_size": 16, "deepspeed": "zero2"}
+    config = RunConfig(**values | changes)
+    shape = find_shape("gpt2-xl", vocab_size=32_768, seq_length=1024)
+    resolved = resolve_ds_config(
+        load_ds_config(find_ds_config(config.deepspeed)), config, world_size=8, model_hidden_size=1600
+    )
+    return config, shape, resolved
+
+
+def test_the_refusal_names_the_shortfall_and_what_fits():
+    config, shape, resolved = large_run()
+    needed = Overhead().total(predict(config, shape, resolved, 8).peak_bytes, 8)
+    problem = why_too_large(config, shape, resolved, 8, 40 * GB, "Test GPU")
+    assert f"{(needed - 40 * GB) / 1e9:,.1f} GB too little" in problem and "--ignore-memory-plan" in problem
+    assert "--micro-batch-size 8 (" in problem and "--deepspeed zero2_activation_checkpointing (" in problem
+    assert why_too_large(config, shape, resolved, 8, needed, "Test GPU") is None
+    assert "no shipped config" in why_too_large(config, shape, resolved, 8, 2 * GB, "Test GPU")
+
+
+def test_train_refuses_on_a_gpu_and_can_be_overruled(make_config, gpu, capsys):
+    config = make_config()
+    resolved = check_run(config, device="cpu", world_size=2)
+    gpu(1024)
+    with pytest.raises(UserError, match="too little"):
+        check_memory(config, resolved, device="cuda", ranks=2)
+    check_memory(config, resolved, device="cuda", ranks=2, refuse=False)
+    assert "warning: the run needs" in capsys.readouterr().err
+    gpu(81_559)
+    check_memory(config, resolved, device="cuda", ranks=2)
+
+
+def test_cpu_ranks_are_warned_only(make_config, monkeypatch, capsys):
+    import psutil
+
+    config = make_config(deepspeed="zero2_fp32")
+    resolved = check_run(config, device="cpu", world_size=2)
+    check_memory(config, resolved, device="cpu", ranks=2)
+    assert capsys.readouterr().err == ""
+    real = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(total=10**7))
+    check_memory(config, resolved, device="cpu", ranks=2)
+    assert "warning: the tensors of 2 rank(s) take" in capsys.readouterr().err
+
+
+def test_predicted_and_measured_are_told_once_and_kept(caplog):
+    memory = Memory(
+        depth="quick",
+        device={"parameters": 9.5 * GB},
+        resident_bytes=GB,
+        phases={"initialization": 1, "forward_backward": 9.5 * GB, "step": GB},
+        host_bytes=0,
+        nvme_bytes=0,
+        checkpoint_bytes=0,
+    )
+    measured = {key: value for key, value in MEASURED.items() if key not in ("predicted_bytes", "library_bytes")}
+    said, kept = [], []
+    check = MemoryCheck(
+        memory,
+        library_bytes=GB // 2,
+        measure=lambda: MeasuredMemory(**measured),
+        say=lambda text, *values: said.append(text % values),
+        record=kept.append,
+        first_step=20,
+    )
+    for step in (21, 22, 23, 24):
+        check.after(step)
+    (line,), (record,) = said, kept
+    assert line.startswith("memory: 10.0 GB predicted (quick), 11.0 GB measured (+10.0%)")
+    assert record["step"] == 23 and record | MEASURED == record

@@ -1,0 +1,259 @@
+"""The sandbox: right programs pass, hostile ones neither pass nor do harm, and every verdict has its kind."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.sandbox import judge as sandbox
+from codeparrot_ds.sandbox.judge import KINDS, Check, Judge, Limits, check_sandbox, judge_all
+from tests.sandbox.hostile import HOSTILE
+
+SECRET = "secret-5e0f3a"
+PATIENT = Limits(seconds=30.0, memory_bytes=256 << 20)  # a busy machine is no reason for another verdict
+HASTY = Limits(seconds=1.5, memory_bytes=256 << 20)  # for what goes on for ever
+
+
+@pytest.fixture(scope="module", autouse=True)
+def there_is_a_sandbox():
+    """Where CI runs, a machine without one fails."""
+    if os.environ.get("CI") != "true":
+        try:
+            check_sandbox()
+        except UserError as error:
+            pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with_checker = Judge(PATIENT, 0)
+    yield with_checker
+    with_checker.close()
+
+
+def tell(server, asked):
+    """Tells the secret to whoever connects."""
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:  # closed: the tests are through
+            return
+        asked.append(server.getsockname())
+        connection.sendall(SECRET.encode())
+        connection.close()
+
+
+def descendants():
+    """Processes whose parents lead to this one."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it ended meanwhile
+            continue
+    found, last = {os.getpid()}, set()
+    while found != last:
+        last = set(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found - {os.getpid()}
+
+
+@pytest.fixture(scope="module")
+def hostile_verdicts(tmp_path_factory):
+    """All hostile programs at once, with what they may do harm to; each one's verdict."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "home.txt").write_text(SECRET)
+    for path in (folder, *folder.parents[:2]):
+        path.chmod(0o777)  # the file system's permissions must not be what protects it
+    before, asked = descendants(), []
+    servers = [socket.socket(socket.AF_INET), socket.socket(socket.AF_UNIX)]
+    servers[0].bind(("127.0.0.1", 0))
+    servers[1].bind(abstract := f"\0codeparrot-{os.getpid()}")
+    for server in servers:
+        server.listen()
+        threading.Thread(target=tell, args=(server, asked), daemon=True).start()
+    places = {
+        "home": str(folder / "home.txt"),
+        "outside": str(folder),
+        "port": servers[0].getsockname()[1],
+        "abstract": abstract,
+        "host": os.getpid(),
+    }
+    os.environ["CANARY"] = SECRET
+    check = Check(tests=(f"assert answer() == {SECRET!r}",))
+    verdicts = {}
+    for limits in (HASTY, PATIENT):
+        names = [name for name, (_, kinds) in HOSTILE.items() if ("timeout" in kinds) == (limits is HASTY)]
+        texts = [HOSTILE[name][0] for name in names]
+        texts = [text.format_map(places) if any("{" + place in text for place in places) else text for text in texts]
+        found = judge_all([(text, check) for text in texts], limits=limits, num_workers=4)
+        verdicts |= zip(names, found, strict=True)
+    yield verdicts
+    del os.environ["CANARY"]
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+    assert asked == []
+    assert sorted(path.name for path in folder.iterdir()) == ["home.txt"]
+    soon = time.monotonic() + 5
+    while (left := descendants() - before) and time.monotonic() < soon:
+        time.sleep(0.05)
+    assert left == set()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_does_not_pass_and_is_classified(hostile_verdicts, name):
+    kinds = HOSTILE[name][1].split()
+    assert "passed" not in kinds and set(kinds) <= set(KINDS)
+    assert hostile_verdicts[name].kind in kinds, hostile_verdicts[name]
+
+
+def test_there_are_forty_hostile_programs_and_the_answer_would_pass(judge):
+    assert len(HOSTILE) >= 40
+    assert judge(f"def answer():\n    return {SECRET!r}", Check(tests=(f"assert answer() == {SECRET!r}",))).passed
+
+
+RIGHT = {
+    "values": (
+        "def f(x):\n    return x",
+        "from collections import deque\n"
+        "for x in (None, True, -(10 ** 40), 0.1, float('inf'), 1j, 'ö\\ud800\\0', b'\\xff', bytearray(b'a'), [1, [2]],"
+        " (1, ()), {1, 2}, frozenset('a'), {'a': {'b': 1}, 2: None}, range(3, 9, 2), deque([1])):\n"
+        "    y = f(x)\n    assert x == y and type(x) is type(y), x\n"
+        "assert str(f(float('nan'))) == 'nan' and str(f(-0.0)) == '-0.0'",
+    ),
+    "arguments changed in place": (
+        "def f(a, b, c):\n    a.sort()\n    b['x'] = 1\n    c.clear()\n    a.append([])\ndef g(a):\n    a[0].append(1)",
+        "a, b, c = [3, 1], {}, {1}\nf(a, b, c)\nassert (a, b, c) == ([1, 3, []], {'x': 1}, set())\n"
+        "inner = []\nouter = [inner]\ng(outer)\nassert inner == [1] and outer[0] is inner",
+    ),
+    "objects of its own": (
+        "class Node:\n    def __init__(self, v): self.v, self.next = v, None\n    def twice(self): return 2 * self.v\n"
+        "def total(node):\n    return node.v + total(node.next) if node else 0",
+        "a = Node(1)\na.next = Node(2)\nassert total(a) == 3 and a.next.v == 2 and a.twice() == 2\n"
+        "assert a == a and a != Node(1)",
+    ),
+    "iterators": (
+        "def f(n):\n    for i in range(n): yield i\ndef g():\n    return {1: 2}.items()",
+        "assert list(f(3)) == [0, 1, 2]\nassert next(iter(f(1))) == 0\nassert len(g()) == 1",
+    ),
+    "exceptions": (
+        "class Odd(ValueError): pass\ndef f(x):\n    if x: raise Odd('no')\n    return {}[1]",
+        "try:\n    f(1)\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert False\n"
+        "try:\n    f(0)\nexcept KeyError:\n    pass",
+    ),
+    "keywords and printing": (
+        "print('hello')\nimport sys\ndef f(*, a, b=2):\n    print(a, file=sys.stderr)\n    return a + b",
+        "assert f(a=1) == 3",
+    ),
+    "its own main": ("if __name__ == '__main__':\n    raise SystemExit\ndef f(): return 1", "assert f() == 1"),
+    "a scratch folder and a thread": (
+        "import threading\ndef f():\n    open('x.txt', 'w').write('kept')\n    found = []\n"
+        "    t = threading.Thread(target=lambda: found.append(open('/tmp/x.txt').read()))\n"
+        "    t.start()\n    t.join()\n"
+        "    return found",
+        "assert f() == ['kept']",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_program_passes(judge, name):
+    program, tests = RIGHT[name]
+    verdict = judge(program, Check(tests=(tests,)))
+    assert verdict.passed and verdict.seconds > 0, verdict
+
+
+def test_setup_helps_the_tests_and_the_entry_point_is_the_programs(judge):
+    """As HumanEval's prompts: they define helpers that the tests call, and the wanted function without a body."""
+    setup = 'import math\ndef helper(x):\n    return x + 1\ndef wanted(x):\n    """Doc."""\n'
+    check = Check(
+        setup=setup, entry_point="wanted", tests=("assert wanted(1) == helper(1)", "assert math.pi < wanted(3) < 5")
+    )
+    assert judge("def helper(x):\n    return 'other'\ndef wanted(x):\n    return x + 1", check).passed
+    assert judge("def wanted(x):\n    return 1", check).kind == "failed"
+    missing = judge("def other(x):\n    return 1", check)
+    assert (missing.kind, missing.detail) == ("error", "NameError")
+
+
+def test_one_problem_leaves_nothing_to_the_next():
+    judge = Judge(HASTY, 0)
+    try:
+        check_that_nothing_is_left(judge)
+    finally:
+        judge.close()
+
+
+def check_that_nothing_is_left(judge):
+    judge("def f(): return 1", Check(tests=("import builtins\nbuiltins.leak = 1\nleaked = f()",)))
+    check = Check(tests=("import builtins\nassert not hasattr(builtins, 'leak') and not hasattr(f(), 'x')",))
+    assert judge("import os\ndef f(): return len(os.listdir('/tmp'))", check).passed
+    for answer in (1, 2, 1):  # the same tests on several programs: each begins anew
+        counting = Check(tests=("assert 'mark' not in globals()\nglobals()['mark'] = 1\nassert f() == 1",))
+        assert judge(f"def f(): return {answer}", counting).passed == (answer == 1)
+    slow = Check(tests=("while True: f()",))  # the tests themselves do not end
+    assert judge("def f(): return 1", slow).kind == "timeout"
+    assert judge("def f(): return 1", Check(tests=("assert f() == 1",))).passed
+    broken = Check(tests=("assert f( == 1",))
+    for _ in range(2):
+        verdict = judge("def f(): return 1", broken)
+        assert (verdict.kind, verdict.detail) == ("error", "SyntaxError in the tests")
+    endless = Check(tests=("try:\n    f()\nexcept BaseException:\n    while True: pass",))
+    assert judge("import os\ndef f(): os._exit(1)", endless).kind == "exited"
+    assert judge("def f(): return 1", Check(tests=("assert f() == 1",))).passed
+
+
+def test_verdicts_come_in_order_and_stop_when_nobody_wants_more():
+    items = [(f"def f():\n    return {n % 2}", Check(tests=("assert f() == 1",))) for n in range(8)]
+    verdicts = judge_all(items, limits=PATIENT, num_workers=2)
+    assert [next(verdicts).passed for _ in range(3)] == [False, True, False]
+    verdicts.close()
+    assert [verdict.kind for verdict in judge_all(items, limits=PATIENT, num_workers=3)] == ["failed", "passed"] * 4
+
+
+def test_an_ordinary_users_sandbox_confines_as_well(hostile_verdicts, monkeypatch):
+    """The flags of one who is not root: a user namespace, and no user of the program's own."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    sandbox._bubblewrap.cache_clear()
+    assert "--unshare-user" in sandbox._bubblewrap(1 << 20)
+    check = Check(tests=(f"assert answer() == {SECRET!r}",))
+    names = ("home", "environment", "open files in /proc", "network", "signal to the host", "end without a word")
+    judge = Judge(PATIENT, 0)
+    try:
+        assert judge(f"def answer():\n    return {SECRET!r}", check).passed
+        for name in names:
+            text = HOSTILE[name][0].replace("{home!r}", "'/root/x'").replace("{port}", "9").replace("{host}", "999999")
+            assert judge(text, check).kind in HOSTILE[name][1].split()
+    finally:
+        judge.close()
+        sandbox._bubblewrap.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("bwrap", "message"),
+    [
+        (None, "bubblewrap, which makes it, is not installed; on Debian and Ubuntu: apt-get install bubblewrap"),
+        ("echo 'bwrap: Unknown option --size' >&2; exit 1", "needs bubblewrap 0.7 or newer.*Unknown option --size"),
+        ("echo 'bwrap: No permissions to create new namespace' >&2; exit 1", "cannot make one here .*No permissions"),
+    ],
+)
+def test_a_machine_without_a_sandbox_is_told_so(tmp_path, bwrap, message):
+    if bwrap:
+        (tmp_path / "bwrap").write_text(f"#!/bin/sh\n{bwrap}\n")
+        (tmp_path / "bwrap").chmod(0o755)
+    script = "from codeparrot_ds.sandbox.judge import check_sandbox\ncheck_sandbox()"
+    if bwrap:  # a shell to run it with
+        os.symlink("/bin/sh", tmp_path / "sh")
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={"PATH": str(tmp_path), "PYTHONPATH": os.getcwd()}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr
