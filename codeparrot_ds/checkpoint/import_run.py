@@ -257,7 +257,7 @@ def _stream_start(stream: StreamConfig, first_row: int, config: RunConfig, progr
     if first_row % size:
         nearest = max(size, round(first_row / size) * size)
         raise UserError(f"--first-row {first_row} is in the middle of a step of {size} rows; the nearest is {nearest}")
-    rows_a_batch = config.micro_batch_size  # which divides the rows of a step
+    rows_a_batch = config.micro_batch_rows  # which divides the rows of a step
     loader = TrainingLoader(stream, micro_batch_size=rows_a_batch, num_workers=config.num_workers)
     try:
         for done in range(0, first_row, rows_a_batch):

@@ -79,7 +79,7 @@ class Search:
         self._origins: dict[str, Candidate] = {}  # the user's config that a candidate takes all else from
         for candidate in self.candidates:
             if candidate.skipped is None:
-                size = candidate.config.micro_batch_size
+                size = candidate.config.micro_batch_rows
                 self._known[_key(_ds_config(candidate), size)] = candidate
                 self._points[candidate.name] = point_of(_ds_config(candidate), size)
                 self._origins[candidate.name] = candidate

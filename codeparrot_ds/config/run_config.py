@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from codeparrot_ds.config.option_types import whole_number
 from codeparrot_ds.errors import UserError
@@ -22,16 +22,6 @@ from codeparrot_ds.paths import RUNS, did_you_mean, expand
 # The fields
 
 
-class _Auto(int):
-    """What ``auto`` stands for where a number is expected; no number that a user gives is one."""
-
-    def __repr__(self) -> str:
-        return "auto"
-
-
-AUTO = _Auto(0)
-
-
 def _setting(
     default: Any,
     group: str,
@@ -39,11 +29,11 @@ def _setting(
     *,
     minimum: float | None = None,
     choices: tuple[str, ...] = (),
-    words: Mapping[str, int] | None = None,
+    words: tuple[str, ...] = (),
     is_path: Callable[[str], bool] | None = None,
     mixture: bool = False,
 ) -> Any:
-    metadata = {"group": group, "help": text, "minimum": minimum, "choices": choices, "words": words or {}}
+    metadata = {"group": group, "help": text, "minimum": minimum, "choices": choices, "words": words}
     return dataclasses.field(default=default, metadata=metadata | {"is_path": is_path, "mixture": mixture})
 
 
@@ -139,12 +129,12 @@ class RunConfig:
     )
 
     global_batch_size: int = _setting(192, "batch and schedule", "rows a step over all ranks", minimum=1)
-    micro_batch_size: int = _setting(
+    micro_batch_size: int | Literal["auto"] = _setting(
         12,
         "batch and schedule",
         "rows a rank a forward pass; auto: as many as the memory plan says fit",
         minimum=1,
-        words={"auto": AUTO},
+        words=("auto",),
     )
     learning_rate: float = _setting(5e-4, "batch and schedule", "peak learning rate", minimum=0.0)
     lr_scheduler_type: str = _setting(
@@ -236,8 +226,6 @@ class RunConfig:
             value = getattr(self, name)
             if field.kind == "float" and _is_number(value):
                 object.__setattr__(self, name, float(value))
-            if isinstance(value, str) and value in field.words:
-                object.__setattr__(self, name, field.words[value])
             problem = field.problem(getattr(self, name))
             if problem:
                 problems.append(f"{name} {problem}")
@@ -250,8 +238,8 @@ class RunConfig:
 
     def _cross_field_problems(self) -> list[str]:
         problems = []
-        if not self.auto_micro_batch and self.global_batch_size % self.micro_batch_size:
-            sizes = _nearest_divisors(self.global_batch_size, self.micro_batch_size)
+        if not self.auto_micro_batch and self.global_batch_size % self.micro_batch_rows:
+            sizes = _nearest_divisors(self.global_batch_size, self.micro_batch_rows)
             problems.append(
                 f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size "
                 f"{self.micro_batch_size} (nearest micro_batch_size: {sizes})"
@@ -269,20 +257,25 @@ class RunConfig:
 
     @property
     def auto_micro_batch(self) -> bool:
-        """Whether the micro-batch is still to be chosen (`codeparrot_ds.memory.micro_batch`)."""
-        return isinstance(self.micro_batch_size, _Auto)
+        """Whether the micro-batch is still to be chosen (``memory/micro_batch.py``)."""
+        return self.micro_batch_size == "auto"
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """``micro_batch_size`` as the number that it must be by now; `UserError` while it is ``auto``."""
+        if not isinstance(self.micro_batch_size, int):
+            raise UserError("micro_batch_size auto is chosen when a run starts; give a number here")
+        return self.micro_batch_size
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks adds up for one optimizer step: global / (micro x world)."""
-        if self.auto_micro_batch:
-            raise UserError("micro_batch_size auto is chosen when a run starts; give a number here")
-        rows = self.micro_batch_size * world_size
+        rows = self.micro_batch_rows * world_size
         if self.global_batch_size % rows == 0:
             return self.global_batch_size // rows
         nearest_global = max(rows, round(self.global_batch_size / rows) * rows)
         choices = f"--global-batch-size {nearest_global}"
         if self.global_batch_size % world_size == 0:
-            micro = _nearest_divisors(self.global_batch_size // world_size, self.micro_batch_size)
+            micro = _nearest_divisors(self.global_batch_size // world_size, self.micro_batch_rows)
             choices = f"--micro-batch-size {micro} or {choices}"
         raise UserError(
             f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size x world_size = "
@@ -314,7 +307,7 @@ class Field:
     help: str
     minimum: float | None
     choices: tuple[str, ...]
-    words: Mapping[str, int]  # that stand for values which no number does
+    words: tuple[str, ...]  # that stand for values which no number does
     is_path: Callable[[str], bool] | None  # of a field that holds paths: whether a text is one, or a name
     mixture: bool  # whether it may hold several, as NAME=WEIGHT,NAME=WEIGHT
 
@@ -325,7 +318,7 @@ class Field:
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with `value`, or None."""
-        if (value is None and self.optional) or (self.words and isinstance(value, _Auto)):
+        if (value is None and self.optional) or (isinstance(value, str) and value in self.words):
             return None
         types: Any = {"str": str, "int": int, "float": (int, float), "bool": bool}[self.kind]
         if not isinstance(value, types) or (isinstance(value, bool) and self.kind != "bool"):
@@ -364,7 +357,7 @@ class Field:
         if self.optional and text.lower() in ("none", "null"):
             return None
         if text in self.words:
-            return self.words[text]
+            return text
         if self.kind == "float":
             return float(text)
         if self.kind == "int":
@@ -375,8 +368,8 @@ class Field:
 def _fields() -> dict[str, Field]:
     fields = {}
     for field in dataclasses.fields(RunConfig):
-        kind, _, optional = str(field.type).partition(" | ")
-        fields[field.name] = Field(field.name, kind, bool(optional), field.default, **field.metadata)
+        kind, *others = str(field.type).split(" | ")
+        fields[field.name] = Field(field.name, kind, "None" in others, field.default, **field.metadata)
     return fields
 
 

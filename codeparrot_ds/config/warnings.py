@@ -193,7 +193,8 @@ def _evaluation(config: RunConfig) -> Found:
             sentence=f"eval_steps {evaluate} and save_checkpoint_steps {save} meet at multiples of "
             f"{math.lcm(evaluate, save)} alone: keep_best_checkpoint chooses among those checkpoints and the last",
         )
-    tokens = config.max_eval_steps * config.micro_batch_size * config.seq_length  # 0 for a micro-batch of auto
+    rows = 0 if config.auto_micro_batch else config.micro_batch_rows
+    tokens = config.max_eval_steps * rows * config.seq_length
     if 0 < tokens < FEW_EVAL_TOKENS:
         yield ConfigWarning(
             field="max_eval_steps",

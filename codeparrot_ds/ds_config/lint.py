@@ -179,7 +179,7 @@ def _wanted(subject: Subject, path: KeyPath, field: str) -> Any:
         return None
     if path != ("gradient_accumulation_steps",):
         return None if field == "micro_batch_size" and subject.run.auto_micro_batch else getattr(subject.run, field)
-    rows = subject.run.micro_batch_size * (subject.world_size or 0)
+    rows = 0 if subject.run.auto_micro_batch else subject.run.micro_batch_rows * (subject.world_size or 0)
     if rows == 0 or subject.run.global_batch_size % rows:
         return None
     return subject.run.global_batch_size // rows

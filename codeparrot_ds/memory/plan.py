@@ -277,7 +277,7 @@ def _memories(
 
 def _shown_size(sizes: Iterable[int], config: RunConfig) -> int:
     """The run's micro-batch, or the largest planned below it."""
-    return max((size for size in sizes if size <= config.micro_batch_size), default=min(sizes, default=0))
+    return max((size for size in sizes if size <= config.micro_batch_rows), default=min(sizes, default=0))
 
 
 def _traced_or_quick(traced: Memory | None, quick: Memory) -> Memory:
@@ -353,7 +353,7 @@ def _what_fits(
     overhead, options = load_overhead(), []
     request = PlanRequest(model=config.model, device_memory=device_memory)
     own = open_ds_config(config.deepspeed, began=precision(ds_config))
-    smaller = [size for size in _micro_batch_sizes(request, config, world_size) if size < config.micro_batch_size]
+    smaller = [size for size in _micro_batch_sizes(request, config, world_size) if size < config.micro_batch_rows]
     for size in sorted(smaller, reverse=True):
         run = _with_micro_batch(config, size)
         workload = _workload(own, run, shape, request, world_size, size)
@@ -365,7 +365,7 @@ def _what_fits(
     for name in shipped_names():
         try:
             file = _checked(name, shape, world_size)
-            workload = _workload(file, config, shape, request, world_size, config.micro_batch_size)
+            workload = _workload(file, config, shape, request, world_size, config.micro_batch_rows)
         except UserError:
             continue  # One that cannot run on this many ranks is no suggestion.
         needed = overhead.total(_quick_memories([workload])[0].peak_bytes, world_size)

@@ -266,7 +266,7 @@ def _stream_start(
 def _training_loader(config: RunConfig, stream: StreamConfig, ranks: Ranks, start: StreamStart) -> TrainingLoader:
     return TrainingLoader(
         stream,
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=config.micro_batch_rows,
         num_workers=config.num_workers,
         rank=ranks.rank,
         world_size=ranks.world_size,
