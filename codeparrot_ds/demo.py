@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.checkpoint.run_folder import new_run_name, recorded_outcome
+from codeparrot_ds.config.arguments import options_of
 from codeparrot_ds.config.launch_options import LaunchOptions
 from codeparrot_ds.config.run_config import PRESETS, RunConfig
 from codeparrot_ds.corpus.build import build_corpus
@@ -70,7 +70,11 @@ def run_demo(
     )
     run = runs / str(config.run_name)
     _say(3, f"training: {config.max_train_steps} steps through the deepspeed launcher")
-    typed = [*_command_line(config), *([] if num_gpus is None else ["--num-gpus", str(num_gpus)])]
+    typed = [
+        "demo",
+        *options_of(config, RunConfig(**PRESETS["demo"])),
+        *([] if num_gpus is None else ["--num-gpus", str(num_gpus)]),
+    ]
     code = front_door(config, LaunchOptions(num_gpus=num_gpus), typed=typed)
     if code != 0 or recorded_outcome(run).get("status") != "finished":
         return code  # with what goes on with the run, where it was stopped
@@ -152,13 +156,6 @@ def _tokenizer(corpus: Path, tokenizer: Path) -> float:
         figures = train_tokenizer(corpus, tokenizer, vocab_size=VOCAB_SIZE)
         record.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return json.loads(record.read_text(encoding="utf-8"))["chars_per_token"]
-
-
-def _command_line(config: RunConfig) -> list[str]:
-    """The options of ``train`` that say what differs from the preset."""
-    preset = dataclasses.asdict(RunConfig(**PRESETS["demo"]))
-    changed = {key: value for key, value in dataclasses.asdict(config).items() if value != preset[key]}
-    return ["demo", *(part for key, value in changed.items() for part in (f"--{key.replace('_', '-')}", str(value)))]
 
 
 def _evaluations(run: Path) -> tuple[dict, dict]:

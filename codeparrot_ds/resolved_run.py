@@ -1,7 +1,7 @@
 """One run with every value decided: made once per start, by preflight, and handed on from there, never made again.
 
-Plan, comparison, import and every rank take what they need from it. It travels to ranks as JSON (``as_json``); tokenizer
-and model shape are read again from what its config names.
+Plan, comparison, import and every rank take what they need from it. It travels to ranks as JSON; tokenizer and model
+shape are read again from what its config names.
 """
 
 from __future__ import annotations

@@ -4,16 +4,18 @@ The recipe's loop on the DeepSpeed engine: gradient accumulation, clipping, warm
 checkpoint every so many optimizer steps and at the end; each checkpoint is exported and queued for the run's branch.
 
 Started by a launcher (``deepspeed --module codeparrot_ds.train small --data …``, ``torchrun -m …``) this module is a
-rank. Started bare it is the front door, like ``codeparrot-ds train``: it checks everything, then starts the launcher.
+rank. Started bare it is ``codeparrot-ds train``: it checks everything, then starts the launcher.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from codeparrot_ds.config.launch_options import add_launch_arguments
@@ -22,9 +24,12 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.telemetry.startup import LAUNCHED_AT
 from codeparrot_ds.training.loop import train
 
+if TYPE_CHECKING:
+    from codeparrot_ds.resolved_run import ResolvedRun
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry of ``python -m codeparrot_ds.train``: a rank under a launcher, the front door without one."""
+    """Entry of ``python -m codeparrot_ds.train``: a rank under a launcher, ``codeparrot-ds train`` without one."""
     from codeparrot_ds.supervision.forwarded_env import name_rank, take_carried
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -33,23 +38,27 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"codeparrot-ds train: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    if brought is not None:
-        sys.argv[1:] = arguments = brought
     name_rank(os.environ)
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         os.execv(sys.executable, [sys.executable, "-m", "codeparrot_ds", "train", *arguments])
-    return run_rank(arguments)
+    return run_rank(arguments, brought=brought)
 
 
-def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, command: str = "train") -> int:
+def run_rank(
+    arguments: list[str],
+    work: Callable[[RunConfig | ResolvedRun], Any] = train,
+    command: str = "train",
+    brought: Mapping[str, Any] | None = None,
+) -> int:
     """Runs one rank behind its guard and returns its exit code.
 
     0 is finished, or stopped and saved; 2 a mistake of the user's; 3 too many bad steps in a row.
 
     Args:
-        arguments: options of ``train``.
-        work: what the rank does with its config.
+        arguments: ``--resolved-run FILE`` of the command, or options of ``train`` where a rank was started without it.
+        work: what the rank does; it is given the resolved run, or the run config that rank 0 still has to resolve.
         command: what the user typed, for messages.
+        brought: the resolved run as JSON that came with this host's environment; ``arguments`` then mean nothing.
     """
     from codeparrot_ds.launch.interface import choose_interface
     from codeparrot_ds.supervision.guard import guard_this_rank
@@ -58,22 +67,20 @@ def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, com
     signal_at_parents_end(signal.SIGTERM, launcher_of_this_rank())()
     choose_interface(os.environ)
     guard_this_rank()  # before torch: the guard stays small
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler tells each of its stages
-    if os.environ["RANK"] == "0" and LAUNCHED_AT not in os.environ:  # no front door has said it
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler reports each of its stages
+    if os.environ["RANK"] == "0" and LAUNCHED_AT not in os.environ:  # else the command has said it
         print("rank 0: importing torch and DeepSpeed takes a while", file=sys.stderr, flush=True)
     from codeparrot_ds.engine.ranks import SharedError, leave_ranks
+    from codeparrot_ds.resolved_run import ResolvedRun
 
-    parser = ArgumentParser(prog="codeparrot_ds.train", description="one rank of a training run")
-    add_config_arguments(parser)
-    add_launch_arguments(parser)  # typed for the front door; the ranks have nothing to do with them
     rank = int(os.environ["RANK"])
     try:
         try:
-            config = config_from_arguments(parser.parse_args(arguments))
+            run = ResolvedRun.from_json(brought) if brought is not None else given_run(arguments)
         except UserError as error:
-            # The arguments are the same on every rank, but a host may lack a variable that one of their paths names.
+            # The same on every rank of a host, but a host may lack a variable or a file that a path names.
             raise (UserError if os.environ.get("LOCAL_RANK", "0") == "0" else SharedError)(str(error)) from None
-        work(config)
+        work(run)
     except UserError as error:
         if rank == 0 or not isinstance(error, SharedError):
             print(f"codeparrot-ds {command}: error: {error}", file=sys.stderr, flush=True)
@@ -81,6 +88,21 @@ def run_rank(arguments: list[str], work: Callable[[RunConfig], Any] = train, com
     finally:
         leave_ranks()
     return 0
+
+
+def given_run(arguments: list[str]) -> RunConfig | ResolvedRun:
+    """The resolved run that the command left in a file, or the run config that a rank's own options say."""
+    from codeparrot_ds.resolved_run import ResolvedRun
+    from codeparrot_ds.supervision.forwarded_env import RESOLVED_RUN, read_private
+
+    parser = ArgumentParser(prog="codeparrot_ds.train", description="one rank of a training run")
+    parser.add_argument(RESOLVED_RUN, type=Path, metavar="FILE", dest="resolved_run", help=argparse.SUPPRESS)
+    add_config_arguments(parser)
+    add_launch_arguments(parser)  # typed for the command; the ranks have nothing to do with them
+    parsed = parser.parse_args(arguments)
+    if parsed.resolved_run is not None:
+        return ResolvedRun.from_json(read_private(parsed.resolved_run))
+    return config_from_arguments(parsed)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ MODULES = {
 # From the ground up: a module imports from its own folder and from those before it. Files beside the folders are the
 # ground, but for those that are named here.
 ORDER = (
-    *("ground", "supervision", "sandbox", "config", "model", "data", "ds_config", "engine", "corpus", "hub"),
-    *("checkpoint", "memory", "telemetry", "evaluation", "report", "training", "launch", "train", "compare"),
+    *("ground", "supervision", "sandbox", "config", "model", "data", "ds_config", "resolved_run", "engine", "corpus"),
+    *("hub", "checkpoint", "memory", "telemetry", "evaluation", "report", "launch", "training", "train", "compare"),
     *("demo", "cli", "__main__"),
 )
 MAX_FILES = 12  # beside __init__.py
@@ -104,6 +104,13 @@ def test_no_circles():
 
     for module in sorted(edges):
         visit(module, [])
+
+
+def test_the_set_up_of_a_rank_fits_in_a_head():
+    tree = ast.parse((PACKAGE / "training" / "setup.py").read_text())
+    own = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "codeparrot_ds" in node.module]
+    assert len({node.module for node in own}) <= 20
+    assert sum(len(node.names) for node in own) <= 40
 
 
 def test_no_folder_is_a_drawer():

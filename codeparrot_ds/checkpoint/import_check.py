@@ -9,11 +9,10 @@ from pathlib import Path
 from codeparrot_ds.checkpoint.run_folder import check_run_name
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.datasets import check_local_data
-from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.ds_config.file import find_ds_config, read_ds_config
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.model.shapes import find_shape
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path, exists
+from codeparrot_ds.resolved_run import encoder_and_shape
 
 LATEST = "latest"
 MODEL_STATES = "_model_states.pt"
@@ -35,8 +34,7 @@ def check_import(folder: Path, run: Path, config: RunConfig, tag: str | None = N
         if not getattr(config, field):
             raise UserError(f"--{field} is missing: the run goes on with it")
     find_tag(folder, tag)
-    vocab_size = load_encoder(config.tokenizer).vocab_size
-    find_shape(config.model, vocab_size=vocab_size, seq_length=config.seq_length)
+    encoder_and_shape(config)
     read_ds_config(find_ds_config(config.deepspeed))
     check_local_data(config.data, "train")
     return dataclasses.replace(config, output_dir=str(run.parent), run_name=run.name)

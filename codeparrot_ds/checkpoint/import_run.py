@@ -32,7 +32,7 @@ from codeparrot_ds.config.files import save_config
 from codeparrot_ds.config.run_config import RunConfig, with_absolute_paths
 from codeparrot_ds.config.warnings import ConfigWarning, Continued, config_warnings, learning_rate_at
 from codeparrot_ds.data.datasets import StreamStart, open_datasets, pinned_names, saved_stream, stream_of
-from codeparrot_ds.data.encoder import Encoder, load_encoder
+from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.stream import StreamConfig, stream_fingerprint
 from codeparrot_ds.ds_config.changes import changes
@@ -41,7 +41,8 @@ from codeparrot_ds.ds_config.precision import with_precision
 from codeparrot_ds.ds_config.resolve import resolve
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.gpt2 import hugging_face_config
-from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters, parameter_shapes
+from codeparrot_ds.model.shapes import GPT2Shape, num_parameters, parameter_shapes
+from codeparrot_ds.resolved_run import encoder_and_shape
 from codeparrot_ds.shell import pasteable
 from codeparrot_ds.staging import staged_folder
 
@@ -88,8 +89,7 @@ def import_deepspeed(
     """
     config = with_absolute_paths(check_import(folder, run, config, tag))
     run = Path(config.output_dir) / str(config.run_name)
-    encoder = load_encoder(config.tokenizer)
-    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    encoder, shape = encoder_and_shape(config)
     source = read_deepspeed_checkpoint(folder, parameter_shapes(shape), tag=tag)
     config = with_precision(config, source.precision)
     _check_continuation(source, config, shape)

@@ -21,6 +21,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
 from codeparrot_ds.model.shapes import find_shape, parameter_shapes
 from codeparrot_ds.paths import in_runs
+from codeparrot_ds.resolved_run import encoder_and_shape
 from codeparrot_ds.staging import staged_folder
 
 # What two configs may differ in and still have the same weights; the activation's two names are one function.
@@ -57,8 +58,7 @@ def with_initial_model(config: RunConfig) -> RunConfig:
         folder = _folder_of(config.init_from).absolute()
         source = str(folder)
     tokenizer = _tokenizer(config, folder, source)
-    encoder = load_encoder(tokenizer)
-    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    encoder, shape = encoder_and_shape(dataclasses.replace(config, tokenizer=tokenizer))
     there = find_shape(str(folder), vocab_size=encoder.vocab_size, seq_length=1)
     differing = [
         f"{field.name} is {getattr(there, field.name)} there and {getattr(shape, field.name)} here"

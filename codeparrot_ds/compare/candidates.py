@@ -28,7 +28,6 @@ from codeparrot_ds import durable
 from codeparrot_ds.compare.verdict import coarser
 from codeparrot_ds.config.run_config import FIELDS, PATH_FIELDS, SET_BY_COMPARE, RunConfig, with_absolute_paths
 from codeparrot_ds.cpu import usable_cores
-from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.devices import local_ranks, smallest_gpu
 from codeparrot_ds.ds_config.facts import precision, with_settled_precision, zero_stage
 from codeparrot_ds.ds_config.file import open_ds_config
@@ -42,8 +41,9 @@ from codeparrot_ds.launch.preflight import check_run
 from codeparrot_ds.memory.device import load_overhead
 from codeparrot_ds.memory.plan import predict
 from codeparrot_ds.memory.workload import Memory
-from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
+from codeparrot_ds.model.shapes import GPT2Shape, num_parameters
 from codeparrot_ds.paths import did_you_mean
+from codeparrot_ds.resolved_run import encoder_and_shape
 from codeparrot_ds.terminal import gigabytes
 
 # What all candidates of a comparison share; the rest of the run config may differ from one to the next.
@@ -255,8 +255,7 @@ def _keep(path: Path, config: Mapping[str, Any]) -> None:
 def plan_candidate(candidate: Candidate, ds_config: Mapping[str, Any], *, device: str) -> Candidate:
     """A candidate with its resolved config and predicted memory, or with the reason why it is not run."""
     config, world_size = candidate.config, candidate.world_size
-    encoder = load_encoder(config.tokenizer)
-    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    _, shape = encoder_and_shape(config)
     try:
         config.gradient_accumulation_steps(world_size)
         findings = lint(
@@ -462,5 +461,4 @@ def check_data(config: RunConfig, folder: Path, *, device: str, world_size: int)
 
 def model_shape(config: RunConfig) -> GPT2Shape:
     """The shape of a run's model, with its tokenizer's vocabulary."""
-    encoder = load_encoder(config.tokenizer)
-    return find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    return encoder_and_shape(config)[1]

@@ -30,8 +30,8 @@ from codeparrot_ds.checkpoint.tensor_file import save_tensors
 from codeparrot_ds.compare.candidates import FINGERPRINTS
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
-from codeparrot_ds.model.shapes import find_shape
+from codeparrot_ds.data.encoder import find_tokenizer
+from codeparrot_ds.resolved_run import encoder_and_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,8 +46,7 @@ def make_initial_weights(config: RunConfig, folder: Path, *, perturbed: str | No
     """
     from codeparrot_ds.model.gpt2 import build_model, load_weights
 
-    encoder = load_encoder(config.tokenizer)
-    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    encoder, shape = encoder_and_shape(config)
     model: Any = build_model(shape, eos_token_id=encoder.eos_token_id, seed=config.seed)
     if config.init_from:
         load_weights(model, initial_weights_file(config.init_from), partitioned=False)

@@ -28,6 +28,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.supervision.heartbeat import beat
 
 if TYPE_CHECKING:
+    from codeparrot_ds.resolved_run import ResolvedRun
     from codeparrot_ds.training.session import Session
 
 
@@ -87,7 +88,7 @@ class RowHashes:
         return batch
 
 
-def run_trial(config: RunConfig, orders: Orders) -> None:
+def run_trial(run: RunConfig | ResolvedRun, orders: Orders) -> None:
     """One rank of a trial; every rank of the launcher calls it with the same arguments."""
     folder, rank = Path(orders.folder), int(os.environ["RANK"])
     phase = "start"
@@ -108,14 +109,14 @@ def run_trial(config: RunConfig, orders: Orders) -> None:
         from codeparrot_ds.training.setup import start_session
 
         before = resident_bytes()
-        session = start_session(config, peak_flops=orders.peak_flops)
+        session = start_session(run, peak_flops=orders.peak_flops)
         gc.freeze()
         gc.enable()
         found = _introduce(session, before)
         if orders.noise is not None:
             from codeparrot_ds.compare.initial_weights import inject_rounding_noise
 
-            inject_rounding_noise(session.engine.module, orders.noise, seed=config.seed * 1_000 + rank)
+            inject_rounding_noise(session.engine.module, orders.noise, seed=session.config.seed * 1_000 + rank)
         batches = RowHashes(iter(session.loader), session.accumulation_steps)
         enter("steps")
         for step in range(1, orders.steps + 1):
@@ -143,13 +144,12 @@ def run_trial(config: RunConfig, orders: Orders) -> None:
 def _introduce(session: Session, before: int) -> dict[str, Any]:
     """What is known before the first step."""
     from codeparrot_ds.compare.initial_weights import engine_fingerprint
-    from codeparrot_ds.ds_config.facts import zero_stage
 
-    dtype, fingerprint = engine_fingerprint(session.engine, partitioned=zero_stage(session.ds_config) == 3)
+    dtype, fingerprint = engine_fingerprint(session.engine, partitioned=session.run.zero_stage == 3)
     return {
         "world_size": session.ranks.world_size,
         "weights": {"dtype": dtype, "sha256": fingerprint},
-        "data": session.ranks.broadcast(session.fingerprint),
+        "data": session.ranks.broadcast(session.data.fingerprint),
         "device": _device_name(session),
         "flops_per_token": session.meter.flops_per_token,
         "peak_flops": session.meter.peak_flops,
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "RANK" in os.environ:
         from codeparrot_ds.train import run_rank
 
-        return run_rank(arguments, lambda config: run_trial(config, Orders.read()), "compare")
+        return run_rank(arguments, lambda run: run_trial(run, Orders.read()), "compare")
     parser = ArgumentParser(prog="codeparrot_ds.compare.trial", description="one trial of a comparison")
     add_config_arguments(parser)
     add_launch_arguments(parser)

@@ -190,12 +190,12 @@ def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(**values)
 
 
-def arguments_of(config: RunConfig) -> list[str]:
-    """The options that say what a run config says, without a preset or a file; `config_from_arguments` reads them."""
+def options_of(config: RunConfig, base: RunConfig) -> list[str]:
+    """The options that make ``base`` into ``config``; `config_from_arguments` reads them."""
     options = []
     for name, field in FIELDS.items():
         value = getattr(config, name)
-        if value == field.default:
+        if value == getattr(base, name):
             continue
         dashed = name.replace("_", "-")
         if field.kind == "bool":

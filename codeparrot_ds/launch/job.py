@@ -12,28 +12,26 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.checkpoint.folders import checkpoint_folders
 from codeparrot_ds.checkpoint.run_folder import recorded_outcome
 from codeparrot_ds.child_process import python_path
-from codeparrot_ds.config.arguments import arguments_of
 from codeparrot_ds.config.launch_options import LaunchOptions
-from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.cpu import usable_cores
-from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.engine.operators import needed_operators, use_operators_folder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.deepspeed_command import MODULE, is_local, node_command, runner_command, runner_environment
 from codeparrot_ds.launch.doctor import Examination, Wanted, examine, local_paths
 from codeparrot_ds.launch.hostfile import Host
-from codeparrot_ds.launch.preflight import BYTES_A_PARAMETER
+from codeparrot_ds.launch.preflight import BYTES_A_PARAMETER, check_run
 from codeparrot_ds.launch.ssh import ask_all
-from codeparrot_ds.model.shapes import find_shape, num_parameters
+from codeparrot_ds.resolved_run import ResolvedRun
 from codeparrot_ds.shell import pasteable
 from codeparrot_ds.supervision.control import ADDRESS, TOKEN, ControlServer
-from codeparrot_ds.supervision.forwarded_env import FILE, carried, read_deepspeed_env
+from codeparrot_ds.supervision.forwarded_env import FILE, RESOLVED_RUN, carried, read_deepspeed_env, write_private
 from codeparrot_ds.supervision.process_end import LEADS
 from codeparrot_ds.supervision.supervise import End, run_to_the_end
 from codeparrot_ds.supervision.watchdog import FAILED, HUNG, LOST
@@ -46,38 +44,28 @@ ASK_AGAIN_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A checked run.
+    """A checked run, and where it is to run."""
 
-    Attributes:
-        config: the run config, with a name and absolute paths: it is what every rank is given.
-        launch: where and how its ranks run.
-        device: ``cpu`` or ``cuda``.
-        hosts: that are to train.
-        ds_config: the resolved DeepSpeed config.
-        started: when the front door was entered.
-        run: its folder.
-        going_on: options of ``train`` that go on with it.
-        module: what a rank runs.
-    """
-
-    config: RunConfig
+    run: ResolvedRun
+    """For as many ranks as ``hosts`` have slots; what every rank is given."""
     launch: LaunchOptions
-    device: str
     hosts: list[Host]
-    ds_config: dict[str, Any]
     started: float
-    run: Path
+    """When the command was entered, in seconds since the epoch."""
+    folder: Path
+    """Of the run."""
     going_on: list[str]
+    """Options of ``train`` that continue it."""
     module: str = MODULE
+    """What a rank runs."""
 
 
 def run_job(job: Job) -> int:
     """Starts a run's ranks, again after a loss as often as it may; returns the exit code."""
-    hosts = job.hosts
     end = End(code=FAILED)
     for start in range(job.launch.max_restarts + 1):
         try:
-            end, hosts = _start(job, hosts, again=start > 0)
+            end, job = _start(job, again=start > 0)
         except UserError as error:
             if start == 0:
                 raise
@@ -97,10 +85,10 @@ def run_job(job: Job) -> int:
 
 def _say_how_to_go_on(job: Job, end: End) -> None:
     """The command that goes on with a run which was stopped, by somebody or by ``max_hours``."""
-    stopped = end.code == 0 and recorded_outcome(job.run).get("status") == "stopped"
+    stopped = end.code == 0 and recorded_outcome(job.folder).get("status") == "stopped"
     if not stopped and not (end.asked and end.code):
         return
-    newest = next(iter(checkpoint_folders(job.run / "checkpoints")), None)
+    newest = next(iter(checkpoint_folders(job.folder / "checkpoints")), None)
     what = "Stopped and saved." if stopped else "Stopped without saving."
     if newest is None:
         what = "Stopped before anything was saved."
@@ -109,71 +97,72 @@ def _say_how_to_go_on(job: Job, end: End) -> None:
     print(f"\n{what} Go on with:\n  {pasteable('train', *job.going_on)}", flush=True)
 
 
-def _start(job: Job, hosts: list[Host], *, again: bool) -> tuple[End, list[Host]]:
-    """One start; returns how it ended, and the hosts that took part."""
-    arguments = arguments_of(job.config)
-    if again and checkpoint_folders(job.run / "checkpoints"):
-        arguments = [*arguments, "--resume=auto"]
+def _start(job: Job, *, again: bool) -> tuple[End, Job]:
+    """One start; returns how it ended, and the job with the hosts that took part."""
+    if again and checkpoint_folders(job.folder / "checkpoints"):
+        job = dataclasses.replace(job, run=job.run.with_config(resume="auto"))
     server = ControlServer()
     options: dict[str, Any] = {"server": server, "hang_seconds": job.launch.hang_seconds}
-    if is_local(hosts) or job.launch.no_ssh:
-        command, environment = _on_this_host(job, hosts, arguments)
-        options["has_rank_0"] = not job.launch.node_rank
-        return run_to_the_end(command, environment, job.run, **options), hosts
-    with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as folder:
+    with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as private:
+        if is_local(job.hosts) or job.launch.no_ssh:
+            command, environment = _on_this_host(job, Path(private))
+            options["has_rank_0"] = not job.launch.node_rank
+            return run_to_the_end(command, environment, job.folder, **options), job
         base = f"/tmp/codeparrot-ds-{os.getuid()}-{secrets.token_hex(8)}"
         patience = RETURN_SECONDS if again and job.launch.min_hosts is None else 0.0
-        examination, hosts = _ask_hosts(job, hosts, server, base, arguments, patience)
+        examination, job = _ask_hosts(job, server, base, patience)
         addr, port = examination.master_addr, examination.master_port
         assert addr is not None and port is not None
         try:
-            command = runner_command(hosts, job.launch, Path(folder), addr=addr, port=port, module=job.module)
-            exported = {FILE: base} | ({"DS_ACCELERATOR": "cpu"} if job.device == "cpu" else {})
-            environment = runner_environment(Path(folder), exported)
-            ranks = sum(len(host.slots) for host in hosts)
-            end = run_to_the_end(command, environment, job.run, num_ranks=ranks, **options)
+            command = runner_command(job.hosts, job.launch, Path(private), addr=addr, port=port, module=job.module)
+            exported = {FILE: base} | ({"DS_ACCELERATOR": "cpu"} if job.run.device == "cpu" else {})
+            environment = runner_environment(Path(private), exported)
+            end = run_to_the_end(command, environment, job.folder, num_ranks=job.run.world_size, **options)
         finally:
-            if len(server.ranks) < sum(len(host.slots) for host in hosts):
-                _forget(_paths(hosts, base, job.launch))  # else the guards have
-    return end, hosts
+            if len(server.ranks) < job.run.world_size:
+                _forget(_paths(job.hosts, base, job.launch))  # else the guards have
+    return end, job
 
 
-def _on_this_host(job: Job, hosts: list[Host], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+def _on_this_host(job: Job, private: Path) -> tuple[list[str], dict[str, str]]:
+    """The launcher's command for this host and its environment; the ranks read the run from a file."""
     launch = job.launch
     node_rank = launch.node_rank or 0
-    environment = rank_environment(job.device, len(hosts[node_rank].slots))
+    environment = rank_environment(job.run.device, len(job.hosts[node_rank].slots))
     environment[LAUNCHED_AT] = str(job.started)
     environment[LEADS] = "1"
     port = launch.master_port or _free_port()
     addr = launch.master_addr or "127.0.0.1"
-    command = node_command(hosts, launch, arguments, addr=addr, port=port, node_rank=node_rank, module=job.module)
+    write_private(private / "run.json", job.run.as_json())
+    arguments = [RESOLVED_RUN, str(private / "run.json")]
+    command = node_command(job.hosts, launch, arguments, addr=addr, port=port, node_rank=node_rank, module=job.module)
     return command, environment
 
 
-def _ask_hosts(
-    job: Job, hosts: list[Host], server: ControlServer, base: str, arguments: list[str], patience_seconds: float = 0.0
-) -> tuple[Examination, list[Host]]:
-    """Asks the hosts whether all is well there and brings them the environment; leaves out those that may be missing.
+def _ask_hosts(job: Job, server: ControlServer, base: str, patience_seconds: float = 0.0) -> tuple[Examination, Job]:
+    """Asks the hosts whether all is well there and brings them environment and run; leaves out who may be missing.
 
     Asks again for so long while hosts do not answer.
+
+    Returns:
+        What they answered, and the job on those that take part.
 
     Raises:
         UserError: what is wrong on which host, with the remedy.
     """
-    launch, config = job.launch, job.config
-    encoder = load_encoder(config.tokenizer)
-    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    launch, run, hosts = job.launch, job.run, job.hosts
+    config = run.config
     wanted = Wanted(
-        device=job.device,
+        device=run.device,
         output_dir=Path(config.output_dir),
         data=local_paths(config.data, config.validation_data or "", config.tokenizer, config.deepspeed),
-        operators=needed_operators(job.ds_config, job.device),
-        build=job.ds_config,
-        needed_bytes=2 * BYTES_A_PARAMETER * num_parameters(shape),
+        operators=needed_operators(run.ds_config, run.device),
+        build=run.ds_config,
+        needed_bytes=2 * BYTES_A_PARAMETER * run.parameters,
         master_addr=launch.master_addr,
         master_port=launch.master_port,
-        environments=_environments(job, hosts, server, base, arguments),
-        variables=shared_variables(job.device),
+        environments=_environments(job, server, base),
+        variables=shared_variables(run.device),
     )
     try:
         examination = examine(hosts, wanted)
@@ -192,26 +181,26 @@ def _ask_hosts(
             if finding.host in missing:
                 print(f"warning: going on without {finding}", file=sys.stderr)
         _forget(left)
-        hosts = [host for host in hosts if host.name not in missing]
-        _check_world_size(job, hosts)
-        return _ask_hosts(job, hosts, server, base, arguments)
+        return _ask_hosts(_without(job, missing), server, base)
     if errors:
         _forget(left)
         raise UserError("; ".join(map(str, errors)))
     for finding in examination.findings:
         print(f"warning: {finding}", file=sys.stderr)
-    return examination, hosts
+    return examination, job
 
 
-def _check_world_size(job: Job, hosts: list[Host]) -> None:
-    from codeparrot_ds.launch.preflight import check_run
-
+def _without(job: Job, missing: Collection[str]) -> Job:
+    """The job on the hosts that are left: the run is resolved again, since another number of ranks is another run."""
+    hosts = [host for host in job.hosts if host.name not in missing]
     ranks = sum(len(host.slots) for host in hosts)
+    config = dataclasses.replace(job.run.config, resume="auto")
     try:
-        check_run(dataclasses.replace(job.config, resume="auto"), device=job.device, world_size=ranks)
+        run = check_run(config, device=job.run.device, world_size=ranks, precisions=job.run.precisions)
     except UserError as error:
         names = ", ".join(host.name for host in hosts)
-        raise UserError(f"the run cannot go on with {names} alone: {error}") from error
+        raise UserError(f"the run cannot continue with {names} alone: {error}") from error
+    return dataclasses.replace(job, hosts=hosts, run=run)
 
 
 def shared_variables(device: str) -> dict[str, str]:
@@ -227,19 +216,18 @@ def shared_variables(device: str) -> dict[str, str]:
     return variables
 
 
-def _environments(
-    job: Job, hosts: list[Host], server: ControlServer, base: str, arguments: list[str]
-) -> dict[str, dict[str, Any]]:
-    """The file with environment and arguments, for each host."""
-    variables = shared_variables(job.device) | {TOKEN: server.token, LAUNCHED_AT: str(job.started)}
+def _environments(job: Job, server: ControlServer, base: str) -> dict[str, dict[str, Any]]:
+    """The file with environment and run, for each host."""
+    variables = shared_variables(job.run.device) | {TOKEN: server.token, LAUNCHED_AT: str(job.started)}
     variables[ADDRESS] = f"{socket.gethostname()}:{server.port}"
+    run = job.run.as_json()
     return {
         name: {
             "path": path,
-            "content": {"variables": dict(variables), "arguments": arguments},
+            "content": {"variables": variables, "run": run},
             "control_port": server.port,
         }
-        for name, path in _paths(hosts, base, job.launch).items()
+        for name, path in _paths(job.hosts, base, job.launch).items()
     }
 
 

@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds.checkpoint.initial import with_initial_model, with_kept_tokenizer
 from codeparrot_ds.checkpoint.run_folder import (
     check_checkpoint,
     check_continuation,
@@ -17,38 +19,62 @@ from codeparrot_ds.checkpoint.run_folder import (
     check_run_name,
     recorded_pins,
 )
-from codeparrot_ds.config.run_config import REQUIRED, RunConfig
+from codeparrot_ds.config.run_config import REQUIRED, RunConfig, with_absolute_paths
 from codeparrot_ds.data.datasets import check_datasets, check_local_data, open_datasets, resume_stream, stream_of
-from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
 from codeparrot_ds.devices import smallest_gpu
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.lint import check_ds_config, libaio_installed
-from codeparrot_ds.ds_config.precision import open_for
-from codeparrot_ds.ds_config.resolve import resolve
+from codeparrot_ds.ds_config.precision import began_with, device_precisions, with_precision
 from codeparrot_ds.engine.operators import are_built, build_apart, needed_operators
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.prompts import what_to_complete
 from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.places import is_remote, open_repository
 from codeparrot_ds.hub.secrets import check_for_secrets
+from codeparrot_ds.memory.micro_batch import with_micro_batch
 from codeparrot_ds.memory.plan import predict, why_too_large
 from codeparrot_ds.memory.workload import Memory
-from codeparrot_ds.model.shapes import find_shape, num_parameters
+from codeparrot_ds.model.shapes import num_parameters
+from codeparrot_ds.resolved_run import ResolvedRun, encoder_and_shape, resolve_run
 from codeparrot_ds.terminal import gigabytes
 
 BYTES_A_PARAMETER = 16
 """Of a checkpoint: three fp32 numbers for the optimizer, the export, and room for the rest."""
 
 
-def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict[str, Any]:
-    """Checks config, DeepSpeed JSON, tokenizer, model, data, folder and disk without a rank; returns the resolved JSON.
+def preflight(
+    config: RunConfig, *, device: str, world_size: int, precisions: Sequence[str] | None = None
+) -> ResolvedRun:
+    """Decides every value of a run and checks it; nothing is written. Made once per start.
 
-    Warnings about the JSON, and what it changes for a run that goes on, are printed to stderr once nothing is wrong.
+    The command does it before any rank starts. Rank 0 does it where ranks are started without the command.
 
     Args:
-        config: a run config with a name.
-        device: ``cpu`` or ``cuda``, for what DeepSpeed refuses there.
-        world_size: number of ranks; None when a hostfile decides.
+        config: with a name, and a ``resume`` as `with_checkpoint` leaves it.
+        device: ``cpu`` or ``cuda``.
+        world_size: number of ranks.
+        precisions: what the device trains in, the fastest first; None asks this machine without torch.
+
+    Raises:
+        UserError: as `check_run`, or what ``init_from`` and ``micro_batch_size: auto`` refuse.
+    """
+    precisions = tuple(precisions or device_precisions(device))
+    config = with_precision(with_initial_model(config), began_with(config) or precisions[0])
+    if config.auto_micro_batch:
+        check_named(config)
+        config = with_micro_batch(config, world_size=world_size, device=device)
+    return check_run(config, device=device, world_size=world_size, precisions=precisions)
+
+
+def check_run(
+    config: RunConfig, *, device: str, world_size: int, precisions: Sequence[str] | None = None
+) -> ResolvedRun:
+    """Checks config, DeepSpeed JSON, tokenizer, model, data, folder and disk without a rank; returns the resolved run.
+
+    Warnings about the JSON, and what it changes for a run that resumes, are printed to stderr once nothing is wrong.
+
+    Args: as for `preflight`; nothing in ``config`` is ``auto``.
 
     Raises:
         UserError: the first thing that is wrong, or all findings of the config check.
@@ -56,43 +82,45 @@ def check_run(config: RunConfig, *, device: str, world_size: int | None) -> dict
     check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
     check_run_name(str(config.run_name))
     check_named(config)
-    run = Path(config.output_dir) / str(config.run_name)
-    file = open_for(config, device)
+    path = Path(config.output_dir) / str(config.run_name)
+    file = open_ds_config(config.deepspeed, precisions or device_precisions(device), began=began_with(config))
     check_for_secrets(json.dumps(file.config), str(file.path))
-    encoder = load_encoder(config.tokenizer)
-    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
+    model = encoder_and_shape(config)
     warnings = check_ds_config(
         file,
         config=config,
         device=device,
         world_size=world_size,
-        parameters=num_parameters(shape),
+        parameters=num_parameters(model[1]),
         libaio=libaio_installed() or are_built(["async_io"]),
     )
     what_to_complete(config)
-    datasets = open_datasets(config, recorded_pins(run))
+    datasets = open_datasets(config, recorded_pins(path))
     check_datasets(config, datasets)
-    if world_size is not None:
-        check_world_size(config.num_lanes, world_size)
-    resolved = resolve(
-        file,
-        config,
-        world_size=world_size or 1,
-        model_hidden_size=shape.n_embd,
-        nvme_path=run / "nvme",
-    ).config
-    check_continuation(config, run)
-    changed = check_ds_continuation(config, run, resolved)
-    checkpoint = check_checkpoint(config, run, shape)
-    _check_data(config, run, checkpoint, stream_of(config, datasets, encoder))
+    check_world_size(config.num_lanes, world_size)
+    run = resolve_run(config, file, world_size=world_size, device=device, model=model)
+    check_continuation(config, path)
+    changed = check_ds_continuation(config, path, run.ds_config)
+    checkpoint = check_checkpoint(config, path, run.shape)
+    _check_data(config, path, checkpoint, stream_of(config, datasets, run.encoder))
     if open_repository(config.hub, config.output_dir) is not None and is_remote(config.hub):
         require_token(config.hub)
-    _check_space(Path(config.output_dir), num_parameters(shape), config.keep_checkpoints)
+    _check_space(Path(config.output_dir), run.parameters, config.keep_checkpoints)
     for finding in warnings:
         print(finding, file=sys.stderr)
     if changed:
-        print(f"{run} goes on with another DeepSpeed config: {'; '.join(map(str, changed))}", file=sys.stderr)
-    return resolved
+        print(f"{path} resumes with another DeepSpeed config: {'; '.join(map(str, changed))}", file=sys.stderr)
+    return run
+
+
+def for_ranks(run: ResolvedRun, typed_tokenizer: str) -> ResolvedRun:
+    """The run as its ranks are given it, once nothing can refuse it: the tokenizer kept, every path absolute.
+
+    Args:
+        run: as `preflight` returned it.
+        typed_tokenizer: ``tokenizer`` as the user named it.
+    """
+    return dataclasses.replace(run, config=with_absolute_paths(with_kept_tokenizer(run.config, typed_tokenizer)))
 
 
 def check_named(config: RunConfig) -> None:
@@ -105,7 +133,7 @@ def check_named(config: RunConfig) -> None:
     check_local_data(config.data, "train")
 
 
-def check_memory(config: RunConfig, ds_config: dict[str, Any], *, device: str, ranks: int, refuse: bool = True) -> None:
+def check_memory(run: ResolvedRun, *, refuse: bool = True) -> None:
     """Refuses a run that the memory plan says no GPU here can hold; on CPUs and without ``refuse`` it only warns.
 
     GPUs are those of this machine: with a hostfile they may be others, and nothing is judged. On CPUs the ranks share
@@ -115,15 +143,14 @@ def check_memory(config: RunConfig, ds_config: dict[str, Any], *, device: str, r
     Raises:
         UserError: the shortfall, and what would fit.
     """
-    encoder = load_encoder(config.tokenizer)
-    shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
-    if device == "cpu":
-        _warn_of_little_memory(predict(config, shape, ds_config, ranks), ranks)
+    of_run = (run.config, run.shape, run.ds_config, run.world_size)
+    if run.device == "cpu":
+        _warn_of_little_memory(predict(*of_run), run.world_size)
         return
     gpu = smallest_gpu()
     if gpu is None:
         return  # nvidia-smi does not say
-    problem = why_too_large(config, shape, ds_config, ranks, gpu[1], gpu[0])
+    problem = why_too_large(*of_run, gpu[1], gpu[0])
     if problem is not None and refuse:
         raise UserError(problem)
     if problem is not None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from codeparrot_ds.checkpoint.folders import step_of, verify_checkpoint
-from codeparrot_ds.checkpoint.initial import with_initial_model, with_kept_tokenizer
 from codeparrot_ds.checkpoint.run_folder import (
     check_free,
     continued_from,
@@ -27,12 +26,12 @@ from codeparrot_ds.checkpoint.run_folder import (
 )
 from codeparrot_ds.config.arguments import with_field
 from codeparrot_ds.config.launch_options import LaunchOptions
-from codeparrot_ds.config.run_config import RunConfig, with_absolute_paths
+from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.warnings import config_warnings
 from codeparrot_ds.data.datasets import check_local_data
 from codeparrot_ds.data.encoder import find_tokenizer
 from codeparrot_ds.devices import local_device, local_devices
-from codeparrot_ds.ds_config.precision import began_with, describe_choice, device_precisions, open_for, with_precision
+from codeparrot_ds.ds_config.precision import describe_choice, open_for
 from codeparrot_ds.engine.operators import are_built, needed_operators
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.commands import SETTLE_SECONDS, prepare_branch, settle
@@ -42,8 +41,14 @@ from codeparrot_ds.launch.deepspeed_command import MODULE, hosts_of, is_local
 from codeparrot_ds.launch.doctor import Wanted, local_paths
 from codeparrot_ds.launch.hostfile import Host
 from codeparrot_ds.launch.job import Job, rank_environment, run_job, shared_variables
-from codeparrot_ds.launch.preflight import build_operators, check_memory, check_named, check_run, existing_folder
-from codeparrot_ds.memory.micro_batch import with_micro_batch
+from codeparrot_ds.launch.preflight import (
+    build_operators,
+    check_memory,
+    check_named,
+    existing_folder,
+    for_ranks,
+    preflight,
+)
 from codeparrot_ds.shell import pasteable
 
 
@@ -88,22 +93,17 @@ def front_door(
     if launch.bind_cores and shutil.which("numactl") is None:
         raise UserError("--bind-cores needs numactl, which is not on PATH: install it, or leave the option out")
     ranks = sum(len(host.slots) for host in hosts)
-    typed_tokenizer, asked = config.tokenizer, config.deepspeed
-    config = with_precision(with_initial_model(config), began_with(config) or device_precisions(device)[0])
-    if config.auto_micro_batch:
-        check_named(config)
-        config = with_micro_batch(config, world_size=ranks, device=device)
-    ds_config = check_run(config, device=device, world_size=ranks)
-    if (finished := finished_checkpoint(config)) is not None and _is_at_its_end(config, finished, going_on):
+    run = preflight(config, device=device, world_size=ranks)
+    if (finished := finished_checkpoint(run.config)) is not None and _is_at_its_end(run.config, finished, going_on):
         return 0
-    if (said := describe_choice(asked, open_for(config, device), device=device)) is not None:
+    if (said := describe_choice(config.deepspeed, open_for(run.config, device), device=device)) is not None:
         print(said, file=sys.stderr)
-    for warning in config_warnings(config, continued_from(config)):
+    for warning in config_warnings(run.config, continued_from(run.config)):
         print(f"warning: {warning.sentence}", file=sys.stderr)
     if is_local(hosts):
-        check_memory(config, ds_config, device=device, ranks=ranks, refuse=not launch.ignore_memory_plan)
-        if not are_built(needed_operators(ds_config, device)):
-            build_operators(ds_config, device, rank_environment(device, ranks))
+        check_memory(run, refuse=not launch.ignore_memory_plan)
+        if not are_built(needed_operators(run.ds_config, device)):
+            build_operators(run.ds_config, device, rank_environment(device, ranks))
     if config.hub != "off":
         outage = prepare_branch(config.hub, output_dir, name)
         if outage is not None:
@@ -111,13 +111,11 @@ def front_door(
     places = "this machine" if is_local(hosts) else f"{len(hosts)} host(s)"
     print(f"starting {ranks} rank(s) on {places}; importing torch and DeepSpeed takes a while", flush=True)
     job = Job(
-        config=with_absolute_paths(with_kept_tokenizer(config, typed_tokenizer)),
+        run=for_ranks(run, config.tokenizer),
         launch=launch,
-        device=device,
         hosts=hosts,
-        ds_config=ds_config,
         started=started,
-        run=output_dir / name,
+        folder=output_dir / name,
         going_on=going_on,
         module=module,
     )

@@ -8,17 +8,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.devices import smallest_gpu
 from codeparrot_ds.ds_config.precision import open_for
-from codeparrot_ds.ds_config.resolve import resolve
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.memory.device import load_overhead
 from codeparrot_ds.memory.plan import predict
-from codeparrot_ds.model.shapes import find_shape
+from codeparrot_ds.resolved_run import encoder_and_shape, resolve_run
 from codeparrot_ds.terminal import gigabytes
 
 # Tokens of a micro-batch. 64 rows of 1,024 are the most that an H200 was given (records/2026-11-28-gpu-memory-h200):
@@ -85,24 +82,17 @@ def config_fitting(
     Raises:
         UserError: none does.
     """
-    shape = find_shape(config.model, vocab_size=load_encoder(config.tokenizer).vocab_size, seq_length=config.seq_length)
-    file = open_for(config, device)
+    model, file = encoder_and_shape(config), open_for(config, device)
     available, place = budget
     overhead, needed = load_overhead(), 0
     for size in sorted(sizes, reverse=True):
-        run = dataclasses.replace(config, micro_batch_size=size)
-        ds_config = resolve(
-            file,
-            run,
-            world_size=world_size,
-            model_hidden_size=shape.n_embd,
-            nvme_path=Path(run.output_dir) / "nvme",
-        ).config
-        memory = predict(run, shape, ds_config, world_size)
+        sized = dataclasses.replace(config, micro_batch_size=size)
+        run = resolve_run(sized, file, world_size=world_size, device=device, model=model)
+        memory = predict(sized, run.shape, run.ds_config, world_size)
         on_device = overhead.total(memory.peak_bytes, world_size)
         needed = memory.peak_bytes + memory.host_bytes if device == "cpu" else on_device
         if needed <= available:
-            return run
+            return sized
     raise UserError(
         f"micro_batch_size auto: one row needs {gigabytes(needed)} a rank and {place} gives {gigabytes(available)}; "
         "`codeparrot-ds plan` shows which DeepSpeed configs fit"

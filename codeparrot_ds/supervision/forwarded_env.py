@@ -17,6 +17,8 @@ from codeparrot_ds.errors import UserError
 
 FILE = "CODEPARROT_DS_ENVIRONMENT"
 """Environment variable: where the file is; on each host with the number of the host behind it, as in ``….1``."""
+RESOLVED_RUN = "--resolved-run"
+"""Option of a rank: the private file that holds its `ResolvedRun`. Only `codeparrot-ds` gives it."""
 PREFIXES = (
     "HF_ HUGGING_FACE_ HUGGINGFACE_ TRANSFORMERS_ TOKENIZERS_ DATASETS_ WANDB_ MLFLOW_ TENSORBOARD_ AWS_ "
     "OMP_ MKL_ ONEDNN_ DNNL_ ATEN_ KMP_ GOMP_ NCCL_ RCCL_ GLOO_ UCX_ TP_ CUDA_ NVIDIA_ TORCH_ TORCHINDUCTOR_ PYTORCH_ "
@@ -85,8 +87,8 @@ def file_of_this_host(environment: MutableMapping[str, str]) -> Path | None:
     return None if base is None else Path(f"{base}.{environment.get('CROSS_RANK', '0')}")
 
 
-def take_carried(environment: MutableMapping[str, str]) -> list[str] | None:
-    """Puts what was carried into a rank's environment; returns the arguments that came along, None without a file.
+def take_carried(environment: MutableMapping[str, str]) -> dict[str, Any] | None:
+    """Puts what was carried into a rank's environment; returns the run that came along, None without a file.
 
     Raises:
         UserError: the file is missing, or another user could have written it.
@@ -94,16 +96,21 @@ def take_carried(environment: MutableMapping[str, str]) -> list[str] | None:
     path = file_of_this_host(environment)
     if path is None:
         return None
+    content = read_private(path)
+    environment.update(content["variables"])
+    return dict(content["run"])
+
+
+def read_private(path: Path) -> dict[str, Any]:
+    """What `write_private` wrote; `UserError` where it cannot be read, or another user could have written it."""
     try:
         with path.open(encoding="utf-8") as file:
             status = os.fstat(file.fileno())
             if status.st_uid != os.getuid() or status.st_mode & 0o077:
-                raise UserError(f"{path} is not this user's alone: the environment of the run is not taken from it")
-            content = json.load(file)
+                raise UserError(f"{path} is not this user's alone: nothing of the run is taken from it")
+            return dict(json.load(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"the environment that the front door brought here cannot be read: {error}") from error
-    environment.update(content["variables"])
-    return list(content["arguments"])
+        raise UserError(f"what the launcher's command left for this rank cannot be read: {error}") from error
 
 
 def name_rank(environment: MutableMapping[str, str]) -> None:

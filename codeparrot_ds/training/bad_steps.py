@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.stream import StreamConfig, describe_place
 from codeparrot_ds.engine.engine import loss_scale, lowest_loss_scale
 from codeparrot_ds.engine.ranks import Ranks, SharedError
+from codeparrot_ds.telemetry.tracking import Progress
 
 logger = logging.getLogger("codeparrot_ds.bad_steps")
 NAMED_MICRO_BATCHES = 3
@@ -223,3 +225,28 @@ def _numbers(noun: str, numbers: Sequence[int]) -> str:
     if len(numbers) == 2:
         return f"{noun}s {numbers[0]} and {numbers[1]}"
     return f"{noun}s {numbers[0]}, {numbers[1]} {'… ' if len(numbers) > 3 else 'and '}{numbers[-1]}"
+
+
+def watch_steps(
+    config: RunConfig,
+    ranks: Ranks,
+    engine: Any,
+    stream: StreamConfig,
+    loader: TrainingLoader,
+    start_row: int,
+    start_step: int,
+    progress: Progress,
+) -> BadSteps:
+    """What watches the steps of a run from one that begins at a row and a step."""
+    return BadSteps(
+        engine=engine,
+        ranks=ranks,
+        stream=stream,
+        loader=loader,
+        global_batch_size=config.global_batch_size,
+        start_step=start_step,
+        start_row=start_row,
+        limit=config.max_bad_steps,
+        say=progress.say,
+        watch_gradients=not config.compile,  # a hook inside a compiled model would cut its graph
+    )

@@ -11,24 +11,28 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.supervision.heartbeat import beat
 
 if TYPE_CHECKING:
+    from codeparrot_ds.resolved_run import ResolvedRun
     from codeparrot_ds.training.session import Session
 
 
-def train(config: RunConfig) -> dict[str, Any]:
-    """Trains a run, or continues it, as one rank; every rank of the launcher calls it with the same config.
+def train(run: RunConfig | ResolvedRun) -> dict[str, Any]:
+    """Trains a run, or continues it, as one rank; every rank of the launcher calls it with the same run.
+
+    Args:
+        run: resolved, as ``codeparrot-ds train`` hands it over; or a run config, which rank 0 resolves for all.
 
     Returns:
         ``{"status": "finished" or "stopped", "step": optimizer steps done, "run": the run's folder}``.
 
     Raises:
-        UserError: something that the user can mend, in one sentence; the same on every rank. A DivergedError after
+        UserError: something that the user can fix, in one sentence; the same on every rank. A DivergedError after
             ``max_bad_steps`` steps in a row whose loss or gradient was not finite.
     """
     # Start-up makes some hundred thousand objects that live as long as the run: nothing for the collector.
     gc.disable()
     from codeparrot_ds.training.setup import start_session
 
-    session = start_session(config)
+    session = start_session(run)
     gc.freeze()
     gc.enable()
     try:
@@ -57,7 +61,7 @@ def train_session(session: Session) -> dict[str, Any]:
         evaluating = last or step % (config.eval_steps or config.save_checkpoint_steps) == 0
         if fresh and evaluating:
             session.evaluate(step)
-        saving = last or stopping or (due and session.looks_well(step))  # else it waits for the next good step
+        saving = last or stopping or (due and session.is_healthy(step))  # else it waits for the next good step
         if fresh and saving and step > 0:
             session.save(step)
             due = False

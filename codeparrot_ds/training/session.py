@@ -19,17 +19,14 @@ from codeparrot_ds.checkpoint.run_folder import RunFolder
 from codeparrot_ds.checkpoint.saver import CheckpointSaver, RunState, SaveOutcome
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.datasets import StreamStart, data_account, saved_stream
-from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.loader import TrainingLoader, token_ids
-from codeparrot_ds.data.shards import Shard
 from codeparrot_ds.data.validation import ValidationLoader
-from codeparrot_ds.ds_config.facts import precision, zero_stage
 from codeparrot_ds.engine.ranks import Ranks, SharedError
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, token_losses
 from codeparrot_ds.hub.commands import SETTLE_SECONDS, settle
 from codeparrot_ds.hub.places import is_remote
 from codeparrot_ds.model.attention import document_inputs
-from codeparrot_ds.model.shapes import GPT2Shape, num_parameters
+from codeparrot_ds.resolved_run import ResolvedRun
 from codeparrot_ds.supervision.heartbeat import beat
 from codeparrot_ds.telemetry.meter import Meter
 from codeparrot_ds.telemetry.profiler import StepProfiler
@@ -37,6 +34,7 @@ from codeparrot_ds.telemetry.startup import Startup
 from codeparrot_ds.telemetry.tracking import Progress, Tracker
 from codeparrot_ds.terminal import size_text
 from codeparrot_ds.training.bad_steps import BadSteps
+from codeparrot_ds.training.data import RunData
 from codeparrot_ds.training.publish import Publisher
 from codeparrot_ds.training.samples import Sampler
 from codeparrot_ds.training.stopping import StopSignal
@@ -52,13 +50,10 @@ CURVE_POINTS = 24
 class Session:
     """One rank's run; see :mod:`codeparrot_ds.training.setup` for how the parts come about."""
 
-    config: RunConfig
-    ds_config: dict[str, Any]
+    run: ResolvedRun
     ranks: Ranks
     stop: StopSignal
     folder: RunFolder
-    encoder: Encoder
-    shape: GPT2Shape
     engine: Any
     loader: TrainingLoader
     bad_steps: BadSteps
@@ -67,10 +62,9 @@ class Session:
     meter: Meter
     startup: Startup
     step: int
-    fingerprint: dict[str, Any]
-    """Of the training data, on rank 0."""
+    """Optimizer steps done before this start."""
+    data: RunData
     stream_start: StreamStart
-    validation: list[Shard]
     evaluations: list[dict[str, Any]]
     sampler: Sampler | None = None
     """Of completions at each evaluation."""
@@ -92,14 +86,18 @@ class Session:
         self.bad_steps.give_up = self._give_up
 
     @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    @property
     def last_evaluation(self) -> dict[str, Any]:
         """The newest evaluation row; empty before the first."""
         return self.evaluations[-1] if self.evaluations else {}
 
-    def looks_well(self, step: int) -> bool:
-        """Whether the weights after ``step`` are worth a checkpoint: neither it nor its evaluation gave a NaN.
+    def is_healthy(self, step: int) -> bool:
+        """False if the last step was skipped or its evaluation loss is not finite.
 
-        Older checkpoints make room for newer ones, so those of weights that are past help must not push out good ones.
+        Older checkpoints make room for newer ones, so weights that are past help must not push out good ones.
         """
         evaluation = self.last_evaluation
         evaluated_well = evaluation.get("step") != step or math.isfinite(evaluation["eval_loss"])
@@ -107,8 +105,8 @@ class Session:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches a rank an optimizer step."""
-        return self.config.gradient_accumulation_steps(self.ranks.world_size)
+        """Micro-batches per rank and optimizer step."""
+        return self.run.accumulation_steps
 
     def model_inputs(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model takes for a micro-batch of the loader, on this rank's device."""
@@ -118,7 +116,7 @@ class Session:
     def _forward_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.config.intra_document_masking:
             return {"input_ids": ids}
-        return {"input_ids": ids, **document_inputs(ids, self.encoder.eos_token_id)}
+        return {"input_ids": ids, **document_inputs(ids, self.run.encoder.eos_token_id)}
 
     def profiled(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Around a step of training."""
@@ -154,8 +152,8 @@ class Session:
         config = self.config
         beat("evaluate", step=step)
         batches = ValidationLoader(
-            self.validation,
-            self.encoder,
+            self.data.validation,
+            self.run.encoder,
             seq_length=config.seq_length,
             num_lanes=config.num_lanes,
             batch_size=config.micro_batch_rows,
@@ -168,7 +166,7 @@ class Session:
         result = evaluate_batches(
             lambda ids, labels: token_losses(self.engine(**self._forward_inputs(ids)).logits, labels),
             _beating(batches),
-            token_bytes=self.encoder.token_bytes(),
+            token_bytes=self.run.encoder.token_bytes(),
             reduce=self.ranks.sum,
             device=self.ranks.device,
         )
@@ -214,27 +212,27 @@ class Session:
         state = RunState(
             step=step,
             tokens=tokens,
-            data=saved_stream(self.fingerprint, StreamStart(row=rows, lane_states=lanes)),
-            layout=layout_of(self.ds_config, self.ranks),
+            data=saved_stream(self.data.fingerprint, StreamStart(row=rows, lane_states=lanes)),
+            layout=self.run.layout,
             extra={
                 # Copies: they are written while the run goes on.
                 "evaluations": [dict(row) for row in self.evaluations],
                 "config": dataclasses.asdict(self.config),
-                "ds_config": self.ds_config,
+                "ds_config": self.run.ds_config,
             },
         )
         export = run_export(
             self.config,
-            self.ds_config,
+            self.run.ds_config,
             model_config=self.engine.module.config,
             name=self.folder.name,
-            num_parameters=num_parameters(self.shape),
+            num_parameters=self.run.parameters,
             step=step,
             tokens=tokens,
             evaluations=self.evaluations,
             versions=self.folder.record["versions"],
             losses=self.tracker.metrics.losses(CURVE_POINTS) if self.ranks.is_main else [],
-            fingerprint=self.fingerprint,
+            fingerprint=self.data.fingerprint,
             hub_name=self.folder.record.get("hub") if is_remote(self.config.hub) else None,
         )
         self.saver.save(state, export)
@@ -285,7 +283,7 @@ class Session:
             counters,
             bad_documents=[text for texts in bad for text in texts],
             rows_per_lane={lane: count for table in rows for lane, count in table.items()},
-            encoder=self.encoder.name,
+            encoder=self.run.encoder.name,
         )
 
     def finish(self, step: int, status: str) -> dict[str, Any]:
@@ -314,10 +312,6 @@ class Session:
         if last_save is not None and last_save.error is not None:
             raise SharedError(f"the run {status} at step {step}, but {last_save.error}")
         return outcome
-
-
-def layout_of(ds_config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    return {"world_size": ranks.world_size, "zero_stage": zero_stage(ds_config), "precision": precision(ds_config)}
 
 
 def _beating(batches: Iterable[T]) -> Iterator[T]:

@@ -86,7 +86,7 @@ def test_the_front_door_shows_warnings_and_changes_once(make_config, tmp_path, c
     own.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1e6, "round_robin_gradients": true}}')
     config = make_config(deepspeed=str(own))
     run = Path(config.output_dir) / config.run_name
-    open_run(config, check_run(make_config(), device="cpu", world_size=2), 2, ["here"])
+    open_run(config, check_run(make_config(), device="cpu", world_size=2).ds_config, 2, ["here"])
     staging = staging_folder(run / "checkpoints", 5)
     staging.mkdir()
     publish(staging, 5, {})
@@ -96,7 +96,7 @@ def test_the_front_door_shows_warnings_and_changes_once(make_config, tmp_path, c
     assert warning == (
         f"{own}:1: warning: zero_optimization.round_robin_gradients: does nothing at stage 3: it is for stages 1-2"
     )
-    assert changed.startswith(f"{run} goes on with another DeepSpeed config: zero_optimization.stage 2 -> 3; ")
+    assert changed.startswith(f"{run} resumes with another DeepSpeed config: zero_optimization.stage 2 -> 3; ")
 
 
 def test_every_error_of_the_file_is_told_before_a_rank_starts(make_config, tmp_path):

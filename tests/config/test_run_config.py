@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, arguments_of, config_from_arguments
+from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments, options_of
 from codeparrot_ds.config.files import load_config, save_config
 from codeparrot_ds.config.launch_options import LaunchOptions, add_launch_arguments, launch_from_arguments
 from codeparrot_ds.config.run_config import PRESETS, RunConfig
@@ -240,7 +240,7 @@ def test_the_launchers_own_rank_option_is_accepted():
 def test_ranks_get_a_config_as_options(preset):
     """Whatever a field holds: the options say it again, without a preset or a file."""
     config = RunConfig(**PRESETS[preset])
-    assert config_of(*arguments_of(config)) == config
+    assert config_of(*options_of(config, RunConfig())) == config
     odd = {
         "run_name": "x=$y 'z'",
         "data": "a b=0.7,c=.3",
@@ -255,4 +255,4 @@ def test_ranks_get_a_config_as_options(preset):
         "eval_prompts": "--help",
     }
     config = dataclasses.replace(config, **odd)
-    assert config_of(*arguments_of(config)) == config
+    assert config_of(*options_of(config, RunConfig())) == config

@@ -36,17 +36,19 @@ from codeparrot_ds.launch import start as launch
 from codeparrot_ds.launch.hostfile import Host
 from codeparrot_ds.launch.preflight import check_run
 from codeparrot_ds.launch.start import front_door, rank_environment
+from codeparrot_ds.resolved_run import ResolvedRun
 from codeparrot_ds.shell import COMMAND
 from codeparrot_ds.supervision.forwarded_env import FILE
 from codeparrot_ds.supervision.process_end import LEADS
 from codeparrot_ds.supervision.supervise import End, run_to_the_end
 from codeparrot_ds.telemetry.startup import LAUNCHED_AT
+from codeparrot_ds.train import given_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_a_run_that_is_fine_gets_its_json(make_config):
-    ds_config = check_run(make_config(), device="cpu", world_size=2)
+    ds_config = check_run(make_config(), device="cpu", world_size=2).ds_config
     assert ds_config["train_batch_size"] == 8 and ds_config["gradient_accumulation_steps"] == 2
     assert ds_config["zero_optimization"]["stage"] == 2
 
@@ -132,10 +134,6 @@ def test_a_full_disk(make_config, monkeypatch):
 def test_a_hostfile_that_does_not_exist(make_config):
     with pytest.raises(UserError, match="hostfile /nowhere/hosts does not exist"):
         front_door(make_config(), LaunchOptions(hostfile="/nowhere/hosts"))
-
-
-def test_a_world_that_a_hostfile_decides_is_not_guessed(make_config):
-    check_run(make_config(num_lanes=5), device="cpu", world_size=None)
 
 
 MODULE = ["--module", "codeparrot_ds.train", "demo", "--data", "d"]
@@ -350,7 +348,7 @@ def test_a_rank_has_no_torch_before_its_environment_and_its_guard(tmp_path):
     environment = {FILE: str(tmp_path / "nothing"), "RANK": "0", "LOCAL_RANK": "0", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-X", "importtime", "-m", "codeparrot_ds.train"]
     said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert said.returncode == 2 and "the environment that the front door brought here cannot be read" in said.stderr
+    assert said.returncode == 2 and "what the launcher's command left for this rank cannot be read" in said.stderr
     assert "codeparrot_ds.supervision.forwarded_env" in said.stderr and not re.search(
         r"\| +(torch|numpy)$", said.stderr, re.MULTILINE
     )
@@ -390,7 +388,9 @@ def test_ranks_get_the_config_with_absolute_paths(corpus_dir, tokenizer_dir, mon
     seen = {}
 
     def run_to_the_end(command, environment, run, **options):
-        seen.update(command=command, run=run)
+        given = given_run(command[command.index("codeparrot_ds.train") + 1 :])
+        assert isinstance(given, ResolvedRun) and given.world_size == 2 and given.zero_stage == 1
+        seen.update(config=given.config, run=run)
         return End(code=0)
 
     monkeypatch.setattr(job, "run_to_the_end", run_to_the_end)
@@ -404,13 +404,10 @@ def test_ranks_get_the_config_with_absolute_paths(corpus_dir, tokenizer_dir, mon
     (tmp_path / "run.yaml").write_text(f"data: $DATA/{corpus_dir.name}\ntokenizer: tok\noutput_dir: ~/runs\n")
     arguments = ["train", "demo", "--config", "run.yaml", "--deepspeed", "mine.json", "--hub", "hub.git"]
     assert main([*arguments, "--run-name", "first", "--num-lanes", "4", "--num-gpus", "2", "--model", "gpt2"]) == 0
-    options = seen["command"][seen["command"].index("codeparrot_ds.train") + 1 :]
     monkeypatch.chdir("/")
     for name in ("HOME", "DATA"):
         monkeypatch.delenv(name)
-    parser = ArgumentParser()
-    add_config_arguments(parser)
-    config = config_from_arguments(parser.parse_args(options))
+    config = seen["config"]
     here = str(tmp_path)
     assert (config.data, config.tokenizer, config.hub) == (str(corpus_dir), f"{here}/tok", f"{here}/hub.git")
     assert (config.deepspeed, config.output_dir) == (f"{here}/mine.json", f"{here}/home/runs")

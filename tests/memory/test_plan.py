@@ -321,26 +321,26 @@ def test_the_refusal_names_the_shortfall_and_what_fits():
 
 def test_train_refuses_on_a_gpu_and_can_be_overruled(make_config, gpu, capsys):
     config = make_config()
-    resolved = check_run(config, device="cpu", world_size=2)
+    run = dataclasses.replace(check_run(config, device="cpu", world_size=2), device="cuda")
     gpu(1024)
     with pytest.raises(UserError, match="too little"):
-        check_memory(config, resolved, device="cuda", ranks=2)
-    check_memory(config, resolved, device="cuda", ranks=2, refuse=False)
+        check_memory(run)
+    check_memory(run, refuse=False)
     assert "warning: the run needs" in capsys.readouterr().err
     gpu(81_559)
-    check_memory(config, resolved, device="cuda", ranks=2)
+    check_memory(run)
 
 
 def test_cpu_ranks_are_warned_only(make_config, monkeypatch, capsys):
     import psutil
 
     config = make_config(deepspeed="zero2_fp32")
-    resolved = check_run(config, device="cpu", world_size=2)
-    check_memory(config, resolved, device="cpu", ranks=2)
+    run = check_run(config, device="cpu", world_size=2)
+    check_memory(run)
     assert capsys.readouterr().err == ""
     real = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(total=10**7))
-    check_memory(config, resolved, device="cpu", ranks=2)
+    check_memory(run)
     assert "warning: the tensors of 2 rank(s) take" in capsys.readouterr().err
 
 

@@ -49,10 +49,10 @@ def test_the_file_is_this_users_alone(tmp_path):
     path = tmp_path / "environment.1"
     path.write_text("left by somebody")
     path.chmod(0o666)
-    write_private(path, {"variables": {"HF_TOKEN": "secret"}, "arguments": ["demo"]})
+    write_private(path, {"variables": {"HF_TOKEN": "secret"}, "run": {"device": "cpu"}})
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     environment = {FILE: str(tmp_path / "environment"), "CROSS_RANK": "1"}
-    assert take_carried(environment) == ["demo"] and environment["HF_TOKEN"] == "secret"
+    assert take_carried(environment) == {"device": "cpu"} and environment["HF_TOKEN"] == "secret"
     path.chmod(0o640)
     with pytest.raises(UserError, match="is not this user's alone"):
         take_carried(environment)
@@ -69,7 +69,7 @@ def test_a_host_writes_the_file_and_puts_in_the_address_that_it_knows_the_front_
     port = front_door.getsockname()[1]
     if not listens:
         front_door.close()
-    content = {"variables": {"HF_TOKEN": "secret", "CODEPARROT_DS_CONTROL": f"login:{port}"}, "arguments": []}
+    content = {"variables": {"HF_TOKEN": "secret", "CODEPARROT_DS_CONTROL": f"login:{port}"}, "run": {}}
     request = {"environment": {"path": str(path), "content": content, "control_port": port}}
     said = subprocess.run(
         [sys.executable, "-m", "codeparrot_ds.launch.probe"],
