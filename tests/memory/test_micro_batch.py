@@ -1,7 +1,6 @@
 """``micro_batch_size: auto``: what divides the rows, what fits, and what is said when nothing does."""
 
 import dataclasses
-import json
 
 import pytest
 
