@@ -19,7 +19,7 @@ import torch
 
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.stream import StreamConfig, describe_place
-from codeparrot_ds.engine.engine import loss_scale, lowest_loss_scale
+from codeparrot_ds.engine.engine import loss_scale, lowest_loss_scale, step_was_applied
 from codeparrot_ds.engine.ranks import Ranks, SharedError
 
 logger = logging.getLogger("codeparrot_ds.bad_steps")
@@ -127,7 +127,7 @@ class BadSteps:
         Raises:
             DivergedError: it was the last of too many in a row; on every rank.
         """
-        if self.engine.was_step_applied():
+        if step_was_applied(self.engine):
             self.in_a_row = 0
             return
         by_rank = self.ranks.gather((list(self._findings(step)), self.losses().tolist()))
