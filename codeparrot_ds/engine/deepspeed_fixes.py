@@ -282,8 +282,8 @@ FIXES = (
         apply=undo_construction_step,
         configs=(Configs((FUSED, UNFUSED)),),
         corrects={
-            "runtime.fp16.fused_optimizer:FP16_Optimizer.initialize_optimizer_states": "8a0f3f0d7510",
-            "runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer.initialize_optimizer_states": "816545af5d59",
+            "runtime.fp16.fused_optimizer:FP16_Optimizer.initialize_optimizer_states": "f31c80131474",
+            "runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer.initialize_optimizer_states": "88856fc3cbf5",
         },
         noticed_by="test_deepspeed_still_steps_while_it_builds_stage_0",
     ),
@@ -291,8 +291,8 @@ FIXES = (
         apply=scale_the_loss_at_stage0,
         configs=(Configs((FUSED, UNFUSED), frozenset({"fp16"})),),
         corrects={
-            "runtime.engine:DeepSpeedEngine.backward": "a1936ef5faa1",
-            "runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer.step": "96d706b00143",
+            "runtime.engine:DeepSpeedEngine.backward": "0ce89b380479",
+            "runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer.step": "4a969b391faa",
         },
         noticed_by="test_the_loss_of_stage_0_in_fp16_is_scaled",
     ),
@@ -300,42 +300,42 @@ FIXES = (
         apply=guard_bare_optimizer,
         configs=(Configs((BARE,)),),
         corrects={
-            "runtime.engine:DeepSpeedEngine.clip_fp32_gradients": "7167d72d2d6d",
-            "runtime.engine:DeepSpeedEngine._take_model_step": "f985d96ab0e3",
+            "runtime.engine:DeepSpeedEngine.clip_fp32_gradients": "a58137bd2c53",
+            "runtime.engine:DeepSpeedEngine._take_model_step": "8e74072e9526",
         },
         noticed_by="test_deepspeed_still_lets_a_nan_into_the_weights_of_stage_0_in_fp32",
     ),
     Fix(
         apply=decide_by_the_norm,
         configs=(Configs((ZERO12,)),),
-        corrects={"runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step": "050c36d7948f"},
+        corrects={"runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step": "fac1cee02b7c"},
         noticed_by="test_deepspeed_still_steps_on_a_nan_that_it_does_not_check",
     ),
     Fix(
         apply=norm_without_fp64_copies,
         configs=(Configs((ZERO12, ZERO3), frozenset({"cpu"})),),
         corrects={
-            "runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_grad_norm_direct": "649b326c3e35",
-            "runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct": "89e96ae0ed8d",
+            "runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_grad_norm_direct": "b32464016844",
+            "runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct": "9df80f20d7ea",
         },
         noticed_by="test_the_norm_is_exact_without_an_fp64_copy_of_a_gradient",
     ),
     Fix(
         apply=bound_stage3_norms,
         configs=(Configs((ZERO3,)),),
-        corrects={"runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._get_norm_groups": "70a92017c69a"},
+        corrects={"runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._get_norm_groups": "2d02e95e07c6"},
         noticed_by="test_deepspeed_still_takes_a_norm_for_finite_at_stage_3_whose_square_is_not",
     ),
     Fix(
         apply=drop_offloaded_sums,
         configs=(Configs((ZERO12,), frozenset({"offloaded optimizer"})),),
-        corrects={"runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.reset_cpu_buffers": "6a42d2289b25"},
+        corrects={"runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.reset_cpu_buffers": "6af06bdbcc99"},
         noticed_by="test_deepspeed_still_keeps_the_offloaded_sums_of_a_step_that_it_skips",
     ),
     Fix(
         apply=let_the_loss_scale_rest,
         configs=(Configs((ZERO12, ZERO3), frozenset({"dynamic scale"})),),
-        corrects={"runtime.fp16.loss_scaler:DynamicLossScaler.update_scale": "1c959aef8148"},
+        corrects={"runtime.fp16.loss_scaler:DynamicLossScaler.update_scale": "08587403c85d"},
         noticed_by="test_deepspeed_still_raises_at_the_smallest_loss_scale",
     ),
     Fix(
@@ -356,14 +356,24 @@ def text_digest(where: str) -> str:
     path = Path(specification.origin).parent / (f"{name.replace('.', '/')}.py" if function else name)
     if not path.is_file():
         return ""
-    text = path.read_text(encoding="utf-8")
-    node: Any = ast.parse(text) if function else None
-    for name in function.split(".") if function else ():
+    if not function:
+        return _digest(path.read_text(encoding="utf-8"))
+    lines, node = _parsed(path)
+    for name in function.split("."):
         node = next((child for child in node.body if getattr(child, "name", None) == name), None)
         if node is None:
             return ""
-    code = text if node is None else ast.get_source_segment(text, node)
-    return hashlib.sha256(str(code).encode()).hexdigest()[:12]
+    return _digest("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _parsed(path: Path) -> tuple[list[str], Any]:
+    text = path.read_text(encoding="utf-8")
+    return text.splitlines(), ast.parse(text)
 
 
 def apply_fixes(engine: Any, use: Use) -> None:
@@ -380,9 +390,9 @@ def warn_of_unverified_version() -> None:
     if installed in VERIFIED:
         return
     changed = [f"{fix.name} ({', '.join(code)})" for fix in FIXES if (code := fix.changed_code())]
-    found = (
-        f"the code that these correct has changed: {'; '.join(changed)}" if changed else "what they correct is as was"
-    )
+    found = "what the fixes correct has not changed"
+    if changed:
+        found = f"what some fixes correct has changed: {'; '.join(changed)}"
     logger.warning(
         "DeepSpeed %s is installed, but the %d private parts of it that are used here and the %d fixes of its "
         "arithmetic were verified with %s alone; %s; install deepspeed==%s, or see docs/deepspeed.md",

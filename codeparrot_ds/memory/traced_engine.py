@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import zero_stage
 from codeparrot_ds.engine.engine import create_engine
+from codeparrot_ds.engine.fragments import parameter_shapes
 from codeparrot_ds.engine.traced import MAKERS, capture_checkpoints, model_state
 from codeparrot_ds.memory.storage_counter import Peak, Storage, StorageCounter, bytes_of, find_peak
 from codeparrot_ds.memory.workload import CATEGORIES, Memory, Workload
@@ -166,7 +167,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _composition(peak: Peak, workload: Workload, engine: Any) -> dict[str, int]:
     """The bytes of a peak by category."""
-    shapes = {tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in engine.module.parameters()}
+    shapes = set(map(tuple, parameter_shapes(engine).values()))
     num_logits = workload.micro_batch_size * workload.seq_length * workload.shape.vocab_size
     composition = dict.fromkeys(CATEGORIES, 0)
     for storage in peak.storages:
