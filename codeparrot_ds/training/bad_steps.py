@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is NaN or infinite: left out by every engine, told with their rows, few in a row.
 
-DeepSpeed leaves a step out when the norm of its gradient, which all ranks share, is not finite; ``engine/`` mends where
+DeepSpeed leaves a step out when the norm of its gradient, which all ranks share, is not finite; ``engine/`` fixes where
 it does not. A loss can be infinite while its gradient is finite, so :meth:`BadSteps.watch` makes the gradient of such a
 loss NaN: then one check, which costs nothing more, is for both. Nothing here waits for the device or for another rank
 until a step has been left out.
