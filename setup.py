@@ -39,7 +39,8 @@ setup(
     entry_points={"console_scripts": ["codeparrot-ds = codeparrot_ds.cli.main:main"]},
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.8",
+        # Private parts of it are used, which a minor version may rename: docs/deepspeed.md.
+        "deepspeed>=0.19.8,<0.20",
         "transformers>=5.17",
         "datasets>=4",
         "tokenizers>=0.22",

@@ -30,6 +30,7 @@ from codeparrot_ds.checkpoint.export import Export, write_export
 from codeparrot_ds.checkpoint.folders import STATE
 from codeparrot_ds.checkpoint.fragment_files import FragmentReader, fragment_entries, fragment_file_name
 from codeparrot_ds.checkpoint.tensor_file import TensorEntry, save_tensors, write_tensor_file
+from codeparrot_ds.engine.engine import loss_scaler_state, restore_loss_scaler
 from codeparrot_ds.engine.fragments import (
     MOMENTS,
     create_optimizer_state,
@@ -47,7 +48,6 @@ from codeparrot_ds.model.shapes import differing_parameters
 logger = logging.getLogger("codeparrot_ds.checkpoint")
 
 DATA = "data.json"
-LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 BYTES_BESIDE = 1 << 20  # of JSON, RNG states and tokenizer, generously
 
 
@@ -384,7 +384,6 @@ def _load_fragments(engine: Any, checkpoint: Path, saved_shapes: dict[str, list[
 
 
 def _engine_state(engine: Any) -> dict[str, Any]:
-    scaler = _loss_scaler(engine)
     return {
         "parameters": parameter_shapes(engine),
         "bytes_a_parameter": _bytes_a_parameter(engine),
@@ -393,7 +392,7 @@ def _engine_state(engine: Any) -> dict[str, Any]:
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "skipped_steps": engine.skipped_steps,
-        "loss_scaler": {key: getattr(scaler, key) for key in LOSS_SCALER_FIELDS if hasattr(scaler, key)},
+        "loss_scaler": loss_scaler_state(engine),
     }
 
 
@@ -410,10 +409,7 @@ def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
     for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
-    scaler = _loss_scaler(engine)
-    if scaler is not None:  # Empty in a checkpoint of another precision: fp16 then begins with its initial scale.
-        for key, value in state["loss_scaler"].items():
-            setattr(scaler, key, value)
+    restore_loss_scaler(engine, state["loss_scaler"])
 
 
 def _bytes_a_parameter(engine: Any) -> int:
@@ -422,20 +418,6 @@ def _bytes_a_parameter(engine: Any) -> int:
         if all(torch.is_tensor(state.get(moment)) for moment in MOMENTS):
             return master.element_size() + sum(state[moment].element_size() for moment in MOMENTS)
     return 3 * torch.float32.itemsize  # on NVMe
-
-
-def _loss_scaler(engine: Any) -> Any:
-    """The object that finds fp16's loss scale as it goes; None for other precisions and where the config fixes it.
-
-    It is ``loss_scaler`` in ZeRO's optimizers and ``loss_scale_config`` in stage 0's.
-    """
-    if not engine.fp16_enabled():
-        return None
-    settings = getattr(engine.optimizer, "loss_scale_config", None)
-    if settings is not None:
-        return settings if settings.dynamic_loss_scale else None
-    scaler = engine.optimizer.loss_scaler
-    return scaler if scaler.dynamic else None
 
 
 def _rng_state(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

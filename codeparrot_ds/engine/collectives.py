@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from codeparrot_ds.engine.private_parts import require
+
 # Share of the tensor's bytes that a rank sends, as a function of the ranks, where the collective is a ring.
 # https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 RING: dict[str, Callable[[int], float]] = {
@@ -22,14 +24,22 @@ RING: dict[str, Callable[[int], float]] = {
 }
 
 
+def collectives_backend() -> Any:
+    """DeepSpeed's backend that is in use, which has the collectives."""
+    require("comm.cdb")
+    from deepspeed.comm import comm
+
+    return comm.cdb
+
+
 @contextlib.contextmanager
 def replaced_collectives(
     backend: Any, replacement: Callable[[str, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Replaces the collectives of DeepSpeed's backend (``deepspeed.comm.comm.cdb``) while the context lasts.
+    """Replaces the collectives of DeepSpeed's backend while the context lasts.
 
     Args:
-        backend: the one that is in use.
+        backend: the one that is in use (`collectives_backend`).
         replacement: of a collective's name and the collective.
     """
     for name in RING:

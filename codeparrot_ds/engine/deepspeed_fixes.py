@@ -1,14 +1,39 @@
-"""What is changed in a DeepSpeed 0.19.8 engine so that every stage and precision does the same arithmetic."""
+"""What is changed in DeepSpeed's engine so that every stage and precision does the same arithmetic: `FIXES` has all.
+
+Each function but the first takes an engine of a config for which `FIXES` names it, whose private parts have been found.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
+import hashlib
 import importlib
+import importlib.util
 import itertools
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from codeparrot_ds.engine.private_parts import (
+    BARE,
+    FUSED,
+    PARTS,
+    UNFUSED,
+    VERIFIED,
+    ZERO3,
+    ZERO12,
+    Configs,
+    Use,
+    installed_version,
+    require,
+)
+
+logger = logging.getLogger("codeparrot_ds.engine")
 
 
 def import_muon_uncompiled() -> None:
@@ -17,6 +42,7 @@ def import_muon_uncompiled() -> None:
     Its functions are compiled as they are defined, which imports inductor: a third of a second of every start. Here
     they are when they are first called.
     """
+    require("compiler.compile", "muon.original_muon")
     from deepspeed.runtime import compiler
 
     def compile_when_called(function: Callable) -> Callable:
@@ -41,13 +67,11 @@ def undo_construction_step(engine: Any) -> None:
     within a few steps. The working weights are not touched by that step: they give the masters back.
     """
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups_flat"):
-        pairs = zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True)
-    elif hasattr(optimizer, "fp32_groups"):
-        pairs = zip(itertools.chain(*optimizer.fp16_groups), itertools.chain(*optimizer.fp32_groups), strict=True)
+    if type(optimizer).__name__ == FUSED:
+        working_weights, masters = optimizer.fp16_groups_flat, optimizer.fp32_groups_flat
     else:
-        return
-    for working, master in pairs:
+        working_weights, masters = itertools.chain(*optimizer.fp16_groups), itertools.chain(*optimizer.fp32_groups)
+    for working, master in zip(working_weights, masters, strict=True):
         master.data.copy_(working.data)
     for state in engine.basic_optimizer.state.values():
         state["step"] = torch.zeros_like(state["step"]) if torch.is_tensor(state["step"]) else 0
@@ -64,8 +88,6 @@ def scale_the_loss_at_stage0(engine: Any) -> None:
     """
     optimizer = engine.optimizer
     scaling = optimizer.loss_scale_config
-    if not scaling.use_grad_scaling:  # bf16
-        return
     plain_backward = engine.backward
 
     def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -73,7 +95,7 @@ def scale_the_loss_at_stage0(engine: Any) -> None:
         return plain_backward(loss.float() * scale, *args, **kwargs) / scale
 
     engine.backward = backward
-    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":
+    if type(optimizer).__name__ == UNFUSED:
         plain_unscale = optimizer.unscale_and_clip_grads
 
         def unscale(total_norm: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,8 +155,6 @@ def decide_by_the_norm(engine: Any) -> None:
     has no such switch. An offloaded optimizer looks while the gradients arrive.
     """
     optimizer = engine.optimizer
-    if not hasattr(optimizer, "check_grad_overflow"):
-        return
     looks_itself = optimizer.cpu_offload and optimizer.check_grad_overflow
     optimizer.check_grad_overflow = True
     if optimizer.compute_grad_norm and not looks_itself:
@@ -148,11 +168,10 @@ def norm_without_fp64_copies(engine: Any) -> None:
     does not; of a CPU's step of 111M parameters these copies are 1%, and a large one may need fresh memory.
     """
     optimizer = engine.optimizer
-    if engine.device.type != "cpu" or not hasattr(optimizer, "get_grad_norm_direct"):
-        return
     plain_norm = optimizer.get_grad_norm_direct
 
     def norm(gradients: list[torch.Tensor], params: Any, **kwargs: Any) -> torch.Tensor:
+        # Padding alone has the mark; stage 3 has neither.
         gradients = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         return plain_norm([_norms_of_rows(gradient) for gradient in gradients], params, **kwargs)
 
@@ -172,8 +191,6 @@ def bound_stage3_norms(engine: Any) -> None:
 
     Stage 3 counts norms in fp64. Without clipping such a gradient would make Adam's second moment infinite for good.
     """
-    if type(engine.optimizer).__name__ != "DeepSpeedZeroOptimizer_Stage3":
-        return
     plain_norms = engine.optimizer._get_norm_groups
     largest = torch.finfo(torch.float32).max ** 0.5
 
@@ -190,8 +207,6 @@ def drop_offloaded_sums(engine: Any) -> None:
     step is skipped.
     """
     optimizer = engine.optimizer
-    if not getattr(optimizer, "cpu_offload", False):
-        return
     plain_reset = optimizer.reset_cpu_buffers
 
     def reset() -> None:  # called after every step; after one that was made there is nothing left to drop
@@ -204,9 +219,7 @@ def drop_offloaded_sums(engine: Any) -> None:
 
 def let_the_loss_scale_rest(engine: Any) -> None:
     """Keeps fp16 at its smallest loss scale, where DeepSpeed would raise: such a step counts as a bad one instead."""
-    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
-    if hasattr(scaler, "raise_error_at_min_scale"):
-        scaler.raise_error_at_min_scale = False
+    engine.optimizer.loss_scaler.raise_error_at_min_scale = False
 
 
 def forget_beta_powers(engine: Any) -> None:
@@ -233,6 +246,155 @@ def forget_beta_powers(engine: Any) -> None:
                 2048 * 32, base._dummy_overflow_buf, tensors, 0.0, beta1, beta2, epsilon, far_away, 1, 1, 0.0
             )
 
-    on_cpu = type(base).__name__ == "FusedAdam" and engine.device.type == "cpu"
-    if on_cpu or type(base).__name__ == "DeepSpeedCPUAdam":
-        base.register_step_post_hook(update_dummy)
+    base.register_step_post_hook(update_dummy)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fix:
+    """One thing that is changed, in the order in which they are made.
+
+    A fix whose private parts are missing is refused before any is made (``check_parts``), so each finds what it needs.
+    """
+
+    apply: Callable[[Any], None]
+    configs: tuple[Configs, ...]
+    """Any of them needs it."""
+    corrects: dict[str, str]
+    """The code of DeepSpeed that it corrects, ``module:function`` or a file, and the hash of its text."""
+    noticed_by: str
+    """The test that fails when DeepSpeed no longer needs it."""
+    verified: tuple[str, ...] = VERIFIED
+
+    @property
+    def name(self) -> str:
+        return self.apply.__name__
+
+    def include(self, use: Use) -> bool:
+        return any(configs.include(use) for configs in self.configs)
+
+    def changed_code(self) -> list[str]:
+        """What it corrects that is not the code it was verified with: a fix there may do nothing, or harm."""
+        return [where for where, digest in self.corrects.items() if text_digest(where) != digest]
+
+
+FIXES = (
+    Fix(
+        apply=undo_construction_step,
+        configs=(Configs((FUSED, UNFUSED)),),
+        corrects={
+            "runtime.fp16.fused_optimizer:FP16_Optimizer.initialize_optimizer_states": "f31c80131474",
+            "runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer.initialize_optimizer_states": "88856fc3cbf5",
+        },
+        noticed_by="test_deepspeed_still_steps_while_it_builds_stage_0",
+    ),
+    Fix(
+        apply=scale_the_loss_at_stage0,
+        configs=(Configs((FUSED, UNFUSED), frozenset({"fp16"})),),
+        corrects={
+            "runtime.engine:DeepSpeedEngine.backward": "0ce89b380479",
+            "runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer.step": "4a969b391faa",
+        },
+        noticed_by="test_the_loss_of_stage_0_in_fp16_is_scaled",
+    ),
+    Fix(
+        apply=guard_bare_optimizer,
+        configs=(Configs((BARE,)),),
+        corrects={
+            "runtime.engine:DeepSpeedEngine.clip_fp32_gradients": "a58137bd2c53",
+            "runtime.engine:DeepSpeedEngine._take_model_step": "8e74072e9526",
+        },
+        noticed_by="test_deepspeed_still_lets_a_nan_into_the_weights_of_stage_0_in_fp32",
+    ),
+    Fix(
+        apply=decide_by_the_norm,
+        configs=(Configs((ZERO12,)),),
+        corrects={"runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step": "fac1cee02b7c"},
+        noticed_by="test_deepspeed_still_steps_on_a_nan_that_it_does_not_check",
+    ),
+    Fix(
+        apply=norm_without_fp64_copies,
+        configs=(Configs((ZERO12, ZERO3), frozenset({"cpu"})),),
+        corrects={
+            "runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_grad_norm_direct": "b32464016844",
+            "runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct": "9df80f20d7ea",
+        },
+        noticed_by="test_the_norm_is_exact_without_an_fp64_copy_of_a_gradient",
+    ),
+    Fix(
+        apply=bound_stage3_norms,
+        configs=(Configs((ZERO3,)),),
+        corrects={"runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._get_norm_groups": "2d02e95e07c6"},
+        noticed_by="test_deepspeed_still_takes_a_norm_for_finite_at_stage_3_whose_square_is_not",
+    ),
+    Fix(
+        apply=drop_offloaded_sums,
+        configs=(Configs((ZERO12,), frozenset({"offloaded optimizer"})),),
+        corrects={"runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.reset_cpu_buffers": "6af06bdbcc99"},
+        noticed_by="test_deepspeed_still_keeps_the_offloaded_sums_of_a_step_that_it_skips",
+    ),
+    Fix(
+        apply=let_the_loss_scale_rest,
+        configs=(Configs((ZERO12, ZERO3), frozenset({"dynamic scale"})),),
+        corrects={"runtime.fp16.loss_scaler:DynamicLossScaler.update_scale": "08587403c85d"},
+        noticed_by="test_deepspeed_still_raises_at_the_smallest_loss_scale",
+    ),
+    Fix(
+        apply=forget_beta_powers,
+        configs=(Configs(traits=frozenset({"FusedAdam", "cpu"})), Configs(traits=frozenset({"DeepSpeedCPUAdam"}))),
+        corrects={"ops/csrc/includes/cpu_adam.h": "d269bd3a7adc"},
+        noticed_by="test_deepspeed_still_keeps_beta_powers_between_steps",
+    ),
+)
+"""`import_muon_uncompiled` is none of them: it changes no arithmetic, and comes before the engine."""
+
+
+def text_digest(where: str) -> str:
+    """The first digits of the SHA-256 of some code of the installed DeepSpeed (see `Fix.corrects`); empty: gone."""
+    name, _, function = where.partition(":")
+    specification = importlib.util.find_spec("deepspeed")
+    assert specification is not None and specification.origin is not None
+    path = Path(specification.origin).parent / (f"{name.replace('.', '/')}.py" if function else name)
+    if not path.is_file():
+        return ""
+    if not function:
+        return _digest(path.read_text(encoding="utf-8"))
+    lines, node = _parsed(path)
+    for name in function.split("."):
+        node = next((child for child in node.body if getattr(child, "name", None) == name), None)
+        if node is None:
+            return ""
+    return _digest("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _parsed(path: Path) -> tuple[list[str], Any]:
+    text = path.read_text(encoding="utf-8")
+    return text.splitlines(), ast.parse(text)
+
+
+def apply_fixes(engine: Any, use: Use) -> None:
+    """Makes every fix that an engine needs; its private parts have been checked."""
+    for fix in FIXES:
+        if fix.include(use):
+            fix.apply(engine)
+
+
+@functools.cache
+def warn_of_unverified_version() -> None:
+    """Says once, where the installed DeepSpeed is not one that parts and fixes were verified with, what that means."""
+    installed = installed_version()
+    if installed in VERIFIED:
+        return
+    changed = [f"{fix.name} ({', '.join(code)})" for fix in FIXES if (code := fix.changed_code())]
+    found = "what the fixes correct has not changed"
+    if changed:
+        found = f"what some fixes correct has changed: {'; '.join(changed)}"
+    logger.warning(
+        "DeepSpeed %s is installed, but the %d private parts of it that are used here and the %d fixes of its "
+        "arithmetic were verified with %s alone; %s; install deepspeed==%s, or see docs/deepspeed.md",
+        *(installed, len(PARTS), len(FIXES), ", ".join(VERIFIED), found, VERIFIED[-1]),
+    )

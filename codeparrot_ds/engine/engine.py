@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: optimizer groups, schedule, precision, and the mends of DeepSpeed 0.19.8.
+"""The DeepSpeed engine of a run: optimizer groups, schedule, precision, and the fixes of DeepSpeed.
 
 Every engine that is made here leaves an optimizer step out when the gradient is not finite: weights, masters and Adam's
 states stay what they were bit for bit, the gradient is dropped, ``engine.skipped_steps`` counts it, and the schedule
@@ -16,29 +16,25 @@ from torch import nn
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.schedule import learning_rate_factor
-from codeparrot_ds.ds_config.facts import activation_checkpointing, precision, zero_stage
-from codeparrot_ds.engine.deepspeed_fixes import (
-    bound_stage3_norms,
-    decide_by_the_norm,
-    drop_offloaded_sums,
-    forget_beta_powers,
-    guard_bare_optimizer,
-    import_muon_uncompiled,
-    let_the_loss_scale_rest,
-    norm_without_fp64_copies,
-    scale_the_loss_at_stage0,
-    undo_construction_step,
-)
+from codeparrot_ds.ds_config.facts import activation_checkpointing
+from codeparrot_ds.engine.deepspeed_fixes import apply_fixes, import_muon_uncompiled, warn_of_unverified_version
+from codeparrot_ds.engine.private_parts import FUSED, UNFUSED, ZERO3, ZERO12, check_parts, use_of
 from codeparrot_ds.model.gpt2 import enable_activation_checkpointing, get_grouped_params
 
+LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
-def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig) -> Any:
+
+def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig, *, traced: bool = False) -> Any:
     """Hands the model to DeepSpeed with AdamW groups and the schedule; collective. Returns the engine.
 
     Args:
         model: from ``build_model``.
         ds_config: the resolved DeepSpeed config.
         config: the run config, for the schedule and the weight decay.
+        traced: whether its memory is traced, which needs more of DeepSpeed's private parts.
+
+    Raises:
+        PrivatePartError: DeepSpeed lacks a private part that this config needs, or made an optimizer of unknown class.
     """
     import deepspeed
 
@@ -48,6 +44,8 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
     def factor(step: int) -> float:
         return learning_rate_factor(config.lr_scheduler_type, step, config.num_warmup_steps, config.max_train_steps)
 
+    if torch.distributed.get_rank() == 0:
+        warn_of_unverified_version()
     import_muon_uncompiled()
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -56,36 +54,55 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         dist_init_required=False,
     )
-    if zero_stage(ds_config) == 0:
-        if precision(ds_config) == "fp32":
-            guard_bare_optimizer(engine)
-        else:
-            undo_construction_step(engine)
-            scale_the_loss_at_stage0(engine)
-    decide_by_the_norm(engine)
-    norm_without_fp64_copies(engine)
-    bound_stage3_norms(engine)
-    drop_offloaded_sums(engine)
-    let_the_loss_scale_rest(engine)
-    forget_beta_powers(engine)
+    use = use_of(engine, ds_config, traced=traced)
+    check_parts(use, engine)
+    apply_fixes(engine, use)
     return engine
+
+
+def step_was_applied(engine: Any) -> bool:
+    """Whether the last step was made and not skipped; the same on all ranks."""
+    return bool(engine.was_step_applied())
+
+
+def _loss_scaler(engine: Any) -> tuple[Any, bool]:
+    """What holds the loss scale, and whether it finds the scale as it goes; (None, False) where there is no scale."""
+    kind, optimizer = type(engine.optimizer).__name__, engine.optimizer
+    if kind in (FUSED, UNFUSED):
+        return optimizer.loss_scale_config, optimizer.loss_scale_config.dynamic_loss_scale
+    if kind in (ZERO12, ZERO3):
+        return optimizer.loss_scaler, optimizer.loss_scaler.dynamic
+    return None, False
 
 
 def loss_scale(engine: Any) -> float:
     """The current loss scale; 1 where the precision needs none."""
-    for holder in (getattr(engine.optimizer, "loss_scale_config", None), engine.optimizer):
-        value = getattr(holder, "cur_scale", None) or getattr(holder, "loss_scale", None)
-        if value is not None:
-            return float(value)
-    return 1.0
+    scaler, _ = _loss_scaler(engine)
+    return 1.0 if scaler is None else float(scaler.cur_scale)
 
 
 def lowest_loss_scale(engine: Any) -> float | None:
     """How far dynamic loss scaling may lower the scale; None where the scale is fixed or the precision needs none."""
-    stage0 = getattr(engine.optimizer, "loss_scale_config", None)
-    if stage0 is not None:
-        return stage0.min_loss_scale if stage0.dynamic_loss_scale else None
-    return getattr(getattr(engine.optimizer, "loss_scaler", None), "min_scale", None)
+    scaler, dynamic = _loss_scaler(engine)
+    if not dynamic:
+        return None
+    return scaler.min_loss_scale if type(engine.optimizer).__name__ in (FUSED, UNFUSED) else scaler.min_scale
+
+
+def loss_scaler_state(engine: Any) -> dict[str, Any]:
+    """What dynamic loss scaling continues with after a restart; empty where the scale is fixed or there is none."""
+    scaler, dynamic = _loss_scaler(engine)
+    # Stage 0 counts no hysteresis: it only hands on what a checkpoint of another stage brought.
+    names = [name for name in LOSS_SCALER_FIELDS if name != "cur_hysteresis" or name in vars(scaler)] if dynamic else []
+    return {name: getattr(scaler, name) for name in names}
+
+
+def restore_loss_scaler(engine: Any, state: dict[str, Any]) -> None:
+    """Takes over `loss_scaler_state`; from another precision it is empty, and fp16 begins with its initial scale."""
+    scaler, dynamic = _loss_scaler(engine)
+    if dynamic:
+        for name, value in state.items():
+            setattr(scaler, name, value)
 
 
 def keep_freed_pages() -> None:

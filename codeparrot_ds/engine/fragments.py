@@ -2,7 +2,7 @@
 
 A fragment is a contiguous piece of one flattened parameter: its fp32 master weights and both Adam moments. Each rank
 reads and writes only what its ZeRO partition owns, under the parameter's name and the offset inside the parameter.
-Where the pieces lie is read from DeepSpeed's own mappings (0.19.8):
+Where the pieces lie is read from DeepSpeed's own mappings (`codeparrot_ds.engine.private_parts`):
 
 - stages 1 and 2 (``DeepSpeedZeroOptimizer``): the flat groups' parameters in their order and offsets, cut by rank
   (``parameter._hp_mapping`` is not used: with ``round_robin_gradients`` it has the offsets of another order);
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from codeparrot_ds.engine.private_parts import BF16, FUSED, UNFUSED, ZERO3, ZERO12, wrapper_of
 
 MASTER = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,7 +48,8 @@ class Fragment:
 
 def parameter_shapes(engine: Any) -> dict[str, list[int]]:
     """Shape of every trained parameter by name, the whole one also where ZeRO-3 has partitioned it."""
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in _trained(engine)}
+    whole = wrapper_of(engine) == ZERO3
+    return {name: list(p.ds_shape if whole else p.shape) for name, p in _trained(engine)}
 
 
 def owned_fragments(engine: Any, *, every_copy: bool = False) -> Generator[list[Fragment], None, None]:
@@ -58,44 +61,47 @@ def owned_fragments(engine: Any, *, every_copy: bool = False) -> Generator[list[
         engine: a DeepSpeed engine with a FusedAdam, CPUAdam or torch AdamW optimizer whose states exist.
         every_copy: at stage 0, where every rank holds everything, yield on every rank (to fill them all) and not on
             rank 0 alone (to save once).
+
+    Raises:
+        PrivatePartError: DeepSpeed's optimizer is of a class that is not known here.
     """
-    kind = type(engine.optimizer).__name__
-    if kind == "DeepSpeedZeroOptimizer_Stage3":
+    wrapper = wrapper_of(engine)
+    if wrapper == ZERO3:
         yield from _stage3_fragments(engine)
-    elif kind == "DeepSpeedZeroOptimizer":
+    elif wrapper == ZERO12:
         yield list(_stage12_fragments(engine))
-    elif kind == "BF16_Optimizer":
+    elif wrapper == BF16:
         yield list(_bf16_optimizer_fragments(engine))
-    elif engine.global_rank == 0 or every_copy:
-        yield list(_stage0_fragments(engine))
+    elif engine.global_rank == 0 or every_copy:  # stage 0
+        yield list(_stage0_fragments(engine, wrapper))
 
 
 def on_nvme(engine: Any) -> bool:
     """Whether this rank's fragments are on NVMe, and in memory a group at a time."""
-    return bool(getattr(engine.optimizer, "swap_optimizer", False))
+    return wrapper_of(engine) == ZERO3 and bool(engine.optimizer.swap_optimizer)
 
 
 def create_optimizer_state(engine: Any) -> None:
     """Creates Adam's moments and step counters where DeepSpeed has not done so yet (it waits for the first step)."""
-    optimizer, base = engine.optimizer, engine.basic_optimizer
-    flats = getattr(optimizer, "fp32_partitioned_groups_flat", None)
-    if flats is None:
-        flats = [tensor for group in base.param_groups for tensor in group["params"]]
-    for i, flat in enumerate(flats):
+    optimizer, base, wrapper = engine.optimizer, engine.basic_optimizer, wrapper_of(engine)
+    # Stage 3 hands the basic optimizer one group at a time.
+    groups = [tensor for group in base.param_groups for tensor in group["params"]]
+    for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat if wrapper == ZERO3 else groups):
         state = base.state[flat]
         if any(moment not in state for moment in MOMENTS):
-            with _in_memory(optimizer, i):  # A group on NVMe goes back there with its moments.
+            with _in_memory(engine, i):  # A group on NVMe goes back there with its moments.
                 for moment in MOMENTS:
                     state.setdefault(moment, torch.zeros_like(flat.data, dtype=_moments_dtype(base, flat)))
         state.setdefault("step", torch.tensor(0.0) if isinstance(base, torch.optim.Adam) else 0)
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+    if wrapper in (ZERO12, BF16):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _moments_dtype(base: Any, master: torch.Tensor) -> torch.dtype:
     """What the optimizer itself would create: the master's dtype, but in CPU memory fp32 unless told otherwise."""
-    return torch.float32 if getattr(base, "fp32_optimizer_states", False) else master.dtype
+    on_host = type(base).__name__ == "DeepSpeedCPUAdam"
+    return torch.float32 if on_host and base.fp32_optimizer_states else master.dtype
 
 
 def optimizer_step_count(engine: Any) -> int:
@@ -113,21 +119,20 @@ def set_optimizer_step_count(engine: Any, step: int) -> None:
 @torch.no_grad()
 def masters_to_working_weights(engine: Any) -> None:
     """Copies the fp32 masters, just filled, into the weights that the forward pass uses."""
-    optimizer = engine.optimizer
-    kind = type(optimizer).__name__
-    if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+    optimizer, wrapper = engine.optimizer, wrapper_of(engine)
+    if wrapper in (ZERO12, BF16):
         optimizer.update_lp_params()
-    elif kind == "FP16_Optimizer":
+    elif wrapper == FUSED:
         for working, master in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
             working.data.copy_(master.data)
-    elif kind == "FP16_UnfusedOptimizer":
+    elif wrapper == UNFUSED:
         for working_group, master_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for working, master in zip(working_group, master_group, strict=True):
                 working.data.copy_(master.data)
-    elif kind == "DeepSpeedZeroOptimizer_Stage3":
+    elif wrapper == ZERO3:
         optimizer.checkpoint_event_prologue()
         for i in range(len(optimizer.fp32_partitioned_groups_flat)):
-            with _in_memory(optimizer, i):
+            with _in_memory(engine, i):
                 optimizer._partitioned_params_swap_out(i)  # into memory or, for weights on NVMe, to the disk
         optimizer.checkpoint_event_epilogue()
 
@@ -154,7 +159,7 @@ def _stage3_fragments(engine: Any) -> Iterator[list[Fragment]]:
         by_group.setdefault(group, []).append((name, parameter, offset, numel))
     resident: list[Fragment] = []
     for group, members in sorted(by_group.items()):
-        with _in_memory(optimizer, group):
+        with _in_memory(engine, group):
             flat = optimizer.fp32_partitioned_groups_flat[group]
             fragments = []
             for name, parameter, offset, numel in members:
@@ -163,7 +168,7 @@ def _stage3_fragments(engine: Any) -> Iterator[list[Fragment]]:
                 if owned > 0:
                     tensors = _pieces(engine.basic_optimizer.state[flat], flat, offset, owned)
                     fragments.append(Fragment(name=name, start=start, tensors=tensors))
-            if _swapped(optimizer, group):
+            if _swapped(engine, group):
                 yield fragments
             else:
                 resident += fragments
@@ -195,18 +200,17 @@ def _bf16_optimizer_fragments(engine: Any) -> Iterator[Fragment]:
         yield Fragment(name=name, start=mapping.lp_fragment_address.start, tensors=tensors)
 
 
-def _stage0_fragments(engine: Any) -> Iterator[Fragment]:
+def _stage0_fragments(engine: Any, wrapper: str) -> Iterator[Fragment]:
     optimizer, base = engine.optimizer, engine.basic_optimizer
-    kind = type(optimizer).__name__
     names = {id(parameter): name for name, parameter in _trained(engine)}
-    if kind == "FP16_Optimizer":
+    if wrapper == FUSED:
         for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
             offset = 0
             for parameter in group:
                 tensors = _pieces(base.state[flat], flat, offset, parameter.numel())
                 yield Fragment(name=names[id(parameter)], start=0, tensors=tensors)
                 offset += parameter.numel()
-    elif kind == "FP16_UnfusedOptimizer":
+    elif wrapper == UNFUSED:
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, master in zip(group, masters, strict=True):
                 tensors = _pieces(base.state[master], master, 0, master.numel())
@@ -217,15 +221,15 @@ def _stage0_fragments(engine: Any) -> Iterator[Fragment]:
             yield Fragment(name=name, start=0, tensors=tensors)
 
 
-def _swapped(optimizer: Any, group: int) -> bool:
-    return bool(getattr(optimizer, "swap_optimizer", False)) and optimizer._swappable_optimizer_subgroup(group)
+def _swapped(engine: Any, group: int) -> bool:
+    return on_nvme(engine) and engine.optimizer._swappable_optimizer_subgroup(group)
 
 
 class _in_memory:
     """Holds one stage 3 group in memory when it lives on NVMe, and writes it back after."""
 
-    def __init__(self, optimizer: Any, group: int) -> None:
-        self.optimizer, self.group, self.swapped = optimizer, group, _swapped(optimizer, group)
+    def __init__(self, engine: Any, group: int) -> None:
+        self.optimizer, self.group, self.swapped = engine.optimizer, group, _swapped(engine, group)
 
     def __enter__(self) -> None:
         if self.swapped:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.ds_config.facts import offload_device
+from codeparrot_ds.engine.private_parts import require
 from codeparrot_ds.errors import UserError
 
 logger = logging.getLogger("codeparrot_ds.ops")
@@ -138,6 +139,7 @@ def _build(name: str) -> None:
     }
     _remove_stale_lock(name)
     started = time.monotonic()
+    require("OpBuilder.cxx_args")
     builder = builders[name]()
     arguments = builder.cxx_args
     # DeepSpeed asks for debug information, mostly of torch's headers: a fifth of the time, nine tenths of the file.
@@ -175,6 +177,7 @@ def _load_built(name: str) -> None:
 
     That loading imports the compiler tools, asks py-cpuinfo and runs ninja, each time in each rank.
     """
+    require("OpBuilder._loaded_ops")
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     if name in OpBuilder._loaded_ops or not _record_holds(name):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from codeparrot_ds.engine.private_parts import require
 from codeparrot_ds.errors import UserError
 
 T = TypeVar("T")
@@ -109,9 +110,7 @@ def join_ranks() -> Ranks:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    # DeepSpeed would build a C++ operator for inference's all-reduce here, in every rank at once; training has no use
-    # for it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    build_no_shared_memory_operator()
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     return Ranks(
         rank=dist.get_rank(),
@@ -120,6 +119,17 @@ def join_ranks() -> Ranks:
         device=device,
         control=dist.new_group(backend="gloo"),
     )
+
+
+def build_no_shared_memory_operator() -> None:
+    """Keeps DeepSpeed from building a C++ operator for inference's all-reduce when a rank joins, in all ranks at once.
+
+    Training has no use for it.
+    """
+    import deepspeed
+
+    require("build_shm_op.__compatible_ops__")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def leave_ranks() -> None:

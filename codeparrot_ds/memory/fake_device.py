@@ -10,6 +10,7 @@ CUDA build of torch; a pretended ``cpu`` is the CPU accelerator itself, where of
 
 from __future__ import annotations
 
+import contextlib
 import os
 import types
 import weakref
@@ -20,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from codeparrot_ds.engine.ranks import build_no_shared_memory_operator
+from codeparrot_ds.engine.traced import replace_backend, replace_operators, replace_pinning
 from codeparrot_ds.memory.storage_counter import StorageCounter
 
 PRETENDED = "pretended"
@@ -66,7 +69,6 @@ def _make_accelerator() -> Any:
     """A DeepSpeed accelerator that behaves like CUDA's where memory is concerned."""
     from deepspeed.accelerator.abstract_accelerator import DeepSpeedAccelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-    from deepspeed.runtime.utils import noop_context
 
     device = torch.device(PRETENDED, 0)
 
@@ -122,7 +124,7 @@ def _make_accelerator() -> Any:
         Event = Stream
 
         def stream(self, stream: Any) -> Any:
-            return noop_context()
+            return contextlib.nullcontext()
 
         def current_stream(self, device_index: int | None = None) -> FakeStream:
             return FakeStream()
@@ -140,18 +142,14 @@ def _make_accelerator() -> Any:
         LongTensor = tensor_type(torch.int64)
         ByteTensor = tensor_type(torch.uint8)
 
-        _torch_pins_host_memory = True
         pin_memory = DeepSpeedAccelerator.pin_memory
 
-        def _torch_pin_memory(self, tensor: torch.Tensor) -> torch.Tensor:
-            return pinned_by_torch(torch.empty_like(tensor, device="cpu"))
-
-        def _torch_empty_pinned(self, tensor: torch.Tensor, shape: Any) -> torch.Tensor:
-            return pinned_by_torch(tensor.new_empty(shape))
-
-        def _torch_is_pinned(self, tensor: torch.Tensor) -> bool:
-            return is_pinned(tensor)
-
+    replace_pinning(
+        PretendedAccelerator,
+        pin=lambda tensor: pinned_by_torch(torch.empty_like(tensor, device="cpu")),
+        empty=lambda tensor, shape: pinned_by_torch(tensor.new_empty(shape)),
+        is_pinned=is_pinned,
+    )
     return PretendedAccelerator()
 
 
@@ -296,11 +294,8 @@ def convert_modules_in_place() -> None:
 
 def join_fake_ranks(world_size: int) -> None:
     """Makes this process rank 0 of `world_size` ranks whose collectives are over at once and change nothing."""
-    import deepspeed
     import torch.distributed as dist
-    from deepspeed.comm import comm
     from deepspeed.comm.torch import TorchBackend
-    from deepspeed.runtime.zero import partitioned_param_coordinator
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     class FakeRanks(TorchBackend):
@@ -319,11 +314,9 @@ def join_fake_ranks(world_size: int) -> None:
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # looked at, never connected to
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    build_no_shared_memory_operator()
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    comm.cdb = FakeRanks("fake", None, None)
-    # It compares numbers of all ranks, which here have no values.
-    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda *_: None
+    replace_backend(FakeRanks("fake", None, None))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -396,13 +389,12 @@ class _FakeHandle:
 
 def use_fake_operators() -> FakeFiles:
     """Replaces DeepSpeed's compiled operators by ones that leave tensors alone; returns what they "write"."""
-    from deepspeed.ops.op_builder.builder import OpBuilder
 
     def nothing(*_: Any, **__: Any) -> int:
         return 0
 
     files = FakeFiles()
-    OpBuilder._loaded_ops.update(
+    replace_operators(
         fused_adam=types.SimpleNamespace(multi_tensor_adam=nothing),
         cpu_adam=types.SimpleNamespace(create_adam=nothing, adam_update=nothing, destroy_adam=nothing),
         async_io=types.SimpleNamespace(aio_handle=files.make_handle),

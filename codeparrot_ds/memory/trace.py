@@ -54,7 +54,9 @@ PACKAGE = PACKAGE_PARENT / "codeparrot_ds"
 SOURCES = (
     "model/gpt2.py",
     "model/shapes.py",
+    "engine/deepspeed_fixes.py",
     "engine/engine.py",
+    "engine/traced.py",
     "memory/fake_device.py",
     "memory/trace.py",
     "memory/storage_counter.py",

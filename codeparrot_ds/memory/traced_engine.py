@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import zero_stage
 from codeparrot_ds.engine.engine import create_engine
+from codeparrot_ds.engine.fragments import parameter_shapes
+from codeparrot_ds.engine.traced import MAKERS, capture_checkpoints, model_state
 from codeparrot_ds.memory.storage_counter import Peak, Storage, StorageCounter, bytes_of, find_peak
 from codeparrot_ds.memory.workload import CATEGORIES, Memory, Workload
 from codeparrot_ds.model.gpt2 import build_model
@@ -29,24 +31,6 @@ from codeparrot_ds.model.gpt2 import build_model
 # Adam's states appear in the first step, what stage 3 keeps gathered after the first backward pass: by then a step is
 # like all that follow, with a micro-batch to spare.
 NUM_MICRO_BATCHES = 3
-# What DeepSpeed's functions (of 0.19.8) make, by file and function; "*" stands for all functions of a file. What stays
-# from step to step is known by where it is found instead (`_tag_model_state`).
-MAKERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "buckets": {
-        "stage_1_and_2.py": ("setup_buckets", "allreduce_bucket", "allreduce_and_scatter"),
-        "coalesced_collectives.py": ("*",),
-    },
-    "gradients": {
-        "stage_1_and_2.py": (
-            "copy_grads_in_partition",
-            "fill_grad_accum_attribute",
-            "_build_compact_grad_partition_buffer",
-        )
-    },
-    "parameters": {
-        name: ("*",) for name in ("partition_parameters.py", "partitioned_param_coordinator.py", "parameter_offload.py")
-    },
-}
 
 
 def trace(workload: Workload, *, device_name: str = "accelerator") -> Memory:
@@ -94,7 +78,7 @@ def measure(workload: Workload, counter: StorageCounter, device: torch.device) -
             zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
             device=device,
         )
-        engine = create_engine(model, ds_config, RunConfig())
+        engine = create_engine(model, ds_config, RunConfig(), traced=True)
         del model
         gc.collect()
     gc.freeze()
@@ -172,21 +156,8 @@ def _step(engine: Any, ids: torch.Tensor, accumulation_steps: int, counter: Stor
 
 def _tag_model_state(engine: Any, counter: StorageCounter) -> None:
     """Names what stays from step to step by where it is found."""
-    for parameter in engine.module.parameters():
-        shards = (getattr(parameter, name, None) for name in ("ds_tensor", "ds_secondary_tensor"))
-        counter.tag([parameter.data, *(shard for shard in shards if shard is not None)], "parameters")
-    basic, wrapper = engine.basic_optimizer, engine.optimizer
-    for group in basic.param_groups:
-        counter.tag([parameter.data for parameter in group["params"]], "optimizer")
-    for state in basic.state.values():
-        counter.tag([value for value in state.values() if isinstance(value, torch.Tensor)], "optimizer")
-    # Stage 3 hands the basic optimizer one sub-group at a time.
-    counter.tag(_tensors(getattr(wrapper, "fp32_partitioned_groups_flat", [])), "optimizer")
-    for name in ("grad_partitions_flat_buffer", "averaged_gradients", "fp32_groups_gradients_flat"):
-        counter.tag(_tensors(getattr(wrapper, name, [])), "gradients")
-    counter.tag(_tensors(getattr(wrapper, "temp_grad_buffer_for_gpu_offload", [])), "buckets")
-    for bucket in getattr(wrapper, "ipg_buckets", {}).values():
-        counter.tag(_tensors(bucket.buffer), "buckets")
+    for category, tensors in model_state(engine):
+        counter.tag(_tensors(tensors), category)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -196,7 +167,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _composition(peak: Peak, workload: Workload, engine: Any) -> dict[str, int]:
     """The bytes of a peak by category."""
-    shapes = {tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter in engine.module.parameters()}
+    shapes = set(map(tuple, parameter_shapes(engine).values()))
     num_logits = workload.micro_batch_size * workload.seq_length * workload.shape.vocab_size
     composition = dict.fromkeys(CATEGORIES, 0)
     for storage in peak.storages:
@@ -238,7 +209,7 @@ def _checkpoint_bytes(engine: Any, world_size: int, nvme_bytes: int) -> int:
         storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(state_dict)}
         sizes[path] = sum(storage.nbytes() for storage in storages.values())
 
-    engine.checkpoint_engine.save = save
+    capture_checkpoints(engine, save)
     with tempfile.TemporaryDirectory() as folder:
         engine.save_checkpoint(folder, tag="traced", save_latest=False)
     own = sum(size for path, size in sizes.items() if "zero_pp_rank_" in path)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from codeparrot_ds.engine.collectives import replaced_collectives
+from codeparrot_ds.engine.collectives import collectives_backend, replaced_collectives
 from codeparrot_ds.supervision.heartbeat import beat
 from codeparrot_ds.telemetry.profile_table import COMMUNICATION, STEP, read_profile, table
 
@@ -56,6 +56,7 @@ class StepProfiler:
     ) -> None:
         self._engine, self._loader, self._device, self._say, self._pause = engine, loader, device, say, pause
         self._folder = folder / "profile"
+        self._backend = collectives_backend()
         self._first = first_step + WARMUP_STEPS
         self._last = self._first + num_steps - 1
         self._stack = contextlib.ExitStack()
@@ -88,8 +89,6 @@ class StepProfiler:
             torch.cuda.synchronize(self._device)
 
     def _begin(self) -> None:
-        import deepspeed.comm.comm as deepspeed_comm
-
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -97,7 +96,7 @@ class StepProfiler:
         self._profile = self._stack.enter_context(profile(activities=activities))
         for method, phase in METHODS.items():
             self._stack.enter_context(_marked(self._engine, method, phase))
-        self._stack.enter_context(replaced_collectives(deepspeed_comm.cdb, functools.partial(_in_range, COMMUNICATION)))
+        self._stack.enter_context(replaced_collectives(self._backend, functools.partial(_in_range, COMMUNICATION)))
 
     def _end(self) -> None:
         started = time.perf_counter()

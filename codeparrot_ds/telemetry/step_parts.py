@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from codeparrot_ds.engine.collectives import RING, replaced_collectives
+from codeparrot_ds.engine.collectives import RING, collectives_backend, replaced_collectives
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 
@@ -92,10 +92,8 @@ class StepParts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        import deepspeed.comm.comm as deepspeed_comm
-
         self._device = device
-        self.communication = Communication(deepspeed_comm.cdb, self._wait)
+        self.communication = Communication(collectives_backend(), self._wait)
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.total_seconds = 0.0
         self.steps = 0

@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is NaN or infinite: left out by every engine, told with their rows, few in a row.
 
-DeepSpeed leaves a step out when the norm of its gradient, which all ranks share, is not finite; ``engine/`` mends where
+DeepSpeed leaves a step out when the norm of its gradient, which all ranks share, is not finite; ``engine/`` fixes where
 it does not. A loss can be infinite while its gradient is finite, so :meth:`BadSteps.watch` makes the gradient of such a
 loss NaN: then one check, which costs nothing more, is for both. Nothing here waits for the device or for another rank
 until a step has been left out.
@@ -20,7 +20,7 @@ import torch
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.stream import StreamConfig, describe_place
-from codeparrot_ds.engine.engine import loss_scale, lowest_loss_scale
+from codeparrot_ds.engine.engine import loss_scale, lowest_loss_scale, step_was_applied
 from codeparrot_ds.engine.ranks import Ranks, SharedError
 from codeparrot_ds.telemetry.tracking import Progress
 
@@ -129,7 +129,7 @@ class BadSteps:
         Raises:
             DivergedError: it was the last of too many in a row; on every rank.
         """
-        if self.engine.was_step_applied():
+        if step_was_applied(self.engine):
             self.in_a_row = 0
             return
         by_rank = self.ranks.gather((list(self._findings(step)), self.losses().tolist()))

@@ -1,52 +1,24 @@
-"""The DeepSpeed engine on one real rank: groups, schedule, and the mends of what DeepSpeed does at stage 0."""
+"""The DeepSpeed engine on one real rank: groups, schedule, and the fixes of what DeepSpeed does."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codeparrot_ds.config.schedule import learning_rate_factor
-from codeparrot_ds.ds_config.facts import zero_stage
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
-from codeparrot_ds.ds_config.resolve import resolve_ds_config
-from codeparrot_ds.engine.engine import create_engine, loss_scale, lowest_loss_scale
+from codeparrot_ds.engine.deepspeed_fixes import forget_beta_powers
+from codeparrot_ds.engine.engine import loss_scale, lowest_loss_scale
 from codeparrot_ds.engine.fragments import optimizer_step_count
-from codeparrot_ds.engine.operators import build_operators
-from codeparrot_ds.model.gpt2 import build_model, get_grouped_params
-from codeparrot_ds.model.shapes import GPT2Shape
+from codeparrot_ds.model.gpt2 import build_model
+from tests.engine.conftest import SHAPE
 
-SHAPE = GPT2Shape(n_layer=2, n_embd=32, n_head=2, vocab_size=128, n_positions=32)
 STAGES = ["zero0", "zero0_fp32", "zero1", "zero1_fp32", "zero2", "zero2_fp32", "zero3", "zero3_fp32"]
-
-
-@pytest.fixture
-def build(make_config, only_rank):
-    """Builds the engine of a shipped DeepSpeed config, with changes to the run config or to the JSON."""
-
-    def make(name, *, optimizer=None, blocks=None, mended=True, **changes):
-        import deepspeed
-
-        settings = {"num_warmup_steps": 0, "learning_rate": 1e-2, "max_train_steps": 50, "dropout": 0.0}
-        config = make_config(deepspeed=name, global_batch_size=4, micro_batch_size=4, **settings | changes)
-        source = find_ds_config(name)
-        ds_config = resolve_ds_config(load_ds_config(source), config, world_size=1, model_hidden_size=SHAPE.n_embd)
-        ds_config["optimizer"]["params"] |= optimizer or {}
-        for block, values in (blocks or {}).items():
-            ds_config[block] = ds_config.get(block, {}) | values
-        build_operators(ds_config, only_rank.device.type)
-        zero3 = ds_config if zero_stage(ds_config) == 3 else None
-        model = build_model(SHAPE, eos_token_id=0, seed=1, zero3_config=zero3, device=only_rank.device)
-        if mended:
-            return create_engine(model, ds_config, config)
-        groups = get_grouped_params(model, config.weight_decay)
-        return deepspeed.initialize(model=model, model_parameters=groups, config=ds_config)[0]
-
-    return make
 
 
 def train_step(engine, seed=0, poison=None) -> float:
@@ -100,14 +72,6 @@ def test_schedule_and_groups(build, name):
     assert engine.global_steps == 4 and engine.skipped_steps == 0
 
 
-@pytest.fixture
-def fp16(monkeypatch):
-    """Lets DeepSpeed train fp16 here: torch's CPU kernels know it; DeepSpeed says no for their speed."""
-    from deepspeed.accelerator import get_accelerator
-
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-
-
 @pytest.mark.parametrize(("precision", "band"), [("", 2e-2), ("_fp32", 1e-5), ("_fp16", 5e-3)])
 def test_all_stages_learn_alike(build, fp16, precision, band):
     losses, norms = {}, {}
@@ -155,17 +119,17 @@ def test_construction_at_stage_0_in_bf16_leaves_no_trace(build, optimizer):
 
 @pytest.mark.parametrize("optimizer", [{}, {"torch_adam": True}], ids=["DeepSpeed's Adam", "torch's Adam"])
 def test_deepspeed_still_steps_while_it_builds_stage_0(build, optimizer):
-    """When this fails, DeepSpeed has mended it: remove ``_undo_construction_step``."""
-    engine = build("zero0", optimizer=optimizer, mended=False)
+    """When this fails, DeepSpeed has fixed it: remove ``undo_construction_step``."""
+    engine = build("zero0", optimizer=optimizer, fixed=False)
     assert optimizer_step_count(engine) == 1
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"torch_adam": True}], ids=["DeepSpeed's Adam", "torch's Adam"])
 def test_the_loss_of_stage_0_in_fp16_is_scaled(build, fp16, optimizer):
-    """When the last assertion fails, DeepSpeed has mended it: remove ``_scale_the_loss_at_stage0``."""
+    """When the last assertion fails, DeepSpeed has fixed it: remove ``scale_the_loss_at_stage0``."""
     norms = []
-    for name, mended in (("zero1_fp16", True), ("zero0_fp16", True), ("zero0_fp16", False)):
-        engine = build(name, optimizer=optimizer, mended=mended)
+    for name, fixed in (("zero1_fp16", True), ("zero0_fp16", True), ("zero0_fp16", False)):
+        engine = build(name, optimizer=optimizer, fixed=fixed)
         assert loss_scale(engine) == 65_536
         train_step(engine)
         norms.append(float(engine.get_global_grad_norm()))
@@ -174,8 +138,8 @@ def test_the_loss_of_stage_0_in_fp16_is_scaled(build, fp16, optimizer):
 
 
 def test_deepspeed_still_lets_a_nan_into_the_weights_of_stage_0_in_fp32(build):
-    """When this fails, DeepSpeed has mended it: remove ``_guard_bare_optimizer``."""
-    engine = build("zero0_fp32", mended=False)
+    """When this fails, DeepSpeed has fixed it: remove ``guard_bare_optimizer``."""
+    engine = build("zero0_fp32", fixed=False)
     train_step(engine, poison=float("nan"))
     assert not all(tensor.isfinite().all() for tensor in weights_of(engine).values())
 
@@ -196,38 +160,38 @@ class LargestFP64(TorchDispatchMode):
 def test_the_norm_is_exact_without_an_fp64_copy_of_a_gradient(build, name):
     """4,096 numbers have the token embeddings, 1,056 the positions': a whole row and a part of one."""
     norms, most = {}, {}
-    for mended in (True, False):
-        engine = build(name, mended=mended, max_grad_norm=0.25)
+    for fixed in (True, False):
+        engine = build(name, fixed=fixed, max_grad_norm=0.25)
         with LargestFP64() as seen:
             train_step(engine)
-        norms[mended], most[mended] = float(engine.get_global_grad_norm()), seen.most
+        norms[fixed], most[fixed] = float(engine.get_global_grad_norm()), seen.most
     assert norms[True] == pytest.approx(norms[False], rel=1e-6) and norms[True] > 0.5
     assert most[True] < 1200 and most[False] >= 4096  # when the second fails, DeepSpeed makes no copies any more
 
 
 def test_deepspeed_still_steps_on_a_nan_that_it_does_not_check(build):
-    """When this fails, DeepSpeed has mended it: remove ``_decide_by_the_norm``."""
+    """When this fails, DeepSpeed has fixed it: remove ``decide_by_the_norm``."""
     for name, blocks in (
         ("zero2", {"bf16": {"check_grad_overflow": False}}),
         ("zero2_fp32", {"zero_optimization": {"compute_grad_norm": False}}),
     ):
-        engine = build(name, mended=False, blocks=blocks, max_grad_norm=0.0)
+        engine = build(name, fixed=False, blocks=blocks, max_grad_norm=0.0)
         train_step(engine, poison=float("nan"))
         assert not all(tensor.isfinite().all() for tensor in weights_of(engine).values())
 
 
 def test_deepspeed_still_keeps_the_offloaded_sums_of_a_step_that_it_skips(build):
-    """When this fails, DeepSpeed has mended it: remove ``_drop_offloaded_sums``."""
+    """When this fails, DeepSpeed has fixed it: remove ``drop_offloaded_sums``."""
     sums = {"data_types": {"grad_accum_dtype": "fp32"}}
-    engine = build("zero2_offload", mended=False, blocks=sums)
+    engine = build("zero2_offload", fixed=False, blocks=sums)
     train_step(engine, poison=float("nan"))
     train_step(engine)
     assert engine.skipped_steps == 2
 
 
 def test_deepspeed_still_takes_a_norm_for_finite_at_stage_3_whose_square_is_not(build):
-    """When this fails, DeepSpeed has mended it: remove ``_bound_stage3_norms``."""
-    engine = build("zero3", mended=False, max_grad_norm=0.0)
+    """When this fails, DeepSpeed has fixed it: remove ``bound_stage3_norms``."""
+    engine = build("zero3", fixed=False, max_grad_norm=0.0)
     train_step(engine, poison=1e25)
     assert engine.skipped_steps == 0
     moments = [state["exp_avg_sq"] for state in engine.basic_optimizer.state.values()]
@@ -235,14 +199,34 @@ def test_deepspeed_still_takes_a_norm_for_finite_at_stage_3_whose_square_is_not(
 
 
 def test_deepspeed_still_raises_at_the_smallest_loss_scale(build, fp16):
-    """When this fails, DeepSpeed has mended it: remove ``_let_the_loss_scale_rest``."""
+    """When this fails, DeepSpeed has fixed it: remove ``let_the_loss_scale_rest``."""
     scale = {"fp16": {"initial_scale_power": 4, "min_loss_scale": 16, "hysteresis": 1}}
-    engine = build("zero2_fp16", mended=False, blocks=scale)
+    engine = build("zero2_fp16", fixed=False, blocks=scale)
     with pytest.raises(Exception, match="Current loss scale already at minimum"):
         train_step(engine, poison=float("inf"))
     engine = build("zero2_fp16", blocks=scale)
     train_step(engine, poison=float("inf"))
     assert engine.skipped_steps == 1 and (loss_scale(engine), lowest_loss_scale(engine)) == (16.0, 16)
+
+
+def test_deepspeed_still_keeps_beta_powers_between_steps(only_rank):
+    """When this fails, DeepSpeed has fixed it: remove ``forget_beta_powers``.
+
+    The same gradients, step by step: with the powers of one step kept for the next, the last bits are others.
+    """
+    from deepspeed.ops.adam import FusedAdam
+
+    after = []
+    for fixed in (True, False):
+        weights, random = torch.nn.Parameter(torch.zeros(4096)), torch.Generator().manual_seed(0)
+        optimizer = FusedAdam([weights], lr=1e-2)
+        if fixed:
+            forget_beta_powers(SimpleNamespace(basic_optimizer=optimizer))
+        for _ in range(50):
+            weights.grad = torch.randn(4096, generator=random)
+            optimizer.step()
+        after.append(weights.detach().clone())
+    assert not torch.equal(*after) and torch.allclose(*after, atol=1e-5)
 
 
 def test_activation_checkpointing_recomputes_and_changes_nothing(build):
