@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from codeparrot_ds.compare.findings import Findings, Outcome, Speed, trace_of
 from codeparrot_ds.compare.verdict import loss_bands
 from codeparrot_ds.report.plots import (
+    SEEN,
     THEMES,
     Chart,
+    Picture,
     Series,
     add_legend,
-    draw,
+    draw_bars,
     legend_layout,
     marker_of,
     new_figure,
-    number,
     number_axis,
+    picture,
+    picture_of,
     plain_axes,
     png_of,
     text_width,
     wrapped,
     write_title,
 )
+from codeparrot_ds.report.units import number
 
 PARTS = ("forward", "backward", "communication", "optimizer", "data")
 HATCHES = ("", "///", "xx", "..", "\\\\")
@@ -33,32 +35,15 @@ TINY = 1e-9
 """Where a difference of nothing lies on a logarithmic axis."""
 NAME_POINTS = 200
 """The most that names take beside bars; longer ones have several lines."""
-SEEN = 0.002
-"""Of an axis: a part that is shorter in every bar is not seen, and not in the legend."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One picture in both themes, and in words."""
-
-    name: str
-    alternative: str
-    images: dict[str, bytes]
 
 
 def pictures_of(findings: Findings) -> list[Picture]:
     """All pictures that there is something for, two of about the same height after each other."""
-    scaling, losses, distances = map(_drawn, (_scaling(findings), _losses(findings), _differences(findings)))
+    charts = (_scaling(findings), _losses(findings), _differences(findings))
+    scaling, losses, distances = (None if chart is None else picture_of(chart) for chart in charts)
     bars = _bars(findings)
     lines = [scaling, losses, distances, bars] if scaling else [bars, losses, distances]
-    return [picture for picture in (_pareto(findings), *lines) if picture is not None]
-
-
-def _drawn(chart: Chart | None) -> Picture | None:
-    if chart is None:
-        return None
-    images = {theme: draw(chart, theme) for theme in THEMES}
-    return Picture(name=chart.name, alternative=_in_words(chart), images=images)
+    return [each for each in (_pareto(findings), *lines) if each is not None]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -133,15 +118,6 @@ def _scaling(findings: Findings) -> Chart | None:
     )
 
 
-def _in_words(chart: Chart) -> str:
-    ends = []
-    for series in chart.series:
-        known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
-        if known:
-            ends.append(f"{series.label} from {number(known[0][1])} to {number(known[-1][1])}")
-    return f"{chart.title} ({chart.unit}) by {chart.x_label}: {'; '.join(ends)}"
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Memory against tokens/s
 
@@ -158,11 +134,8 @@ def _pareto(findings: Findings) -> Picture | None:
         f"{each.name} {number(speed.median)} tokens/s at {findings.in_memory_unit(memory)}"
         for _, each, speed, memory in points
     )
-    return Picture(
-        name="memory-speed",
-        alternative=f"Memory of a rank against tokens/s: {words}",
-        images={theme: _draw_pareto(findings, points, theme) for theme in THEMES},
-    )
+    alternative = f"Memory of a rank against tokens/s: {words}"
+    return picture("memory-speed", alternative, lambda theme: _draw_pareto(findings, points, theme))
 
 
 def _draw_pareto(findings: Findings, points: Sequence[tuple[int, Outcome, Speed, int]], theme: str) -> bytes:
@@ -224,51 +197,34 @@ def _bars(findings: Findings) -> Picture | None:
     words = "; ".join(
         each.name + " " + ", ".join(f"{part} {number(_milliseconds(each, part))}" for part in PARTS) for each in shown
     )
-    return Picture(
-        name="parts",
-        alternative=f"Parts of a step in ms: {words}",
-        images={theme: _draw_bars(findings, shown, theme) for theme in THEMES},
-    )
+    alternative = f"Parts of a step in ms: {words}"
+    return picture("parts", alternative, lambda theme: _draw_parts(findings, shown, theme))
 
 
 def _milliseconds(outcome: Outcome, part: str) -> float:
     return 1000 * float(outcome.found["parts"]["seconds"][part])
 
 
-def _draw_bars(findings: Findings, shown: list[Outcome], theme: str) -> bytes:
+def _draw_parts(findings: Findings, shown: list[Outcome], theme: str) -> bytes:
     colours = THEMES[theme]
     names = [wrapped(each.name, 9, NAME_POINTS) for each in shown]
     row = 0.2 + 0.14 * max(1 + name.count("\n") for name in names)
     figure = new_figure(theme, 1.8 + row * len(shown) + legend_layout([*PARTS, "a scored step"]).inches)
     axes = figure.add_subplot()
-    plain_axes(axes, colours)
-    places = list(range(len(shown)))[::-1]
-    ends, stacks = [0.0] * len(shown), []
-    for part in PARTS:
-        widths = [_milliseconds(each, part) for each in shown]
-        stacks.append((part, widths, ends))
-        ends = [start + width for start, width in zip(ends, widths, strict=True)]
+    widths = {part: [_milliseconds(each, part) for each in shown] for part in PARTS}
     medians = [_median_step(findings, each) for each in shown]
-    known = [(median, place) for median, place in zip(medians, places, strict=True) if median is not None]
-    limit = 1.04 * max([*ends, *(median for median, _ in known)]) or 1.0
-    for colour, hatch, (part, widths, left) in zip(colours["palette"], HATCHES, stacks, strict=False):
-        axes.barh(
-            places, widths, left=left, height=0.7, label=part if max(widths) > SEEN * limit else "", color=colour,
-            hatch=hatch, edgecolor=colours["paper"], linewidth=0.6,
-        )  # fmt: skip
+    known = [(median, place) for place, median in enumerate(medians) if median is not None]
+    limit = 1.04 * max([*map(sum, zip(*widths.values(), strict=True)), *(median for median, _ in known)]) or 1.0
+    parts = [
+        (part if max(widths[part]) > SEEN * limit else "", colour, hatch, widths[part])
+        for part, colour, hatch in zip(PARTS, colours["palette"], HATCHES, strict=False)
+    ]
+    draw_bars(axes, names, parts, limit, colours, 9)
     if known:
         axes.plot(
-            [median for median, _ in known], [place for _, place in known], "|", color=colours["ink"], markersize=13,
-            markeredgewidth=2, label="a scored step",
+            *zip(*known, strict=True), "|", color=colours["ink"], markersize=13, markeredgewidth=2,
+            label="a scored step",
         )  # fmt: skip
-    axes.set_xlim(0, limit)
-    axes.set_yticks(places, names)
-    for text in axes.get_yticklabels():
-        text.set_color(colours["ink"])
-        text.set_parse_math(False)
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color=colours["grid"], linewidth=0.8)
-    number_axis(axes.xaxis)
     axes.set_xlabel("ms", color=colours["faint"], fontsize=9)
     note = "means of steps taken apart" + ("; a scored step overlaps them" if known else "")
     write_title(axes, "Parts of a step", note, colours, left=max(text_width(name, 9) for name in names))
