@@ -147,11 +147,10 @@ def png_of(figure: Any) -> bytes:
     """A figure as PNG, the same bytes at any time."""
     from PIL import Image
 
-    pixels, file = io.BytesIO(), io.BytesIO()
-    figure.savefig(pixels, format="rgba", facecolor=figure.get_facecolor())
-    image = Image.frombuffer("RGBA", figure.canvas.get_width_height(), pixels.getvalue(), "raw", "RGBA", 0, 1)
+    figure.canvas.draw()  # once, where savefig would lay it out in a pass of its own
     # Nothing is transparent: without that channel a file is a tenth smaller and written in less time.
-    image.convert("RGB").save(file, format="png", dpi=(figure.dpi, figure.dpi))
+    image, file = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]), io.BytesIO()
+    image.save(file, format="png", dpi=(figure.dpi, figure.dpi))
     return file.getvalue()
 
 
