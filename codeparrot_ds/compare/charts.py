@@ -7,26 +7,8 @@ from collections.abc import Sequence
 
 from codeparrot_ds.compare.findings import Findings, Outcome, Speed, trace_of
 from codeparrot_ds.compare.verdict import loss_bands
-from codeparrot_ds.report.plots import (
-    SEEN,
-    THEMES,
-    Chart,
-    Picture,
-    Series,
-    add_legend,
-    draw_bars,
-    legend_layout,
-    marker_of,
-    new_figure,
-    number_axis,
-    picture,
-    picture_of,
-    plain_axes,
-    png_of,
-    text_width,
-    wrapped,
-    write_title,
-)
+from codeparrot_ds.report import plots
+from codeparrot_ds.report.plots import Chart, Picture, Series
 from codeparrot_ds.report.units import number
 
 PARTS = ("forward", "backward", "communication", "optimizer", "data")
@@ -40,7 +22,7 @@ NAME_POINTS = 200
 def pictures_of(findings: Findings) -> list[Picture]:
     """All pictures that there is something for, two of about the same height after each other."""
     charts = (_scaling(findings), _losses(findings), _differences(findings))
-    scaling, losses, distances = (None if chart is None else picture_of(chart) for chart in charts)
+    scaling, losses, distances = (None if chart is None else plots.picture_of(chart) for chart in charts)
     bars = _bars(findings)
     lines = [scaling, losses, distances, bars] if scaling else [bars, losses, distances]
     return [each for each in (_pareto(findings), *lines) if each is not None]
@@ -135,24 +117,25 @@ def _pareto(findings: Findings) -> Picture | None:
         for _, each, speed, memory in points
     )
     alternative = f"Memory of a rank against tokens/s: {words}"
-    return picture("memory-speed", alternative, lambda theme: _draw_pareto(findings, points, theme))
+    return plots.picture("memory-speed", alternative, lambda theme: _draw_pareto(findings, points, theme))
 
 
 def _draw_pareto(findings: Findings, points: Sequence[tuple[int, Outcome, Speed, int]], theme: str) -> bytes:
-    colours, front = THEMES[theme], findings.front
+    colours, front = plots.THEMES[theme], findings.front
     unit, scale = findings.memory_unit
     places = {name: place for place, (name, _) in enumerate(findings.ranking, 1)}
     points = sorted(points, key=lambda point: places[point[1].name])
-    figure = new_figure(theme, 3.6 + legend_layout([f"{len(places)}. {each.name}" for _, each, _, _ in points]).inches)
+    labels = [f"{len(places)}. {each.name}" for _, each, _, _ in points]
+    figure = plots.new_figure(theme, 3.6 + plots.legend_layout(labels).inches)
     axes = figure.add_subplot()
-    plain_axes(axes, colours)
+    plots.plain_axes(axes, colours)
     for style, each, speed, memory in reversed(points):  # the fastest on top
         colour = colours["palette"][style % len(colours["palette"])]
         low, high = _spread(speed)
         axes.errorbar(
-            memory / scale, speed.median, yerr=[[speed.median - low], [high - speed.median]], fmt=marker_of(style),
-            color=colour, markerfacecolor=colour if each.name in front else "none", markersize=7, elinewidth=1,
-            capsize=2, label=f"{places[each.name]}. {each.name}",
+            memory / scale, speed.median, yerr=[[speed.median - low], [high - speed.median]], color=colour,
+            fmt=plots.marker_of(style), markerfacecolor=colour if each.name in front else "none", markersize=7,
+            elinewidth=1, capsize=2, label=f"{places[each.name]}. {each.name}",
         )  # fmt: skip
     best = sorted((memory / scale, speed.median) for _, each, speed, memory in points if each.name in front)
     if len(best) > 1:
@@ -160,16 +143,16 @@ def _draw_pareto(findings: Findings, points: Sequence[tuple[int, Outcome, Speed,
     axes.set_xlim(*_axis([memory / scale for *_, memory in points]))
     axes.tick_params(axis="x", length=3)  # and away from the vertical axis's lowest number
     axes.set_ylim(*_axis([end for _, _, speed, _ in points for end in _spread(speed)]))
-    number_axis(axes.xaxis)
-    number_axis(axes.yaxis)
+    plots.number_axis(axes.xaxis)
+    plots.number_axis(axes.yaxis)
     kind = "tensors on the device" if findings.on_gpu else "resident beside the libraries, measured on this CPU"
     axes.set_xlabel(f"{unit} a rank ({kind})", color=colours["faint"], fontsize=9)
     filled = "filled, joined" if len(best) > 1 else "filled"
     told = f"; {filled}: no other is better in both" if best else ""
-    write_title(axes, "Memory and speed", f"tokens/s; bars: spread{told}", colours)
+    plots.write_title(axes, "Memory and speed", f"tokens/s; bars: spread{told}", colours)
     handles, labels = axes.get_legend_handles_labels()
-    add_legend(figure, (handles[::-1], labels[::-1]), colours)
-    return png_of(figure)
+    plots.add_legend(figure, (handles[::-1], labels[::-1]), colours)
+    return plots.png_of(figure)
 
 
 def _spread(speed: Speed) -> tuple[float, float]:
@@ -198,7 +181,7 @@ def _bars(findings: Findings) -> Picture | None:
         each.name + " " + ", ".join(f"{part} {number(_milliseconds(each, part))}" for part in PARTS) for each in shown
     )
     alternative = f"Parts of a step in ms: {words}"
-    return picture("parts", alternative, lambda theme: _draw_parts(findings, shown, theme))
+    return plots.picture("parts", alternative, lambda theme: _draw_parts(findings, shown, theme))
 
 
 def _milliseconds(outcome: Outcome, part: str) -> float:
@@ -206,20 +189,20 @@ def _milliseconds(outcome: Outcome, part: str) -> float:
 
 
 def _draw_parts(findings: Findings, shown: list[Outcome], theme: str) -> bytes:
-    colours = THEMES[theme]
-    names = [wrapped(each.name, 9, NAME_POINTS) for each in shown]
+    colours = plots.THEMES[theme]
+    names = [plots.wrapped(each.name, 9, NAME_POINTS) for each in shown]
     row = 0.2 + 0.14 * max(1 + name.count("\n") for name in names)
-    figure = new_figure(theme, 1.8 + row * len(shown) + legend_layout([*PARTS, "a scored step"]).inches)
+    figure = plots.new_figure(theme, 1.8 + row * len(shown) + plots.legend_layout([*PARTS, "a scored step"]).inches)
     axes = figure.add_subplot()
     widths = {part: [_milliseconds(each, part) for each in shown] for part in PARTS}
     medians = [_median_step(findings, each) for each in shown]
     known = [(median, place) for place, median in enumerate(medians) if median is not None]
     limit = 1.04 * max([*map(sum, zip(*widths.values(), strict=True)), *(median for median, _ in known)]) or 1.0
     parts = [
-        (part if max(widths[part]) > SEEN * limit else "", colour, hatch, widths[part])
+        (part if max(widths[part]) > plots.SEEN * limit else "", colour, hatch, widths[part])
         for part, colour, hatch in zip(PARTS, colours["palette"], HATCHES, strict=False)
     ]
-    draw_bars(axes, names, parts, limit, colours, 9)
+    plots.draw_bars(axes, names, parts, limit, colours, 9)
     if known:
         axes.plot(
             *zip(*known, strict=True), "|", color=colours["ink"], markersize=13, markeredgewidth=2,
@@ -227,9 +210,9 @@ def _draw_parts(findings: Findings, shown: list[Outcome], theme: str) -> bytes:
         )  # fmt: skip
     axes.set_xlabel("ms", color=colours["faint"], fontsize=9)
     note = "means of steps taken apart" + ("; a scored step overlaps them" if known else "")
-    write_title(axes, "Parts of a step", note, colours, left=max(text_width(name, 9) for name in names))
-    add_legend(figure, axes.get_legend_handles_labels(), colours)
-    return png_of(figure)
+    plots.write_title(axes, "Parts of a step", note, colours, left=max(plots.text_width(name, 9) for name in names))
+    plots.add_legend(figure, axes.get_legend_handles_labels(), colours)
+    return plots.png_of(figure)
 
 
 def _median_step(findings: Findings, outcome: Outcome) -> float | None:

@@ -7,19 +7,7 @@ from collections.abc import Sequence
 from codeparrot_ds.memory.plan import Plan, PlanRow, in_gigabytes
 from codeparrot_ds.memory.workload import CATEGORIES
 from codeparrot_ds.model.shapes import num_parameters
-from codeparrot_ds.report.plots import (
-    SEEN,
-    THEMES,
-    WIDTH_POINTS,
-    add_legend,
-    draw_bars,
-    legend_layout,
-    new_figure,
-    png_of,
-    text_width,
-    wrapped,
-    write_title,
-)
+from codeparrot_ds.report import plots
 from codeparrot_ds.report.units import number
 from codeparrot_ds.terminal import gigabytes
 
@@ -36,24 +24,24 @@ FAR = 3
 
 def draw_plan(plan: Plan, theme: str = "light") -> bytes:
     """The rows of a plan's tables as PNG, one panel a number of ranks on one scale; 1120 pixels wide."""
-    colours = THEMES[theme]
+    colours = plots.THEMES[theme]
     panels = [(ranks, plan.shown(ranks)) for ranks in plan.request.world_sizes if plan.shown(ranks)]
     all_rows = [row for _, rows in panels for row in rows]
     names = {ranks: _names(rows) for ranks, rows in panels}
     row_inches = 0.1 + 0.14 * max((1 + name.count("\n") for each in names.values() for name in each), default=1)
     heights = [len(rows) * row_inches + 1.3 for _, rows in panels] or [1.3]
-    figure = new_figure(theme, sum(heights) + 0.1 + legend_layout(PARTS, most_columns=4).inches)
+    figure = plots.new_figure(theme, sum(heights) + 0.1 + plots.legend_layout(PARTS, most_columns=4).inches)
     grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    left = max((text_width(name, NAME_POINTS) for each in names.values() for name in each), default=0.0)
-    limit = _axis_end(plan, all_rows, WIDTH_POINTS - left - 24)
-    seen = [part if any(_gigabytes_of(row, part) > SEEN * limit for row in all_rows) else "" for part in PARTS]
+    left = max((plots.text_width(name, NAME_POINTS) for each in names.values() for name in each), default=0.0)
+    limit = _axis_end(plan, all_rows, plots.WIDTH_POINTS - left - 24)
+    seen = [part if any(_gigabytes_of(row, part) > plots.SEEN * limit for row in all_rows) else "" for part in PARTS]
     shades = [*colours["palette"][: len(CATEGORIES)], colours["rest"]]
     for axes, (ranks, rows) in zip(grid, panels, strict=False):
         parts = [
             (label, shade, "", [_gigabytes_of(row, part) for row in rows])
             for part, label, shade in zip(PARTS, seen, shades, strict=True)
         ]
-        ends = draw_bars(axes, names[ranks], parts, limit, colours, NAME_POINTS)
+        ends = plots.draw_bars(axes, names[ranks], parts, limit, colours, NAME_POINTS)
         for place, (end, row) in enumerate(zip(ends, rows, strict=True)):
             axes.annotate(
                 _value(row), (end, place), xytext=(GAP, 0), textcoords="offset points", va="center",
@@ -64,16 +52,16 @@ def draw_plan(plan: Plan, theme: str = "light") -> bytes:
         is_drawn = 0 < device <= limit
         if is_drawn:
             axes.axvline(device, color=colours["ink"], linewidth=1.2, linestyle=(0, (5, 2)))
-        write_title(axes, _title(plan, ranks, rows), _note(plan, is_drawn), colours, left=left, size=11)
-    add_legend(figure, grid[0].get_legend_handles_labels(), colours, most_columns=4)
-    return png_of(figure)
+        plots.write_title(axes, _title(plan, ranks, rows), _note(plan, is_drawn), colours, left=left, size=11)
+    plots.add_legend(figure, grid[0].get_legend_handles_labels(), colours, most_columns=4)
+    return plots.png_of(figure)
 
 
 def _names(rows: Sequence[PlanRow]) -> list[str]:
     """Of the bars: the configs, and their micro-batches where there are several."""
     several = len({row.micro_batch_size for row in rows}) > 1
     texts = [f"{row.config}, micro-batch {row.micro_batch_size}" if several else row.config for row in rows]
-    return [wrapped(text, NAME_POINTS, MOST_NAME) for text in texts]
+    return [plots.wrapped(text, NAME_POINTS, MOST_NAME) for text in texts]
 
 
 def _value(row: PlanRow) -> str:
@@ -83,7 +71,7 @@ def _value(row: PlanRow) -> str:
 def _axis_end(plan: Plan, rows: Sequence[PlanRow], points: float) -> float:
     """GB at the right end of axes so many points wide: every bar with its value, and the device unless far away."""
     longest = max((row.needed_bytes for row in rows), default=0) / 1e9
-    ends = [row.needed_bytes / 1e9 / (1 - (GAP + text_width(_value(row), VALUE_POINTS)) / points) for row in rows]
+    ends = [row.needed_bytes / 1e9 / (1 - (GAP + plots.text_width(_value(row), VALUE_POINTS)) / points) for row in rows]
     device = (plan.request.device_memory or 0) / 1e9
     if device <= FAR * longest:
         ends.append(1.03 * device)
