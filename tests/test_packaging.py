@@ -107,6 +107,18 @@ def test_the_wheel_carries_the_configs_and_finds_them(wheel, tmp_path):
     assert str(tmp_path / "codeparrot_ds" / "ds_configs" / "zero2.json") in result.stdout
 
 
+def test_the_wheel_carries_the_templates_of_pages_and_makes_a_report(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "tokens": 64, "loss": 5.5}\n')
+    command = [sys.executable, "-m", "codeparrot_ds", "report", "run"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    for name in ("report.html", "report.md"):
+        assert "Run run" in (tmp_path / "run" / "report" / name).read_text()
+
+
 # launch.sh, on a copy of it whose package installs in a moment: what is tested is the script, not pip.
 SETUP = """
 from setuptools import setup

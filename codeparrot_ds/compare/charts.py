@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from codeparrot_ds.compare.findings import Findings, Outcome, Speed, trace_of
 from codeparrot_ds.compare.verdict import loss_bands
-from codeparrot_ds.report.plots import (
-    THEMES,
-    Chart,
-    Series,
-    add_legend,
-    draw,
-    legend_layout,
-    marker_of,
-    new_figure,
-    number,
-    number_axis,
-    plain_axes,
-    png_of,
-    text_width,
-    wrapped,
-    write_title,
-)
+from codeparrot_ds.report import plots
+from codeparrot_ds.report.plots import Chart, Picture, Series
+from codeparrot_ds.report.units import number
 
 PARTS = ("forward", "backward", "communication", "optimizer", "data")
 HATCHES = ("", "///", "xx", "..", "\\\\")
@@ -33,32 +17,15 @@ TINY = 1e-9
 """Where a difference of nothing lies on a logarithmic axis."""
 NAME_POINTS = 200
 """The most that names take beside bars; longer ones have several lines."""
-SEEN = 0.002
-"""Of an axis: a part that is shorter in every bar is not seen, and not in the legend."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One picture in both themes, and in words."""
-
-    name: str
-    alternative: str
-    images: dict[str, bytes]
 
 
 def pictures_of(findings: Findings) -> list[Picture]:
     """All pictures that there is something for, two of about the same height after each other."""
-    scaling, losses, distances = map(_drawn, (_scaling(findings), _losses(findings), _differences(findings)))
+    charts = (_scaling(findings), _losses(findings), _differences(findings))
+    scaling, losses, distances = (None if chart is None else plots.picture_of(chart) for chart in charts)
     bars = _bars(findings)
     lines = [scaling, losses, distances, bars] if scaling else [bars, losses, distances]
-    return [picture for picture in (_pareto(findings), *lines) if picture is not None]
-
-
-def _drawn(chart: Chart | None) -> Picture | None:
-    if chart is None:
-        return None
-    images = {theme: draw(chart, theme) for theme in THEMES}
-    return Picture(name=chart.name, alternative=_in_words(chart), images=images)
+    return [each for each in (_pareto(findings), *lines) if each is not None]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -133,15 +100,6 @@ def _scaling(findings: Findings) -> Chart | None:
     )
 
 
-def _in_words(chart: Chart) -> str:
-    ends = []
-    for series in chart.series:
-        known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
-        if known:
-            ends.append(f"{series.label} from {number(known[0][1])} to {number(known[-1][1])}")
-    return f"{chart.title} ({chart.unit}) by {chart.x_label}: {'; '.join(ends)}"
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Memory against tokens/s
 
@@ -158,28 +116,26 @@ def _pareto(findings: Findings) -> Picture | None:
         f"{each.name} {number(speed.median)} tokens/s at {findings.in_memory_unit(memory)}"
         for _, each, speed, memory in points
     )
-    return Picture(
-        name="memory-speed",
-        alternative=f"Memory of a rank against tokens/s: {words}",
-        images={theme: _draw_pareto(findings, points, theme) for theme in THEMES},
-    )
+    alternative = f"Memory of a rank against tokens/s: {words}"
+    return plots.picture("memory-speed", alternative, lambda theme: _draw_pareto(findings, points, theme))
 
 
 def _draw_pareto(findings: Findings, points: Sequence[tuple[int, Outcome, Speed, int]], theme: str) -> bytes:
-    colours, front = THEMES[theme], findings.front
+    colours, front = plots.THEMES[theme], findings.front
     unit, scale = findings.memory_unit
     places = {name: place for place, (name, _) in enumerate(findings.ranking, 1)}
     points = sorted(points, key=lambda point: places[point[1].name])
-    figure = new_figure(theme, 3.6 + legend_layout([f"{len(places)}. {each.name}" for _, each, _, _ in points]).inches)
+    labels = [f"{len(places)}. {each.name}" for _, each, _, _ in points]
+    figure = plots.new_figure(theme, 3.6 + plots.legend_layout(labels).inches)
     axes = figure.add_subplot()
-    plain_axes(axes, colours)
+    plots.plain_axes(axes, colours)
     for style, each, speed, memory in reversed(points):  # the fastest on top
         colour = colours["palette"][style % len(colours["palette"])]
         low, high = _spread(speed)
         axes.errorbar(
-            memory / scale, speed.median, yerr=[[speed.median - low], [high - speed.median]], fmt=marker_of(style),
-            color=colour, markerfacecolor=colour if each.name in front else "none", markersize=7, elinewidth=1,
-            capsize=2, label=f"{places[each.name]}. {each.name}",
+            memory / scale, speed.median, yerr=[[speed.median - low], [high - speed.median]], color=colour,
+            fmt=plots.marker_of(style), markerfacecolor=colour if each.name in front else "none", markersize=7,
+            elinewidth=1, capsize=2, label=f"{places[each.name]}. {each.name}",
         )  # fmt: skip
     best = sorted((memory / scale, speed.median) for _, each, speed, memory in points if each.name in front)
     if len(best) > 1:
@@ -187,16 +143,16 @@ def _draw_pareto(findings: Findings, points: Sequence[tuple[int, Outcome, Speed,
     axes.set_xlim(*_axis([memory / scale for *_, memory in points]))
     axes.tick_params(axis="x", length=3)  # and away from the vertical axis's lowest number
     axes.set_ylim(*_axis([end for _, _, speed, _ in points for end in _spread(speed)]))
-    number_axis(axes.xaxis)
-    number_axis(axes.yaxis)
+    plots.number_axis(axes.xaxis)
+    plots.number_axis(axes.yaxis)
     kind = "tensors on the device" if findings.on_gpu else "resident beside the libraries, measured on this CPU"
     axes.set_xlabel(f"{unit} a rank ({kind})", color=colours["faint"], fontsize=9)
     filled = "filled, joined" if len(best) > 1 else "filled"
     told = f"; {filled}: no other is better in both" if best else ""
-    write_title(axes, "Memory and speed", f"tokens/s; bars: spread{told}", colours)
+    plots.write_title(axes, "Memory and speed", f"tokens/s; bars: spread{told}", colours)
     handles, labels = axes.get_legend_handles_labels()
-    add_legend(figure, (handles[::-1], labels[::-1]), colours)
-    return png_of(figure)
+    plots.add_legend(figure, (handles[::-1], labels[::-1]), colours)
+    return plots.png_of(figure)
 
 
 def _spread(speed: Speed) -> tuple[float, float]:
@@ -224,56 +180,39 @@ def _bars(findings: Findings) -> Picture | None:
     words = "; ".join(
         each.name + " " + ", ".join(f"{part} {number(_milliseconds(each, part))}" for part in PARTS) for each in shown
     )
-    return Picture(
-        name="parts",
-        alternative=f"Parts of a step in ms: {words}",
-        images={theme: _draw_bars(findings, shown, theme) for theme in THEMES},
-    )
+    alternative = f"Parts of a step in ms: {words}"
+    return plots.picture("parts", alternative, lambda theme: _draw_parts(findings, shown, theme))
 
 
 def _milliseconds(outcome: Outcome, part: str) -> float:
     return 1000 * float(outcome.found["parts"]["seconds"][part])
 
 
-def _draw_bars(findings: Findings, shown: list[Outcome], theme: str) -> bytes:
-    colours = THEMES[theme]
-    names = [wrapped(each.name, 9, NAME_POINTS) for each in shown]
+def _draw_parts(findings: Findings, shown: list[Outcome], theme: str) -> bytes:
+    colours = plots.THEMES[theme]
+    names = [plots.wrapped(each.name, 9, NAME_POINTS) for each in shown]
     row = 0.2 + 0.14 * max(1 + name.count("\n") for name in names)
-    figure = new_figure(theme, 1.8 + row * len(shown) + legend_layout([*PARTS, "a scored step"]).inches)
+    figure = plots.new_figure(theme, 1.8 + row * len(shown) + plots.legend_layout([*PARTS, "a scored step"]).inches)
     axes = figure.add_subplot()
-    plain_axes(axes, colours)
-    places = list(range(len(shown)))[::-1]
-    ends, stacks = [0.0] * len(shown), []
-    for part in PARTS:
-        widths = [_milliseconds(each, part) for each in shown]
-        stacks.append((part, widths, ends))
-        ends = [start + width for start, width in zip(ends, widths, strict=True)]
+    widths = {part: [_milliseconds(each, part) for each in shown] for part in PARTS}
     medians = [_median_step(findings, each) for each in shown]
-    known = [(median, place) for median, place in zip(medians, places, strict=True) if median is not None]
-    limit = 1.04 * max([*ends, *(median for median, _ in known)]) or 1.0
-    for colour, hatch, (part, widths, left) in zip(colours["palette"], HATCHES, stacks, strict=False):
-        axes.barh(
-            places, widths, left=left, height=0.7, label=part if max(widths) > SEEN * limit else "", color=colour,
-            hatch=hatch, edgecolor=colours["paper"], linewidth=0.6,
-        )  # fmt: skip
+    known = [(median, place) for place, median in enumerate(medians) if median is not None]
+    limit = 1.04 * max([*map(sum, zip(*widths.values(), strict=True)), *(median for median, _ in known)]) or 1.0
+    parts = [
+        (part if max(widths[part]) > plots.SEEN * limit else "", colour, hatch, widths[part])
+        for part, colour, hatch in zip(PARTS, colours["palette"], HATCHES, strict=False)
+    ]
+    plots.draw_bars(axes, names, parts, limit, colours, 9)
     if known:
         axes.plot(
-            [median for median, _ in known], [place for _, place in known], "|", color=colours["ink"], markersize=13,
-            markeredgewidth=2, label="a scored step",
+            *zip(*known, strict=True), "|", color=colours["ink"], markersize=13, markeredgewidth=2,
+            label="a scored step",
         )  # fmt: skip
-    axes.set_xlim(0, limit)
-    axes.set_yticks(places, names)
-    for text in axes.get_yticklabels():
-        text.set_color(colours["ink"])
-        text.set_parse_math(False)
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color=colours["grid"], linewidth=0.8)
-    number_axis(axes.xaxis)
     axes.set_xlabel("ms", color=colours["faint"], fontsize=9)
     note = "means of steps taken apart" + ("; a scored step overlaps them" if known else "")
-    write_title(axes, "Parts of a step", note, colours, left=max(text_width(name, 9) for name in names))
-    add_legend(figure, axes.get_legend_handles_labels(), colours)
-    return png_of(figure)
+    plots.write_title(axes, "Parts of a step", note, colours, left=max(plots.text_width(name, 9) for name in names))
+    plots.add_legend(figure, axes.get_legend_handles_labels(), colours)
+    return plots.png_of(figure)
 
 
 def _median_step(findings: Findings, outcome: Outcome) -> float | None:

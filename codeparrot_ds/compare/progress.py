@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 from codeparrot_ds.compare.candidates import (
@@ -27,7 +26,7 @@ BESIDE_THE_NAME = 56
 
 
 class TrialProgress:
-    """Told of steps and of finished trials; use it as a context manager."""
+    """Receives steps and finished trials; a context manager."""
 
     def __init__(
         self, request: Request, candidates: Sequence[Candidate], results: Results, say: Callable[[str], None]
@@ -54,9 +53,7 @@ class TrialProgress:
             self._tell(f"{self._done} of {self._done + len(self._left)} trials are done; going on with the others")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             if not self._left:
                 self._bar.show(self._total_steps, [self._time_left()])

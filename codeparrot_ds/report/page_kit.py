@@ -1,89 +1,110 @@
-"""Tables and the dress of all pages."""
+"""What every page is made of: tables, and the templates that put a page together as HTML and as Markdown.
+
+Every text is escaped where a template shows it, by the rules of its format.
+"""
 
 from __future__ import annotations
 
-import html
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-NOTHING = "–"
+from markupsafe import Markup, escape
 
-CSS = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1f2430; --faint: #5c6475; --line: #e4e7ee; --back: #f4f5f8; }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #1a1d24; --ink: #e8eaf0; --faint: #a0a8b8;
-  --line: #2d323d; --back: #12141a; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.5rem 0 .8rem; }
-.subtitle { color: var(--faint); margin: .3rem 0 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .8rem; margin-top: 1.5rem; }
-.tile, figure, .table, details { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: .8rem 1rem; }
-.tile span { color: var(--faint); font-size: .8rem; display: block; }
-.tile strong { display: block; font-size: 1.5rem; font-weight: 650; font-variant-numeric: tabular-nums; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: .8rem;
-  margin-top: 1.5rem; }
-figure { margin: 0; padding: .6rem; break-inside: avoid; }
-figure img { display: block; width: 100%; height: auto; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .42rem .9rem; text-align: left; white-space: nowrap; border-top: 1px solid var(--line); }
-tr:first-child > * { border-top: 0; }
-th { font-weight: 600; }
-tbody th { width: 1%; font-weight: 400; color: var(--faint); position: sticky; left: 0; background: var(--paper); }
-td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; }
-details { margin-top: .6rem; padding: .7rem 1rem; }
-summary { cursor: pointer; }
-details ul { margin: .5rem 0 0; padding-left: 1.2rem; font-size: .88rem; overflow-wrap: anywhere; }
-pre { overflow-x: auto; font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; margin: .6rem 0 0; }
-@media print { body { background: none; font-size: 11pt; } main { max-width: none; padding: 0; }
-  .charts { grid-template-columns: 1fr 1fr; } h2 { break-after: avoid; } details:not([open]) { display: none; } }
-"""
+from codeparrot_ds.report.plots import THEMES, png_size
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-_LONG_ROWS = {"checkpoints at steps", "branch", "slowest rank"}
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = Path(__file__).with_name("templates")
 
 
-Table = list[tuple[str, list[str]]]
-"""Rows of a label and a text a run; the first row is the head."""
+class Cell(NamedTuple):
+    """A text, of which a second line is set small, and its CSS classes; of kind ``label`` it is the head of its row."""
+
+    text: str
+    kind: str = ""
+
+    @property
+    def first(self) -> str:
+        return self.text.partition("\n")[0]
+
+    @property
+    def rest(self) -> str:
+        return self.text.partition("\n")[2]
 
 
-def html_table(table: Table) -> str:
-    (corner, names), *rows = table
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
-    body = ""
-    for label, values in rows:
-        kind = ' class="wrap"' if label in _LONG_ROWS else ""
-        cells = "".join(f"<td{kind}>{html.escape(value)}</td>" for value in values)
-        body += f'<tr><th scope="row">{html.escape(label)}</th>{cells}</tr>'
-    corner_cell = f'<th scope="col">{html.escape(corner)}</th>'
-    return f'<div class="table"><table><thead><tr>{corner_cell}{head}</tr></thead><tbody>{body}</tbody></table></div>'
+@dataclass(frozen=True)
+class Table:
+    """A table of texts by row; a cell that is not of its column's kind says so."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    kinds: Sequence[str] = ()
+    """By column; none for those that are missing."""
+
+    @property
+    def head_cells(self) -> list[Cell]:
+        return self._cells(self.head)
+
+    @property
+    def cells(self) -> list[list[Cell]]:
+        return [self._cells(row) for row in self.rows]
+
+    def _cells(self, texts: Sequence[str | Cell]) -> list[Cell]:
+        kinds = [*self.kinds, *[""] * (len(texts) - len(self.kinds))]
+        return [each if isinstance(each, Cell) else Cell(each, kind) for each, kind in zip(texts, kinds, strict=True)]
 
 
-def md_table(table: Table) -> str:
-    (corner, names), *rows = table
-    lines = [[corner, *names], ["---"] * (1 + len(names)), *([label, *values] for label, values in rows)]
-    return "\n".join(
-        "| " + " | ".join(cell if cell == "---" else escape_md(cell) for cell in line) + " |" for line in lines
-    )
+def render(template: str, **content: Any) -> str:
+    """A page from a template whose name ends in ``.html.j2`` or ``.md.j2``."""
+    return _environment(template.split(".")[1]).get_template(template).render(content)
 
 
-def escape_md(text: str) -> str:
-    """Plain text in Markdown: no table cell, tag, link or emphasis can begin in it."""
-    escaped = html.escape(text, quote=False)
-    return "".join(f"\\{character}" if character in "|[]*_`\\" else character for character in escaped)
+@cache
+def _environment(form: str) -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=_markdown if form == "md" else None,
+    )  # fmt: skip
+    environment.globals |= {
+        "breakable": _breakable, "colours": _colours, "embedded": _embedded, "fenced": _fenced, "png_size": png_size,
+    }  # fmt: skip
+    return environment
+
+
+def _markdown(value: Any) -> Markup:
+    """Plain text in Markdown: no table cell, tag, link or emphasis can begin in it, and a second line is in brackets.
+
+    Already marked text is left as it is, so that Jinja's own escaping, which is for HTML, changes nothing after it.
+    """
+    if isinstance(value, Markup):
+        return value
+    escaped = "".join(f"\\{sign}" if sign in "\\`*_<>|[]&" else sign for sign in str(value))
+    first, _, rest = escaped.partition("\n")
+    return Markup(f"{first} ({' '.join(rest.splitlines())})" if rest else first)
+
+
+def _fenced(text: str, language: str = "") -> Markup:
+    """Source in Markdown, in a fence that nothing in it can close."""
+    fence = "`" * (3 + text.count("`"))
+    return Markup(f"{fence}{language}\n{text}\n{fence}")
+
+
+def _breakable(name: str) -> Markup:
+    """A name in HTML that may be broken where it has parts."""
+    return escape(name).replace(",", Markup(",<wbr>")).replace("_", Markup("_<wbr>")).replace(" on ", " on\xa0")
+
+
+def _colours(theme: str) -> str:
+    """The colours of a theme as CSS variables."""
+    return " ".join(f"--{name}: {THEMES[theme][name]};" for name in ("paper", "ink", "faint", "grid"))
+
+
+def _embedded(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

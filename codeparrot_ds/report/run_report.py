@@ -18,8 +18,8 @@ from typing import Any
 from codeparrot_ds.checkpoint.folders import checkpoint_folders, step_of
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import no_run
-from codeparrot_ds.report.plots import THEMES, Chart, Series, draw
-from codeparrot_ds.report.run_page import html_page, markdown_page
+from codeparrot_ds.report.plots import Chart, Series, picture_of
+from codeparrot_ds.report.run_page import page_of
 
 
 @dataclass(kw_only=True)
@@ -59,16 +59,15 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
     folder = Path(out)
     summaries = [summarize(run) for run in records]
     settings = [{"config": run.config, "ds_config": run.ds_config} for run in records]
-    pictures = [(chart, {theme: draw(chart, theme) for theme in THEMES}) for chart in charts(records)]
+    pictures = [picture_of(chart) for chart in charts(records)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for chart, images in pictures:
-            (folder / f"{chart.name}.png").write_bytes(images["light"])
+        for picture in pictures:
+            (folder / f"{picture.name}.png").write_bytes(picture.images["light"])
         figures = json.dumps({"runs": _without_nan(summaries)}, indent=2, allow_nan=False)
         (folder / "report.json").write_text(figures + "\n", encoding="utf-8")
-        page = markdown_page(summaries, settings, [chart for chart, _ in pictures])
-        (folder / "report.md").write_text(page, encoding="utf-8")
-        (folder / "report.html").write_text(html_page(summaries, settings, pictures), encoding="utf-8")
+        for form in ("md", "html"):
+            (folder / f"report.{form}").write_text(page_of(form, summaries, settings, pictures), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
     return folder / "report.html"
@@ -332,7 +331,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         ("mfu", "Model FLOPs utilization", "% of peak", trained("mfu", 100), noisy),
         ("data_wait", "Waiting for data", "% of step time", _lines(runs, "training", x, waiting), noisy),
         ("slowest_rank", "Slowest rank over the median rank", "own time before collectives", ratios, noisy),
-        ("memory", "Peak memory", "GiB", trained("memory_bytes", 2**-30), steady),
+        ("memory", "Peak memory", "GB", trained("memory_bytes", 1e-9), steady),
     ]
     x_label = "optimizer step" if x == "step" else "tokens"
     return [

@@ -10,7 +10,7 @@ import pytest
 from codeparrot_ds.compare.candidates import COMPARISON
 from codeparrot_ds.compare.charts import pictures_of
 from codeparrot_ds.compare.findings import as_json, differences
-from codeparrot_ds.compare.page import html_page, markdown_page, write_reports
+from codeparrot_ds.compare.page import page_of, write_reports
 from codeparrot_ds.compare.peak import Peak
 from codeparrot_ds.report.plots import LIGHT, LINE_STYLES, _of, marker_of, png_size
 from tests.compare.fake_trial import STEPS, found, row
@@ -71,7 +71,7 @@ def test_a_recommendation_says_how_sure_it_is(compared):
         {"name": "c on 1", "tied_with": []},
     ]
     assert "in speed not told apart from a on 1" in findings.lines()[0] and "1 trial)" in findings.lines()[0]
-    assert "| not told apart from |" in markdown_page(findings, [])
+    assert "| not told apart from |" in page_of("md", findings, [])
 
 
 def test_a_single_trial_that_is_far_ahead_is_still_a_single_trial(compared):
@@ -115,7 +115,7 @@ def test_mfu_orders_as_speed_does(compared, recorded):
         assert config["mfu"] == pytest.approx(expected)
     assert sorted(mfu, key=mfu.get) == [name for name, _ in reversed(findings.ranking)]
     note = "one peak of 0.005 TFLOP/s of this machine (measured once)" if recorded else "the fastest that a trial"
-    assert note in markdown_page(findings, []) and note in html_page(findings, [])
+    assert note in page_of("md", findings, []) and note in page_of("html", findings, [])
 
 
 def test_mfu_of_gpus_is_against_so_many_of_them(compared):
@@ -129,7 +129,7 @@ def test_mfu_of_gpus_is_against_so_many_of_them(compared):
 
 def test_on_a_cpu_the_plan_is_beside_what_was_measured_and_not_compared(compared):
     findings = compared({"a": 1000.0, "b": 900.0}, memory={"a": 87 * 10**6})
-    page = markdown_page(findings, [])
+    page = page_of("md", findings, [])
     table = page[page.index("## Memory") : page.index("## Settings")]
     assert "| config | this CPU, grown | this CPU, in all | a GPU, planned | its host, planned |" in table
     assert "| a on 1 | 87 MB | 187 MB |" in table and "%" not in table and "difference" not in table
@@ -157,17 +157,17 @@ def test_what_broke_has_its_step_peak_and_reason(compared):
     broken = {"status": "out of memory", "reason": "in step 3, at a peak of 5.0 GB: no", "step": 3,
               "peak_bytes": 5 * 10**9, "found": None}  # fmt: skip
     findings = compared({"a": 1000.0, "b": 900.0}, b=broken)
-    page = Page(html_page(findings, []))
+    page = Page(page_of("html", findings, []))
     assert {"out of memory", "3", "5,000 MB", "in step 3, at a peak of 5.0 GB: no"} <= set(page.texts)
-    assert "Not measured" in markdown_page(findings, [])
+    assert "Not measured" in page_of("md", findings, [])
 
 
 def test_texts_of_configs_are_escaped_in_html_and_in_markdown(compared):
     findings = compared({"<b>|a*": 1000.0})
-    page = html_page(findings, pictures_of(findings))
+    page = page_of("html", findings, pictures_of(findings))
     assert "<b>" not in page and "&lt;b&gt;|" in page
     assert Page(page).texts.count("<b>|a* on\xa01") >= 1
-    row_of_it = next(line for line in markdown_page(findings, []).splitlines() if line.startswith("| 1 |"))
+    row_of_it = next(line for line in page_of("md", findings, []).splitlines() if line.startswith("| 1 |"))
     assert "\\<b\\>\\|a\\* on 1" in row_of_it
 
 
@@ -175,7 +175,7 @@ def test_the_page_has_every_picture_in_both_themes_with_words_for_it(compared):
     findings = compared({"a": 1000.0, "b": 900.0}, world_sizes=(1, 2))
     pictures = pictures_of(findings)
     assert [picture.name for picture in pictures] == ["memory-speed", "scaling", "losses", "differences"]
-    page = Page(html_page(findings, pictures))
+    page = Page(page_of("html", findings, pictures))
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
     assert len(images) == 4 and sum(tag == "source" for tag, _ in page.tags) == 4
@@ -193,12 +193,12 @@ def test_settings_of_few_configs_have_columns_and_of_many_are_grouped_by_value(c
     (_, names), *rows = differences(findings)
     assert names == ["a on 1", "a on 2", "b on 1", "b on 2"]
     assert ("deepspeed: zero_optimization.stage", ["0", "0", "1", "1"]) in rows
-    assert "| deepspeed: zero\\_optimization.stage | 0 | 0 | 1 | 1 |" in markdown_page(findings, [])
+    assert "| deepspeed: zero\\_optimization.stage | 0 | 0 | 1 | 1 |" in page_of("md", findings, [])
 
 
 def test_settings_of_many_configs(compared):
     findings = compared(dict.fromkeys("abcdefgh", 1000.0), repeats=1, world_sizes=(1, 2))
-    assert "| deepspeed: zero\\_optimization.stage | 0 | 1: b, f; 2: c, g; 3: d, h |" in markdown_page(findings, [])
+    assert "| deepspeed: zero\\_optimization.stage | 0 | 1: b, f; 2: c, g; 3: d, h |" in page_of("md", findings, [])
 
 
 def test_a_loss_that_is_not_finite_is_a_text_in_json_and_a_verdict(compared):
@@ -226,7 +226,7 @@ def test_the_spare_memory_of_a_gpu_is_told(compared, monkeypatch):
     findings = compared({"a": 1000.0}, a={"found": with_device})
     assert "of the device to spare" in findings.recommendation
     assert findings.outcome("a on 1").memory_bytes == 10**10
-    lines = [line for line in markdown_page(findings, []).splitlines() if line.startswith("| a on 1 |")]
+    lines = [line for line in page_of("md", findings, []).splitlines() if line.startswith("| a on 1 |")]
     assert any("10.0 GB" in line and "%" in line for line in lines)
 
 
@@ -237,5 +237,5 @@ def test_sixty_four_lines_are_told_apart_without_colour_alone():
 
 def test_findings_of_a_search_are_listed(compared):
     findings = dataclasses.replace(compared({"a": 1000.0}), tried=["stage 1: <slower>"])
-    assert "stage 1: &lt;slower&gt;" in html_page(findings, [])
-    assert "- stage 1: \\<slower\\>" in markdown_page(findings, [])
+    assert "stage 1: &lt;slower&gt;" in page_of("html", findings, [])
+    assert "- stage 1: \\<slower\\>" in page_of("md", findings, [])

@@ -7,8 +7,8 @@ import itertools
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 PIXEL = 1.0
@@ -23,15 +23,15 @@ EYES = {
 
 @contextlib.contextmanager
 def drawn():
-    """The figures that are saved meanwhile, laid out."""
-    figures, save = [], Figure.savefig
+    """The figures that are drawn meanwhile, laid out."""
+    figures, draw = [], FigureCanvasAgg.draw
 
-    def savefig(self, *args, **kwargs):
-        save(self, *args, **kwargs)
-        figures.append(self)
+    def draw_and_keep(self):
+        draw(self)
+        figures.append(self.figure)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", savefig)
+        patch.setattr(FigureCanvasAgg, "draw", draw_and_keep)
         yield figures
 
 

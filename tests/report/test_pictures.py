@@ -7,11 +7,11 @@ import math
 import pytest
 
 from codeparrot_ds.cli import main as cli
-from codeparrot_ds.compare import charts as comparison_charts
 from codeparrot_ds.compare.charts import pictures_of
-from codeparrot_ds.compare.page import markdown_page
+from codeparrot_ds.compare.page import page_of
 from codeparrot_ds.memory.device import Overhead
 from codeparrot_ds.memory.plan import PlanRequest, in_gigabytes, make_plan
+from codeparrot_ds.report import plots
 from codeparrot_ds.report import run_report as report
 from codeparrot_ds.report.plan_chart import draw_plan
 from codeparrot_ds.report.plots import (
@@ -38,9 +38,10 @@ LONG = "an-extraordinarily-long-name-of-an-experiment-with-offloading-bf16-state
 def one_theme(monkeypatch):
     """The light theme alone, where colours are not what is looked at."""
     light = {"light": THEMES["light"]}
-    for module in (comparison_charts, report):
-        monkeypatch.setattr(module, "THEMES", light)
-    monkeypatch.setattr(report, "html_page", lambda *arguments: "")  # it shows both
+    monkeypatch.setattr(plots, "THEMES", light)
+    written = report.page_of
+    # The HTML page shows both.
+    monkeypatch.setattr(report, "page_of", lambda form, *parts: "" if form == "html" else written(form, *parts))
     return light
 
 
@@ -180,7 +181,7 @@ def test_a_run(case, tmp_path, one_theme):
     losses |= {"one run": "Training and validation loss", "huge values": "Training and validation loss"}
     assert losses.get(case, "Validation loss") in titles
     memory = [words_of(figure) for figure in figures if "Peak memory" in words_of(figure)]
-    assert all("GiB" in words and "1" in words for words in memory)  # as the table has 1.00 GiB
+    assert all("GB" in words and "1" in words for words in memory)  # as the table has 1.07 GB
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -230,7 +231,7 @@ def test_a_comparison(case, compared, one_theme):
         pictures = pictures_of(findings)
     look_at(figures)
     by_name = {figure.axes[0].get_title(loc="left").split("\n")[0]: figure for figure in figures}
-    table = markdown_page(findings, [])
+    table = page_of("md", findings, [])
     unit = findings.memory_unit[0]
     assert any(word.startswith(f"{unit} a rank (") for word in words_of(by_name["Memory and speed"]))
     assert f" {unit} |" in table and unit == ("GB" if case == "GPUs" else "MB")
