@@ -50,7 +50,7 @@ from codeparrot_ds.checkpoint.saver import CheckpointSaver, RunState, load_check
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.schedule import learning_rate_factor
 from codeparrot_ds.ds_config.facts import precision, zero_stage
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.engine import create_engine
 from codeparrot_ds.engine.fragments import MASTER, MOMENTS, Fragment, optimizer_step_count, owned_fragments
@@ -142,7 +142,7 @@ def ds_config_of(name: str) -> dict[str, Any]:
         config = ds_config_of(name.removesuffix("_torch_adam"))
         config["optimizer"]["params"]["torch_adam"] = True
         return config
-    config = copy.deepcopy(load_ds_config(find_ds_config(name)))
+    config = copy.deepcopy(open_ds_config(name).config)
     zero = config["zero_optimization"]
     # The files with bf16 states have another beta2: after 6 steps that alone changes the next ones a lot.
     config["optimizer"]["params"]["betas"] = list(BETAS)

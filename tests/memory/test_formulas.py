@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.memory.formulas import quick_memory
 from codeparrot_ds.memory.gradient_memory import partitions
@@ -28,7 +28,7 @@ def workload(config, model="gpt2", world_size=8, micro_batch_size=2, accumulatio
         micro_batch_size=micro_batch_size,
     )
     shape = find_shape(model, vocab_size=32_768, seq_length=SEQ_LENGTH)
-    raw = load_ds_config(find_ds_config(config)) if isinstance(config, str) else config
+    raw = open_ds_config(config).config if isinstance(config, str) else config
     resolved = resolve_ds_config(
         raw, run, world_size=world_size, model_hidden_size=shape.n_embd, nvme_path="nvme", source="test"
     )
