@@ -394,11 +394,16 @@ def render() -> str:
     parts.append(f'"kinds": {_lines(dict(sorted(labels.items())), 1)}')
     for name, blocks in tables.items():
         texts = [
-            f" {json.dumps(block)}: {_lines({key: _label(kinds[key]) for key in sorted(kinds)}, 2)}"
+            f" {json.dumps(block)}: {_lines(_labels(kinds), 2)}"
             for block, kinds in blocks.items()
         ]
         parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(texts) + "\n}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _labels(kinds: Mapping[str, Kind]) -> dict[str, str]:
+    """What each key takes, by kind and name: findings without a line come in this order."""
+    return dict(sorted(((key, _label(kind)) for key, kind in kinds.items()), key=lambda pair: pair[::-1]))
 
 
 def _lines(values: Mapping[str, Any], depth: int) -> str:
