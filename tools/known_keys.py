@@ -393,10 +393,7 @@ def render() -> str:
     parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
     parts.append(f'"kinds": {_lines(dict(sorted(labels.items())), 1)}')
     for name, blocks in tables.items():
-        texts = [
-            f" {json.dumps(block)}: {_lines(_labels(kinds), 2)}"
-            for block, kinds in blocks.items()
-        ]
+        texts = [f" {json.dumps(block)}: {_lines(_labels(kinds), 2)}" for block, kinds in blocks.items()]
         parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(texts) + "\n}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
