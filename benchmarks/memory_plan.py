@@ -23,7 +23,7 @@ from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.file import find_ds_config, open_ds_config, read_ds_config, shipped_names
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.memory.formulas import quick_memory
+from codeparrot_ds.memory.formulas import quick_memories
 from codeparrot_ds.memory.trace import trace_all
 from codeparrot_ds.memory.workload import Workload
 from codeparrot_ds.model.shapes import find_shape
@@ -111,7 +111,7 @@ def compare(point: dict[str, Any], traced: dict[str, Any] | str) -> dict[str, An
     if isinstance(traced, str):
         return {"point": point, "error": traced}
     phases = {name: traced["phases"][name] for name in ("forward_backward", "step")}
-    quick, peak = quick_memory(workload(**point)), max(phases.values())
+    (quick,), peak = quick_memories([workload(**point)]), max(phases.values())
     return {
         "point": point,
         "traced": traced,

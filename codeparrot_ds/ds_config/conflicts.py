@@ -173,11 +173,7 @@ OFFLOAD = (
         lambda s, value: value < 4 and s.on_nvme("optimizer") and s.is_adam,
         "Adam on NVMe needs at least 4 buffers: weights, gradients and two moments",
     ),
-    error(
-        "aio.use_gds",
-        lambda s, value: value is True and s.device == "cpu",
-        "GPU Direct Storage needs a GPU",
-    ),
+    error("aio.use_gds", lambda s, value: value is True and s.device == "cpu", "GPU Direct Storage needs a GPU"),
 )
 
 OPTIMIZER = (
@@ -337,9 +333,7 @@ OTHER_PROGRAMS = (
     ),
     error_in_run("expert_parallel.enabled", _on, "GPT-2 has no experts; remove the block"),
     error_in_run(
-        "hybrid_engine.enabled",
-        _on,
-        "is for generating inside RLHF training; a run here does not; remove the block",
+        "hybrid_engine.enabled", _on, "is for generating inside RLHF training; a run here does not; remove the block"
     ),
     error_in_run(
         "managed_gradient_accumulation",
@@ -377,12 +371,4 @@ BATCH = (
     ),
 )
 
-CONFLICTS = (
-    *PRECISION,
-    *OFFLOAD,
-    *OPTIMIZER,
-    *COMMUNICATION,
-    *ACTIVATION_CHECKPOINTING,
-    *OTHER_PROGRAMS,
-    *BATCH,
-)
+CONFLICTS = (*PRECISION, *OFFLOAD, *OPTIMIZER, *COMMUNICATION, *ACTIVATION_CHECKPOINTING, *OTHER_PROGRAMS, *BATCH)

@@ -158,11 +158,7 @@ OFFLOAD = (
 
 PRECISION = (
     *(
-        warning(
-            block,
-            lambda s, value: "enabled" not in value,
-            'is off: the block has no "enabled": true',
-        )
+        warning(block, lambda s, value: "enabled" not in value, 'is off: the block has no "enabled": true')
         for block in ("fp16", "bf16", "torch_autocast")
     ),
     *_only(
@@ -247,10 +243,7 @@ IN_A_RUN = (
         warning(key, lambda s, value: s.run is not None, message)
         for keys, message in (
             ("checkpoint datastates_ckpt", _OWN_CHECKPOINTS),
-            (
-                _within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"),
-                _OWN_CHECKPOINTS,
-            ),
+            (_within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"), _OWN_CHECKPOINTS),
             ("dataloader_drop_last", "does nothing: the run has its own data stream, which drops nothing"),
             ("pipeline", "does nothing: a run here has no pipeline parallelism"),
             ("autotuning", "does nothing: only the launcher's --autotuning reads it"),
