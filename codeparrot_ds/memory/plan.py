@@ -119,19 +119,11 @@ def plan_of(
     for name in arguments.ds_configs:
         if name.isdigit():
             raise UserError(f"{name!r} is not a DeepSpeed config; several numbers of one option have commas: 1,2,4")
+    alike = "model ds_configs micro_batch_sizes global_batch_size seq_length vocab_size attention dropout chunked_loss"
     request = PlanRequest(
-        model=arguments.model,
-        ds_configs=arguments.ds_configs,
+        **{name: getattr(arguments, name) for name in [*alike.split(), "trace"]},
         world_sizes=arguments.world_size,
-        micro_batch_sizes=arguments.micro_batch_sizes,
-        global_batch_size=arguments.global_batch_size,
-        seq_length=arguments.seq_length,
-        vocab_size=arguments.vocab_size,
-        attention=arguments.attention,
-        dropout=arguments.dropout,
-        chunked_loss=arguments.chunked_loss,
         device_memory=device_memory,
-        trace=arguments.trace,
         num_workers=arguments.num_workers or usable_cores(),
     )
     return make_plan(request, overhead, progress)
@@ -207,10 +199,17 @@ def _micro_batch_sizes(request: PlanRequest, config: RunConfig, world_size: int)
     asked = request.micro_batch_sizes or ()
     for size in asked:
         _with_micro_batch(config, size).gradient_accumulation_steps(world_size)
-    if config.global_batch_size % world_size:
-        _with_micro_batch(config, 1).gradient_accumulation_steps(world_size)
-    rows = config.global_batch_size // world_size
-    return sorted({*asked, *(size for size in range(1, min(rows, MAX_MICRO_BATCH_SIZE) + 1) if rows % size == 0)})
+    return sorted({*asked, *dividing_sizes(config, world_size, MAX_MICRO_BATCH_SIZE)})
+
+
+def dividing_sizes(config: RunConfig, world_size: int, most: int) -> list[int]:
+    """The micro-batches up to `most` that divide a rank's rows per step.
+
+    Raises:
+        UserError: `world_size` does not divide the rows of a step.
+    """
+    rows = _with_micro_batch(config, 1).gradient_accumulation_steps(world_size)
+    return [size for size in range(1, min(rows, most) + 1) if rows % size == 0]
 
 
 def _with_micro_batch(config: RunConfig, size: int) -> RunConfig:

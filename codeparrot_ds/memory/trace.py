@@ -54,7 +54,13 @@ PACKAGE = PACKAGE_PARENT / "codeparrot_ds"
 SOURCES = (
     "model/gpt2.py",
     "model/shapes.py",
+    "model/activation.py",
+    "model/attention.py",
+    "model/cpu_kernels.py",
+    "model/loss.py",
+    "model/products.py",
     "engine/engine.py",
+    "engine/deepspeed_fixes.py",
     "memory/fake_device.py",
     "memory/trace.py",
     "memory/storage_counter.py",

@@ -1,5 +1,6 @@
 """Traced memory: against the real engine tensor by tensor, against published GPU figures, and its cache."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -286,8 +287,22 @@ def test_another_version_does_not_use_the_cache(monkeypatch, what):
 
 
 def test_sources_are_all_that_a_trace_runs():
-    for name in memory_trace.SOURCES:
-        assert (memory_trace.PACKAGE / name).is_file(), name
+    """What the traced engine imports of the folders that hold and move tensors, and what calls it."""
+    found, waiting = {"memory/trace.py"}, ["memory/traced_engine.py"]
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        for node in ast.walk(ast.parse((memory_trace.PACKAGE / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("codeparrot_ds."):
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                names = [module.removeprefix("codeparrot_ds.").replace(".", "/") + ".py" for module in modules]
+                waiting += [
+                    other
+                    for other in names
+                    if other.startswith(("model/", "engine/", "memory/")) and (memory_trace.PACKAGE / other).is_file()
+                ]
+        waiting = [other for other in waiting if other not in found]
+    assert found == set(memory_trace.SOURCES)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"memory": {"depth": "traced"}}', "[1]"])
