@@ -34,7 +34,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["codeparrot_ds", "codeparrot_ds.*"]),
-    package_data={"codeparrot_ds.report": ["templates/*.j2"]},
+    package_data={
+        "codeparrot_ds.ds_config": ["known_keys.json"],
+        "codeparrot_ds.report": ["templates/*.j2"],
+    },
     cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.10",
     entry_points={"console_scripts": ["codeparrot-ds = codeparrot_ds.cli.main:main"]},

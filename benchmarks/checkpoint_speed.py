@@ -89,7 +89,7 @@ def work_as_rank(options: argparse.Namespace) -> None:
     from codeparrot_ds.config.run_config import RunConfig
     from codeparrot_ds.data.encoder import load_encoder
     from codeparrot_ds.ds_config.facts import zero_stage
-    from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+    from codeparrot_ds.ds_config.file import open_ds_config
     from codeparrot_ds.ds_config.resolve import resolve_ds_config
     from codeparrot_ds.engine.engine import create_engine
     from codeparrot_ds.engine.operators import build_operators, use_operators_folder
@@ -104,7 +104,7 @@ def work_as_rank(options: argparse.Namespace) -> None:
     shape = find_shape(options.model, vocab_size=encoder.vocab_size, seq_length=64)
     config = RunConfig(global_batch_size=WORLD_SIZE, micro_batch_size=1, seq_length=64, num_warmup_steps=0)
     ds_config = resolve_ds_config(
-        load_ds_config(find_ds_config(options.deepspeed)),
+        open_ds_config(options.deepspeed).config,
         config,
         world_size=WORLD_SIZE,
         model_hidden_size=shape.n_embd,

@@ -20,10 +20,10 @@ from typing import Any
 from record import write_record
 
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config, shipped_names
+from codeparrot_ds.ds_config.file import find_ds_config, open_ds_config, read_ds_config, shipped_names
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.memory.formulas import quick_memory
+from codeparrot_ds.memory.formulas import quick_memories
 from codeparrot_ds.memory.trace import trace_all
 from codeparrot_ds.memory.workload import Workload
 from codeparrot_ds.model.shapes import find_shape
@@ -74,7 +74,7 @@ def _points(models: list[str], configs: list[str], world_sizes: list[int]) -> It
         for micro_batch_size, accumulation_steps in BATCHES:
             for world_size in world_sizes:
                 for config in configs:
-                    raw = load_ds_config(find_ds_config(config))
+                    raw = open_ds_config(config).config
                     if world_size % int(raw["zero_optimization"].get("zero_hpz_partition_size", 1)) == 0:
                         yield {
                             "model": model,
@@ -96,7 +96,12 @@ def workload(*, model: str, config: str, world_size: int, micro_batch_size: int,
     shape = find_shape(model, vocab_size=VOCAB_SIZE, seq_length=SEQ_LENGTH)
     path = find_ds_config(config)
     ds_config = resolve_ds_config(
-        load_ds_config(path), run, world_size=world_size, model_hidden_size=shape.n_embd, nvme_path="nvme", source=path
+        read_ds_config(path).config,
+        run,
+        world_size=world_size,
+        model_hidden_size=shape.n_embd,
+        nvme_path="nvme",
+        source=path,
     )
     return Workload(shape=shape, ds_config=ds_config, world_size=world_size, seq_length=SEQ_LENGTH)
 
@@ -106,7 +111,7 @@ def compare(point: dict[str, Any], traced: dict[str, Any] | str) -> dict[str, An
     if isinstance(traced, str):
         return {"point": point, "error": traced}
     phases = {name: traced["phases"][name] for name in ("forward_backward", "step")}
-    quick, peak = quick_memory(workload(**point)), max(phases.values())
+    (quick,), peak = quick_memories([workload(**point)]), max(phases.values())
     return {
         "point": point,
         "traced": traced,

@@ -89,7 +89,7 @@ def save_engine(options: argparse.Namespace) -> None:
     import torch
 
     from codeparrot_ds.data.encoder import load_encoder
-    from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+    from codeparrot_ds.ds_config.file import open_ds_config
     from codeparrot_ds.ds_config.resolve import resolve_ds_config
     from codeparrot_ds.engine.engine import create_engine
     from codeparrot_ds.engine.operators import build_operators
@@ -100,7 +100,7 @@ def save_engine(options: argparse.Namespace) -> None:
 
     config, encoder = run_config(options), load_encoder(options.tokenizer)
     shape = find_shape(config.model, vocab_size=encoder.vocab_size, seq_length=config.seq_length)
-    raw = load_ds_config(find_ds_config(config.deepspeed))
+    raw = open_ds_config(config.deepspeed).config
     ds_config = resolve_ds_config(raw, config, world_size=1, model_hidden_size=shape.n_embd)
     join_ranks()
     build_operators(ds_config, "cpu")

@@ -101,6 +101,7 @@ def test_the_wheel_carries_the_configs_and_finds_them(wheel, tmp_path):
         archive.extractall(tmp_path)
     shipped = {path.name for path in (ROOT / "ds_configs").iterdir()}
     assert {f"codeparrot_ds/ds_configs/{name}" for name in shipped} <= names
+    assert "codeparrot_ds/ds_config/known_keys.json" in names
     assert not [name for name in names if name.startswith(("tests", "ds_configs"))]
     command = [sys.executable, "-m", "codeparrot_ds", "check", "zero2", "--device", "cpu"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -16,12 +16,11 @@ from codeparrot_ds.checkpoint.folders import STATE, TOKENIZER_FILES, WEIGHTS
 from codeparrot_ds.checkpoint.fragment_files import FragmentReader
 from codeparrot_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.ds_config.facts import precision
+from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision
 from codeparrot_ds.hub.card import model_card
 from codeparrot_ds.staging import staged_folder
 
 TRAINING_STATE = "training_state.json"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Of an export, by a run's precision."""
 
 
@@ -106,7 +105,7 @@ def run_export(
     return Export(
         model_config=model_config,
         tokenizer=Path(config.tokenizer),
-        dtype=DTYPES[precision(ds_config)],
+        dtype=TORCH_DTYPES[precision(ds_config)],
         card=model_card(card),
         training_state={
             "run": name,

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from codeparrot_ds.ds_config.facts import short_dtype
+
 # Unit roundoff: half the distance from 1 to the next number. fp32 24 bits of significand, fp16 11, bf16 8.
 ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 RANDOM = 8
@@ -380,15 +382,12 @@ def _differs(key: str, values: tuple[Any, Any], precisions: tuple[str, str]) -> 
     default = _UNSET.get(key, False)
     mine, theirs = (default if value is None else value for value in values)
     if key in _OF_PRECISION:
-        mine, theirs = (_SHORT.get(str(value), str(value)) if value else own
+        mine, theirs = (short_dtype(str(value)) if value else own
                         for value, own in zip((mine, theirs), precisions, strict=True))  # fmt: skip
         return mine != theirs and (mine, theirs) != precisions
     if key == "deepspeed: optimizer.type":
         return str(mine).lower() != str(theirs).lower()
     return mine != theirs
-
-
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,19 @@ from typing import Any
 
 from codeparrot_ds.ds_config.known_keys import KeyPath
 
+TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Torch's name of each precision that weights are trained in."""
+VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+"""Bytes of one value, by `short_dtype`."""
+_SHORT_DTYPES = {name: short for short, name in TORCH_DTYPES.items()} | {"half": "fp16", "float": "fp32"}
+
+
+def short_dtype(name: str) -> str:
+    """``bf16``, ``fp16``, ``fp32`` (or ``int8``) for each of the names that DeepSpeed knows a dtype by."""
+    name = str(name).removeprefix("torch.")
+    return _SHORT_DTYPES.get(name, name)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What a config says
 

@@ -109,11 +109,6 @@ class DsFile:
         return f"{self.path}:{line}" if line else str(self.path)
 
 
-def load_ds_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in `path`; `UserError` with line and column when it is not plain JSON."""
-    return read_ds_config(path).config
-
-
 def open_ds_config(
     name_or_path: str, precisions: Sequence[str] = GPU_PRECISIONS, *, began: str | None = None
 ) -> DsFile:

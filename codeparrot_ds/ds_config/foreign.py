@@ -15,7 +15,7 @@ from typing import Any
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import leaves, value_at
 from codeparrot_ds.ds_config.known_keys import KeyPath
-from codeparrot_ds.ds_config.resolve import RUN_OWNED_KEYS
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS
 
 MICRO_BATCH: KeyPath = ("train_micro_batch_size_per_gpu",)
 OF_OTHER_PROGRAMS = ("autotuning", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler")
@@ -23,17 +23,14 @@ OF_OTHER_PROGRAMS = ("autotuning", "tensorboard", "wandb", "csv_monitor", "comet
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """A config as a comparison takes it.
-
-    Attributes:
-        config: the JSON without what belongs to the run.
-        micro_batch_size: the config's own; None where it names none.
-        notes: one sentence for each thing that was taken out and says something else than the run.
-    """
+    """A config as a comparison takes it."""
 
     config: dict[str, Any]
+    """The JSON without what belongs to the run."""
     micro_batch_size: int | None
+    """The config's own; None where it names none."""
     notes: list[str]
+    """One sentence for each thing that was taken out and says something else than the run."""
 
 
 def import_ds_config(ds_config: Mapping[str, Any], run: RunConfig) -> Imported:
@@ -48,7 +45,7 @@ def import_ds_config(ds_config: Mapping[str, Any], run: RunConfig) -> Imported:
             continue
         wanted = getattr(run, field, None)
         _remove(config, path)
-        if path != MICRO_BATCH and value != wanted and path != ("gradient_accumulation_steps",):
+        if path != MICRO_BATCH and value != wanted and path != ACCUMULATION:
             notes.append(f"{'.'.join(path)} {value!r} is left out: all configs train with {field} {wanted!r}")
     if any(value != "auto" for _, value in leaves(value_at(config, ("scheduler", "params")) or {})):
         notes.append(f"scheduler is left out: all configs train with {run.lr_scheduler_type}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from codeparrot_ds.ds_config.known_keys import KEYS
-from codeparrot_ds.ds_config.rules import Rule, Subject
+from codeparrot_ds.ds_config.rules import Rule, Subject, warning
 
 _ZERO = "zero_optimization"
 _OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM = f"{_ZERO}.offload_optimizer", f"{_ZERO}.offload_param"
@@ -51,7 +51,7 @@ def _by_stage() -> list[Rule]:
             off = value is False or (key == "zero_hpz_partition_size" and value <= 1)
             return s.stage not in stages and not off
 
-        rules.append(Rule(f"{_ZERO}.{key}", "warning", wrong, f"does nothing at stage {{stage}}: it is for {where}"))
+        rules.append(warning(f"{_ZERO}.{key}", wrong, f"does nothing at stage {{stage}}: it is for {where}"))
     return rules
 
 
@@ -61,7 +61,7 @@ def _only(keys: str, when: Callable[[Subject], bool], message: str) -> list[Rule
     def wrong(s: Subject, value: Any) -> bool:
         return value is not False and not when(s)
 
-    return [Rule(key, "warning", wrong, message) for key in keys.split()]
+    return [warning(key, wrong, message) for key in keys.split()]
 
 
 def _within(block: str, keys: str) -> str:
@@ -83,28 +83,24 @@ ZERO = (
         lambda s: s.get(f"{_ZERO}.zenflow") is not None,
         "does nothing: DeepSpeed 0.19.8 gathers all partitions in one call",
     ),
-    Rule(
+    warning(
         f"{_ZERO}.contiguous_gradients",
-        "warning",
         lambda s, value: value is False and s.stage in (1, 2) and s.offloads("optimizer"),
         "offloading the optimizer switches it on whatever the file says",
     ),
-    Rule(
+    warning(
         f"{_ZERO}.zero_quantized_nontrainable_weights",
-        "warning",
         lambda s, value: value is True and s.stage == 3 and s.run is not None,
         "a run here trains every weight: there is nothing that it would quantize",
     ),
-    Rule(
+    warning(
         f"{_ZERO}.reduce_bucket_size",
-        "warning",
         _bucket_is_wasteful,
         "is larger than the model ({parameters:,} parameters): memory is set aside for nothing, and with one bucket "
         "nothing overlaps; 5e7 is a good size",
     ),
-    Rule(
+    warning(
         f"{_ZERO}.stage",
-        "warning",
         lambda s, value: s.get(f"{_ZERO}.reduce_bucket_size") is None and _bucket_is_wasteful(s, DEFAULT_BUCKET),
         "reduce_bucket_size is not set, and DeepSpeed's default of 500,000,000 is larger than the model "
         "({parameters:,} parameters): memory is set aside for nothing, and with one bucket nothing overlaps; write 5e7",
@@ -147,9 +143,8 @@ OFFLOAD = (
         lambda s: s.on_nvme("optimizer") or s.on_nvme("parameters"),
         "does nothing: nothing is offloaded to NVMe",
     ),
-    Rule(
+    warning(
         f"{_OFFLOAD_OPTIMIZER}.device",
-        "warning",
         lambda s, value: (
             value == "nvme"
             and s.parameters is not None
@@ -163,12 +158,7 @@ OFFLOAD = (
 
 PRECISION = (
     *(
-        Rule(
-            block,
-            "warning",
-            lambda s, value: "enabled" not in value,
-            'is off: the block has no "enabled": true',
-        )
+        warning(block, lambda s, value: "enabled" not in value, 'is off: the block has no "enabled": true')
         for block in ("fp16", "bf16", "torch_autocast")
     ),
     *_only(
@@ -178,7 +168,7 @@ PRECISION = (
     ),
     *_only(
         "bf16.immediate_grad_update",
-        lambda s: s.stage == 1 and s.precision == "bf16" and s.accumulation == "fp32" and not s.offloads("optimizer"),
+        lambda s: s.has_bf16_optimizer,
         "does nothing: it is for stage 1 in bf16 with fp32 accumulation",
     ),
     *_only(
@@ -186,35 +176,25 @@ PRECISION = (
         lambda s: s.get("bf16.enabled") is not True or s.stage in (1, 2),
         "does nothing at stage {stage}: it is for stages 1 and 2",
     ),
-    Rule(
+    warning(
         "bf16.bf16_master_weights_and_grads",
-        "warning",
-        lambda s, value: (
-            value is True
-            and s.stage == 1
-            and s.precision == "bf16"
-            and s.accumulation == "fp32"
-            and not s.offloads("optimizer")
-        ),
+        lambda s, value: value is True and s.has_bf16_optimizer,
         "does nothing: stage 1 with fp32 accumulation (BF16_Optimizer) always keeps fp32 masters",
     ),
-    Rule(
+    warning(
         "bf16.bf16_master_weights_and_grads",
-        "warning",
         lambda s, value: value is True and s.precision != "bf16",
         "rounds the master weights of a {precision} run to bf16; switch bf16 on, or remove the key",
     ),
-    Rule(
+    warning(
         "torch_autocast.enabled",
-        "warning",
         lambda s, value: (
             value is True and s.get("bf16.enabled") is True and s.get("bf16.bf16_master_weights_and_grads") is not True
         ),
         "adds casts and saves no memory: bf16 has the weights in bf16 already; keep one of the two",
     ),
-    Rule(
+    warning(
         "torch_autocast.enabled",
-        "warning",
         lambda s, value: (
             value is True
             and s.run is not None
@@ -226,15 +206,14 @@ PRECISION = (
 )
 
 OPTIMIZER = (
-    Rule(
+    warning(
         "optimizer.params.adam_w_mode",
-        "warning",
         lambda s, value: value is False and s.optimizer == "adamw",
         "does nothing: the type AdamW always decays as AdamW; write the type Adam",
     ),
     *_only(
         "optimizer.params.fp32_optimizer_states",
-        lambda s: s.offloads("optimizer") or s.optimizer not in ("adam", "adamw"),
+        lambda s: s.offloads("optimizer") or not s.is_adam,
         "does nothing: it is for offloaded optimizers",
     ),
     *_only(
@@ -245,9 +224,8 @@ OPTIMIZER = (
 )
 
 ACTIVATION_CHECKPOINTING = (
-    Rule(
+    warning(
         "activation_checkpointing.partition_activations",
-        "warning",
         lambda s, value: value is True and s.get("tensor_parallel.autotp_size", 0) <= 1,
         "saves nothing without model parallelism, which this file does not set up",
     ),
@@ -262,13 +240,10 @@ _OWN_CHECKPOINTS = "does nothing: the run saves and restores its checkpoints its
 # What a run here does itself; other programs may need it.
 IN_A_RUN = (
     *(
-        Rule(key, "warning", lambda s, value: s.run is not None, message)
+        warning(key, lambda s, value: s.run is not None, message)
         for keys, message in (
             ("checkpoint datastates_ckpt", _OWN_CHECKPOINTS),
-            (
-                _within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"),
-                _OWN_CHECKPOINTS,
-            ),
+            (_within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"), _OWN_CHECKPOINTS),
             ("dataloader_drop_last", "does nothing: the run has its own data stream, which drops nothing"),
             ("pipeline", "does nothing: a run here has no pipeline parallelism"),
             ("autotuning", "does nothing: only the launcher's --autotuning reads it"),

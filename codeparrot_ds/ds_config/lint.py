@@ -21,7 +21,7 @@ from codeparrot_ds.ds_config.file import CPU_PRECISIONS, GPU_PRECISIONS, DsFile,
 from codeparrot_ds.ds_config.inert import INERT
 from codeparrot_ds.ds_config.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath
 from codeparrot_ds.ds_config.reading import Reading, Said, read_keys
-from codeparrot_ds.ds_config.resolve import RUN_OWNED_KEYS, modern
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS, modern
 from codeparrot_ds.ds_config.rules import Rule, Subject, path_of
 from codeparrot_ds.errors import UserError
 
@@ -177,7 +177,7 @@ def _wanted(subject: Subject, path: KeyPath, field: str) -> Any:
     """What the run config says of one of its keys; None where that is not known."""
     if subject.run is None:
         return None
-    if path != ("gradient_accumulation_steps",):
+    if path != ACCUMULATION:
         return None if field == "micro_batch_size" and subject.run.auto_micro_batch else getattr(subject.run, field)
     rows = 0 if subject.run.auto_micro_batch else subject.run.micro_batch_rows * (subject.world_size or 0)
     if rows == 0 or subject.run.global_batch_size % rows:

@@ -16,7 +16,7 @@ from typing import Any
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import leaves, set_value, settled_precision, value_at
 from codeparrot_ds.ds_config.file import DsFile
-from codeparrot_ds.ds_config.known_keys import KEYS, RENAMED, KeyPath
+from codeparrot_ds.ds_config.known_keys import ANY, KEYS, RENAMED, KeyPath, Kind
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import expand
 
@@ -26,11 +26,12 @@ STEPS_PER_PRINT = 1_000_000_000
 DEFAULT_OPTIMIZER = {"type": "AdamW", "params": {"betas": [0.9, 0.999], "eps": 1e-8}}
 # Keys, in whatever block, that hold paths.
 PATH_KEYS = ("nvme_path", "output_path", "output_file")
+ACCUMULATION: KeyPath = ("gradient_accumulation_steps",)
 # Each key that the run config owns, and the field that fills it.
 RUN_OWNED_KEYS: Mapping[KeyPath, str] = {
     ("train_batch_size",): "global_batch_size",
     ("train_micro_batch_size_per_gpu",): "micro_batch_size",
-    ("gradient_accumulation_steps",): "global_batch_size / (micro_batch_size x world_size)",
+    ACCUMULATION: "global_batch_size / (micro_batch_size x world_size)",
     ("gradient_clipping",): "max_grad_norm",
     ("optimizer", "params", "lr"): "learning_rate",
     ("optimizer", "params", "weight_decay"): "weight_decay",
@@ -47,18 +48,6 @@ class Resolved:
 
     config: dict[str, Any]
     sources: dict[KeyPath, str]
-
-
-def run_values(config: RunConfig, world_size: int) -> dict[KeyPath, Any]:
-    """The values of `RUN_OWNED_KEYS` for a run on `world_size` ranks."""
-    return {
-        ("train_batch_size",): config.global_batch_size,
-        ("train_micro_batch_size_per_gpu",): config.micro_batch_size,
-        ("gradient_accumulation_steps",): config.gradient_accumulation_steps(world_size),
-        ("gradient_clipping",): config.max_grad_norm,
-        ("optimizer", "params", "lr"): config.learning_rate,
-        ("optimizer", "params", "weight_decay"): config.weight_decay,
-    }
 
 
 def modern(ds_config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[KeyPath, KeyPath]]:
@@ -141,17 +130,16 @@ def resolve(
         raise UserError(f"{file.path}: " + "; ".join(problems))
 
     for path, value in list(leaves(resolved)):
-        if isinstance(value, float) and _kind(path) == "int" and value.is_integer():
+        if isinstance(value, float) and _kind(path).name == "int" and value.is_integer():
             set_value(resolved, path, int(value))  # 5e8, as DeepSpeed reads it
         elif path[-1] in PATH_KEYS and isinstance(value, str) and value not in ("", "auto"):
             try:
                 set_value(resolved, path, str(Path(expand(value)).absolute()))
             except UserError as error:
                 problems.append(f"{'.'.join(path)} cannot be {error}")
-    mended = "set here: DeepSpeed's own default costs time"
     filled.default(("zero_optimization", "stage"), 0, "DeepSpeed's default")
     # The throughput timer synchronises the device twice a micro-step; the wall clock breakdown more often still.
-    filled.default(("timers", "throughput", "enabled"), False, mended)
+    filled.default(("timers", "throughput", "enabled"), False, "set here: DeepSpeed's own default costs time")
     filled.default(("wall_clock_breakdown",), False, "DeepSpeed's default")
     filled.set(("steps_per_print",), STEPS_PER_PRINT, "set here: the run has its own log, and DeepSpeed's costs time")
 
@@ -166,7 +154,7 @@ def resolve(
         if not resolved["data_types"]:
             del resolved["data_types"]
     for path, value in leaves(resolved):
-        if value == "auto" and not _takes_auto(path):
+        if value == "auto" and not _kind(path).takes_auto:
             problems.append(f'{".".join(path)} is "auto" and the run has no value for it; write one or remove the key')
     if problems:
         raise UserError(f"{file.path}: " + "; ".join(problems))
@@ -193,8 +181,10 @@ class _Filled:
 def _fill_run_values(filled: _Filled, config: RunConfig, world_size: int, origins: Mapping[str, str]) -> list[str]:
     """Sets the run's keys; returns the conflicts with values that are already there."""
     problems = []
-    for path, value in run_values(config, world_size).items():
-        present, field = value_at(filled.config, path), RUN_OWNED_KEYS[path]
+    accumulation = config.gradient_accumulation_steps(world_size)
+    for path, field in RUN_OWNED_KEYS.items():
+        value = accumulation if path == ACCUMULATION else getattr(config, field)
+        present = value_at(filled.config, path)
         if present not in (None, "auto", value) or isinstance(present, bool):
             problems.append(
                 f"{'.'.join(path)} is {present!r} but the run config's {field} says {value!r}; "
@@ -202,7 +192,7 @@ def _fill_run_values(filled: _Filled, config: RunConfig, world_size: int, origin
             )
         else:
             source = f"run config: {field}" + (f" ({origins[field]})" if field in origins else "")
-            if path == ("gradient_accumulation_steps",):
+            if path == ACCUMULATION:
                 source += f" = {config.global_batch_size} / ({config.micro_batch_size} x {world_size})"
             filled.set(path, value, source)
     scheduler = filled.config.get("scheduler")
@@ -235,11 +225,5 @@ def auto_meanings(hidden: int, nvme_path: str | os.PathLike[str] | None) -> dict
     return meanings
 
 
-def _kind(path: KeyPath) -> str | None:
-    kind = KEYS.get(path[:-1], {}).get(path[-1])
-    return None if kind is None else kind.name
-
-
-def _takes_auto(path: KeyPath) -> bool:
-    kind = KEYS.get(path[:-1], {}).get(path[-1])
-    return kind is not None and kind.takes_auto
+def _kind(path: KeyPath) -> Kind:
+    return KEYS.get(path[:-1], {}).get(path[-1], ANY)

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.ds_config.facts import activation_checkpointing, offload_device, precision, value_at, zero_stage
+from codeparrot_ds.ds_config.facts import (
+    activation_checkpointing,
+    offload_device,
+    precision,
+    short_dtype,
+    value_at,
+    zero_stage,
+)
 from codeparrot_ds.ds_config.file import GPU_PRECISIONS
 from codeparrot_ds.ds_config.known_keys import KeyPath
 
@@ -45,6 +52,17 @@ class Subject:
         return str(self.get("optimizer.type", "AdamW")).lower()
 
     @property
+    def is_adam(self) -> bool:
+        """Whether the optimizer is one of the two whose moments a run here saves."""
+        return self.optimizer in ("adam", "adamw")
+
+    @property
+    def has_bf16_optimizer(self) -> bool:
+        """Whether DeepSpeed takes its ``BF16_Optimizer`` (``_do_optimizer_sanity_check`` in ``engine.py``)."""
+        adds_up_in_fp32 = self.precision == "bf16" and self.accumulation == "fp32"
+        return self.stage == 1 and adds_up_in_fp32 and not self.offloads("optimizer")
+
+    @property
     def accumulation(self) -> str:
         """The precision that micro-batches are added up in."""
         return short_dtype(self.get("data_types.grad_accum_dtype", self.precision))
@@ -69,28 +87,39 @@ class Subject:
         return offload_device(self.config, what) == "nvme"
 
 
+# Whether a rule speaks of a subject and the value that its key has there.
+Applies = Callable[[Subject, Any], bool]
+
+
 @dataclass(frozen=True)
 class Rule:
     """Something that is wrong with a key that has a value, when `applies` says so of the subject and that value.
 
-    `severity` is ``error``, ``warning``, or ``run``: an error where a run config is known, a warning for a file alone,
-    which other programs may well use. ``{value}``, ``{stage}``, ``{precision}`` and ``{in_fp32}``
+    Made by `error`, `warning` and `error_in_run`. ``{value}``, ``{stage}``, ``{precision}`` and ``{in_fp32}``
     (`Subject.counterpart`) in the message are filled in.
     """
 
     key: str
     severity: str
-    applies: Callable[[Subject, Any], bool]
+    applies: Applies
     message: str
+
+
+def error(key: str, applies: Applies, message: str) -> Rule:
+    """What fails, or trains something else than the file says."""
+    return Rule(key, "error", applies, message)
+
+
+def warning(key: str, applies: Applies, message: str) -> Rule:
+    """What does nothing, or costs more than it gives."""
+    return Rule(key, "warning", applies, message)
+
+
+def error_in_run(key: str, applies: Applies, message: str) -> Rule:
+    """An error where a run config is known, a warning for a file alone, which other programs may well use."""
+    return Rule(key, "run", applies, message)
 
 
 def path_of(key: str) -> KeyPath:
     """The path of a dotted key."""
     return tuple(key.split("."))
-
-
-def short_dtype(name: str) -> str:
-    """``bf16``, ``fp16``, ``fp32`` (or ``int8``) for each of the names that DeepSpeed knows a dtype by."""
-    names = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
-    name = str(name).removeprefix("torch.")
-    return names.get(name, name)

@@ -115,10 +115,10 @@ def _facts() -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """SHA-256 over this package's sources."""
+    """SHA-256 over this package's sources and its table of DeepSpeed's keys."""
     package = PACKAGE_PARENT / "codeparrot_ds"
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted([*package.rglob("*.py"), package / "ds_config" / "known_keys.json"]):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 from codeparrot_ds.memory.workload import Memory
@@ -18,23 +18,20 @@ CLOSE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredMemory:
-    """Bytes of one GPU as torch and the driver count them.
-
-    Attributes:
-        allocated_bytes: the most that tensors took at once.
-        reserved_bytes: the most that the allocator held for them.
-        reserved_at_end_bytes: what it holds now.
-        used_bytes: what of the device is in use now, by this process and any other.
-        device: the GPU's name.
-        device_bytes: of the whole device.
-    """
+    """Bytes of one GPU as torch and the driver count them."""
 
     allocated_bytes: int
+    """The most that tensors took at once."""
     reserved_bytes: int
+    """The most that the allocator held for them."""
     reserved_at_end_bytes: int
+    """What it holds now."""
     used_bytes: int
+    """What of the device is in use now, by this process and any other."""
     device: str
+    """The GPU's name."""
     device_bytes: int
+    """Of the whole device."""
 
 
 def measure_gpu(device: Any) -> MeasuredMemory:
@@ -59,31 +56,24 @@ def forget_peak(device: Any) -> None:
     torch.cuda.reset_peak_memory_stats(device)
 
 
+@dataclass
 class MemoryCheck:
-    """Says once, when a run's memory has settled, what was predicted and what is measured, and records both.
+    """Says once, when a run's memory has settled, what was predicted and what is measured, and records both."""
 
-    Args:
-        predicted: the plan's, for tensors.
-        library_bytes: what libraries take through torch's allocator, as the plan's overhead has it.
-        measure: gives the device's memory; `measure_gpu` of the rank's device.
-        say: prints a line, ``logging`` style.
-        record: keeps ``memory`` in the run's record, for ``plan --calibrate``.
-        first_step: steps done before this start.
-    """
-
-    def __init__(
-        self,
-        predicted: Memory,
-        *,
-        library_bytes: int,
-        measure: Callable[[], MeasuredMemory],
-        say: Callable[..., None],
-        record: Callable[[dict[str, Any]], None],
-        first_step: int,
-    ) -> None:
-        self.predicted, self.library_bytes = predicted, library_bytes
-        self.measure, self.say, self.record = measure, say, record
-        self.first_step, self.done = first_step, False
+    predicted: Memory
+    """The plan's, for tensors."""
+    _: KW_ONLY
+    library_bytes: int
+    """What libraries take through torch's allocator, as the plan's overhead has it."""
+    measure: Callable[[], MeasuredMemory]
+    """Gives the device's memory: `measure_gpu` of the rank's device."""
+    say: Callable[..., None]
+    """Prints a line, ``logging`` style."""
+    record: Callable[[dict[str, Any]], None]
+    """Keeps ``memory`` in the run's record, for ``plan --calibrate``."""
+    first_step: int
+    """Steps done before this start."""
+    done: bool = False
 
     def after(self, step: int) -> None:
         """Call it after each logged step."""

@@ -54,20 +54,16 @@ def parse_memory(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """What a rank's device holds beside the tensors of a prediction.
-
-    Attributes:
-        fixed_bytes: allocated by libraries through torch's allocator.
-        ratio: memory that the allocator reserves over what is allocated.
-        outside_bytes: not the allocator's: CUDA context, communication.
-        communication_bytes: of ``outside_bytes``' kind, with more than one rank; 0 once measured together.
-        source: where the numbers come from.
-    """
+    """What a rank's device holds beside the tensors of a prediction."""
 
     fixed_bytes: int = ASSUMED_FIXED_BYTES
+    """Allocated by libraries through torch's allocator."""
     ratio: float = ASSUMED_RATIO
+    """Memory that the allocator reserves over what is allocated."""
     outside_bytes: int = ASSUMED_CONTEXT_BYTES
+    """Not the allocator's: CUDA context, communication."""
     communication_bytes: int = ASSUMED_COMMUNICATION_BYTES
+    """Of `outside_bytes`' kind, with more than one rank; 0 once measured together."""
     source: str = "assumed; `plan --calibrate RUN` measures it"
 
     def total(self, tensor_bytes: int, world_size: int) -> int:

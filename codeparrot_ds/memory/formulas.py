@@ -8,11 +8,19 @@ model, a DeepSpeed config and a number of ranks; any number of micro-batches is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from codeparrot_ds.ds_config.facts import activation_checkpointing, offload_device, precision, value_at, zero_stage
+from codeparrot_ds.ds_config.facts import (
+    VALUE_BYTES,
+    activation_checkpointing,
+    offload_device,
+    precision,
+    short_dtype,
+    value_at,
+    zero_stage,
+)
 from codeparrot_ds.memory.gradient_memory import (
     NORM_WIDTH,
     Buckets,
@@ -28,7 +36,6 @@ from codeparrot_ds.memory.model_memory import FP32, BackwardPass, Moment, parame
 from codeparrot_ds.memory.workload import CATEGORIES, Memory, Workload
 from codeparrot_ds.model.shapes import num_parameters
 
-WIDTHS = {"fp32": 4, "float32": 4, "fp16": 2, "float16": 2, "half": 2, "bf16": 2, "bfloat16": 2}
 # Defaults of zero/config.py.
 REDUCE_BUCKET_SIZE, PREFETCH_BUCKET_SIZE, PERSISTENCE_THRESHOLD = 500_000_000, 50_000_000, 100_000
 MAX_LIVE_PARAMETERS, SUB_GROUP_SIZE = 1_000_000_000, 1_000_000_000
@@ -37,74 +44,46 @@ SWAPPED_TENSORS = 4
 PARAMETER_BUFFER_ELEMENTS = 100_000_000  # zero/offload_config.py, offload_param.buffer_size
 
 
-@dataclass(frozen=True)
 class EngineSettings:
-    """What a resolved DeepSpeed config says about memory, with DeepSpeed's defaults filled in."""
+    """What a resolved DeepSpeed config says about memory, with DeepSpeed's defaults filled in. Widths are in bytes."""
 
-    ds_config: Mapping[str, Any]
-    world_size: int
+    def __init__(self, ds_config: Mapping[str, Any], world_size: int) -> None:
+        def zero(*path: str, default: Any) -> Any:
+            value = value_at(ds_config, ("zero_optimization", *path))
+            return default if value is None else value
 
-    def _zero(self, key: str, default: Any) -> Any:
-        value = value_at(self.ds_config, ("zero_optimization", key))
-        return default if value is None else value
+        def width_of(dtype: Any, default: int) -> int:
+            return default if dtype is None else VALUE_BYTES[short_dtype(dtype)]
 
-    @property
-    def stage(self) -> int:
-        """ZeRO stage."""
-        return zero_stage(self.ds_config)
+        def is_on(*path: str) -> bool:
+            return value_at(ds_config, path) is True
 
-    @property
-    def width(self) -> int:
-        """Bytes of a weight."""
-        return WIDTHS[precision(self.ds_config)]
-
-    @property
-    def accumulation_width(self) -> int:
-        """Bytes of a gradient that is accumulated: ``data_types.grad_accum_dtype``, else the weights' own."""
-        dtype = value_at(self.ds_config, ("data_types", "grad_accum_dtype"))
-        return self.width if dtype is None else WIDTHS[str(dtype)]
-
-    @property
-    def communication_width(self) -> int:
-        """Bytes of a gradient on the wire (``engine.py``, ``communication_data_type``)."""
-        dtype = self.ds_config.get("communication_data_type")
-        return self.width if dtype is None else WIDTHS[str(dtype)]
-
-    @property
-    def master_width(self) -> int:
-        """Bytes of a master weight and of its gradient in the step (``base_optimizer.py``)."""
-        low = (("bf16", "bf16_master_weights_and_grads"), ("fp16", "fp16_master_weights_and_grads"))
-        return 2 if any(value_at(self.ds_config, path) is True for path in low) else FP32
-
-    @property
-    def state_width(self) -> int:
-        """Bytes of each of Adam's two moments."""
-        return 2 if value_at(self.ds_config, ("bf16", "bf16_optimizer_states")) is True else FP32
-
-    @property
-    def optimizer_device(self) -> str:
-        """``none``, ``cpu`` or ``nvme``."""
-        return offload_device(self.ds_config, "optimizer")
-
-    @property
-    def parameter_device(self) -> str:
-        """``none``, ``cpu`` or ``nvme``; stage 3 alone offloads weights."""
-        return offload_device(self.ds_config, "parameters") if self.stage == 3 else "none"
-
-    @property
-    def overlaps(self) -> bool:
-        """``overlap_comm``; on by default at stage 3 alone."""
-        return bool(self._zero("overlap_comm", self.stage == 3))
-
-    @property
-    def clips(self) -> bool:
-        """Whether gradients are clipped; DeepSpeed does by default."""
-        return self.ds_config.get("gradient_clipping", 1.0) > 0
-
-    @property
-    def bucket_elements(self) -> int:
-        """``reduce_bucket_size``."""
-        return int(self._zero("reduce_bucket_size", REDUCE_BUCKET_SIZE))
+        self.world_size, self.stage, self.precision = world_size, zero_stage(ds_config), precision(ds_config)
+        self.width = VALUE_BYTES[self.precision]  # of a weight
+        # Of a gradient that is accumulated, and of one on the wire (engine.py).
+        self.accumulation_width = width_of(value_at(ds_config, ("data_types", "grad_accum_dtype")), self.width)
+        self.communication_width = width_of(ds_config.get("communication_data_type"), self.width)
+        # Of a master weight and of its gradient in the step (base_optimizer.py), and of each of Adam's two moments.
+        low_masters = is_on("bf16", "bf16_master_weights_and_grads") or is_on("fp16", "fp16_master_weights_and_grads")
+        self.master_width = 2 if low_masters else FP32
+        self.state_width = 2 if is_on("bf16", "bf16_optimizer_states") else FP32
+        # "none", "cpu" or "nvme"; stage 3 alone offloads weights.
+        self.optimizer_device = offload_device(ds_config, "optimizer")
+        self.parameter_device = offload_device(ds_config, "parameters") if self.stage == 3 else "none"
+        self.optimizer_buffers = int(zero("offload_optimizer", "buffer_count", default=4))
+        self.parameter_buffers = int(zero("offload_param", "buffer_count", default=5))
+        self.pins = any(zero(f"offload_{what}", "pin_memory", default=False) is True for what in ("optimizer", "param"))
+        self.overlaps = bool(zero("overlap_comm", default=self.stage == 3))
+        self.bucket_elements = int(zero("reduce_bucket_size", default=REDUCE_BUCKET_SIZE))
+        self.prefetch_elements = int(zero("stage3_prefetch_bucket_size", default=PREFETCH_BUCKET_SIZE))
+        self.max_live_parameters = int(zero("stage3_max_live_parameters", default=MAX_LIVE_PARAMETERS))
+        # Smaller weights stay whole on every rank.
+        self.persistence_threshold = int(zero("stage3_param_persistence_threshold", default=PERSISTENCE_THRESHOLD))
+        self.sub_group_size = int(zero("sub_group_size", default=SUB_GROUP_SIZE))
+        # Ranks that hold a second copy of the weights between them; 0 without.
+        ranks = int(zero("zero_hpz_partition_size", default=1))
+        self.secondary_ranks = ranks if ranks > 1 and world_size > 1 else 0
+        self.checkpoints_on_host = is_on("activation_checkpointing", "cpu_checkpointing")
 
     @property
     def buckets(self) -> Buckets:
@@ -117,81 +96,34 @@ class EngineSettings:
             communication_width=self.communication_width,
         )
 
-    @property
-    def prefetch_elements(self) -> int:
-        """``stage3_prefetch_bucket_size``."""
-        return int(self._zero("stage3_prefetch_bucket_size", PREFETCH_BUCKET_SIZE))
-
-    @property
-    def max_live_parameters(self) -> int:
-        """``stage3_max_live_parameters``: gathered weights at a time."""
-        return int(self._zero("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
-
-    @property
-    def persistence_threshold(self) -> int:
-        """``stage3_param_persistence_threshold``: smaller weights stay whole on every rank."""
-        return int(self._zero("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
-
-    @property
-    def sub_group_size(self) -> int:
-        """``sub_group_size``: parameters that stage 3 updates at a time."""
-        return int(self._zero("sub_group_size", SUB_GROUP_SIZE))
-
-    @property
-    def checkpoints_on_host(self) -> bool:
-        """``activation_checkpointing.cpu_checkpointing``: the blocks' inputs wait in host memory."""
-        return value_at(self.ds_config, ("activation_checkpointing", "cpu_checkpointing")) is True
-
-    @property
-    def secondary_ranks(self) -> int:
-        """``zero_hpz_partition_size``: ranks that hold a second copy of the weights between them; 0 without."""
-        ranks = int(self._zero("zero_hpz_partition_size", 1))
-        return ranks if ranks > 1 and self.world_size > 1 else 0
-
     def pinned(self, size: int) -> int:
         """What a host tensor of `size` bytes takes: torch's page-locked blocks are powers of two."""
-        blocks = ("offload_optimizer", "offload_param")
-        pins = any(value_at(self.ds_config, ("zero_optimization", block, "pin_memory")) is True for block in blocks)
-        return 1 << (size - 1).bit_length() if pins and size else size
-
-    def _buffer_count(self, block: str, default: int) -> int:
-        count = value_at(self.ds_config, ("zero_optimization", block, "buffer_count"))
-        return default if count is None else int(count)
-
-    @property
-    def optimizer_buffers(self) -> int:
-        """``offload_optimizer.buffer_count``."""
-        return self._buffer_count("offload_optimizer", 4)
-
-    @property
-    def parameter_buffers(self) -> int:
-        """``offload_param.buffer_count``."""
-        return self._buffer_count("offload_param", 5)
+        return 1 << (size - 1).bit_length() if self.pins and size else size
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineMemory:
     """What an engine holds and adds, in bytes on the device of a rank; `Memory` without the activations.
 
-    Attributes:
-        parameters, optimizer, buckets, gradients, temporary: resident between two steps.
-        gathered: whole weights at each moment of the first and of later micro-batches of a step (stage 3), and copies.
-        backward: gradients and buckets at the same moments.
-        before_step: gradients that the backward pass leaves.
-        step_temporary: what the optimizer step adds to them at its peak.
-        initialization: the peak while the engine is built.
+    Pairs are for the first and for later micro-batches of a step.
     """
 
+    # Resident between two steps.
     parameters: int
     optimizer: int
     buckets: int = 0
     gradients: int = 0
     temporary: int = 0
     gathered: Sequence[Sequence[tuple[int, int]]] = ()
+    """Whole weights at each moment (stage 3), and copies of them."""
     backward: Sequence[Sequence[GradientMemory]] = field(default_factory=list)
+    """Gradients and buckets at the same moments."""
     before_step: int = 0
+    """Gradients that the backward pass leaves."""
     step_temporary: int = 0
+    """What the optimizer step adds to them at its peak."""
     initialization: int = 0
+    """The peak while the engine is built."""
     host: Sequence[int] = (0, 0)
     nvme: int = 0
 
@@ -202,16 +134,14 @@ class EngineMemory:
 
 
 class QuickPlan:
-    """Formulas for one workload; `at` gives the memory of any micro-batch of the same model, config and ranks.
-
-    Args:
-        workload: its ``ds_config``'s micro-batch and accumulation are defaults that `at` replaces.
-    """
+    """Formulas for one workload; `at` gives the memory of any micro-batch of the same model, config and ranks."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
         self.settings = EngineSettings(workload.ds_config, workload.world_size)
         self.parameters = parameters(workload.shape)
+        self.numel = num_parameters(workload.shape)
+        self.largest = max(parameter.numel for parameter in self.parameters)
         self.moments = BackwardPass(
             workload.shape,
             seq_length=workload.seq_length,
@@ -231,7 +161,7 @@ class QuickPlan:
             return self._stage3()
         if settings.stage == 0:
             return self._unpartitioned()
-        fp32_beside_bf16 = precision(settings.ds_config) == "bf16" and settings.accumulation_width == FP32
+        fp32_beside_bf16 = settings.precision == "bf16" and settings.accumulation_width == FP32
         if settings.stage == 1 and fp32_beside_bf16 and settings.optimizer_device == "none":
             return self._bf16_optimizer()
         return self._stages_1_and_2()
@@ -240,12 +170,12 @@ class QuickPlan:
     def checkpoint_bytes(self) -> int:
         """What a checkpoint of the run takes: masters and moments once, and the export (``checkpoint/saver.py``)."""
         settings = self.settings
-        return num_parameters(self.workload.shape) * (settings.master_width + 2 * settings.state_width + settings.width)
+        return self.numel * (settings.master_width + 2 * settings.state_width + settings.width)
 
     @property
     def _built(self) -> int:
         """The peak while the model is built below stage 3: fp32 weights, and the largest as it is drawn."""
-        return FP32 * (sum(p.numel for p in self.parameters) + max(p.numel for p in self.parameters))
+        return FP32 * (self.numel + self.largest)
 
     def at(self, micro_batch_size: int, accumulation_steps: int) -> Memory:
         """The memory of a rank that runs ``accumulation_steps`` micro-batches of ``micro_batch_size`` rows a step."""
@@ -314,23 +244,25 @@ class QuickPlan:
     def _with_end(self) -> list[Moment]:
         return [*self.moments, Moment(name="reduce", activations_a_row=0)]
 
+    def _whole_gradients(self, width: int, later: bool, reduces_at_end: bool = True) -> list[GradientMemory]:
+        ranks = self.settings.world_size
+        return whole_gradients(
+            self.moments, width=width, carried=later, world_size=ranks, reduces_at_end=reduces_at_end
+        )
+
     # ----------------------------------------------------------------------------------------------------------------
     # Stage 0
 
     def _unpartitioned(self) -> EngineMemory:
         """Stage 0: ``fp16/fused_optimizer.py`` for bf16 and fp16, the bare optimizer for fp32."""
         settings = self.settings
-        numel = sum(parameter.numel for parameter in self.parameters)
-        whole = settings.width * numel
-        backward = [
-            whole_gradients(self.moments, width=settings.width, carried=carried, world_size=settings.world_size)
-            for carried in (False, True)
-        ]
+        whole = settings.width * self.numel
+        backward = [self._whole_gradients(settings.width, later) for later in (False, True)]
         if settings.width == FP32:
             # Clipping takes one norm at a time; the fused optimizer works in place.
             return EngineMemory(
                 parameters=whole,
-                optimizer=2 * FP32 * numel,
+                optimizer=2 * FP32 * self.numel,
                 backward=backward,
                 before_step=whole,
                 initialization=self._built,
@@ -338,13 +270,13 @@ class QuickPlan:
         decayed = sum(parameter.numel for parameter in self.parameters if parameter.decayed)
         return EngineMemory(
             parameters=whole,
-            optimizer=3 * FP32 * numel,  # fp32_groups_flat and Adam's two moments
+            optimizer=3 * FP32 * self.numel,  # fp32_groups_flat and Adam's two moments
             backward=backward,
             before_step=whole,
             # step: the gradients in fp32 one by one, then flattened; both beside the 16-bit ones.
             step_temporary=2 * FP32 * decayed,
             # initialize_optimizer_states: Adam's states and a zero gradient before the first step.
-            initialization=whole + 4 * FP32 * numel,
+            initialization=whole + 4 * FP32 * self.numel,
         )
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -361,16 +293,7 @@ class QuickPlan:
         """
         settings, shares = self.settings, self._shares()
         flat, mine = sum(share.flat_numel for share in shares), sum(share.numel for share in shares)
-        backward = [
-            whole_gradients(
-                self.moments,
-                width=settings.width,
-                carried=carried,
-                world_size=settings.world_size,
-                reduces_at_end=False,
-            )
-            for carried in (False, True)
-        ]
+        backward = [self._whole_gradients(settings.width, later, reduces_at_end=False) for later in (False, True)]
         # get_grads_for_reduction hands over the flat fp32 gradients: one tensor a group, reduced in the dtype of
         # communication, a copy of the whole in 16 bits.
         decayed = max(share.flat_numel for share in shares)
@@ -391,8 +314,7 @@ class QuickPlan:
         flat, mine = sum(share.flat_numel for share in shares), sum(share.numel for share in shares)
         offloaded = settings.optimizer_device != "none"
         states = (settings.master_width + 2 * settings.state_width) * mine
-        largest = max(parameter.numel for parameter in self.parameters)
-        accumulator = settings.width * largest if offloaded else 0  # temp_grad_buffer_for_gpu_offload
+        accumulator = settings.width * self.largest if offloaded else 0  # temp_grad_buffer_for_gpu_offload
         owned = self._gradients(shares).owned_bytes if not offloaded or self._compact else 0
         return EngineMemory(
             parameters=settings.width * flat,
@@ -425,9 +347,7 @@ class QuickPlan:
         width = settings.buckets.width
         if settings.stage == 1 and not settings.overlaps:
             # Hooks only allocate the bucket; reduce_gradients goes through the parameters after the backward pass.
-            held = whole_gradients(
-                self.moments, width=width, carried=later, world_size=settings.world_size, reduces_at_end=False
-            )
+            held = self._whole_gradients(width, later, reduces_at_end=False)
             bucketed = [
                 GradientMemory(memory.gradients, settings.buckets.bytes if later or index else 0, memory.temporary)
                 for index, memory in enumerate(held[:-1])
@@ -458,7 +378,7 @@ class QuickPlan:
     def _host_of_stages_1_and_2(self, shares: Sequence[Partition], later: bool) -> int:
         """Master, gradient and two moments, the 16-bit copy that goes back, and buffers for accumulation."""
         settings = self.settings
-        pinned, plain = [settings.width * max(parameter.numel for parameter in self.parameters)], 0
+        pinned, plain = [settings.width * self.largest], 0
         for share in shares:
             pinned += [settings.master_width * share.numel] * 2 + [settings.width * share.numel]
             plain += 2 * settings.state_width * share.numel
@@ -492,7 +412,7 @@ class QuickPlan:
             step_temporary=0 if offloaded else self._step_of_stage3() + self._second_copy,
             # zero.Init draws one weight at a time in fp32; a master is converted, then cloned.
             initialization=max(
-                held + (FP32 + settings.width) * max(parameter.numel for parameter in self.parameters),
+                held + (FP32 + settings.width) * self.largest,
                 buckets + 2 * held + whole + (0 if offloaded else 2 * master * mine + gradients),
             ),
             host=[self._host_of_stage3(mine, gradients)] * 2,
@@ -511,16 +431,15 @@ class QuickPlan:
         if settings.world_size == 1 and not away:
             return [(0, 0)] * (len(self.moments) + 1)
         live = max(0, settings.max_live_parameters - persistent)
-        total = num_parameters(self.workload.shape)
-        prefetched = min(settings.prefetch_elements, total) * settings.width
+        prefetched = min(settings.prefetch_elements, self.numel) * settings.width
         second = self._second_copy  # made as weights are given back, kept until the step
         found = []
         for moment in self.moments:
             needed = min(max(0, moment.needed - persistent), live)
-            waits = total > settings.max_live_parameters and moment.name not in ("loss", "head")
+            waits = self.numel > settings.max_live_parameters and moment.name not in ("loss", "lm_head")
             found.append(
                 (
-                    settings.width * needed + (second if later else second * (total - needed) // total),
+                    settings.width * needed + (second if later else second * (self.numel - needed) // self.numel),
                     prefetched if waits and moment.needed > live else 0,
                 )
             )
@@ -530,7 +449,7 @@ class QuickPlan:
     def _second_copy(self) -> int:
         """This rank's part of the second copy of the weights that hpZ keeps within a host until the next step."""
         ranks = self.settings.secondary_ranks
-        return self.settings.width * num_parameters(self.workload.shape) // ranks if ranks else 0
+        return self.settings.width * self.numel // ranks if ranks else 0
 
     def _backward_of_stage3(self) -> list[GradientMemory]:
         settings = self.settings
@@ -604,6 +523,15 @@ class QuickPlan:
         return optimizer + (settings.width * mine if settings.parameter_device == "nvme" else 0)
 
 
-def quick_memory(workload: Workload) -> Memory:
-    """The memory of one workload by the formulas."""
-    return QuickPlan(workload).at(workload.micro_batch_size, workload.accumulation_steps)
+def quick_memories(workloads: Sequence[Workload]) -> list[Memory]:
+    """The memory of each workload; those that differ in their micro-batch alone share their work."""
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    plans: dict[str, QuickPlan] = {}
+    found = []
+    for workload in workloads:
+        rest = {key: value for key, value in workload.ds_config.items() if key not in batch}
+        key = repr(replace(workload, ds_config=rest))
+        if key not in plans:
+            plans[key] = QuickPlan(workload)
+        found.append(plans[key].at(workload.micro_batch_size, workload.accumulation_steps))
+    return found

@@ -128,19 +128,16 @@ def whole_gradients(
 
 @dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """How stages 1 and 2 gather gradients before they reduce them (``zero/stage_1_and_2.py``).
-
-    Attributes:
-        elements: ``reduce_bucket_size``; a bucket is allocated whole, whatever the model's size (``setup_buckets``).
-        count: 2 with ``overlap_comm``.
-        width: bytes of an element: of the weights, or of the accumulation dtype at stage 1.
-        communication_width: bytes of an element on the wire; another dtype costs a copy.
-    """
+    """How stages 1 and 2 gather gradients before they reduce them (``zero/stage_1_and_2.py``)."""
 
     elements: int
+    """``reduce_bucket_size``; a bucket is allocated whole, whatever the model's size (``setup_buckets``)."""
     count: int
+    """2 with ``overlap_comm``."""
     width: int
+    """Bytes of an element: of the weights, or of the accumulation dtype at stage 1."""
     communication_width: int
+    """Bytes of an element on the wire; another dtype costs a copy."""
 
     @property
     def bytes(self) -> int:

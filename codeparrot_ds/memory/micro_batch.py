@@ -14,7 +14,7 @@ from codeparrot_ds.devices import smallest_gpu
 from codeparrot_ds.ds_config.precision import open_for
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.memory.device import load_overhead
-from codeparrot_ds.memory.plan import predict
+from codeparrot_ds.memory.plan import dividing_sizes, predict
 from codeparrot_ds.resolved_run import encoder_and_shape, resolve_run
 from codeparrot_ds.terminal import gigabytes
 
@@ -53,11 +53,7 @@ def with_micro_batch(config: RunConfig, *, world_size: int, device: str) -> RunC
 
 def micro_batch_sizes(config: RunConfig, world_size: int, device: str) -> list[int]:
     """The sizes that divide the rows of a rank, up to what fills a device."""
-    if config.global_batch_size % world_size:
-        dataclasses.replace(config, micro_batch_size=1).gradient_accumulation_steps(world_size)  # says which would
-    rows = config.global_batch_size // world_size
-    most = max(1, MAX_TOKENS[device] // config.seq_length)
-    return [size for size in range(1, min(rows, most) + 1) if rows % size == 0]
+    return dividing_sizes(config, world_size, max(1, MAX_TOKENS[device] // config.seq_length))
 
 
 def memory_budget(device: str, world_size: int) -> tuple[int, str]:

@@ -8,9 +8,9 @@ that a plan over many micro-batches multiplies only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
-from codeparrot_ds.model.shapes import GPT2Shape, chunk_of_tokens
+from codeparrot_ds.model.shapes import GPT2Shape, chunk_of_tokens, num_parameters
 
 FP32 = 4
 STATISTICS = 2  # LayerNorm saves mean and reciprocal standard deviation
@@ -74,40 +74,34 @@ def parameters(shape: GPT2Shape) -> list[Parameter]:
     return found
 
 
+@dataclass
 class BackwardPass:
-    """The moments of one backward pass of GPT-2, from the loss to the embeddings.
+    """The moments of one backward pass of GPT-2, from the loss to the embeddings."""
 
-    Args:
-        shape: the model.
-        seq_length: tokens a row.
-        width: bytes of a weight and of an activation (2 for bf16 and fp16, 4 for fp32).
-        attention: ``flash`` or ``math`` (whole scores).
-        dropout: whether dropout is on: one byte a masked element, as CUDA's ``native_dropout`` saves it.
-        checkpointing: whether each block keeps its input only and is computed again in the backward pass.
-        chunked_loss: whether the fp32 softmax is there for some tokens at a time (``model/gpt2.py``).
-        checkpoints_on_host: whether those inputs wait in host memory.
-    """
+    shape: GPT2Shape
+    _: KW_ONLY
+    seq_length: int
+    width: int
+    """Bytes of a weight and of an activation: 2 for bf16 and fp16, 4 for fp32."""
+    attention: str
+    """``flash`` or ``math`` (whole scores)."""
+    dropout: bool
+    """One byte per masked element, as CUDA's ``native_dropout`` saves it."""
+    checkpointing: bool
+    """Whether each block keeps its input only and is computed again in the backward pass."""
+    chunked_loss: bool = False
+    """Whether the fp32 softmax is there for some tokens at a time (``model/gpt2.py``)."""
+    checkpoints_on_host: bool = False
+    """Whether the blocks' inputs wait in host memory."""
 
-    def __init__(
-        self,
-        shape: GPT2Shape,
-        *,
-        seq_length: int,
-        width: int,
-        attention: str,
-        dropout: bool,
-        checkpointing: bool,
-        chunked_loss: bool = False,
-        checkpoints_on_host: bool = False,
-    ) -> None:
-        self.shape, self.seq_length, self.width = shape, seq_length, width
-        self.attention, self.dropout, self.checkpointing = attention, dropout, checkpointing
-        self.checkpoints_on_host, self.chunked_loss = checkpoints_on_host, chunked_loss
-        self.hidden = width * seq_length * shape.n_embd  # bytes of one row of the residual stream
-        self.inner = width * seq_length * (shape.n_inner or 4 * shape.n_embd)
-        self.norm = self.hidden + STATISTICS * FP32 * seq_length
-        self.mask = seq_length * shape.n_embd if dropout else 0
-        self.scores = seq_length * seq_length * shape.n_head
+    def __post_init__(self) -> None:
+        shape, tokens = self.shape, self.seq_length
+        self.hidden = self.width * tokens * shape.n_embd  # bytes of one row of the residual stream
+        self.inner = self.width * tokens * (shape.n_inner or 4 * shape.n_embd)
+        self.norm = self.hidden + STATISTICS * FP32 * tokens
+        self.mask = tokens * shape.n_embd if self.dropout else 0
+        self.scores = tokens * tokens * shape.n_head
+        self.table = self.width * shape.vocab_size * shape.n_embd if shape.tie_word_embeddings else 0
         self.by_name = {parameter.name: parameter for parameter in parameters(shape)}
         self.block_numel = sum(p.numel for name, p in self.by_name.items() if name.startswith("h.0."))
 
@@ -166,99 +160,60 @@ class BackwardPass:
         return found
 
     def _head(self) -> Iterator[Moment]:
-        shape = self.shape
-        needed = sum(parameter.numel for parameter in self.by_name.values())
-        head = self.width * shape.vocab_size * shape.n_embd
-        row_logits = self.width * self.seq_length * shape.vocab_size
-        kept = self.kept(shape.n_layer) + self.norm
+        needed, kept = num_parameters(self.shape), self.kept(self.shape.n_layer)
         yield Moment(
             name="loss",
-            activations_a_row=kept,
+            activations_a_row=kept + self.norm,
             logits_a_row=self.logits,
             temporary=self.softmax_chunk,
             needed=needed,
         )
-        yield Moment(
-            name="head",
-            activations_a_row=kept,
-            logits_a_row=row_logits,
-            temporary_a_row=self.hidden,
-            arriving=() if shape.tie_word_embeddings else (self.by_name["lm_head"],),
-            unfinished_gradient=self._unfinished(head),
-            needed=needed,
-        )
-        yield Moment(
-            name="ln_f",
-            activations_a_row=self.kept(shape.n_layer),
-            temporary_a_row=2 * self.hidden,
-            arriving=self._of("ln_f"),
-            unfinished_gradient=self._unfinished(head),
-            needed=needed,
-        )
+        row_logits = self.width * self.seq_length * self.shape.vocab_size
+        yield self._moment("lm_head", kept + self.norm, self.hidden, needed, logits_a_row=row_logits)
+        yield self._moment("ln_f", kept, 2 * self.hidden, needed)
 
     def _block_moments(self, layer: int) -> Iterator[Moment]:
         """One block backwards. A product's backward pass makes the gradient of its input, then that of its weight."""
-        hidden, inner, name = self.hidden, self.inner, f"h.{layer}"
+        hidden, inner = self.hidden, self.inner
         below = self.kept(layer)
         # Without checkpointing the block's own output is gone: the norm behind it has been through its backward pass.
         saved = self.block if self.checkpointing else self.block - hidden
         attention = self.saved_attention
         unactivated = saved - self.saved_activations * inner
+        score_gradients = 0 if self.attention == "flash" else 2 * FP32 * self.scores
         steps = [
             ("mlp.c_proj", saved, hidden + inner),
             ("mlp.activation", unactivated + inner, hidden + 2 * inner),
             ("mlp.c_fc", unactivated, 2 * hidden + inner),
             ("ln_2", unactivated - hidden, 3 * hidden),
             ("attn.c_proj", self.norm + attention, 3 * hidden),
-            ("attn.scores", self.norm + attention, 8 * hidden + self._score_gradients()),
+            ("attn.scores", self.norm + attention, 8 * hidden + score_gradients),
             ("attn.c_attn", self.norm, 5 * hidden),
             ("ln_1", self.norm, 3 * hidden),
         ]
-        unfinished = self._unfinished(self.width * self.shape.vocab_size * self.shape.n_embd)
-        needed = self._needed(layer)
+        needed = self._embedding_numel + (layer + 1) * self.block_numel
         for part, own, temporary in steps:
-            arriving = self._of(f"{name}.{part}")
-            yield Moment(
-                name=f"{name}.{part}",
-                activations_a_row=below + own,
-                temporary_a_row=temporary,
-                arriving=arriving,
-                unfinished_gradient=unfinished,
-                needed=needed,
-            )
-
-    def _score_gradients(self) -> int:
-        return 0 if self.attention == "flash" else 2 * FP32 * self.scores
+            yield self._moment(f"h.{layer}.{part}", below + own, temporary, needed)
 
     def _embeddings(self) -> Iterator[Moment]:
-        tied = self.shape.tie_word_embeddings
-        table = self.width * self.shape.vocab_size * self.shape.n_embd
-        needed = self.by_name["wte"].numel + self.by_name["wpe"].numel
-        yield Moment(
-            name="wpe",
-            activations_a_row=self.kept(0),
-            temporary_a_row=2 * self.hidden,
-            arriving=self._of("wpe"),
-            unfinished_gradient=self._unfinished(table),
-            needed=needed,
-        )
+        kept, needed = self.kept(0), self._embedding_numel
+        yield self._moment("wpe", kept, 2 * self.hidden, needed)
         # The embedding's own gradient beside the head's, and their sum.
-        yield Moment(
-            name="wte",
-            activations_a_row=self.kept(0),
-            temporary_a_row=self.hidden,
-            temporary=table if tied else 0,
-            arriving=self._of("wte"),
-            unfinished_gradient=self._unfinished(table),
-            needed=needed,
-        )
+        yield self._moment("wte", kept, self.hidden, needed, temporary=self.table)
 
-    def _unfinished(self, table: int) -> int:
-        return table if self.shape.tie_word_embeddings else 0
+    @property
+    def _embedding_numel(self) -> int:
+        return self.by_name["wte"].numel + self.by_name["wpe"].numel
 
-    def _of(self, module: str) -> tuple[Parameter, ...]:
+    def _moment(self, module: str, activations: int, temporary_a_row: int, needed: int, **more: int) -> Moment:
+        """The end of a module's backward pass: its own gradients are complete, the tied embedding's is not."""
         names = (module, f"{module}.weight", f"{module}.bias")
-        return tuple(self.by_name[name] for name in names if name in self.by_name)
-
-    def _needed(self, layer: int) -> int:
-        return self.by_name["wte"].numel + self.by_name["wpe"].numel + (layer + 1) * self.block_numel
+        return Moment(
+            name=module,
+            activations_a_row=activations,
+            temporary_a_row=temporary_a_row,
+            arriving=tuple(self.by_name[name] for name in names if name in self.by_name),
+            unfinished_gradient=self.table,
+            needed=needed,
+            **more,
+        )

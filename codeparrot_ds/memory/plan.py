@@ -15,15 +15,15 @@ from typing import Any
 
 from codeparrot_ds.config.run_config import PRESETS, RunConfig
 from codeparrot_ds.cpu import usable_cores
-from codeparrot_ds.ds_config.facts import precision, value_at
+from codeparrot_ds.ds_config.facts import VALUE_BYTES, precision, value_at
 from codeparrot_ds.ds_config.file import DsFile, open_ds_config, shipped_names
 from codeparrot_ds.ds_config.lint import check_ds_config
 from codeparrot_ds.ds_config.resolve import resolve
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.memory.device import Overhead, load_overhead
-from codeparrot_ds.memory.formulas import WIDTHS, QuickPlan
+from codeparrot_ds.memory.formulas import quick_memories
 from codeparrot_ds.memory.model_memory import BackwardPass
-from codeparrot_ds.memory.trace import cached, trace_all
+from codeparrot_ds.memory.trace import ATTENTIONS, cached, trace_all
 from codeparrot_ds.memory.workload import CATEGORIES, Memory, Workload
 from codeparrot_ds.model.shapes import KNOWN_SHAPES, GPT2Shape, find_shape, num_parameters
 from codeparrot_ds.paths import did_you_mean
@@ -119,19 +119,11 @@ def plan_of(
     for name in arguments.ds_configs:
         if name.isdigit():
             raise UserError(f"{name!r} is not a DeepSpeed config; several numbers of one option have commas: 1,2,4")
+    alike = "model ds_configs micro_batch_sizes global_batch_size seq_length vocab_size attention dropout chunked_loss"
     request = PlanRequest(
-        model=arguments.model,
-        ds_configs=arguments.ds_configs,
+        **{name: getattr(arguments, name) for name in [*alike.split(), "trace"]},
         world_sizes=arguments.world_size,
-        micro_batch_sizes=arguments.micro_batch_sizes,
-        global_batch_size=arguments.global_batch_size,
-        seq_length=arguments.seq_length,
-        vocab_size=arguments.vocab_size,
-        attention=arguments.attention,
-        dropout=arguments.dropout,
-        chunked_loss=arguments.chunked_loss,
         device_memory=device_memory,
-        trace=arguments.trace,
         num_workers=arguments.num_workers or usable_cores(),
     )
     return make_plan(request, overhead, progress)
@@ -140,12 +132,7 @@ def plan_of(
 def make_plan(
     request: PlanRequest, overhead: Overhead, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Plan:
-    """Plans every config of a request.
-
-    Args:
-        request: what to plan.
-        overhead: what a run takes beside its tensors.
-        progress: called with how many traces are done and how many there are.
+    """Plans every config of a request; `progress` gets how many traces are done, and how many there are.
 
     Raises:
         UserError: an unknown model, sizes that do not go together, or a named config with an error.
@@ -212,10 +199,17 @@ def _micro_batch_sizes(request: PlanRequest, config: RunConfig, world_size: int)
     asked = request.micro_batch_sizes or ()
     for size in asked:
         _with_micro_batch(config, size).gradient_accumulation_steps(world_size)
-    if config.global_batch_size % world_size:
-        _with_micro_batch(config, 1).gradient_accumulation_steps(world_size)
-    rows = config.global_batch_size // world_size
-    return sorted({*asked, *(size for size in range(1, min(rows, MAX_MICRO_BATCH_SIZE) + 1) if rows % size == 0)})
+    return sorted({*asked, *dividing_sizes(config, world_size, MAX_MICRO_BATCH_SIZE)})
+
+
+def dividing_sizes(config: RunConfig, world_size: int, most: int) -> list[int]:
+    """The micro-batches up to `most` that divide a rank's rows per step.
+
+    Raises:
+        UserError: `world_size` does not divide the rows of a step.
+    """
+    rows = _with_micro_batch(config, 1).gradient_accumulation_steps(world_size)
+    return [size for size in range(1, min(rows, most) + 1) if rows % size == 0]
 
 
 def _with_micro_batch(config: RunConfig, size: int) -> RunConfig:
@@ -237,19 +231,20 @@ def _workload(
     file: DsFile, config: RunConfig, shape: GPT2Shape, request: PlanRequest, world_size: int, micro_batch_size: int
 ) -> Workload:
     run = _with_micro_batch(config, micro_batch_size)
-    ds_config = resolve(
-        file,
-        run,
-        world_size=world_size,
-        model_hidden_size=shape.n_embd,
-        nvme_path="nvme",
-    ).config
+    resolved = resolve(file, run, world_size=world_size, model_hidden_size=shape.n_embd, nvme_path="nvme")
+    return _workload_of(config, shape, resolved.config, world_size, request.attention)
+
+
+def _workload_of(
+    config: RunConfig, shape: GPT2Shape, ds_config: Mapping[str, Any], world_size: int, attention: str
+) -> Workload:
+    """What a rank of a run does, for the memory that it takes."""
     return Workload(
         shape=shape,
         ds_config=ds_config,
         world_size=world_size,
         seq_length=config.seq_length,
-        attention=request.attention,
+        attention=attention,
         dropout=config.dropout,
         chunked_loss=config.chunked_loss,
     )
@@ -259,8 +254,8 @@ def _memories(
     workloads: Sequence[Workload], request: PlanRequest, config: RunConfig, progress: Callable[[int, int], None]
 ) -> list[Memory]:
     """Traced where it is known, or asked for and shown in the tables; by formulas elsewhere."""
-    found = _quick_memories(workloads)
-    found = [_traced_or_quick(cached(workload), memory) for workload, memory in zip(workloads, found, strict=True)]
+    quick = quick_memories(workloads)
+    found = [_traced_or_quick(cached(workload), memory) for workload, memory in zip(workloads, quick, strict=True)]
     if not request.trace:
         return found
     sizes = {workload.micro_batch_size for workload in workloads}
@@ -285,34 +280,12 @@ def _traced_or_quick(traced: Memory | None, quick: Memory) -> Memory:
     return quick if traced is None else dataclasses.replace(traced, checkpoint_bytes=quick.checkpoint_bytes)
 
 
-def _quick_memories(workloads: Sequence[Workload]) -> list[Memory]:
-    """By formulas; workloads that differ in their micro-batch alone share their work."""
-    plans: dict[Any, QuickPlan] = {}
-    found = []
-    for workload in workloads:
-        batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        rest = {key: value for key, value in workload.ds_config.items() if key not in batch}
-        key = (repr(rest), workload.world_size, workload.shape, workload.seq_length, workload.attention)
-        if key not in plans:
-            plans[key] = QuickPlan(workload)
-        found.append(plans[key].at(workload.micro_batch_size, workload.accumulation_steps))
-    return found
-
-
 def predict(
     config: RunConfig, shape: GPT2Shape, ds_config: Mapping[str, Any], world_size: int, *, attention: str = "flash"
 ) -> Memory:
     """What a run will take on each rank: traced where that is known, by formulas otherwise."""
-    workload = Workload(
-        shape=shape,
-        ds_config=ds_config,
-        world_size=world_size,
-        seq_length=config.seq_length,
-        attention=attention,
-        dropout=config.dropout,
-        chunked_loss=config.chunked_loss,
-    )
-    return _traced_or_quick(cached(workload), _quick_memories([workload])[0])
+    workload = _workload_of(config, shape, ds_config, world_size, attention)
+    return _traced_or_quick(cached(workload), quick_memories([workload])[0])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -322,15 +295,9 @@ def predict(
 def why_too_large(
     config: RunConfig, shape: GPT2Shape, ds_config: Mapping[str, Any], world_size: int, device_memory: int, name: str
 ) -> str | None:
-    """Why a run does not fit devices of ``device_memory`` bytes, with what would; None where it fits.
+    """Why a run does not fit, with what would; None where it fits.
 
-    Args:
-        config: the run config.
-        shape: its model's.
-        ds_config: resolved.
-        world_size: number of ranks.
-        device_memory: bytes of the smallest device.
-        name: of that device.
+    `ds_config` is resolved; `device_memory` is bytes of the smallest device, which is called `name`.
     """
     overhead = load_overhead()
     memory = predict(config, shape, ds_config, world_size)
@@ -357,7 +324,7 @@ def _what_fits(
     for size in sorted(smaller, reverse=True):
         run = _with_micro_batch(config, size)
         workload = _workload(own, run, shape, request, world_size, size)
-        needed = overhead.total(_quick_memories([workload])[0].peak_bytes, world_size)
+        needed = overhead.total(quick_memories([workload])[0].peak_bytes, world_size)
         if needed <= device_memory:
             options.append(f"--micro-batch-size {size} ({gigabytes(needed)})")
             break
@@ -368,7 +335,7 @@ def _what_fits(
             workload = _workload(file, config, shape, request, world_size, config.micro_batch_rows)
         except UserError:
             continue  # One that cannot run on this many ranks is no suggestion.
-        needed = overhead.total(_quick_memories([workload])[0].peak_bytes, world_size)
+        needed = overhead.total(quick_memories([workload])[0].peak_bytes, world_size)
         if needed <= device_memory and precision(workload.ds_config) == precision(ds_config):
             found.append((needed, name))
     options += [f"--deepspeed {name} ({gigabytes(needed)})" for needed, name in sorted(found, reverse=True)[:3]]
@@ -447,20 +414,19 @@ def in_gigabytes(size: int) -> str:
 
 def activations(plan: Plan, micro_batch_size: int) -> dict[str, dict[str, int]]:
     """Bytes of activations of one micro-batch in 16 bits, by attention, kept and with activation checkpointing."""
-    found: dict[str, dict[str, int]] = {}
-    for attention in ("flash", "math"):
-        for checkpointing in (False, True):
-            backward = _backward_in_16_bits(plan, attention, checkpointing)
-            largest = max(moment.activations_a_row for moment in backward.moments())
-            found.setdefault(attention, {})["checkpointed" if checkpointing else "kept"] = micro_batch_size * largest
-    return found
+
+    def largest(attention: str, checkpointing: bool) -> int:
+        moments = _backward_in_16_bits(plan, attention, checkpointing).moments()
+        return micro_batch_size * max(moment.activations_a_row for moment in moments)
+
+    return {name: {"kept": largest(name, False), "checkpointed": largest(name, True)} for name in ATTENTIONS}
 
 
 def _backward_in_16_bits(plan: Plan, attention: str, checkpointing: bool) -> BackwardPass:
     return BackwardPass(
         plan.shape,
         seq_length=plan.config.seq_length,
-        width=WIDTHS["bf16"],
+        width=VALUE_BYTES["bf16"],
         attention=attention,
         dropout=plan.config.dropout > 0,
         chunked_loss=plan.config.chunked_loss,
@@ -494,19 +460,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "overhead": dataclasses.asdict(plan.overhead),
         "activation_bytes": {str(size): activations(plan, size) for size in sizes},
         "plans": [_row_as_json(row) for row in plan.asked],
-        "largest_micro_batch_size": _largest_as_json(plan),
+        "largest_micro_batch_size": [
+            {"config": config, "world_size": ranks, "micro_batch_size": plan.largest(config, ranks)}
+            for config, ranks in dict.fromkeys((row.config, row.world_size) for row in plan.rows)
+        ],
         "impossible": [
             {"config": name, "world_size": ranks, "reason": why} for (name, ranks), why in plan.impossible.items()
         ],
     }
-
-
-def _largest_as_json(plan: Plan) -> list[dict[str, Any]]:
-    pairs: Iterable[tuple[str, int]] = dict.fromkeys((row.config, row.world_size) for row in plan.rows)
-    return [
-        {"config": config, "world_size": ranks, "micro_batch_size": plan.largest(config, ranks)}
-        for config, ranks in pairs
-    ]
 
 
 def _row_as_json(row: PlanRow) -> dict[str, Any]:

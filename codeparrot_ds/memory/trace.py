@@ -54,8 +54,13 @@ PACKAGE = PACKAGE_PARENT / "codeparrot_ds"
 SOURCES = (
     "model/gpt2.py",
     "model/shapes.py",
-    "engine/deepspeed_fixes.py",
+    "model/activation.py",
+    "model/attention.py",
+    "model/cpu_kernels.py",
+    "model/loss.py",
+    "model/products.py",
     "engine/engine.py",
+    "engine/deepspeed_fixes.py",
     "engine/traced.py",
     "memory/fake_device.py",
     "memory/trace.py",
@@ -65,33 +70,17 @@ SOURCES = (
 )
 
 
-def trace_memory(workload: Workload) -> Memory:
-    """What DeepSpeed's engine and the run's model take in memory, from a few steps in a process of its own.
-
-    The model runs as it is written: ``compile`` in either config is not traced. With ``offload_optimizer`` or
-    ``offload_param`` on NVMe, DeepSpeed's own swapping runs too: its files are counted, not written. Page-locked host
-    memory counts as torch's allocator takes it, in powers of two.
-
-    Raises:
-        UserError: the config cannot be traced, or DeepSpeed refuses it, in DeepSpeed's words.
-    """
-    _check_traceable(workload)
-    with _Tracer() as tracer:
-        return tracer.trace(workload)
-
-
 def trace_all(
-    workloads: Sequence[Workload],
-    num_workers: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    workloads: Sequence[Workload], num_workers: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[Memory | UserError]:
-    """Traces several workloads, `num_workers` at a time, and keeps the results; known ones are not traced again.
+    """What DeepSpeed's engine and the run's model take in memory, or why that is not known, for each workload.
 
-    Args:
-        progress: called with how many are done and how many there are, after each one.
+    A trace is a few steps in a process of its own, `num_workers` at a time; results are kept, and known ones are not
+    traced again. The model runs as it is written: ``compile`` in either config is not traced. With
+    ``offload_optimizer`` or ``offload_param`` on NVMe, DeepSpeed's own swapping runs too: its files are counted, not
+    written. Page-locked host memory counts as torch's allocator takes it, in powers of two.
 
-    Returns:
-        For each workload its memory, or why it has none.
+    `progress` gets how many workloads are done, and how many there are, after each one.
     """
     keys = [cache_key(workload) for workload in workloads]
     different = dict(zip(keys, workloads, strict=True))
@@ -195,7 +184,6 @@ def _check_traceable(workload: Workload) -> None:
         raise UserError(
             "torch_autocast cannot be traced (its casts are kernels of the device's own); use bf16, or the formulas"
         )
-
     for key in ("zero_quantized_weights", "zero_quantized_gradients"):
         if value_at(workload.ds_config, ("zero_optimization", key)):
             raise UserError(f"{key} cannot be traced (its kernels exist on GPUs alone); use the formulas")

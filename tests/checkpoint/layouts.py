@@ -42,15 +42,15 @@ from typing import Any
 import torch
 
 from codeparrot_ds.checkpoint.deepspeed_checkpoint import read_deepspeed_checkpoint
-from codeparrot_ds.checkpoint.export import DTYPES, Export
+from codeparrot_ds.checkpoint.export import Export
 from codeparrot_ds.checkpoint.folders import EXPORT, step_folder, verify_checkpoint
 from codeparrot_ds.checkpoint.fragment_files import fragment_file_name
 from codeparrot_ds.checkpoint.import_run import write_imported
 from codeparrot_ds.checkpoint.saver import CheckpointSaver, RunState, load_checkpoint
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.schedule import learning_rate_factor
-from codeparrot_ds.ds_config.facts import precision, zero_stage
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision, zero_stage
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.engine import create_engine
 from codeparrot_ds.engine.fragments import MASTER, MOMENTS, Fragment, optimizer_step_count, owned_fragments
@@ -142,7 +142,7 @@ def ds_config_of(name: str) -> dict[str, Any]:
         config = ds_config_of(name.removesuffix("_torch_adam"))
         config["optimizer"]["params"]["torch_adam"] = True
         return config
-    config = copy.deepcopy(load_ds_config(find_ds_config(name)))
+    config = copy.deepcopy(open_ds_config(name).config)
     zero = config["zero_optimization"]
     # The files with bf16 states have another beta2: after 6 steps that alone changes the next ones a lot.
     config["optimizer"]["params"]["betas"] = list(BETAS)
@@ -302,7 +302,7 @@ def _state_and_export(folder: Path, layout: Layout, step: int) -> tuple[RunState
         extra={},
     )
     config = hugging_face_config(layout.shape, eos_token_id=0)
-    dtype = DTYPES[layout.precision]
+    dtype = TORCH_DTYPES[layout.precision]
     export = Export(model_config=config, tokenizer=folder, dtype=dtype, card="", training_state={"step": step})
     return state, export
 
@@ -608,7 +608,7 @@ class Results:
         """What is wrong with what a layout exported, in words."""
         export = self.of(save_job(source))["export"]
         problems = [f"export differs in {name}" for name in export["differing"]]
-        dtype = f"torch.{DTYPES[source.precision]}"
+        dtype = f"torch.{TORCH_DTYPES[source.precision]}"
         if export["dtypes"] != [dtype]:
             problems.append(f"export is in {export['dtypes']}, not {dtype}")
         if export["evaluation_difference"] > 1e-6:

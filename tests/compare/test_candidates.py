@@ -20,7 +20,7 @@ from codeparrot_ds.compare.candidates import (
     slug_of,
 )
 from codeparrot_ds.compare.run import with_warnings
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.errors import UserError
 
 FP32 = {"zero_optimization": {"stage": 0}}
@@ -152,7 +152,7 @@ def test_two_files_of_one_name_stay_apart(make_request, tmp_path):
 
 
 def test_an_autotuners_config_brings_its_micro_batch_and_its_notes(make_request, tmp_path):
-    best = {**load_ds_config(find_ds_config("zero2")), "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5}
+    best = {**open_ds_config("zero2").config, "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.5}
     (candidate,) = candidates_of(make_request(write(tmp_path / "best.json", best)), tmp_path / "out", device="cpu")
     assert candidate.skipped is None
     assert candidate.config.micro_batch_size == 4 and candidate.resolved["gradient_clipping"] == 1.0

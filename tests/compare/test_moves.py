@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from codeparrot_ds.compare.search import Point, can_be, config_at, micro_batch_sizes, moves, point_of, starts
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 
 HERE = Point(stage=2, micro_batch_size=4, bucket=50_000_000)
 SIZES = [1, 2, 4, 8]
@@ -19,7 +19,7 @@ def words(point, fits=lambda point: True, world_size=2, parameters=10**9):
     "name", ["zero0", "zero1_fp32", "zero2_activation_checkpointing", "zero2_offload", "zero3_offload", "zero3"]
 )
 def test_the_point_of_a_config_gives_the_config_back(name):
-    config = load_ds_config(find_ds_config(name))
+    config = open_ds_config(name).config
     again = config_at(config, point_of(config, 4))
     for block in ("offload_optimizer", "offload_param"):
         assert again["zero_optimization"].get(block) == config["zero_optimization"].get(block)
@@ -30,7 +30,7 @@ def test_the_point_of_a_config_gives_the_config_back(name):
 
 
 def test_a_config_at_another_point_keeps_what_the_point_does_not_say():
-    base = load_ds_config(find_ds_config("zero3_offload"))
+    base = open_ds_config("zero3_offload").config
     there = config_at(base, Point(stage=1, micro_batch_size=2, checkpointing=True, bucket=7_000_000))
     assert there["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7_000_000, "overlap_comm": True}
     assert there["activation_checkpointing"] and there["bf16"] == base["bf16"]
@@ -72,7 +72,7 @@ def test_room_is_made_only_where_a_larger_micro_batch_does_not_fit():
 def test_what_deepspeed_has(offload, lowest):
     stages = [stage for stage in range(4) if can_be({}, Point(stage=stage, micro_batch_size=1, offload=offload))]
     assert stages == list(range(lowest, 4))
-    states = load_ds_config(find_ds_config("zero2_bf16_states"))
+    states = open_ds_config("zero2_bf16_states").config
     assert not can_be(states, Point(stage=0, micro_batch_size=1))
 
 

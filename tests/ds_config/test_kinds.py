@@ -1,20 +1,7 @@
 import pytest
 
-from codeparrot_ds.ds_config.known_keys import (
-    ANY,
-    BLOCK,
-    BOOL,
-    COUNT,
-    NUMBER,
-    SHARE,
-    SIZE,
-    TEXT,
-    TEXTS,
-    Kind,
-    choice,
-    optional,
-    or_auto,
-)
+from codeparrot_ds.ds_config.known_keys import Kind
+from tools.known_keys import ANY, BLOCK, BOOL, COUNT, NUMBER, SHARE, SIZE, TEXT, TEXTS, choice, optional, or_auto
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from codeparrot_ds.config.run_config import PRESETS, RunConfig
-from codeparrot_ds.ds_config.file import DsFile, find_ds_config, load_ds_config, read_ds_config, shipped_names
+from codeparrot_ds.ds_config.file import DsFile, find_ds_config, open_ds_config, read_ds_config, shipped_names
 from codeparrot_ds.ds_config.known_keys import KEYS
 from codeparrot_ds.ds_config.lint import check_ds_config, libaio_installed, lint, lint_file, version_notice
 from codeparrot_ds.errors import UserError
@@ -35,7 +35,7 @@ def test_shipped_files_are_clean(name, preset):
 
 
 def test_fp16_on_a_machine_without_gpu_names_what_to_choose():
-    said = messages(load_ds_config(find_ds_config("zero2_fp16")), device="cpu")
+    said = messages(open_ds_config("zero2_fp16").config, device="cpu")
     assert said == (
         "mine.json: error: fp16.enabled: fp16 needs a GPU: DeepSpeed refuses it on a CPU without AVX512-FP16; "
         "choose zero2.json (bf16) or zero2_fp32.json"
@@ -109,7 +109,7 @@ def test_keys_of_the_run():
 
 @pytest.mark.parametrize(("size", "severity"), [(8, "error"), ("auto", "warning")])
 def test_a_micro_batch_that_is_still_to_be_chosen_contradicts_none(size, severity):
-    ds_config = load_ds_config(find_ds_config("zero2")) | {"train_micro_batch_size_per_gpu": 12}
+    ds_config = open_ds_config("zero2").config | {"train_micro_batch_size_per_gpu": 12}
     config = RunConfig(micro_batch_size=size)
     assert findings(ds_config, config=config) == [(severity, "train_micro_batch_size_per_gpu")]
     assert findings({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}) == []
@@ -276,7 +276,7 @@ def test_a_bucket_larger_than_the_model():
 
 
 def test_what_needs_this_machine():
-    nvme = load_ds_config(find_ds_config("zero3_nvme"))
+    nvme = open_ds_config("zero3_nvme").config
     assert findings(nvme, libaio=False) == [("error", "zero_optimization.offload_optimizer.device")]
     assert findings(nvme, libaio=True) == findings(nvme) == []
 
@@ -321,7 +321,7 @@ def test_no_value_of_any_key_breaks_the_check():
         {"device": "nvme"},
         {"enabled": 1},
     ]
-    base = load_ds_config(find_ds_config("zero3_offload"))
+    base = open_ds_config("zero3_offload").config
     for block, kinds in KEYS.items():
         for key in [*kinds, "stages"]:
             for value in junk:

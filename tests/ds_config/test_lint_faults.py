@@ -8,7 +8,7 @@ import pytest
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import leaves, value_at
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.lint import lint
 from codeparrot_ds.model.shapes import find_shape, num_parameters
 from tools.ds_configs import catalogue
@@ -19,7 +19,7 @@ PARAMETERS = num_parameters(find_shape("gpt2", vocab_size=32_768, seq_length=102
 
 def planted(fault):
     """The shipped config with the fault: keys set, renamed or removed."""
-    config = copy.deepcopy(load_ds_config(find_ds_config(fault["file"])))
+    config = copy.deepcopy(open_ds_config(fault["file"]).config)
 
     def block_of(key):
         *path, last = key.split(".")

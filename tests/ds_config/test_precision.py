@@ -7,7 +7,7 @@ import pytest
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.config.run_config import PRESETS, RunConfig
 from codeparrot_ds.ds_config.facts import precision, settled_precision, with_settled_precision
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config, name_in, open_ds_config
+from codeparrot_ds.ds_config.file import name_in, open_ds_config
 from codeparrot_ds.ds_config.lint import lint, lint_file
 from codeparrot_ds.ds_config.precision import began_with, describe_choice, device_precisions, open_for, with_precision
 from codeparrot_ds.ds_config.resolve import resolve, resolve_ds_config
@@ -156,7 +156,7 @@ def test_a_check_says_what_a_precision_costs(config, device, precisions, words):
     ],
 )
 def test_what_is_to_be_chosen_instead_keeps_what_saves_memory(name, device, precisions, words):
-    config = load_ds_config(find_ds_config(name))
+    config = open_ds_config(name).config
     said = [each.message for each in lint(config, "f", device=device, precisions=precisions)]
     assert any(words in message for message in said)
 

@@ -12,7 +12,7 @@ from codeparrot_ds.ds_config.facts import (
     uses_nvme,
     zero_stage,
 )
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config, shipped_names
+from codeparrot_ds.ds_config.file import find_ds_config, open_ds_config, read_ds_config, shipped_names
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.errors import UserError
 
@@ -61,7 +61,7 @@ def test_what_is_not_json_names_the_place(tmp_path, content, sentence):
     path = tmp_path / "c.json"
     path.write_text(content)
     with pytest.raises(UserError) as error:
-        load_ds_config(path)
+        read_ds_config(path)
     assert sentence in str(error.value) and str(path) in str(error.value)
 
 
@@ -75,12 +75,12 @@ def test_files_of_the_wrong_kind(tmp_path):
         ("n.json", "no such"),
     ):
         with pytest.raises(UserError, match=sentence):
-            load_ds_config(tmp_path / name)
+            read_ds_config(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", shipped_names())
 def test_every_shipped_file_resolves_completely(name):
-    ds_config = load_ds_config(find_ds_config(name))
+    ds_config = open_ds_config(name).config
     before = copy.deepcopy(ds_config)
     resolved = resolve(ds_config, nvme_path="/scratch/nvme")
     assert ds_config == before
@@ -99,7 +99,7 @@ def test_every_shipped_file_resolves_completely(name):
 def test_deepspeed_accepts_every_resolved_file(name):
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    resolved = resolve(load_ds_config(find_ds_config(name)), world_size=1, nvme_path="/scratch/nvme")
+    resolved = resolve(open_ds_config(name).config, world_size=1, nvme_path="/scratch/nvme")
     parsed = DeepSpeedConfig(copy.deepcopy(resolved))
     assert parsed.zero_optimization_stage == zero_stage(resolved)
     assert parsed.bfloat16_config.enabled == (precision(resolved) == "bf16")
@@ -109,7 +109,7 @@ def test_deepspeed_accepts_every_resolved_file(name):
 
 
 def test_nvme_path_is_the_runs_unless_written():
-    ds_config = load_ds_config(find_ds_config("zero3_nvme"))
+    ds_config = open_ds_config("zero3_nvme").config
     offload = resolve(ds_config, nvme_path="/run/nvme")["zero_optimization"]["offload_optimizer"]
     assert offload["nvme_path"] == "/run/nvme"
     ds_config["zero_optimization"]["offload_optimizer"]["nvme_path"] = "/fast"
@@ -203,11 +203,11 @@ def test_a_timer_that_the_user_asks_for_stays():
 
 
 def test_what_a_config_says():
-    nvme = load_ds_config(find_ds_config("zero3_nvme"))
+    nvme = open_ds_config("zero3_nvme").config
     assert (offload_device(nvme, "optimizer"), offload_device(nvme, "parameters")) == ("nvme", "cpu")
-    assert uses_nvme(nvme) and not uses_nvme(load_ds_config(find_ds_config("zero3_offload")))
+    assert uses_nvme(nvme) and not uses_nvme(open_ds_config("zero3_offload").config)
     assert offload_device({}, "optimizer") == "none"
     assert zero_stage({}) == 0 and zero_stage(nvme) == 3
     assert precision({"bfloat16": {"enabled": True}}) == "bf16"
-    assert activation_checkpointing(load_ds_config(find_ds_config("zero2_activation_checkpointing")))
+    assert activation_checkpointing(open_ds_config("zero2_activation_checkpointing").config)
     assert not activation_checkpointing(nvme)

@@ -21,7 +21,7 @@ from codeparrot_ds.ds_config.facts import (
     value_at,
     zero_stage,
 )
-from codeparrot_ds.ds_config.file import ds_configs_folder, find_ds_config, load_ds_config, shipped_names
+from codeparrot_ds.ds_config.file import ds_configs_folder, find_ds_config, read_ds_config, shipped_names
 from codeparrot_ds.ds_config.lint import lint
 from codeparrot_ds.ds_config.resolve import RUN_OWNED_KEYS, resolve_ds_config
 from tools.ds_configs import TABLE_BEGIN, catalogue, names_for_cpu, render, render_readme, write_catalogue
@@ -106,7 +106,7 @@ def test_deepspeed_reads_every_value(name):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     path = find_ds_config(name)
-    ds_config = load_ds_config(path)
+    ds_config = read_ds_config(path).config
     device = "cuda" if catalogue()[name].gpu_only else "cpu"
     assert not [finding for finding in lint(ds_config, path, device=device) if finding.severity == "error"]
     config = RunConfig(data="corpus", tokenizer="tokenizer", global_batch_size=8, micro_batch_size=2)
@@ -192,7 +192,7 @@ from codeparrot_ds.engine.engine import create_engine
 from codeparrot_ds.engine.operators import build_operators
 from codeparrot_ds.engine.ranks import join_ranks, leave_ranks
 from codeparrot_ds.ds_config.facts import zero_stage
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import find_ds_config, read_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 
 names, folder = json.loads(sys.argv[1]), sys.argv[2]
@@ -209,7 +209,7 @@ trained = {}
 for name in names:
     path = find_ds_config(name)
     ds_config = resolve_ds_config(
-        load_ds_config(path), config, world_size=2, model_hidden_size=64, nvme_path=f"{folder}/{name}"
+        read_ds_config(path).config, config, world_size=2, model_hidden_size=64, nvme_path=f"{folder}/{name}"
     )
     build_operators(ds_config, "cpu")
     zero3 = ds_config if zero_stage(ds_config) == 3 else None

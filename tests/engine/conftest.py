@@ -3,7 +3,7 @@
 import pytest
 
 from codeparrot_ds.ds_config.facts import zero_stage
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import find_ds_config, read_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.engine import create_engine
 from codeparrot_ds.engine.operators import build_operators
@@ -23,7 +23,9 @@ def build(make_config, only_rank):
         settings = {"num_warmup_steps": 0, "learning_rate": 1e-2, "max_train_steps": 50, "dropout": 0.0}
         config = make_config(deepspeed=name, global_batch_size=4, micro_batch_size=4, **settings | changes)
         source = find_ds_config(name)
-        ds_config = resolve_ds_config(load_ds_config(source), config, world_size=1, model_hidden_size=SHAPE.n_embd)
+        ds_config = resolve_ds_config(
+            read_ds_config(source).config, config, world_size=1, model_hidden_size=SHAPE.n_embd
+        )
         ds_config["optimizer"]["params"] |= optimizer or {}
         for block, values in (blocks or {}).items():
             ds_config[block] = ds_config.get(block, {}) | values

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
-from codeparrot_ds.memory.formulas import quick_memory
+from codeparrot_ds.memory.formulas import quick_memories
 from codeparrot_ds.memory.gradient_memory import partitions
 from codeparrot_ds.memory.model_memory import BackwardPass, parameters
 from codeparrot_ds.memory.workload import CATEGORIES, Workload
@@ -28,12 +28,17 @@ def workload(config, model="gpt2", world_size=8, micro_batch_size=2, accumulatio
         micro_batch_size=micro_batch_size,
     )
     shape = find_shape(model, vocab_size=32_768, seq_length=SEQ_LENGTH)
-    raw = load_ds_config(find_ds_config(config)) if isinstance(config, str) else config
+    raw = open_ds_config(config).config if isinstance(config, str) else config
     resolved = resolve_ds_config(
         raw, run, world_size=world_size, model_hidden_size=shape.n_embd, nvme_path="nvme", source="test"
     )
     fields = {"shape": shape, "ds_config": resolved, "world_size": world_size, "seq_length": SEQ_LENGTH}
     return Workload(**fields | changes)
+
+
+def quick(asked):
+    (memory,) = quick_memories([asked])
+    return memory
 
 
 def name_of(row):
@@ -44,7 +49,7 @@ def name_of(row):
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
 def test_the_peak_is_within_3_percent_of_the_traced_engine(row):
     point = dict(row["point"])
-    memory = quick_memory(workload(point.pop("config"), **point))
+    memory = quick(workload(point.pop("config"), **point))
     traced = row["traced"]
     peak = max(traced["phases"]["forward_backward"], traced["phases"]["step"])
     assert memory.peak_bytes == pytest.approx(peak, rel=0.03)
@@ -104,7 +109,7 @@ def test_what_stays_between_two_steps(config, bytes_a_parameter):
     parameters = num_parameters(asked.shape)
     # Stage 3 keeps a bucket of 5e7 elements and small weights; offloading a buffer for the largest gradient.
     beside = 0.2e9 + 5e6
-    resident = quick_memory(asked).resident_bytes
+    resident = quick(asked).resident_bytes
     assert bytes_a_parameter * parameters <= resident <= bytes_a_parameter * parameters + beside
 
 
@@ -120,7 +125,7 @@ def test_what_accumulation_costs():
     """Stage 1 keeps whole gradients and its buckets between micro-batches, stage 2 what the rank owns."""
 
     def peak(config, steps):
-        return quick_memory(workload(config, "gpt2-xl", micro_batch_size=4, accumulation_steps=steps)).peak_bytes
+        return quick(workload(config, "gpt2-xl", micro_batch_size=4, accumulation_steps=steps)).peak_bytes
 
     parameters = num_parameters(KNOWN_SHAPES["gpt2-xl"])
     assert peak("zero1", 2) - peak("zero1", 1) == 2 * parameters + 2 * 2 * 50_000_000
@@ -130,13 +135,13 @@ def test_what_accumulation_costs():
 
 
 def test_a_peak_is_a_line_in_the_micro_batch():
-    sizes = [quick_memory(workload("zero2", "gpt2-xl", micro_batch_size=rows)).peak_bytes for rows in (8, 16, 24)]
+    sizes = [quick(workload("zero2", "gpt2-xl", micro_batch_size=rows)).peak_bytes for rows in (8, 16, 24)]
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0
 
 
 def test_activation_checkpointing_and_the_host():
     kept, again, away = (
-        quick_memory(workload(config, "gpt2-xl", micro_batch_size=8))
+        quick(workload(config, "gpt2-xl", micro_batch_size=8))
         for config in ("zero2", "zero2_activation_checkpointing", "zero2_cpu_checkpointing")
     )
     row = 2 * SEQ_LENGTH * 1600
@@ -149,15 +154,15 @@ def test_activation_checkpointing_and_the_host():
 def test_stage_3_gathers_up_to_its_limit(width_of_a_live_weight):
     def parameters_at_peak(limit):
         config = {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": limit}, "bf16": {"enabled": True}}
-        return quick_memory(workload(config, "gpt2-xl", micro_batch_size=8)).device["parameters"]
+        return quick(workload(config, "gpt2-xl", micro_batch_size=8)).device["parameters"]
 
     assert parameters_at_peak(10**9) - parameters_at_peak(5 * 10**8) == width_of_a_live_weight * 5 * 10**8
 
 
 def test_dropout_adds_a_mask_and_fp32_doubles_activations():
-    plain = quick_memory(workload("zero2", micro_batch_size=8)).device["activations"]
-    assert quick_memory(workload("zero2", micro_batch_size=8, dropout=0.1)).device["activations"] > plain
-    fp32 = quick_memory(workload("zero2_fp32", micro_batch_size=8)).device["activations"]
+    plain = quick(workload("zero2", micro_batch_size=8)).device["activations"]
+    assert quick(workload("zero2", micro_batch_size=8, dropout=0.1)).device["activations"] > plain
+    fp32 = quick(workload("zero2_fp32", micro_batch_size=8)).device["activations"]
     assert fp32 == pytest.approx(2 * plain, rel=0.01)
 
 
@@ -165,7 +170,7 @@ def test_a_bucket_is_allocated_whole_and_twice_with_overlap():
     def buckets(overlaps):
         zero = {"stage": 1, "reduce_bucket_size": 300_000_000, "overlap_comm": overlaps}
         config = {"zero_optimization": zero, "bf16": {"enabled": True}}
-        return quick_memory(workload(config, micro_batch_size=1, accumulation_steps=2)).device["buckets"]
+        return quick(workload(config, micro_batch_size=1, accumulation_steps=2)).device["buckets"]
 
     assert buckets(True) == 2 * buckets(False) == 2 * 2 * 300_000_000
 
@@ -180,5 +185,5 @@ def test_a_bucket_is_allocated_whole_and_twice_with_overlap():
 )
 def test_plain_attention_agrees_with_the_traced_engine(config, rows, traced_peak):
     """Peaks of the traced engine, 111M on 8 ranks, with torch's math kernel."""
-    memory = quick_memory(workload(config, micro_batch_size=rows, attention="math"))
+    memory = quick(workload(config, micro_batch_size=rows, attention="math"))
     assert memory.peak_bytes == pytest.approx(traced_peak, rel=0.005)

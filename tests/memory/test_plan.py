@@ -11,7 +11,7 @@ import pytest
 from codeparrot_ds import devices
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config, shipped_names
+from codeparrot_ds.ds_config.file import open_ds_config, shipped_names
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_memory, check_run
@@ -206,7 +206,7 @@ def test_a_kept_trace_is_used_where_it_belongs():
     config = RunConfig(model="demo", seq_length=256, global_batch_size=16, micro_batch_size=2)
     shape = find_shape("demo", vocab_size=32_768, seq_length=256)
     resolved = resolve_ds_config(
-        load_ds_config(find_ds_config("zero2")), config, world_size=2, model_hidden_size=256, nvme_path="nvme"
+        open_ds_config("zero2").config, config, world_size=2, model_hidden_size=256, nvme_path="nvme"
     )
     from codeparrot_ds.memory.workload import Workload
 
@@ -303,9 +303,7 @@ def large_run(**changes):
     values = {"model": "gpt2-xl", "global_batch_size": 512, "micro_batch_size": 16, "deepspeed": "zero2"}
     config = RunConfig(**values | changes)
     shape = find_shape("gpt2-xl", vocab_size=32_768, seq_length=1024)
-    resolved = resolve_ds_config(
-        load_ds_config(find_ds_config(config.deepspeed)), config, world_size=8, model_hidden_size=1600
-    )
+    resolved = resolve_ds_config(open_ds_config(config.deepspeed).config, config, world_size=8, model_hidden_size=1600)
     return config, shape, resolved
 
 

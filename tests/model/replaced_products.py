@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.cpu import cpu_precisions
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.engine import create_engine
 from codeparrot_ds.engine.operators import build_operators
@@ -97,7 +97,7 @@ def compare_with_fp32(dtype) -> dict[str, float]:
 def train_and_evaluate(name: str) -> dict[str, int]:
     """A step of two micro-batches and an evaluation; calls by kind."""
     config = RunConfig(seq_length=32, global_batch_size=4, micro_batch_size=2, num_warmup_steps=0)
-    file = load_ds_config(find_ds_config(name))
+    file = open_ds_config(name).config
     ds_config = resolve_ds_config(file, config, world_size=1, model_hidden_size=TINY.n_embd)
     zero3 = ds_config if "zero3" in name else None
     engine = create_engine(build_model(TINY, eos_token_id=0, seed=1, zero3_config=zero3), ds_config, config)
@@ -122,7 +122,7 @@ answer["refused"] = {
     "another precision's out": refusal(lambda: torch.mm(a, a, out=torch.empty(2, 2))),
     "shapes": refusal(lambda: torch.mm(a, torch.ones(3, 2, dtype=torch.bfloat16))),
 }
-build_operators(load_ds_config(find_ds_config("zero2")), "cpu")
+build_operators(open_ds_config("zero2").config, "cpu")
 join_ranks()
 answer["calls"] = {name: train_and_evaluate(name) for name in ("zero0", "zero2", "zero3", "zero2_fp32")}
 with open(sys.argv[1], "w") as file:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 
 # A small model on short rows, with steps large enough that every setting does something, and clipping at work.
 SMALL = [
@@ -86,7 +86,7 @@ def write_cases(cases: Sequence[Case], folder: Path) -> list[str]:
     typed = []
     for number, case in enumerate(cases):
         path = folder / f"case{number}.json"
-        path.write_text(json.dumps(merged(load_ds_config(find_ds_config(case.base)), case.keys)))
+        path.write_text(json.dumps(merged(open_ds_config(case.base).config, case.keys)))
         typed.append(f"{path},{case.fields}" if case.fields else str(path))
     return typed
 

@@ -15,7 +15,7 @@ from codeparrot_ds.checkpoint.export import Export
 from codeparrot_ds.checkpoint.run_folder import RunFolder
 from codeparrot_ds.checkpoint.saver import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.engine import create_engine
 from codeparrot_ds.engine.fragments import owned_fragments
@@ -57,7 +57,7 @@ class Content:
 
 def build_engine(config: RunConfig) -> Any:
     """A ZeRO-2 engine in bf16."""
-    ds_config = load_ds_config(find_ds_config("zero2"))
+    ds_config = open_ds_config("zero2").config
     resolved = resolve_ds_config(ds_config, config, world_size=1, model_hidden_size=SHAPE.n_embd)
     return create_engine(build_model(SHAPE, eos_token_id=0, seed=1), resolved, config)
 

@@ -28,7 +28,7 @@ from codeparrot_ds.data.loader import TrainingLoader, token_ids
 from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.stream import Dataset, StreamConfig
 from codeparrot_ds.ds_config.facts import zero_stage
-from codeparrot_ds.ds_config.file import find_ds_config, load_ds_config
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.engine import create_engine, loss_scale
 from codeparrot_ds.engine.fragments import optimizer_step_count, owned_fragments
@@ -100,7 +100,7 @@ class Trainer:
             num_warmup_steps=0, learning_rate=1e-2, max_train_steps=50,
             max_grad_norm=0.0 if name.endswith(("no norm", "no clipping")) else 1.0,
         )  # fmt: skip
-        ds_config = load_ds_config(find_ds_config(file))
+        ds_config = open_ds_config(file).config
         ds_config = resolve_ds_config(ds_config, config, world_size=2, model_hidden_size=32, nvme_path=folder)
         ds_config = merged(merged(ds_config, of_the_config), changes or {})
         zero3 = ds_config if zero_stage(ds_config) == 3 else None
@@ -234,7 +234,7 @@ def loss_scaling(name: str, folder: str) -> dict:
 
 
 for name in ("zero2", "zero2_offload", "zero3_nvme"):
-    build_operators(load_ds_config(find_ds_config(name)), "cpu")
+    build_operators(open_ds_config(name).config, "cpu")
 gc.freeze()  # DeepSpeed collects garbage several times an engine: what the imports made need not be looked through
 with tempfile.TemporaryDirectory() as scratch:
     folder = ranks.broadcast(scratch)
