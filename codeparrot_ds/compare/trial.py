@@ -1,12 +1,13 @@
 """One trial of ``compare``: the first steps of a run, measured. As a rank under the launcher, or the launcher's start.
 
-The loop is that of ``train`` with the same parts and in the same order: warm-up and scored steps, then a checkpoint,
-then a few steps that are taken apart and not scored. What a trial finds is written after each of these, so that one
-that breaks has said all that it knew.
+Its steps are those of ``train`` (:func:`codeparrot_ds.training.loop.train_step`): warm-up and scored steps, then a
+checkpoint, then a few steps that are taken apart and not scored. What a trial finds is written after each of these, so
+that one that breaks has said all that it knew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -15,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,12 @@ from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.supervision.heartbeat import beat
+from codeparrot_ds.training.loop import Observer, accumulate_gradients, train_step
 
 if TYPE_CHECKING:
+    import torch
+
+    from codeparrot_ds.telemetry.step_parts import StepParts
     from codeparrot_ds.training.session import Session
 
 
@@ -65,26 +70,33 @@ class Orders:
         write_json(path, asdict(self))
 
 
-class RowHashes:
-    """A loader's micro-batches, with one number a step for the rows in them, whatever their order and their ranks."""
+class _Recorder(Observer):
+    """Keeps the training row of each step, and one number for its data rows, whatever their order and their ranks."""
 
-    def __init__(self, batches: Iterator[Any], micro_batches: int) -> None:
-        self._batches, self._micro_batches = batches, micro_batches
-        self._seen = 0
-        self.steps: list[int] = []
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.hashes: list[int] = []
 
-    def __iter__(self) -> RowHashes:
-        return self
-
-    def __next__(self) -> Any:
-        batch = next(self._batches)
-        if self._seen % self._micro_batches == 0:
-            self.steps.append(0)
-        self._seen += 1
+    def read(self, batch: torch.Tensor) -> None:
+        if len(self.hashes) == len(self.rows):  # every step is logged: this one has no row yet
+            self.hashes.append(0)
         for row in batch.numpy():
             digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
-            self.steps[-1] = (self.steps[-1] + int.from_bytes(digest, "little")) % 2**64
-        return batch
+            self.hashes[-1] = (self.hashes[-1] + int.from_bytes(digest, "little")) % 2**64
+
+    def logged(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+class _PartTimer(Observer):
+    """Gives the time between two phases to a part of the step; the last part lasts until ``current`` is closed."""
+
+    def __init__(self, parts: StepParts, current: contextlib.ExitStack) -> None:
+        self._parts, self._current = parts, current
+
+    def enter(self, phase: str, *, batch: int) -> None:
+        self._current.close()
+        self._current.enter_context(self._parts.part("optimizer" if phase == "step" else phase))
 
 
 def run_trial(config: RunConfig, orders: Orders) -> None:
@@ -116,14 +128,14 @@ def run_trial(config: RunConfig, orders: Orders) -> None:
             from codeparrot_ds.compare.initial_weights import inject_rounding_noise
 
             inject_rounding_noise(session.engine.module, orders.noise, seed=config.seed * 1_000 + rank)
-        batches = RowHashes(iter(session.loader), session.accumulation_steps)
+        batches, recorder = iter(session.loader), _Recorder()
         enter("steps")
         for step in range(1, orders.steps + 1):
             beat("agree", step=step)
             if session.stop.agreed():
                 raise KeyboardInterrupt
-            found["rows"].append(_step(session, batches, step))
-        found |= _after_steps(session, batches)
+            train_step(session, batches, step, recorder)
+        found |= _after_steps(session, recorder)
         _write(session, folder, found)
         if orders.checkpoint:
             enter("checkpoint")
@@ -154,31 +166,17 @@ def _introduce(session: Session, before: int) -> dict[str, Any]:
         "flops_per_token": session.meter.flops_per_token,
         "peak_flops": session.meter.peak_flops,
         "resident_before_bytes": session.ranks.gather(before),
-        "rows": [],
     }
 
 
-def _step(session: Session, batches: RowHashes, step: int) -> dict[str, Any]:
-    """One optimizer step as ``train`` makes it, logged."""
-    from codeparrot_ds.training.loop import accumulate_gradients
-
-    losses = accumulate_gradients(session.engine, batches, session)
-    session.bad_steps.check(step)
-    if step == 1:
-        session.first_step_done()
-    row = session.meter.row(step, session.mean_loss(losses.sum()), session.engine)
-    session.tracker.train(row)
-    session.progress.show(row, 0.0)
-    return row
-
-
-def _after_steps(session: Session, batches: RowHashes) -> dict[str, Any]:
-    """What the scored steps leave to be told; collective."""
+def _after_steps(session: Session, recorder: _Recorder) -> dict[str, Any]:
+    """What is known once the scored steps are done; collective."""
     from codeparrot_ds.engine.hardware import peak_memory_bytes
 
-    sums = zip(*session.ranks.gather(batches.steps), strict=True)
+    sums = zip(*session.ranks.gather(recorder.hashes), strict=True)
     is_gpu = session.ranks.device.type == "cuda"
     return {
+        "rows": recorder.rows,
         "row_hashes": [f"{sum(parts) % 2**64:016x}" for parts in sums],
         "startup_seconds": session.startup.laps,
         "device_peak_bytes": session.ranks.gather(peak_memory_bytes(session.ranks.device)) if is_gpu else None,
@@ -200,35 +198,25 @@ def _checkpoint(session: Session, step: int) -> dict[str, Any]:
     return {"bytes": outcome.num_bytes, "stall_seconds": stall, "seconds": waited, "error": problem}
 
 
-def _take_apart(session: Session, batches: RowHashes, steps: int) -> dict[str, Any]:
+def _take_apart(session: Session, batches: Iterator[Any], steps: int) -> dict[str, Any]:
     """The parts of so many steps, means over steps and ranks; collective."""
     from codeparrot_ds.telemetry.step_parts import StepParts
 
     parts = StepParts(session.ranks.device)
     beat("evaluate")  # patience: nothing says in between where the rank is
     for _ in range(steps):
-        with parts.step():
-            session.bad_steps.begin()
-            for _ in range(session.accumulation_steps):
-                with parts.part("data"):
-                    batch = next(batches)
-                    inputs = session.model_inputs(batch)
-                with parts.part("forward"):
-                    loss = session.engine(**inputs).loss
-                session.bad_steps.watch(batch, loss)
-                with parts.part("backward"):
-                    session.engine.backward(loss)
-                with parts.part("optimizer"):
-                    session.engine.step()
+        with parts.step(), contextlib.ExitStack() as current:
+            accumulate_gradients(session.engine, batches, session, _PartTimer(parts, current))
     tables = session.ranks.gather(parts.as_json())
-    mean = tables[0]
-    for table in tables[1:]:
-        mean["total_seconds"] += table["total_seconds"]
-        mean["sent_bytes"] += table["sent_bytes"]
-        mean["seconds"] = {name: mean["seconds"][name] + table["seconds"][name] for name in mean["seconds"]}
-    count = len(tables)
-    mean["seconds"] = {name: seconds / count for name, seconds in mean["seconds"].items()}
-    return mean | {"total_seconds": mean["total_seconds"] / count, "sent_bytes": mean["sent_bytes"] / count}
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(tables)
+
+    return tables[0] | {
+        "seconds": {name: mean(table["seconds"][name] for table in tables) for name in tables[0]["seconds"]},
+        "total_seconds": mean(table["total_seconds"] for table in tables),
+        "sent_bytes": mean(table["sent_bytes"] for table in tables),
+    }
 
 
 def _write(session: Session, folder: Path, found: dict[str, Any]) -> None:
