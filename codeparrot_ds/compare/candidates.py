@@ -6,7 +6,7 @@
     DIR/ds_configs/<name>.json     the DeepSpeed JSON of each, as it was when the comparison began
     DIR/initial/                   the weights that all begin with
     DIR/perturbed-<precision>/     the same with rounding errors
-    DIR/trials/<trial>/            config.yaml, orders.json, output.log, found.json, result.json
+    DIR/trials/<trial>/            config.yaml, orders.json, output.log, end.json, found.json, result.json
     DIR/runs/<trial>/              what a run leaves behind, less its checkpoint
     DIR/report.html, .md, .json
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
+from codeparrot_ds.compare.results import COMPARISON, FINISHED, RESULT, TrialResult
 from codeparrot_ds.compare.verdict import coarser
 from codeparrot_ds.config.run_config import FIELDS, PATH_FIELDS, SET_BY_COMPARE, RunConfig, with_absolute_paths
 from codeparrot_ds.cpu import usable_cores
@@ -51,36 +52,30 @@ SHARED = (
     *("model", "tokenizer", "data", "seq_length", "global_batch_size", "init_from", "output_dir", "run_name"),
     *("deepspeed", "resume", "hub", "wandb"),
 )
-COMPARISON = "comparison.json"
 SENSITIVITY = "sensitivity"
-RESULT, FINISHED, FINGERPRINTS = "result.json", "finished", "fingerprints.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a comparison was asked for.
-
-    Attributes:
-        configs: each a file or shipped name, with ``,field=value`` for what of the run config it changes.
-        config: the run config that all share.
-        world_sizes: numbers of ranks.
-        micro_batch_sizes: of every config; None for its own.
-        steps: optimizer steps of a trial, warm-up and scored.
-        warmup_steps: of them, not scored.
-        repeats: trials of each candidate.
-        parts_steps: taken apart after the first trial of each.
-        checkpoint: whether the first trial of each saves one.
-    """
+    """What a comparison was asked for."""
 
     configs: Sequence[str]
+    """Each a file or shipped name, with ``,field=value`` for what of the run config it changes."""
     config: RunConfig
+    """The run config that all share."""
     world_sizes: Sequence[int]
     micro_batch_sizes: Sequence[int] | None = None
+    """Of every config; None for its own."""
     steps: int = 30
+    """Of a trial, warm-up and scored."""
     warmup_steps: int = 5
+    """Of them, not scored."""
     repeats: int = 2
+    """Trials of each candidate."""
     parts_steps: int = 3
+    """Taken apart after the first trial of each."""
     checkpoint: bool = True
+    """Whether the first trial of each saves one."""
 
     def __post_init__(self) -> None:
         if self.steps <= self.warmup_steps:
@@ -100,29 +95,25 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One DeepSpeed config on one number of ranks.
-
-    Attributes:
-        label: of the config, as the user wrote it, with its micro-batch where that is not the run's.
-        world_size: number of ranks.
-        ds_config: the JSON in the comparison's folder.
-        config: its run config, without a name.
-        resolved: the resolved DeepSpeed config; empty where it could not be.
-        predicted: the plan's memory.
-        skipped: why it is not run.
-        notes: what the user should know of it.
-        repeats: trials of it.
-    """
+    """One DeepSpeed config on one number of ranks."""
 
     label: str
+    """The config as the user wrote it, with its micro-batch where that is not the run's."""
     world_size: int
     ds_config: Path
+    """The JSON in the comparison's folder."""
     config: RunConfig
+    """Its run config, without a name."""
     resolved: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved DeepSpeed config; empty where it could not be."""
     predicted: Memory | None = None
+    """By the plan."""
     skipped: str | None = None
+    """Why it is not run."""
     notes: Sequence[str] = ()
+    """What the user should know of it."""
     repeats: int = 1
+    """Trials of it."""
 
     @property
     def name(self) -> str:
@@ -368,28 +359,30 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def of(self, trial: Trial) -> dict[str, Any] | None:
-        """``result.json`` of a trial; None while it has not been run to its end."""
-        try:
-            return dict(json.loads((self.folder / "trials" / trial.name / RESULT).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
+    def of(self, trial: Trial) -> TrialResult | None:
+        """The result of a trial; None while it has not been run to its end."""
+        return TrialResult.read(self.folder / "trials" / trial.name / RESULT)
+
+    def all(self) -> list[TrialResult]:
+        """Of every trial that has ended, also of configs that are no longer compared."""
+        found = (TrialResult.read(path) for path in self.folder.glob(f"trials/*/{RESULT}"))
+        return [result for result in found if result is not None]
 
     def status(self, trial: Trial) -> str | None:
         """How a trial ended; None while it has not."""
         result = self.of(trial)
-        return None if result is None else str(result["status"])
+        return None if result is None else result.status
 
     def has_failed(self, candidate: Candidate) -> bool:
         """Whether a trial of a candidate did not finish; its other trials would hardly say more."""
         return any(self.status(trial) not in (None, FINISHED) for trial in trials_of(candidate))
 
-
-def forget_failures(folder: Path) -> None:
-    """Removes the results of the trials that did not finish, so that they are run again."""
-    for path in folder.glob(f"trials/*/{RESULT}"):
-        if json.loads(path.read_text(encoding="utf-8"))["status"] != FINISHED:
-            path.unlink()
+    def forget_failures(self) -> None:
+        """Removes the results of the trials that did not finish, so that they are run again."""
+        for path in self.folder.glob(f"trials/*/{RESULT}"):
+            result = TrialResult.read(path)
+            if result is not None and result.status != FINISHED:
+                path.unlink()
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codeparrot_ds import durable
-from codeparrot_ds.compare.candidates import FINISHED
 from codeparrot_ds.compare.findings import PROCESS_SPREAD, WAITING, Findings, Outcome, as_json, differences, figures_of
+from codeparrot_ds.compare.results import FINISHED
 from codeparrot_ds.compare.verdict import BAND, BITS, DIFFERENT, REFERENCE, ROUNDING, UNJUDGED
 from codeparrot_ds.report.page_kit import CSS, NOTHING, PAGE
 from codeparrot_ds.report.plots import number
@@ -200,7 +200,7 @@ def _sections(findings: Findings) -> list[tuple[str, Table, str]]:
     sections = []
     if measured:
         sections.append(("Memory", _memory(findings, measured), _GPU_MEMORY if findings.on_gpu else _CPU_MEMORY))
-    if any(each.found.get("parts") for each in measured):
+    if any(each.parts is not None for each in measured):
         sections.append(("Parts of a step", _parts(measured), _PARTS_NOTE))
         sections.append(("Communication, checkpoint, start", _costs(findings, measured), _COSTS_NOTE))
     if numerics := _numerics(findings):
@@ -280,10 +280,10 @@ def _parts(measured: Sequence[Outcome]) -> Table:
     names = ("forward", "backward", "communication", "optimizer", "data")
     rows = []
     for each in measured:
-        parts = each.found.get("parts")
-        if parts:
-            cells = [(f"{1000 * parts['seconds'][name]:,.1f}", "number") for name in names]
-            rows.append([(each.name, "name"), *cells, (f"{1000 * parts['total_seconds']:,.1f}", "number")])
+        parts = each.parts
+        if parts is not None:
+            cells = [(f"{1000 * parts.seconds[name]:,.1f}", "number") for name in names]
+            rows.append([(each.name, "name"), *cells, (f"{1000 * parts.total_seconds:,.1f}", "number")])
     return ["config", *(f"{name}, ms" for name in names), "all, ms"], rows
 
 

@@ -16,22 +16,20 @@ from pathlib import Path
 
 from codeparrot_ds.checkpoint.initial import with_initial_model
 from codeparrot_ds.compare.candidates import (
-    COMPARISON,
     Candidate,
     Request,
     Results,
     Trial,
     candidates_of,
     check_data,
-    forget_failures,
     left_to_run,
     open_folder,
     reference_of,
 )
 from codeparrot_ds.compare.findings import Findings, judge_all
 from codeparrot_ds.compare.page import write_reports
-from codeparrot_ds.compare.peak import Peak, peak_of_comparison
 from codeparrot_ds.compare.progress import TrialProgress
+from codeparrot_ds.compare.results import COMPARISON, Peak, peak_of_comparison
 from codeparrot_ds.compare.search import Search
 from codeparrot_ds.compare.trial_process import PROGRAM, initial_weights, orders_of, run_trial
 from codeparrot_ds.config.run_config import RunConfig
@@ -118,7 +116,7 @@ def _prepare(request: Request, folder: Path, device: str, *, retry_failed: bool,
     """Makes the folder, and checks and plans everything."""
     open_folder(folder, request)
     if retry_failed:
-        forget_failures(folder)
+        Results(folder).forget_failures()
     candidates = with_warnings(candidates_of(request, folder, device=device), request)
     ready = [candidate for candidate in candidates if candidate.skipped is None]
     for candidate in candidates:

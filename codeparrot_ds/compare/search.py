@@ -19,7 +19,6 @@ from typing import Any
 
 from codeparrot_ds import durable
 from codeparrot_ds.compare.candidates import (
-    FINISHED,
     Candidate,
     Request,
     Results,
@@ -32,6 +31,7 @@ from codeparrot_ds.compare.candidates import (
 )
 from codeparrot_ds.compare.findings import Findings, judge_all
 from codeparrot_ds.compare.page import write_reports
+from codeparrot_ds.compare.results import FINISHED
 from codeparrot_ds.ds_config.facts import activation_checkpointing, offload_device, precision, value_at, zero_stage
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import num_parameters
@@ -199,16 +199,11 @@ class Search:
         self._run(trial)
 
     def _spent(self) -> float:
-        return sum(seconds for _, seconds in self._done())
+        return sum(result.seconds for result in self._results.all())
 
     def _expected(self) -> float:
-        finished = [seconds for status, seconds in self._done() if status == FINISHED]
+        finished = [result.seconds for result in self._results.all() if result.status == FINISHED]
         return statistics.mean(finished) if finished else 0.0
-
-    def _done(self) -> list[tuple[str, float]]:
-        paths = self._folder.glob("trials/*/result.json")
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        return [(result["status"], float(result["seconds"])) for result in results]
 
     def _best(self) -> Candidate | None:
         findings = self.findings()

@@ -21,6 +21,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codeparrot_ds.compare.results import (
+    FOUND,
+    OUT_OF_MEMORY,
+    REFUSED,
+    Failure,
+    Found,
+    PartsOfStep,
+    SavedCheckpoint,
+    Weights,
+)
 from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from codeparrot_ds.config.launch_options import add_launch_arguments, launch_from_arguments
 from codeparrot_ds.config.run_config import RunConfig
@@ -42,32 +52,25 @@ ORDERS = "CODEPARROT_DS_TRIAL"
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """What a trial does, and where it writes what it finds.
-
-    Attributes:
-        steps: warm-up and scored steps; all of them give losses.
-        parts_steps: steps that are taken apart afterwards.
-        checkpoint: whether to save one.
-        noise: the precision whose rounding errors every layer makes at random; None for none.
-        peak_flops: of all ranks together, for MFU; None lets the trial measure its own.
-        folder: gets ``found.json``, ``failure-<rank>.json`` and ``phase``.
-    """
+    """What a trial does, and where it writes what it finds."""
 
     steps: int
+    """Warm-up and scored; all of them give losses."""
     parts_steps: int
+    """Taken apart afterwards."""
     checkpoint: bool
-    folder: str
+    """Whether to save one."""
     noise: str | None = None
+    """The precision whose rounding errors every layer makes at random; None for none."""
     peak_flops: float | None = None
+    """Of all ranks together, for MFU; None lets the trial measure its own."""
+    folder: str = ""
+    """Gets ``found.json``, ``failure-<rank>.json`` and ``phase``."""
 
     @staticmethod
     def read() -> Orders:
         """Those of this process."""
         return Orders(**json.loads(Path(os.environ[ORDERS]).read_text(encoding="utf-8")))
-
-    def write(self, path: Path) -> None:
-        """Writes them where a trial reads them."""
-        write_json(path, asdict(self))
 
 
 class _Recorder(Observer):
@@ -111,6 +114,10 @@ def run_trial(config: RunConfig, orders: Orders) -> None:
         if rank == 0:
             (folder / "phase").write_text(name, encoding="utf-8")
 
+    def write() -> None:
+        if rank == 0:
+            write_json(folder / FOUND, found.as_json())
+
     try:
         enter("start")
         gc.disable()
@@ -135,70 +142,75 @@ def run_trial(config: RunConfig, orders: Orders) -> None:
             if session.stop.agreed():
                 raise KeyboardInterrupt
             train_step(session, batches, step, recorder)
-        found |= _after_steps(session, recorder)
-        _write(session, folder, found)
+        _add_steps(found, session, recorder)
+        write()
         if orders.checkpoint:
             enter("checkpoint")
-            found["checkpoint"] = _checkpoint(session, orders.steps)
-            _write(session, folder, found)
+            found.checkpoint = _checkpoint(session, orders.steps)
+            write()
         if orders.parts_steps:
             enter("parts")
-            found["parts"] = _take_apart(session, batches, orders.parts_steps)
-            _write(session, folder, found)
+            found.parts = _take_apart(session, batches, orders.parts_steps)
+            write()
         enter("end")
         session.finish(orders.steps, "finished")
     except BaseException as error:
-        _write_failure(folder / f"failure-{rank}.json", error, phase, step)
+        write_json(folder / f"failure-{rank}.json", asdict(describe_failure(error, phase, step, *_peaks())))
         raise
 
 
-def _introduce(session: Session, before: int) -> dict[str, Any]:
-    """What is known before the first step."""
+def _introduce(session: Session, before: int) -> Found:
+    """What is known before the first step; collective."""
+    import torch
+
     from codeparrot_ds.compare.initial_weights import engine_fingerprint
     from codeparrot_ds.ds_config.facts import zero_stage
 
+    ranks = session.ranks
     dtype, fingerprint = engine_fingerprint(session.engine, partitioned=zero_stage(session.ds_config) == 3)
-    return {
-        "world_size": session.ranks.world_size,
-        "weights": {"dtype": dtype, "sha256": fingerprint},
-        "data": session.ranks.broadcast(session.fingerprint),
-        "device": _device_name(session),
-        "flops_per_token": session.meter.flops_per_token,
-        "peak_flops": session.meter.peak_flops,
-        "resident_before_bytes": session.ranks.gather(before),
-    }
+    return Found(
+        world_size=ranks.world_size,
+        weights=Weights(dtype=dtype, sha256=fingerprint),
+        data=ranks.broadcast(session.fingerprint),
+        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU",
+        flops_per_token=session.meter.flops_per_token,
+        peak_flops=session.meter.peak_flops,
+        resident_before_bytes=ranks.gather(before),
+    )
 
 
-def _after_steps(session: Session, recorder: _Recorder) -> dict[str, Any]:
-    """What is known once the scored steps are done; collective."""
+def _add_steps(found: Found, session: Session, recorder: _Recorder) -> None:
+    """Adds what is known once the scored steps are done; collective."""
     from codeparrot_ds.engine.hardware import peak_memory_bytes
 
-    sums = zip(*session.ranks.gather(recorder.hashes), strict=True)
-    is_gpu = session.ranks.device.type == "cuda"
-    return {
-        "rows": recorder.rows,
-        "row_hashes": [f"{sum(parts) % 2**64:016x}" for parts in sums],
-        "startup_seconds": session.startup.laps,
-        "device_peak_bytes": session.ranks.gather(peak_memory_bytes(session.ranks.device)) if is_gpu else None,
-        "resident_peak_bytes": session.ranks.gather(resident_bytes("VmHWM")),
-        "skipped_steps": session.engine.skipped_steps,
-    }
+    ranks = session.ranks
+    found.rows = recorder.rows
+    sums = zip(*ranks.gather(recorder.hashes), strict=True)
+    found.row_hashes = [f"{sum(parts) % 2**64:016x}" for parts in sums]
+    found.startup_seconds = session.startup.laps
+    if ranks.device.type == "cuda":
+        found.device_peak_bytes = ranks.gather(peak_memory_bytes(ranks.device))
+    found.resident_peak_bytes = ranks.gather(resident_bytes("VmHWM"))
+    found.skipped_steps = session.engine.skipped_steps
 
 
-def _checkpoint(session: Session, step: int) -> dict[str, Any]:
-    """Saves a checkpoint and waits for it: its bytes and seconds; collective."""
+def _checkpoint(session: Session, step: int) -> SavedCheckpoint:
+    """Saves a checkpoint and waits for it; collective."""
     started = time.perf_counter()
     session.save(step)
     outcome = session.saver.wait()
     waited = time.perf_counter() - started
     if outcome is None:
         raise RuntimeError("the checkpoint left no outcome")
-    problem = None if outcome.error is None else str(outcome.error)
-    stall = max(session.ranks.gather(outcome.stall_seconds))
-    return {"bytes": outcome.num_bytes, "stall_seconds": stall, "seconds": waited, "error": problem}
+    return SavedCheckpoint(
+        bytes=outcome.num_bytes,
+        stall_seconds=max(session.ranks.gather(outcome.stall_seconds)),
+        seconds=waited,
+        error=None if outcome.error is None else str(outcome.error),
+    )
 
 
-def _take_apart(session: Session, batches: Iterator[Any], steps: int) -> dict[str, Any]:
+def _take_apart(session: Session, batches: Iterator[Any], steps: int) -> PartsOfStep:
     """The parts of so many steps, means over steps and ranks; collective."""
     from codeparrot_ds.telemetry.step_parts import StepParts
 
@@ -212,33 +224,19 @@ def _take_apart(session: Session, batches: Iterator[Any], steps: int) -> dict[st
     def mean(values: Iterable[float]) -> float:
         return sum(values) / len(tables)
 
-    return tables[0] | {
+    means = {
         "seconds": {name: mean(table["seconds"][name] for table in tables) for name in tables[0]["seconds"]},
         "total_seconds": mean(table["total_seconds"] for table in tables),
         "sent_bytes": mean(table["sent_bytes"] for table in tables),
     }
+    return PartsOfStep(**tables[0] | means)
 
 
-def _write(session: Session, folder: Path, found: dict[str, Any]) -> None:
-    if session.ranks.is_main:
-        write_json(folder / "found.json", found)
-
-
-def _write_failure(path: Path, error: BaseException, phase: str, step: int) -> None:
-    """What this rank broke of, for ``compare``; the error itself goes its way."""
-
+def _peaks() -> tuple[int, int | None]:
+    """The most that this process had resident, and that its tensors took on its GPU; None without one."""
     torch = sys.modules.get("torch")  # what fails before it is imported has used no device
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    device_peak = torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None
-    peak = resident_bytes("VmHWM")
-    write_json(path, describe_failure(error, phase, step, resident_peak_bytes=peak, device_peak_bytes=device_peak))
-
-
-def _device_name(session: Session) -> str:
-    import torch
-
-    device = session.ranks.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return resident_bytes("VmHWM"), torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
@@ -269,7 +267,6 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
 
 
-OUT_OF_MEMORY, REFUSED, ERROR = "out of memory", "refused", "error"
 # Of torch's allocators, CUDA, cuBLAS, NCCL and the C library.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory", "alloc_failed")
 
@@ -284,33 +281,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_failure(
-    error: BaseException, phase: str, step: int, *, resident_peak_bytes: int, device_peak_bytes: int | None
-) -> dict[str, Any]:
-    """A failure for ``failure-<rank>.json``: its kind, one sentence, the phase, and memory at that moment.
-
-    Args:
-        error: what was raised.
-        phase: of the trial.
-        step: the last step that was begun.
-        resident_peak_bytes: of this process.
-        device_peak_bytes: tensors on this rank's GPU; None on a CPU.
-    """
-    kind = ERROR
+    error: BaseException, phase: str, step: int, resident_peak_bytes: int, device_peak_bytes: int | None
+) -> Failure:
+    """What a rank that had begun a step in a phase broke of, with its memory at that moment."""
+    kind = "error"
     if is_out_of_memory(error):
         kind = OUT_OF_MEMORY
     elif isinstance(error, UserError):
         kind = REFUSED
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return {
-        "kind": kind,
-        "message": lines[0] if lines else type(error).__name__,
-        "type": type(error).__name__,
-        "phase": phase,
-        "step": step,
-        "device_peak_bytes": device_peak_bytes,
-        "resident_peak_bytes": resident_peak_bytes,
-        "traceback": "".join(traceback.format_exception(error)[-4:]),
-    }
+    return Failure(
+        kind=kind,
+        message=lines[0] if lines else type(error).__name__,
+        type=type(error).__name__,
+        phase=phase,
+        step=step,
+        device_peak_bytes=device_peak_bytes,
+        resident_peak_bytes=resident_peak_bytes,
+        traceback="".join(traceback.format_exception(error)[-4:]),
+    )
 
 
 def processes_killed_for_memory(counters: Path = Path("/proc/vmstat")) -> int:

@@ -12,7 +12,6 @@ from codeparrot_ds.compare.candidates import (
     Results,
     Trial,
     candidates_of,
-    forget_failures,
     left_to_run,
     open_folder,
     parse_config,
@@ -237,7 +236,7 @@ def test_what_is_done_is_not_run_again_and_what_failed_has_no_more_trials(tmp_pa
     end(tmp_path, Trial(candidate=A, repeat=0, perturbed="bf16"), "finished")
     end(tmp_path, Trial(candidate=B, repeat=0), "hung")
     assert left(A, B, folder=tmp_path, repeats=2) == ["a-on-1-1"]
-    forget_failures(tmp_path)
+    Results(tmp_path).forget_failures()
     assert left(A, B, folder=tmp_path, repeats=2) == ["b-on-1-0", "b-on-1-1", "a-on-1-1"]
 
 

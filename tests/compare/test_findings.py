@@ -7,11 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from codeparrot_ds.compare.candidates import COMPARISON
 from codeparrot_ds.compare.charts import pictures_of
 from codeparrot_ds.compare.findings import as_json, differences
 from codeparrot_ds.compare.page import html_page, markdown_page, write_reports
-from codeparrot_ds.compare.peak import Peak
+from codeparrot_ds.compare.results import COMPARISON, Peak
 from codeparrot_ds.report.plots import LIGHT, LINE_STYLES, _of, marker_of, png_size
 from tests.compare.fake_trial import STEPS, found, row
 

@@ -5,10 +5,9 @@ import json
 import pytest
 
 from codeparrot_ds.child_process import run_module
-from codeparrot_ds.compare import peak as module
+from codeparrot_ds.compare import results as module
 from codeparrot_ds.compare.candidates import Candidate, Request, Trial
-from codeparrot_ds.compare.peak import Peak, peak_of_comparison, recorded_peak
-from codeparrot_ds.compare.trial import Orders
+from codeparrot_ds.compare.results import Peak, peak_of_comparison, recorded_peak
 from codeparrot_ds.compare.trial_process import orders_of
 from codeparrot_ds.errors import UserError
 
@@ -45,6 +44,5 @@ def test_every_trial_is_handed_the_same(make_config, tmp_path):
     request = Request(configs=["zero1"], config=make_config(), world_sizes=[1, 2])
     for ranks in (1, 2):
         candidate = Candidate(label="zero1", world_size=ranks, ds_config=tmp_path / "a", config=request.config)
-        orders = orders_of(request, Trial(candidate=candidate, repeat=1), MACHINE)
-        assert Orders(**orders, folder="there").peak_flops == 1e11
-    assert orders_of(request, Trial(candidate=candidate, repeat=0), None)["peak_flops"] is None
+        assert orders_of(request, Trial(candidate=candidate, repeat=1), MACHINE).peak_flops == 1e11
+    assert orders_of(request, Trial(candidate=candidate, repeat=0), None).peak_flops is None
