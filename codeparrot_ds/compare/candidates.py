@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from codeparrot_ds.engine.operators import are_built
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_run
 from codeparrot_ds.memory.device import load_overhead
+from codeparrot_ds.memory.micro_batch import config_fitting, memory_budget, micro_batch_sizes
 from codeparrot_ds.memory.plan import predict
 from codeparrot_ds.memory.workload import Memory
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
@@ -88,9 +90,14 @@ class Request:
 
     def same(self) -> dict[str, Any]:
         """What must not change when a comparison goes on."""
-        shared = dataclasses.asdict(with_absolute_paths(self.config))
+        shared = fields_of(with_absolute_paths(self.config))
         kept = {name: value for name, value in shared.items() if name not in SET_BY_COMPARE}
         return {"steps": self.steps, "warmup_steps": self.warmup_steps, "config": kept}
+
+
+def fields_of(config: RunConfig) -> dict[str, Any]:
+    """A run config for JSON, where a micro-batch that each candidate chooses is a word."""
+    return dataclasses.asdict(config) | ({"micro_batch_size": "auto"} if config.auto_micro_batch else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,62 +182,64 @@ def candidates_of(request: Request, folder: Path, *, device: str) -> list[Candid
     Their JSONs are written into the folder. Why one cannot run is its ``skipped``.
 
     Raises:
-        UserError: one was mistyped, is not there, or is no JSON: that is mended before any is trained.
+        UserError: one was mistyped, is not there, or is no JSON: that is fixed before any is trained.
     """
     parsed = [(text, *parse_config(text)) for text in request.configs]
-    stems = [Path(name).stem for _, name, _ in parsed]
+    names: dict[str, set[str]] = {}
+    for _, name, _ in parsed:
+        names.setdefault(Path(name).stem, set()).add(name)
     found: dict[str, Candidate] = {}
     for text, name, fields in parsed:
-        unique = stems.count(Path(name).stem) == 1 or all(
-            other == name for _, other, _ in parsed if Path(other).stem == Path(name).stem
-        )
-        base = Path(name).stem if unique else name
-        given = text.partition(",")[2]
-        for world_size in request.world_sizes:
-            for size in request.micro_batch_sizes or (0,):  # 0: its own
-                candidate = _candidate(request, folder, name, base, given, fields, world_size, size, device)
-                found[candidate.name] = candidate
+        base = Path(name).stem if len(names[Path(name).stem]) == 1 else name
+        path, label = folder / "ds_configs" / f"{slug_of(base)}.json", base + text.removeprefix(name)
+        found |= {each.name: each for each in _candidates_of(request, name, path, label, fields, device)}
     return list(found.values())
 
 
-def _candidate(
-    request: Request,
-    folder: Path,
-    name: str,
-    base: str,
-    given: str,
-    fields: dict[str, Any],
-    world_size: int,
-    micro_batch_size: int,
-    device: str,
-) -> Candidate:
-    label = base + (f",{given}" if given else "")
-    file = open_ds_config(name, device_precisions(device))
+def _candidates_of(
+    request: Request, name: str, path: Path, label: str, fields: Mapping[str, Any], device: str
+) -> Iterator[Candidate]:
+    """One config, which is kept at ``path``, at every number of ranks and micro-batch."""
+    precisions = device_precisions(device)
+    file = open_ds_config(name, precisions)
     try:
-        imported = import_ds_config(with_settled_precision(file.config, device_precisions(device)), request.config)
+        imported = import_ds_config(with_settled_precision(file.config, precisions), request.config)
     except UserError as error:
-        return Candidate(
-            label=label, world_size=world_size, ds_config=Path(name), config=request.config, skipped=str(error)
-        )
-    size = micro_batch_size or fields.get("micro_batch_size") or imported.micro_batch_size
-    if micro_batch_size and micro_batch_size != request.config.micro_batch_size:
-        label += f",micro_batch_size={micro_batch_size}"
-    path = folder / "ds_configs" / f"{slug_of(base)}.json"
+        for size in request.world_sizes:
+            yield Candidate(
+                label=label, world_size=size, ds_config=Path(name), config=request.config, skipped=str(error)
+            )
+        return
     _keep(path, imported.config)
-    try:
-        changed = {**fields, "micro_batch_size": size or request.config.micro_batch_size}
-        config = dataclasses.replace(request.config, **changed, deepspeed=str(path.absolute()))
-    except UserError as error:
-        return Candidate(label=label, world_size=world_size, ds_config=path, config=request.config, skipped=str(error))
-    planned = Candidate(
-        label=label,
-        world_size=world_size,
-        ds_config=path,
-        config=config,
-        notes=tuple(imported.notes),
-        repeats=request.repeats,
-    )
-    return plan_candidate(planned, imported.config, device=device)
+    shared = request.config.micro_batch_size
+    for world_size, asked in itertools.product(request.world_sizes, request.micro_batch_sizes or (None,)):
+        own = (asked, fields.get("micro_batch_size"), imported.micro_batch_size, shared)
+        changed = {**fields, "micro_batch_size": next(size for size in own if size is not None)}
+        candidate = Candidate(
+            label=label if asked in (None, shared) else f"{label},micro_batch_size={asked}",
+            world_size=world_size,
+            ds_config=path,
+            config=request.config,
+            notes=tuple(imported.notes),
+            repeats=request.repeats,
+        )
+        try:
+            config = dataclasses.replace(request.config, **changed, deepspeed=str(path.absolute()))
+            if config.auto_micro_batch:
+                config = _with_largest_micro_batch(config, world_size, device)
+                # Said in the name: where another is chosen one day, its trials are not taken for this one's.
+                candidate = dataclasses.replace(candidate, label=f"{label},micro_batch_size={config.micro_batch_size}")
+        except UserError as error:
+            yield dataclasses.replace(candidate, skipped=str(error))
+        else:
+            candidate = dataclasses.replace(candidate, config=config)
+            yield plan_candidate(candidate, imported.config, device=device)
+
+
+def _with_largest_micro_batch(config: RunConfig, world_size: int, device: str) -> RunConfig:
+    """What ``train`` makes of ``--micro-batch-size auto`` with this DeepSpeed config."""
+    sizes, budget = micro_batch_sizes(config, world_size, device), memory_budget(device, world_size)
+    return config_fitting(config, sizes, world_size=world_size, device=device, budget=budget)
 
 
 def _keep(path: Path, config: Mapping[str, Any]) -> None:

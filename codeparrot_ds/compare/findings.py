@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from codeparrot_ds.compare.candidates import Candidate, Request, Results, Trial, trials_of
+from codeparrot_ds.compare.candidates import Candidate, Request, Results, Trial, fields_of, trials_of
 from codeparrot_ds.compare.results import (
     COMPARISON,
     FINISHED,
@@ -432,7 +432,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "steps": request.steps,
         "warmup_steps": request.warmup_steps,
         "repeats": request.repeats,
-        "config": dataclasses.asdict(request.config),
+        "config": fields_of(request.config),
         "ranking": [{"name": name, "tied_with": ties} for name, ties in findings.ranking],
         "pareto_front": findings.front,
         "sensitivity": {name: dataclasses.asdict(each) for name, each in findings.sensitivity.items()},

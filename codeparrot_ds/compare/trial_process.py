@@ -307,6 +307,8 @@ def initial_weights(config: RunConfig, folder: Path, *, perturbed: str | None = 
     making = place.with_name(f".{place.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
+    if config.auto_micro_batch:  # each candidate chooses its own; it changes no weight
+        config = dataclasses.replace(config, micro_batch_size=1)
     save_config(config, folder / "initial.yaml")
     arguments = [str(folder / "initial.yaml"), str(making), *([perturbed] if perturbed else [])]
     made = run_module("codeparrot_ds.compare.initial_weights", *arguments)
