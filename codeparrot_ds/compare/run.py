@@ -29,7 +29,7 @@ from codeparrot_ds.compare.candidates import (
 from codeparrot_ds.compare.findings import Findings, judge_all
 from codeparrot_ds.compare.page import write_reports
 from codeparrot_ds.compare.progress import TrialProgress
-from codeparrot_ds.compare.results import COMPARISON, Peak, peak_of_comparison
+from codeparrot_ds.compare.results import COMPARISON, Peak, TrialResult, peak_of_comparison
 from codeparrot_ds.compare.search import Search
 from codeparrot_ds.compare.trial_process import PROGRAM, initial_weights, orders_of, run_trial
 from codeparrot_ds.config.run_config import RunConfig
@@ -77,23 +77,25 @@ def run_comparison(
     num_ready = sum(candidate.skipped is None for candidate in candidates)
     say(f"training {num_ready} config(s), each in fresh processes; a line follows each trial")
     peak = peak_of_comparison(folder / COMPARISON, device)
-    if search_minutes is None:
-        findings = compare(request, folder, candidates, peak=peak, hang_seconds=hang_seconds, say=say)
-    else:
-        findings = search(
-            request,
-            folder,
-            candidates,
-            device=device,
-            peak=peak,
-            minutes=search_minutes,
-            hang_seconds=hang_seconds,
-            say=say,
-        )
-    say("")
-    for line in findings.lines():
+    try:
+        if search_minutes is None:
+            findings = compare(request, folder, candidates, peak=peak, hang_seconds=hang_seconds, say=say)
+        else:
+            findings = search(
+                request,
+                folder,
+                candidates,
+                device=device,
+                peak=peak,
+                minutes=search_minutes,
+                hang_seconds=hang_seconds,
+                say=say,
+            )
+    except KeyboardInterrupt:
+        say(f"stopped; {folder / 'report.html'} has what is known so far")
+        raise
+    for line in ("", *findings.lines(), f"report: {folder / 'report.html'}"):
         say(line)
-    say(f"report: {folder / 'report.html'}")
     return 0 if findings.speeds else 1
 
 
@@ -150,38 +152,19 @@ def compare(
     say: Say,
     program: Sequence[str] = PROGRAM,
 ) -> Findings:
-    """Runs every trial that has no result yet, and reports, also where it is interrupted.
+    """Runs every trial of candidates, checked and planned, that has no result yet; reports, also where interrupted.
 
-    Args:
-        request: what to compare.
-        folder: of the comparison.
-        candidates: of the request, checked and planned.
-        peak: what all trials are held against for MFU; None lets each measure its own.
-        hang_seconds: a trial that writes nothing for so long is ended.
-        say: prints a line for the user.
-        program: the command that runs a trial, less its options.
+    ``peak`` is what all trials are held against for MFU; None lets each measure its own. ``program`` is the command
+    that runs a trial, less its options.
     """
-    results = Results(folder)
+    results, run = Results(folder), _trial_runner(request, folder, peak, hang_seconds, program)
     try:
         with TrialProgress(request, candidates, results, say) as progress:
             while left := left_to_run(candidates, results):
-                trial = left[0]
-                initial = initial_weights(request.config, folder, perturbed=trial.perturbed)
-                result = run_trial(
-                    trial,
-                    folder,
-                    initial=initial,
-                    orders=orders_of(request, trial, peak),
-                    hang_seconds=hang_seconds,
-                    progress=progress.steps_done,
-                    program=program,
-                )
-                progress.finished(trial, result)
-    except KeyboardInterrupt:
-        say(_stopped(folder))
-        raise
+                progress.finished(left[0], run(left[0], progress.steps_done))
     finally:
-        findings = report(request, folder, candidates)
+        findings = judge_all(request, results, candidates, reference_of(candidates, results))
+        write_reports(findings, folder)
     return findings
 
 
@@ -198,32 +181,24 @@ def search(
     program: Sequence[str] = PROGRAM,
 ) -> Findings:
     """Measures the candidates, and then what may be faster, for so many minutes; reports, also where interrupted."""
+    run = _trial_runner(request, folder, peak, hang_seconds, program)
+    return Search(request, folder, candidates, device=device, minutes=minutes, run=run, say=say).run()
 
-    def run(trial: Trial) -> None:
-        run_trial(
+
+def _trial_runner(
+    request: Request, folder: Path, peak: Peak | None, hang_seconds: float, program: Sequence[str]
+) -> Callable[[Trial, Callable[[int], None]], TrialResult]:
+    """Runs a trial to its end; the second argument is given the number of its steps done, now and then."""
+
+    def run(trial: Trial, progress: Callable[[int], None]) -> TrialResult:
+        return run_trial(
             trial,
             folder,
             initial=initial_weights(request.config, folder, perturbed=trial.perturbed),
             orders=orders_of(request, trial, peak),
             hang_seconds=hang_seconds,
-            progress=lambda steps: None,
+            progress=progress,
             program=program,
         )
 
-    try:
-        return Search(request, folder, candidates, device=device, minutes=minutes, run=run, say=say).run()
-    except KeyboardInterrupt:
-        say(_stopped(folder))
-        raise
-
-
-def _stopped(folder: Path) -> str:
-    return f"stopped; {folder / 'report.html'} has what is known so far"
-
-
-def report(request: Request, folder: Path, candidates: Sequence[Candidate]) -> Findings:
-    """Judges what the trials on the disk found and writes the reports."""
-    results = Results(folder)
-    findings = judge_all(request, results, candidates, reference_of(candidates, results))
-    write_reports(findings, folder)
-    return findings
+    return run
