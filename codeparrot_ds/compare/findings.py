@@ -24,9 +24,9 @@ from codeparrot_ds.compare.results import (
 from codeparrot_ds.compare.verdict import (
     REFERENCE,
     ROUNDOFF,
+    LossVerdict,
     Sensitivity,
     Trace,
-    Verdict,
     judge,
     loss_bands,
     sensitivity_of,
@@ -56,7 +56,7 @@ class Outcome:
     """None where no scored step was measured."""
     mfu: float | None = None
     """Of that speed, against the comparison's peak; None where that is not known."""
-    verdict: Verdict | None = None
+    verdict: LossVerdict | None = None
     """On its losses; None where it has none."""
     found: Found | None = None
     """What the first trial that has training rows found."""

@@ -108,6 +108,12 @@ class Found:
             found.parts = _from_json(PartsOfStep, saved["parts"])
         return found
 
+    @classmethod
+    def read(cls, path: Path) -> Found | None:
+        """What is in a file; None where there is none."""
+        saved = read_json(path)
+        return None if saved is None else cls.from_json(saved)
+
     def as_json(self) -> dict[str, Any]:
         """Without a checkpoint or parts that were not measured."""
         unmeasured = [name for name in ("checkpoint", "parts") if getattr(self, name) is None]

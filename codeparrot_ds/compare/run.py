@@ -2,7 +2,7 @@
 
 Everything is checked and planned first. Then each config is run in turn, as often as asked for, and forwards and
 backwards by turns, so that what changes on the machine meanwhile meets all of them alike. Every trial leaves its result
-on the disk: a comparison that was stopped goes on with the same command, and has a report of what it knows.
+on the disk: a comparison that was stopped resumes with the same command, and has a report of what it knows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from codeparrot_ds.compare.candidates import (
     Candidate,
     Request,
     Results,
-    Trial,
     candidates_of,
     check_data,
     left_to_run,
@@ -29,9 +28,9 @@ from codeparrot_ds.compare.candidates import (
 from codeparrot_ds.compare.findings import Findings, judge_all
 from codeparrot_ds.compare.page import write_reports
 from codeparrot_ds.compare.progress import TrialProgress
-from codeparrot_ds.compare.results import COMPARISON, Peak, TrialResult, peak_of_comparison
+from codeparrot_ds.compare.results import COMPARISON, peak_of_comparison
 from codeparrot_ds.compare.search import Search
-from codeparrot_ds.compare.trial_process import PROGRAM, initial_weights, orders_of, run_trial
+from codeparrot_ds.compare.trial_process import TrialRunner
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.warnings import config_warnings
 from codeparrot_ds.devices import local_device
@@ -56,8 +55,8 @@ def run_comparison(
 
     Args:
         request: what to compare.
-        folder: of the comparison; one that was interrupted goes on.
-        hang_seconds: a trial that writes nothing for so long is ended.
+        folder: of the comparison; one that was interrupted resumes.
+        hang_seconds: the most that a rank of a trial may stay in one place.
         retry_failed: run again what did not finish.
         search_minutes: search on from the configs for so long; None compares them and no others.
         say: prints a line for the user.
@@ -77,20 +76,14 @@ def run_comparison(
     num_ready = sum(candidate.skipped is None for candidate in candidates)
     say(f"training {num_ready} config(s), each in fresh processes; a line follows each trial")
     peak = peak_of_comparison(folder / COMPARISON, device)
+    run = TrialRunner(request=request, folder=folder, peak=peak, hang_seconds=hang_seconds)
     try:
         if search_minutes is None:
-            findings = compare(request, folder, candidates, peak=peak, hang_seconds=hang_seconds, say=say)
+            findings = compare(request, folder, candidates, run=run, say=say)
         else:
-            findings = search(
-                request,
-                folder,
-                candidates,
-                device=device,
-                peak=peak,
-                minutes=search_minutes,
-                hang_seconds=hang_seconds,
-                say=say,
-            )
+            findings = Search(
+                request, folder, candidates, device=device, minutes=search_minutes, run=run, say=say
+            ).run()
     except KeyboardInterrupt:
         say(f"stopped; {folder / 'report.html'} has what is known so far")
         raise
@@ -142,22 +135,9 @@ def _forgotten_if_refused(folder: Path) -> Iterator[None]:
         raise
 
 
-def compare(
-    request: Request,
-    folder: Path,
-    candidates: Sequence[Candidate],
-    *,
-    peak: Peak | None = None,
-    hang_seconds: float,
-    say: Say,
-    program: Sequence[str] = PROGRAM,
-) -> Findings:
-    """Runs every trial of candidates, checked and planned, that has no result yet; reports, also where interrupted.
-
-    ``peak`` is what all trials are held against for MFU; None lets each measure its own. ``program`` is the command
-    that runs a trial, less its options.
-    """
-    results, run = Results(folder), _trial_runner(request, folder, peak, hang_seconds, program)
+def compare(request: Request, folder: Path, candidates: Sequence[Candidate], *, run: TrialRunner, say: Say) -> Findings:
+    """Runs every trial of candidates, checked and planned, that has no result yet; reports, also where interrupted."""
+    results = Results(folder)
     try:
         with TrialProgress(request, candidates, results, say) as progress:
             while left := left_to_run(candidates, results):
@@ -166,39 +146,3 @@ def compare(
         findings = judge_all(request, results, candidates, reference_of(candidates, results))
         write_reports(findings, folder)
     return findings
-
-
-def search(
-    request: Request,
-    folder: Path,
-    candidates: Sequence[Candidate],
-    *,
-    device: str,
-    peak: Peak | None = None,
-    minutes: float,
-    hang_seconds: float,
-    say: Say,
-    program: Sequence[str] = PROGRAM,
-) -> Findings:
-    """Measures the candidates, and then what may be faster, for so many minutes; reports, also where interrupted."""
-    run = _trial_runner(request, folder, peak, hang_seconds, program)
-    return Search(request, folder, candidates, device=device, minutes=minutes, run=run, say=say).run()
-
-
-def _trial_runner(
-    request: Request, folder: Path, peak: Peak | None, hang_seconds: float, program: Sequence[str]
-) -> Callable[[Trial, Callable[[int], None]], TrialResult]:
-    """Runs a trial to its end; the second argument is given the number of its steps done, now and then."""
-
-    def run(trial: Trial, progress: Callable[[int], None]) -> TrialResult:
-        return run_trial(
-            trial,
-            folder,
-            initial=initial_weights(request.config, folder, perturbed=trial.perturbed),
-            orders=orders_of(request, trial, peak),
-            hang_seconds=hang_seconds,
-            progress=progress,
-            program=program,
-        )
-
-    return run

@@ -33,7 +33,6 @@ from codeparrot_ds.compare.findings import Findings, judge_all
 from codeparrot_ds.compare.page import write_reports
 from codeparrot_ds.compare.results import FINISHED
 from codeparrot_ds.ds_config.facts import activation_checkpointing, offload_device, precision, value_at, zero_stage
-from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import num_parameters
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -206,7 +205,7 @@ class Search:
         given: the user's configs, checked and planned.
         device: ``cpu`` or ``cuda``.
         minutes: of trials, those of earlier tries included.
-        run: runs a trial to its end, leaves its result, and says meanwhile how many steps are done.
+        run: runs a trial to its end and leaves its result.
         say: prints a line for the user.
     """
 
@@ -218,7 +217,7 @@ class Search:
         *,
         device: str,
         minutes: float,
-        run: Callable[[Trial, Callable[[int], None]], object],
+        run: Callable[[Trial], object],
         say: Callable[[str], None],
     ) -> None:
         self._request, self._folder, self._device, self._run, self._say = request, folder, device, run, say
@@ -242,8 +241,6 @@ class Search:
     def run(self) -> Findings:
         """Searches, gives the best more trials, and says in ``tried`` what was done; reports also when interrupted."""
         ready = [candidate for candidate in self.candidates if candidate.skipped is None]
-        if not ready:
-            raise UserError("none of the configs can be run here: " + str(self.candidates[0].skipped))
         self.tried += [f"{each.name}: not run: {each.skipped}" for each in self.candidates if each.skipped]
         try:
             for candidate in ready:
@@ -268,7 +265,7 @@ class Search:
 
     def _start(self, origin: Candidate) -> None:
         base = self._points[origin.name]
-        found = list(starts(base, self._sizes, lambda point: self._problem(origin, point) is None))
+        found = list(starts(base, self._sizes, self._fits(origin)))
         for stage in sorted({0, 1, 2, 3} - {move.point.stage for move in found}):
             self._tell(f"stage {stage}: not run: it fits in no way by the plan, or DeepSpeed has no such config")
         for move in found:
@@ -284,14 +281,8 @@ class Search:
             best = better
 
     def _better_neighbour(self, best: Candidate) -> Candidate | None:
-        around = moves(
-            self._points[best.name],
-            self._sizes,
-            world_size=self._world_size,
-            parameters=self._parameters,
-            fits=lambda point: self._problem(best, point) is None,
-        )
-        for move in around:
+        sizes = {"world_size": self._world_size, "parameters": self._parameters}
+        for move in moves(self._points[best.name], self._sizes, fits=self._fits(best), **sizes):
             candidate = self._try(best, move, f"from {best.name}")
             if candidate is not None and self._best() == candidate and self._passes(candidate, best):
                 return candidate
@@ -335,7 +326,7 @@ class Search:
         for trial in left_to_run(self.candidates, self._results):
             if trial.candidate == candidate or trial.perturbed:
                 self._spend(trial, why)
-        outcome = next(each for each in self.findings().outcomes if each.name == candidate.name)
+        outcome = self.findings().outcome(candidate.name)
         told = outcome.reason or "no scored step"
         if outcome.speed is not None:
             told = f"{outcome.speed.median:,.0f} tokens/s; losses: {outcome.verdict}"
@@ -350,7 +341,7 @@ class Search:
                 f"{spent / 60:.1f} of {self._budget_seconds / 60:g} minutes are spent, and {trial.candidate.name} "
                 f"({why}) would take about {expected / 60:.1f} more"
             )
-        self._run(trial, lambda steps: None)
+        self._run(trial)
 
     def _spent(self) -> float:
         return sum(result.seconds for result in self._results.all())
@@ -400,8 +391,8 @@ class Search:
         durable.write_json(path, ds_config)
         return plan_candidate(candidate, ds_config, device=self._device)
 
-    def _problem(self, origin: Candidate, point: Point) -> str | None:
-        return self._candidate(origin, point).skipped
+    def _fits(self, beside: Candidate) -> Fits:
+        return lambda point: self._candidate(beside, point).skipped is None
 
 
 def _key(ds_config: dict[str, Any], micro_batch_size: int) -> str:

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from codeparrot_ds import durable
 from codeparrot_ds.child_process import last_words, python_path, run_module
@@ -57,63 +59,69 @@ SAMPLE_SECONDS = 1.0
 """Between two looks at the memory of all processes: for a trial that is killed before it can say."""
 
 
-def run_trial(
-    trial: Trial,
-    folder: Path,
-    *,
-    initial: Path,
-    orders: Orders,
-    hang_seconds: float,
-    progress: Callable[[int], None],
-    program: Sequence[str] = PROGRAM,
-) -> TrialResult:
-    """Runs a trial to its end and writes its ``result.json``; what an earlier, interrupted try left is removed.
+@dataclass(frozen=True, kw_only=True)
+class TrialRunner:
+    """Runs the trials of a comparison."""
 
-    Args:
-        trial: what to run.
-        folder: of the comparison.
-        initial: the model folder that it begins with.
-        orders: what it does; its folder is filled in.
-        hang_seconds: a trial that writes nothing for so long is ended.
-        progress: is given the number of steps done, now and then.
-        program: the command, less its options.
+    request: Request
+    folder: Path
+    """Of the comparison."""
+    peak: Peak | None = None
+    """What all are held against for MFU; None lets each measure its own."""
+    hang_seconds: float
+    """The most that a rank may stay in one place."""
+    program: Sequence[str] = PROGRAM
+    """The command that runs a trial, less its options."""
 
-    Raises:
-        KeyboardInterrupt: the user's; all its processes are gone and there is no result.
-    """
-    place, run = prepare_trial(trial, folder, initial=initial, orders=orders), folder / "runs" / trial.name
-    command = [*program, "--config", str(place / "config.yaml")]
-    command += ["--num-gpus", str(trial.candidate.world_size), "--hang-seconds", f"{hang_seconds:g}"]
-    command += ["--ignore-memory-plan"]
-    files = {ORDERS: place / "orders.json", END_FILE: place / END}
-    environment = os.environ | {name: str(file.absolute()) for name, file in files.items()}
-    environment["PYTHONPATH"] = python_path(environment)
-    started, killed_before = time.monotonic(), processes_killed_for_memory()
-    with (place / "output.log").open("wb") as log:
-        process = subprocess.Popen(
+    def __call__(self, trial: Trial, progress: Callable[[int], None] = lambda steps: None) -> TrialResult:
+        """Runs a trial to its end and writes its ``result.json``; what an interrupted try left is removed.
+
+        ``progress`` is given the number of steps done, now and then.
+
+        Raises:
+            UserError: its initial weights could not be made.
+            KeyboardInterrupt: the user's; all its processes are gone and there is no result.
+        """
+        initial = initial_weights(self.request.config, self.folder, perturbed=trial.perturbed)
+        orders = orders_of(self.request, trial, self.peak)
+        place, run = (
+            prepare_trial(trial, self.folder, initial=initial, orders=orders),
+            self.folder / "runs" / trial.name,
+        )
+        started, killed_before = time.monotonic(), processes_killed_for_memory()
+        with (place / "output.log").open("wb") as log:
+            process = self._start(trial, place, log)
+            try:
+                silent_seconds = self.hang_seconds + WATCHDOG_SECONDS
+                hung, peak_bytes = _wait(process, place, run / "metrics.jsonl", silent_seconds, progress)
+            finally:
+                end_processes(process)
+        killed = processes_killed_for_memory() > killed_before
+        result = dataclasses.replace(
+            judge_end(process.returncode, hung, place, sampled_peak_bytes=peak_bytes, killed_for_memory=killed),
+            name=trial.name,
+            repeat=trial.repeat,
+            seconds=round(time.monotonic() - started, 2),
+            found=Found.read(place / FOUND),
+        )
+        durable.write_json(place / RESULT, result.as_json())
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # measured, and of no further use
+        return result
+
+    def _start(self, trial: Trial, place: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        command = [*self.program, "--config", str(place / "config.yaml"), "--hang-seconds", f"{self.hang_seconds:g}"]
+        command += ["--num-gpus", str(trial.candidate.world_size), "--ignore-memory-plan"]
+        files = {ORDERS: place / "orders.json", END_FILE: place / END}
+        environment = os.environ | {name: str(file.absolute()) for name, file in files.items()}
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment | {"PYTHONPATH": python_path(environment)},
             start_new_session=True,
             preexec_fn=signal_at_parents_end(signal.SIGKILL, os.getpid()),
         )
-        try:
-            hung, peak_bytes = _wait(process, place, run, hang_seconds + WATCHDOG_SECONDS, progress)
-        finally:
-            end_processes(process)
-    killed = processes_killed_for_memory() > killed_before
-    result = dataclasses.replace(
-        judge_end(process.returncode, hung, place, sampled_peak_bytes=peak_bytes, killed_for_memory=killed),
-        name=trial.name,
-        repeat=trial.repeat,
-        seconds=round(time.monotonic() - started, 2),
-        found=_found(place),
-    )
-    durable.write_json(place / RESULT, result.as_json())
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # measured, and of no further use
-    return result
 
 
 def prepare_trial(trial: Trial, folder: Path, *, initial: Path, orders: Orders) -> Path:
@@ -151,14 +159,13 @@ def orders_of(request: Request, trial: Trial, peak: Peak | None) -> Orders:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], place: Path, run: Path, silent_seconds: float, progress: Callable[[int], None]
+    process: subprocess.Popen[bytes], place: Path, metrics: Path, silent_seconds: float, progress: Callable[[int], None]
 ) -> tuple[bool, int]:
     """Waits for a trial's end: whether it was ended because it wrote nothing for so long, and its peak of memory.
 
     Ranks that hang are found by the trial's own launcher, which watches their heartbeats. This is for what that cannot
     see: itself, the checks before there are ranks, and a start, to which it gives half an hour.
     """
-    metrics = run / "metrics.jsonl"
     files = [place / "output.log", place / "phase", place / FOUND]
     last_sign, signs, sampled, peak_bytes = time.monotonic(), None, 0.0, 0
     while process.poll() is None:
@@ -283,11 +290,6 @@ def _verdict(place: Path) -> watchdog.Verdict | None:
     """What the trial's own launcher found wrong with its ranks."""
     saved = (read_json(place / END) or {}).get("verdict")
     return None if saved is None else watchdog.Verdict(**saved)
-
-
-def _found(place: Path) -> Found | None:
-    saved = read_json(place / FOUND)
-    return None if saved is None else Found.from_json(saved)
 
 
 def initial_weights(config: RunConfig, folder: Path, *, perturbed: str | None = None) -> Path:

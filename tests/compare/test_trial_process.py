@@ -17,7 +17,7 @@ from codeparrot_ds.compare import trial_process as comparison_trial
 from codeparrot_ds.compare.candidates import Request, Results, Trial, candidates_of, left_to_run
 from codeparrot_ds.compare.progress import TrialProgress
 from codeparrot_ds.compare.run import compare
-from codeparrot_ds.compare.trial_process import judge_end
+from codeparrot_ds.compare.trial_process import TrialRunner, judge_end
 from tests.telemetry.screen import standard_error_on
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_trial.py")))
@@ -47,7 +47,8 @@ def start(make_config, tmp_path, monkeypatch):
     def run(plans, hang_seconds=30.0):
         monkeypatch.setenv("FAKE_TRIALS", json.dumps(plans))
         said = []
-        findings = compare(request, folder, candidates, hang_seconds=hang_seconds, say=said.append, program=PROGRAM)
+        trials = TrialRunner(request=request, folder=folder, hang_seconds=hang_seconds, program=PROGRAM)
+        findings = compare(request, folder, candidates, run=trials, say=said.append)
         return findings, said
 
     run.folder, run.request, run.candidates = folder, request, candidates
@@ -261,7 +262,8 @@ def test_the_processes_of_a_trial_go_with_the_comparison(start, monkeypatch):
     pid = os.fork()
     if pid == 0:  # stands for the comparison
         try:
-            compare(start.request, start.folder, start.candidates, hang_seconds=60, say=str, program=PROGRAM)
+            trials = TrialRunner(request=start.request, folder=start.folder, hang_seconds=60, program=PROGRAM)
+            compare(start.request, start.folder, start.candidates, run=trials, say=str)
         finally:
             os._exit(1)
     log = start.folder / "trials" / "a-on-1-0" / "child"
