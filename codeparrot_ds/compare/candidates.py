@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/comparison.json            what must stay the same when it goes on, and the peak that MFU is held against
+    DIR/comparison.json            what must stay the same when it continues, and the peak that MFU is held against
     DIR/ds_configs/<name>.json     the DeepSpeed JSON of each, as it was when the comparison began
     DIR/initial/                   the weights that all begin with
     DIR/perturbed-<precision>/     the same with rounding errors
@@ -89,7 +89,7 @@ class Request:
             )
 
     def same(self) -> dict[str, Any]:
-        """What must not change when a comparison goes on."""
+        """What must not change when a comparison continues."""
         shared = fields_of(with_absolute_paths(self.config))
         kept = {name: value for name, value in shared.items() if name not in SET_BY_COMPARE}
         return {"steps": self.steps, "warmup_steps": self.warmup_steps, "config": kept}
@@ -243,7 +243,7 @@ def _with_largest_micro_batch(config: RunConfig, world_size: int, device: str) -
 
 
 def _keep(path: Path, config: Mapping[str, Any]) -> None:
-    """Writes a candidate's JSON; a comparison that goes on must find what it began with."""
+    """Writes a candidate's JSON; a comparison that continues must find what it began with."""
     if path.is_file():
         if json.loads(path.read_text(encoding="utf-8")) != config:
             raise UserError(f"{path} differs from the config of that name as it is now: choose another --out")
@@ -290,7 +290,7 @@ def plan_candidate(candidate: Candidate, ds_config: Mapping[str, Any], *, device
 
 
 def local_world_size(device: str) -> int:
-    """How many ranks are compared on this machine unless told: two on a CPU that has the cores.
+    """How many ranks are compared on this machine by default: two on a CPU that has the cores.
 
     One, as ``train`` has there, would have all of the model whatever the ZeRO stage.
     """
@@ -307,7 +307,7 @@ def _why_not_here(predicted: Memory, world_size: int, device: str) -> str | None
             return f"needs {world_size} GPUs and this machine has {devices}"
         needed = load_overhead().total(predicted.peak_bytes, world_size)
         if gpu is not None and needed > gpu[1]:
-            return f"needs {gigabytes(needed)} a rank by the plan and {gpu[0]} has {gigabytes(gpu[1])}"
+            return f"needs {gigabytes(needed)} per rank by the plan and {gpu[0]} has {gigabytes(gpu[1])}"
         host = world_size * predicted.host_bytes
     else:
         host = world_size * (predicted.peak_bytes + predicted.host_bytes)
@@ -339,7 +339,7 @@ class Trial:
 
 
 def open_folder(folder: Path, request: Request) -> None:
-    """Makes a comparison's folder, or goes on in it.
+    """Makes a comparison's folder, or continues in it.
 
     Raises:
         UserError: the folder is another comparison, or something else.
@@ -450,7 +450,7 @@ def _is_plain(candidate: Candidate) -> bool:
 
 
 def check_data(config: RunConfig, folder: Path, *, device: str, world_size: int) -> None:
-    """The front door's checks of data, tokenizer, model and disk, once for all candidates.
+    """The launcher's checks of data, tokenizer, model and disk, once for all candidates.
 
     Raises:
         UserError: the first thing that is wrong.

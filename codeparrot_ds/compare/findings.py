@@ -134,7 +134,7 @@ class Findings:
 
     @property
     def ranking(self) -> list[tuple[str, list[str]]]:
-        """Names by falling tokens/s, each with those that it is not told apart from."""
+        """Names by falling tokens/s, each with those that its spread overlaps."""
         return ranked(self.speeds)
 
     def outcome(self, name: str) -> Outcome:
@@ -231,7 +231,7 @@ class Findings:
         for place, (name, ties) in enumerate(self.ranking, 1):
             outcome = self.outcome(name)
             assert outcome.speed is not None
-            kind = "a rank" if self.on_gpu else "a rank beside its libraries"
+            kind = "per rank" if self.on_gpu else "per rank beside its libraries"
             memory = f", {self.in_memory_unit(outcome.memory_bytes)} {kind}" if outcome.memory_bytes is not None else ""
             lines.append(
                 f"{place:2}. {name:{width}}  {_rate(outcome.speed, width=8)}{memory}; "
@@ -483,7 +483,7 @@ class Speed:
     def passes(self, other: Speed) -> bool:
         """Whether its median is above the other's spread, and the other's below its own.
 
-        Enough for a search to go on from it, which costs little where it was wrong; not enough to be told apart.
+        Enough for a search to continue from it, which costs little where it was wrong; not enough to be told apart.
         """
         return self.median > other.high and other.median < self.low
 
@@ -511,7 +511,7 @@ def _quartile(values: Sequence[float], number: int) -> float:
 
 
 def ranked(speeds: Mapping[str, Speed]) -> list[tuple[str, list[str]]]:
-    """Names by falling median, each with those that it is not told apart from."""
+    """Names by falling median, each with those that its spread overlaps."""
     order = sorted(speeds, key=lambda name: -speeds[name].median)
     return [(name, [other for other in order if other != name and speeds[name].tied(speeds[other])]) for name in order]
 

@@ -2,8 +2,8 @@
 
 It measures the configs given, then the fastest way to fit at each stage by the plan, and then climbs: from the fastest
 config so far to its neighbours, one change at a time, until none is faster or the budget is spent. What only looks
-faster within the spread moves nothing; a config whose losses differ is never gone on from. All of it
-follows from the results on the disk, so that a search that was stopped goes on where it was.
+faster within the spread moves nothing; from a config whose losses differ the search never continues. All of it
+follows from the results on the disk, so that a search that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def can_be(base: Mapping[str, Any], point: Point) -> bool:
 
 
 def micro_batch_sizes(global_batch_size: int, world_size: int) -> list[int]:
-    """Every number of rows a rank a forward pass that divides a step."""
+    """Every number of rows per rank and forward pass that divides a step."""
     rows = global_batch_size // world_size
     return [size for size in range(1, rows + 1) if rows % size == 0] if global_batch_size % world_size == 0 else []
 
@@ -327,10 +327,10 @@ class Search:
             if trial.candidate == candidate or trial.perturbed:
                 self._spend(trial, why)
         outcome = self.findings().outcome(candidate.name)
-        told = outcome.reason or "no scored step"
+        result = outcome.reason or "no scored step"
         if outcome.speed is not None:
-            told = f"{outcome.speed.median:,.0f} tokens/s; losses: {outcome.verdict}"
-        line = f"{candidate.name} ({why}): {told}"
+            result = f"{outcome.speed.median:,.0f} tokens/s; losses: {outcome.verdict}"
+        line = f"{candidate.name} ({why}): {result}"
         if not any(each.startswith(f"{candidate.name} (") for each in self.tried):
             self._tell(f"{line}; {self._spent() / 60:.1f} of {self._budget_seconds / 60:g} minutes", line)
 

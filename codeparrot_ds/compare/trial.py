@@ -247,7 +247,7 @@ def resident_bytes(field: str = "VmRSS") -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """A rank under a launcher; without one, the front door that checks the run config and starts the launcher."""
+    """A rank under a launcher; without one, the command that checks the run config and starts the launcher."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "RANK" in os.environ:
         from codeparrot_ds.train import run_rank
