@@ -256,6 +256,14 @@ def test_deepspeeds_launcher_says_which_process_was_killed(tmp_path):
     assert end.status == "crashed" and end.reason == "rank 1 was killed by SIGKILL in its start phase", process.stdout
 
 
+def test_what_a_trials_command_refuses_is_its_reason(tmp_path):
+    command = [sys.executable, "-m", "codeparrot_ds.compare.trial", "--data", str(tmp_path)]
+    with (tmp_path / "output.log").open("wb") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=120, check=False).returncode
+    end = judge_end(code, False, tmp_path, sampled_peak_bytes=1)
+    assert end.status == "refused" and end.reason.startswith("--tokenizer is missing: ")
+
+
 def test_the_processes_of_a_trial_go_with_the_comparison(start, monkeypatch):
     """A comparison that is killed outright leaves no trial behind."""
     monkeypatch.setenv("FAKE_TRIALS", json.dumps({"a": "hang"}))
