@@ -2,11 +2,11 @@
 
 ::
 
-    DIR/comparison.json            what must stay the same when it goes on, and the peak that MFU is held against
+    DIR/comparison.json            what must stay the same when it continues, and the peak that MFU is held against
     DIR/ds_configs/<name>.json     the DeepSpeed JSON of each, as it was when the comparison began
     DIR/initial/                   the weights that all begin with
     DIR/perturbed-<precision>/     the same with rounding errors
-    DIR/trials/<trial>/            config.yaml, orders.json, output.log, found.json, result.json
+    DIR/trials/<trial>/            config.yaml, orders.json, output.log, end.json, found.json, result.json
     DIR/runs/<trial>/              what a run leaves behind, less its checkpoint
     DIR/report.html, .md, .json
 
@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
+from codeparrot_ds.compare.results import COMPARISON, FINISHED, RESULT, TrialResult
 from codeparrot_ds.compare.verdict import coarser
 from codeparrot_ds.config.run_config import FIELDS, PATH_FIELDS, SET_BY_COMPARE, RunConfig, with_absolute_paths
 from codeparrot_ds.cpu import usable_cores
@@ -39,6 +41,7 @@ from codeparrot_ds.engine.operators import are_built
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_run
 from codeparrot_ds.memory.device import load_overhead
+from codeparrot_ds.memory.micro_batch import config_fitting, memory_budget, micro_batch_sizes
 from codeparrot_ds.memory.plan import predict
 from codeparrot_ds.memory.workload import Memory
 from codeparrot_ds.model.shapes import GPT2Shape, num_parameters
@@ -51,36 +54,30 @@ SHARED = (
     *("model", "tokenizer", "data", "seq_length", "global_batch_size", "init_from", "output_dir", "run_name"),
     *("deepspeed", "resume", "hub", "wandb"),
 )
-COMPARISON = "comparison.json"
 SENSITIVITY = "sensitivity"
-RESULT, FINISHED, FINGERPRINTS = "result.json", "finished", "fingerprints.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a comparison was asked for.
-
-    Attributes:
-        configs: each a file or shipped name, with ``,field=value`` for what of the run config it changes.
-        config: the run config that all share.
-        world_sizes: numbers of ranks.
-        micro_batch_sizes: of every config; None for its own.
-        steps: optimizer steps of a trial, warm-up and scored.
-        warmup_steps: of them, not scored.
-        repeats: trials of each candidate.
-        parts_steps: taken apart after the first trial of each.
-        checkpoint: whether the first trial of each saves one.
-    """
+    """What a comparison was asked for."""
 
     configs: Sequence[str]
+    """Each a file or shipped name, with ``,field=value`` for what of the run config it changes."""
     config: RunConfig
+    """The run config that all share."""
     world_sizes: Sequence[int]
     micro_batch_sizes: Sequence[int] | None = None
+    """Of every config; None for its own."""
     steps: int = 30
+    """Of a trial, warm-up and scored."""
     warmup_steps: int = 5
+    """Of them, not scored."""
     repeats: int = 2
+    """Trials of each candidate."""
     parts_steps: int = 3
+    """Taken apart after the first trial of each."""
     checkpoint: bool = True
+    """Whether the first trial of each saves one."""
 
     def __post_init__(self) -> None:
         if self.steps <= self.warmup_steps:
@@ -92,37 +89,38 @@ class Request:
             )
 
     def same(self) -> dict[str, Any]:
-        """What must not change when a comparison goes on."""
-        shared = dataclasses.asdict(with_absolute_paths(self.config))
+        """What must not change when a comparison continues."""
+        shared = fields_of(with_absolute_paths(self.config))
         kept = {name: value for name, value in shared.items() if name not in SET_BY_COMPARE}
         return {"steps": self.steps, "warmup_steps": self.warmup_steps, "config": kept}
 
 
+def fields_of(config: RunConfig) -> dict[str, Any]:
+    """A run config for JSON, where a micro-batch that each candidate chooses is a word."""
+    return dataclasses.asdict(config) | ({"micro_batch_size": "auto"} if config.auto_micro_batch else {})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One DeepSpeed config on one number of ranks.
-
-    Attributes:
-        label: of the config, as the user wrote it, with its micro-batch where that is not the run's.
-        world_size: number of ranks.
-        ds_config: the JSON in the comparison's folder.
-        config: its run config, without a name.
-        resolved: the resolved DeepSpeed config; empty where it could not be.
-        predicted: the plan's memory.
-        skipped: why it is not run.
-        notes: what the user should know of it.
-        repeats: trials of it.
-    """
+    """One DeepSpeed config on one number of ranks."""
 
     label: str
+    """The config as the user wrote it, with its micro-batch where that is not the run's."""
     world_size: int
     ds_config: Path
+    """The JSON in the comparison's folder."""
     config: RunConfig
+    """Its run config, without a name."""
     resolved: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved DeepSpeed config; empty where it could not be."""
     predicted: Memory | None = None
+    """By the plan."""
     skipped: str | None = None
+    """Why it is not run."""
     notes: Sequence[str] = ()
+    """What the user should know of it."""
     repeats: int = 1
+    """Trials of it."""
 
     @property
     def name(self) -> str:
@@ -184,66 +182,68 @@ def candidates_of(request: Request, folder: Path, *, device: str) -> list[Candid
     Their JSONs are written into the folder. Why one cannot run is its ``skipped``.
 
     Raises:
-        UserError: one was mistyped, is not there, or is no JSON: that is mended before any is trained.
+        UserError: one was mistyped, is not there, or is no JSON: that is fixed before any is trained.
     """
     parsed = [(text, *parse_config(text)) for text in request.configs]
-    stems = [Path(name).stem for _, name, _ in parsed]
+    names: dict[str, set[str]] = {}
+    for _, name, _ in parsed:
+        names.setdefault(Path(name).stem, set()).add(name)
     found: dict[str, Candidate] = {}
     for text, name, fields in parsed:
-        unique = stems.count(Path(name).stem) == 1 or all(
-            other == name for _, other, _ in parsed if Path(other).stem == Path(name).stem
-        )
-        base = Path(name).stem if unique else name
-        given = text.partition(",")[2]
-        for world_size in request.world_sizes:
-            for size in request.micro_batch_sizes or (0,):  # 0: its own
-                candidate = _candidate(request, folder, name, base, given, fields, world_size, size, device)
-                found[candidate.name] = candidate
+        base = Path(name).stem if len(names[Path(name).stem]) == 1 else name
+        path, label = folder / "ds_configs" / f"{slug_of(base)}.json", base + text.removeprefix(name)
+        found |= {each.name: each for each in _candidates_of(request, name, path, label, fields, device)}
     return list(found.values())
 
 
-def _candidate(
-    request: Request,
-    folder: Path,
-    name: str,
-    base: str,
-    given: str,
-    fields: dict[str, Any],
-    world_size: int,
-    micro_batch_size: int,
-    device: str,
-) -> Candidate:
-    label = base + (f",{given}" if given else "")
-    file = open_ds_config(name, device_precisions(device))
+def _candidates_of(
+    request: Request, name: str, path: Path, label: str, fields: Mapping[str, Any], device: str
+) -> Iterator[Candidate]:
+    """One config, which is kept at ``path``, at every number of ranks and micro-batch."""
+    precisions = device_precisions(device)
+    file = open_ds_config(name, precisions)
     try:
-        imported = import_ds_config(with_settled_precision(file.config, device_precisions(device)), request.config)
+        imported = import_ds_config(with_settled_precision(file.config, precisions), request.config)
     except UserError as error:
-        return Candidate(
-            label=label, world_size=world_size, ds_config=Path(name), config=request.config, skipped=str(error)
-        )
-    size = micro_batch_size or fields.get("micro_batch_size") or imported.micro_batch_size
-    if micro_batch_size and micro_batch_size != request.config.micro_batch_size:
-        label += f",micro_batch_size={micro_batch_size}"
-    path = folder / "ds_configs" / f"{slug_of(base)}.json"
+        for size in request.world_sizes:
+            yield Candidate(
+                label=label, world_size=size, ds_config=Path(name), config=request.config, skipped=str(error)
+            )
+        return
     _keep(path, imported.config)
-    try:
-        changed = {**fields, "micro_batch_size": size or request.config.micro_batch_size}
-        config = dataclasses.replace(request.config, **changed, deepspeed=str(path.absolute()))
-    except UserError as error:
-        return Candidate(label=label, world_size=world_size, ds_config=path, config=request.config, skipped=str(error))
-    planned = Candidate(
-        label=label,
-        world_size=world_size,
-        ds_config=path,
-        config=config,
-        notes=tuple(imported.notes),
-        repeats=request.repeats,
-    )
-    return plan_candidate(planned, imported.config, device=device)
+    shared = request.config.micro_batch_size
+    for world_size, asked in itertools.product(request.world_sizes, request.micro_batch_sizes or (None,)):
+        own = (asked, fields.get("micro_batch_size"), imported.micro_batch_size, shared)
+        changed = {**fields, "micro_batch_size": next(size for size in own if size is not None)}
+        candidate = Candidate(
+            label=label if asked in (None, shared) else f"{label},micro_batch_size={asked}",
+            world_size=world_size,
+            ds_config=path,
+            config=request.config,
+            notes=tuple(imported.notes),
+            repeats=request.repeats,
+        )
+        try:
+            config = dataclasses.replace(request.config, **changed, deepspeed=str(path.absolute()))
+            if config.auto_micro_batch:
+                config = _with_largest_micro_batch(config, world_size, device)
+                # Said in the name: where another is chosen one day, its trials are not taken for this one's.
+                candidate = dataclasses.replace(candidate, label=f"{label},micro_batch_size={config.micro_batch_size}")
+        except UserError as error:
+            yield dataclasses.replace(candidate, skipped=str(error))
+        else:
+            candidate = dataclasses.replace(candidate, config=config)
+            yield plan_candidate(candidate, imported.config, device=device)
+
+
+def _with_largest_micro_batch(config: RunConfig, world_size: int, device: str) -> RunConfig:
+    """What ``train`` makes of ``--micro-batch-size auto`` with this DeepSpeed config."""
+    sizes, budget = micro_batch_sizes(config, world_size, device), memory_budget(device, world_size)
+    return config_fitting(config, sizes, world_size=world_size, device=device, budget=budget)
 
 
 def _keep(path: Path, config: Mapping[str, Any]) -> None:
-    """Writes a candidate's JSON; a comparison that goes on must find what it began with."""
+    """Writes a candidate's JSON; a comparison that continues must find what it began with."""
     if path.is_file():
         if json.loads(path.read_text(encoding="utf-8")) != config:
             raise UserError(f"{path} differs from the config of that name as it is now: choose another --out")
@@ -289,7 +289,7 @@ def plan_candidate(candidate: Candidate, ds_config: Mapping[str, Any], *, device
 
 
 def local_world_size(device: str) -> int:
-    """How many ranks are compared on this machine unless told: two on a CPU that has the cores.
+    """How many ranks are compared on this machine by default: two on a CPU that has the cores.
 
     One, as ``train`` has there, would have all of the model whatever the ZeRO stage.
     """
@@ -306,7 +306,7 @@ def _why_not_here(predicted: Memory, world_size: int, device: str) -> str | None
             return f"needs {world_size} GPUs and this machine has {devices}"
         needed = load_overhead().total(predicted.peak_bytes, world_size)
         if gpu is not None and needed > gpu[1]:
-            return f"needs {gigabytes(needed)} a rank by the plan and {gpu[0]} has {gigabytes(gpu[1])}"
+            return f"needs {gigabytes(needed)} per rank by the plan and {gpu[0]} has {gigabytes(gpu[1])}"
         host = world_size * predicted.host_bytes
     else:
         host = world_size * (predicted.peak_bytes + predicted.host_bytes)
@@ -338,7 +338,7 @@ class Trial:
 
 
 def open_folder(folder: Path, request: Request) -> None:
-    """Makes a comparison's folder, or goes on in it.
+    """Makes a comparison's folder, or continues in it.
 
     Raises:
         UserError: the folder is another comparison, or something else.
@@ -367,28 +367,30 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def of(self, trial: Trial) -> dict[str, Any] | None:
-        """``result.json`` of a trial; None while it has not been run to its end."""
-        try:
-            return dict(json.loads((self.folder / "trials" / trial.name / RESULT).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
+    def of(self, trial: Trial) -> TrialResult | None:
+        """The result of a trial; None while it has not been run to its end."""
+        return TrialResult.read(self.folder / "trials" / trial.name / RESULT)
+
+    def all(self) -> list[TrialResult]:
+        """Of every trial that has ended, also of configs that are no longer compared."""
+        found = (TrialResult.read(path) for path in self.folder.glob(f"trials/*/{RESULT}"))
+        return [result for result in found if result is not None]
 
     def status(self, trial: Trial) -> str | None:
         """How a trial ended; None while it has not."""
         result = self.of(trial)
-        return None if result is None else str(result["status"])
+        return None if result is None else result.status
 
     def has_failed(self, candidate: Candidate) -> bool:
         """Whether a trial of a candidate did not finish; its other trials would hardly say more."""
         return any(self.status(trial) not in (None, FINISHED) for trial in trials_of(candidate))
 
-
-def forget_failures(folder: Path) -> None:
-    """Removes the results of the trials that did not finish, so that they are run again."""
-    for path in folder.glob(f"trials/*/{RESULT}"):
-        if json.loads(path.read_text(encoding="utf-8"))["status"] != FINISHED:
-            path.unlink()
+    def forget_failures(self) -> None:
+        """Removes the results of the trials that did not finish, so that they are run again."""
+        for path in self.folder.glob(f"trials/*/{RESULT}"):
+            result = TrialResult.read(path)
+            if result is not None and result.status != FINISHED:
+                path.unlink()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -447,7 +449,7 @@ def _is_plain(candidate: Candidate) -> bool:
 
 
 def check_data(config: RunConfig, folder: Path, *, device: str, world_size: int) -> None:
-    """The front door's checks of data, tokenizer, model and disk, once for all candidates.
+    """The launcher's checks of data, tokenizer, model and disk, once for all candidates.
 
     Raises:
         UserError: the first thing that is wrong.

@@ -174,7 +174,7 @@ def _axis(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _bars(findings: Findings) -> Picture | None:
-    shown = [each for each in _measured(findings) if each.found.get("parts")]
+    shown = [each for each in _measured(findings) if each.parts is not None]
     if not shown:
         return None
     words = "; ".join(
@@ -185,7 +185,7 @@ def _bars(findings: Findings) -> Picture | None:
 
 
 def _milliseconds(outcome: Outcome, part: str) -> float:
-    return 1000 * float(outcome.found["parts"]["seconds"][part])
+    return 1000 * outcome.parts.seconds[part] if outcome.parts is not None else 0.0
 
 
 def _draw_parts(findings: Findings, shown: list[Outcome], theme: str) -> bytes:

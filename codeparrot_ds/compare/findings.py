@@ -7,18 +7,26 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from codeparrot_ds.compare.candidates import COMPARISON, FINISHED, Candidate, Request, Results, Trial, trials_of
-from codeparrot_ds.compare.peak import Peak, recorded_peak
-from codeparrot_ds.compare.trial_process import fingerprints
+from codeparrot_ds.compare.candidates import Candidate, Request, Results, Trial, fields_of, trials_of
+from codeparrot_ds.compare.results import (
+    COMPARISON,
+    FINISHED,
+    Found,
+    PartsOfStep,
+    Peak,
+    TrialResult,
+    fingerprints,
+    recorded_peak,
+)
 from codeparrot_ds.compare.verdict import (
     REFERENCE,
     ROUNDOFF,
+    LossVerdict,
     Sensitivity,
     Trace,
-    Verdict,
     judge,
     loss_bands,
     sensitivity_of,
@@ -35,27 +43,23 @@ WORTH = 0.05
 
 @dataclass(kw_only=True)
 class Outcome:
-    """One candidate with all that its trials gave.
-
-    Attributes:
-        candidate: what was run.
-        results: ``result.json`` of each trial, by repeat.
-        status: of the first trial that did not finish, ``skipped``, `WAITING`, or ``finished``.
-        reason: why it did not.
-        speed: tokens/s; None where no scored step was measured.
-        mfu: of that speed, against the comparison's peak; None where that is not known.
-        verdict: on its losses; None where it has none.
-        found: what the first trial that has anything found.
-    """
+    """One candidate with all that its trials gave."""
 
     candidate: Candidate
-    results: Sequence[Mapping[str, Any]]
+    results: Sequence[TrialResult]
+    """Of each trial, by repeat."""
     status: str
+    """Of the first trial that did not finish, ``skipped``, `WAITING`, or ``finished``."""
     reason: str | None = None
+    """Why it did not."""
     speed: Speed | None = None
+    """None where no scored step was measured."""
     mfu: float | None = None
-    verdict: Verdict | None = None
-    found: Mapping[str, Any] = field(default_factory=dict)
+    """Of that speed, against the comparison's peak; None where that is not known."""
+    verdict: LossVerdict | None = None
+    """On its losses; None where it has none."""
+    found: Found | None = None
+    """What the first trial that has training rows found."""
 
     @property
     def name(self) -> str:
@@ -64,69 +68,64 @@ class Outcome:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The training rows of the first trial."""
-        return list(self.found.get("rows", []))
+        return [] if self.found is None else self.found.rows
+
+    @property
+    def parts(self) -> PartsOfStep | None:
+        """Of a step of the first trial."""
+        return None if self.found is None else self.found.parts
 
     def scored(self, key: str, warmup_steps: int) -> list[float]:
         """A figure of every scored step of every trial."""
-        return [
-            float(row[key])
-            for result in self.results
-            for row in (result.get("found") or {}).get("rows", [])[warmup_steps:]
-            if row.get(key) is not None
-        ]
+        rows = (row for result in self.results for row in result.rows[warmup_steps:])
+        return [float(row[key]) for row in rows if row.get(key) is not None]
 
     @property
     def device_bytes(self) -> int | None:
         """The most that tensors took on any rank's device; None on CPUs."""
-        peaks = [max(found["device_peak_bytes"]) for found in self._whole() if found.get("device_peak_bytes")]
-        return max(peaks, default=None)
+        return max((peak for found in self._all_found() for peak in found.device_peak_bytes or ()), default=None)
 
     @property
     def host_bytes(self) -> int | None:
         """The most that any rank's process had resident."""
-        peaks = [max(found["resident_peak_bytes"]) for found in self._whole()]
-        return max(peaks, default=None)
+        return max((peak for found in self._all_found() for peak in found.resident_peak_bytes), default=None)
 
     @property
     def grown_bytes(self) -> int | None:
         """How much more than its libraries alone any rank's process had resident."""
-        grown = [
-            max(p - b for p, b in zip(found["resident_peak_bytes"], found["resident_before_bytes"], strict=True))
-            for found in self._whole()
+        ranks = [
+            rank
+            for found in self._all_found()
+            for rank in zip(found.resident_before_bytes, found.resident_peak_bytes, strict=True)
         ]
-        return max(grown, default=None)
+        return max((peak - before for before, peak in ranks), default=None)
 
     @property
     def memory_bytes(self) -> int | None:
         """What a rank's device holds: on CPUs what the process grew by."""
         return self.device_bytes if self.device_bytes is not None else self.grown_bytes
 
-    def _whole(self) -> list[Mapping[str, Any]]:
-        found = [result.get("found") or {} for result in self.results]
-        return [each for each in found if "resident_peak_bytes" in each]
+    def _all_found(self) -> list[Found]:
+        return [result.found for result in self.results if result.found is not None]
 
 
 @dataclass(kw_only=True)
 class Findings:
-    """A comparison as far as it has come.
-
-    Attributes:
-        request: what was asked for.
-        outcomes: of all candidates, in the order of the request.
-        reference: the name of the one that losses are compared with.
-        sensitivity: of the reference to errors of each precision whose sensitivity run has been made.
-        device: what the ranks ran on.
-        peak: what MFU is held against.
-        tried: what a search says of its way; empty without one.
-    """
+    """A comparison as far as it has come."""
 
     request: Request
     outcomes: Sequence[Outcome]
+    """Of all candidates, in the order of the request."""
     reference: str | None
+    """The name of the one that losses are compared with."""
     sensitivity: Mapping[str, Sensitivity]
+    """Of the reference to errors of each precision whose sensitivity run has been made."""
     device: str
+    """What the ranks ran on."""
     peak: Peak | None = None
+    """What MFU is held against."""
     tried: Sequence[str] = ()
+    """What a search says of its way; empty without one."""
 
     @property
     def speeds(self) -> dict[str, Speed]:
@@ -135,7 +134,7 @@ class Findings:
 
     @property
     def ranking(self) -> list[tuple[str, list[str]]]:
-        """Names by falling tokens/s, each with those that it is not told apart from."""
+        """Names by falling tokens/s, each with those that its spread overlaps."""
         return ranked(self.speeds)
 
     def outcome(self, name: str) -> Outcome:
@@ -232,7 +231,7 @@ class Findings:
         for place, (name, ties) in enumerate(self.ranking, 1):
             outcome = self.outcome(name)
             assert outcome.speed is not None
-            kind = "a rank" if self.on_gpu else "a rank beside its libraries"
+            kind = "per rank" if self.on_gpu else "per rank beside its libraries"
             memory = f", {self.in_memory_unit(outcome.memory_bytes)} {kind}" if outcome.memory_bytes is not None else ""
             lines.append(
                 f"{place:2}. {name:{width}}  {_rate(outcome.speed, width=8)}{memory}; "
@@ -277,26 +276,23 @@ def judge_all(
     """Reads every result, and judges it against the reference, or the first that has losses where that has none."""
     outcomes = [_outcome(request, results, candidate) for candidate in candidates]
     with_losses = [each for each in outcomes if each.rows]
-    chosen = next((each for each in with_losses if each.name == reference.name), None)
-    chosen = chosen or next(iter(with_losses), None)
+    chosen = next((each for each in with_losses if each.name == reference.name), next(iter(with_losses), None))
     sensitivity: dict[str, Sensitivity] = {}
-    base = None
     if chosen is not None:
         base = trace_of(chosen)
         for name in ROUNDOFF:
             result = results.of(Trial(candidate=chosen.candidate, repeat=0, perturbed=name))
-            if result is not None and (result.get("found") or {}).get("rows"):
-                twin = Outcome(candidate=chosen.candidate, results=[result], status=FINISHED, found=result["found"])
+            if result is not None and result.rows:
+                twin = Outcome(candidate=chosen.candidate, results=[result], status=FINISHED, found=result.found)
                 sensitivity[name] = sensitivity_of(base, trace_of(twin), name)
-    expected = fingerprints(results.folder / "initial")
-    for each in with_losses:
-        if chosen is not None and base is not None:
+        expected = fingerprints(results.folder / "initial")
+        for each in with_losses:
             verdict = judge(trace_of(each), base, sensitivity, expected)
             each.verdict = dataclasses.replace(verdict, kind=REFERENCE) if each is chosen and verdict.same else verdict
-    device = next((str(each.found["device"]) for each in with_losses if "device" in each.found), "")
+    device = next((each.found.device for each in with_losses if each.found and each.found.device), "")
     peak = recorded_peak(results.folder / COMPARISON) or _fastest_of_trials(outcomes, device)
     for each in outcomes:
-        flops = each.found.get("flops_per_token")
+        flops = each.found.flops_per_token if each.found is not None else None
         if each.speed is not None and peak is not None and flops is not None:
             each.mfu = each.speed.median * flops / peak.of_ranks(each.candidate.world_size)
     return Findings(
@@ -313,8 +309,8 @@ def judge_all(
 def _fastest_of_trials(outcomes: Sequence[Outcome], device: str) -> Peak | None:
     """The peak of a comparison that recorded none, of whose trials each measured its own."""
     on_cpu = device == "CPU"
-    found = [result.get("found") or {} for each in outcomes for result in each.results]
-    peaks = [each["peak_flops"] / (1 if on_cpu else each["world_size"]) for each in found if "peak_flops" in each]
+    found = [result.found for each in outcomes for result in each.results if result.found is not None]
+    peaks = [each.peak_flops / (1 if on_cpu else each.world_size) for each in found if each.peak_flops is not None]
     source = "the fastest that a trial measured" if on_cpu else "the highest of a trial's"
     return Peak(flops=max(peaks), source=source, whole_machine=on_cpu) if peaks else None
 
@@ -323,38 +319,48 @@ def _outcome(request: Request, results: Results, candidate: Candidate) -> Outcom
     if candidate.skipped is not None:
         return Outcome(candidate=candidate, results=[], status="skipped", reason=candidate.skipped)
     done = [result for trial in trials_of(candidate) if (result := results.of(trial)) is not None]
-    broken = next((result for result in done if result["status"] != FINISHED), None)
-    status = WAITING if len(done) < candidate.repeats else FINISHED
-    outcome = Outcome(candidate=candidate, results=done, status=broken["status"] if broken else status)
-    outcome.reason = broken["reason"] if broken else None
-    if status == WAITING and not broken and done:
-        outcome.reason = f"{len(done)} of {candidate.repeats} trials"
-    steps = [
-        [float(row["tokens_per_second"]) for row in result["found"]["rows"][request.warmup_steps :]]
-        for result in done
-        if result["status"] == FINISHED and result.get("found")
-    ]
-    outcome.speed = speed_of(steps)
-    outcome.found = next((result["found"] for result in done if (result.get("found") or {}).get("rows")), {})
+    outcome = Outcome(
+        candidate=candidate,
+        results=done,
+        status=FINISHED,
+        speed=speed_of(
+            [
+                [float(row["tokens_per_second"]) for row in result.rows[request.warmup_steps :]]
+                for result in done
+                if result.status == FINISHED
+            ]
+        ),
+        found=next((result.found for result in done if result.rows), None),
+    )
+    broken = next((result for result in done if result.status != FINISHED), None)
+    if broken is not None:
+        outcome.status, outcome.reason = broken.status, broken.reason
+    elif len(done) < candidate.repeats:
+        outcome.status = WAITING
+        outcome.reason = f"{len(done)} of {candidate.repeats} trials" if done else None
     return outcome
 
 
 def trace_of(outcome: Outcome) -> Trace:
-    """What an outcome's first trial left to be judged by."""
+    """What an outcome's first trial left to be judged by; it must have training rows."""
     found, candidate = outcome.found, outcome.candidate
-    settings = {name: value for name, value in dataclasses.asdict(candidate.config).items() if name != "deepspeed"}
-    settings |= {"deepspeed: " + ".".join(path): value for path, value in leaves(candidate.resolved)}
-    rows = found["rows"]
+    assert found is not None
     return Trace(
-        losses=[float(row["loss"]) for row in rows],
-        grad_norms=[None if row["grad_norm"] is None else float(row["grad_norm"]) for row in rows],
-        skipped=[int(row["skipped_steps"]) for row in rows],
-        row_hashes=found.get("row_hashes", []),
-        weights=(found["weights"]["dtype"], found["weights"]["sha256"]),
-        settings=settings,
+        losses=[float(row["loss"]) for row in found.rows],
+        grad_norms=[None if row["grad_norm"] is None else float(row["grad_norm"]) for row in found.rows],
+        skipped=[int(row["skipped_steps"]) for row in found.rows],
+        row_hashes=found.row_hashes,
+        weights=(found.weights.dtype, found.weights.sha256),
+        settings=_settings(candidate),
         precision=precision(candidate.resolved),
         world_size=candidate.world_size,
     )
+
+
+def _settings(candidate: Candidate) -> dict[str, Any]:
+    """Run config and resolved DeepSpeed config, flat, as ``deepspeed: optimizer.params.eps`` → value."""
+    settings = {name: value for name, value in dataclasses.asdict(candidate.config).items() if name != "deepspeed"}
+    return settings | {"deepspeed: " + ".".join(path): value for path, value in leaves(candidate.resolved)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -363,11 +369,14 @@ def trace_of(outcome: Outcome) -> Trace:
 
 def figures_of(outcome: Outcome, request: Request) -> dict[str, Any]:
     """The figures of one outcome, for tables and for programs; None where something was not measured."""
-    candidate, found, warmup = outcome.candidate, outcome.found, request.warmup_steps
-    predicted = candidate.predicted
-    seconds, waits = (outcome.scored(key, warmup) for key in ("step_seconds", "data_wait_seconds"))
-    laps = found.get("startup_seconds")
-    verdict = outcome.verdict
+    candidate, found, predicted, verdict = (
+        outcome.candidate,
+        outcome.found,
+        outcome.candidate.predicted,
+        outcome.verdict,
+    )
+    seconds, waits = (outcome.scored(key, request.warmup_steps) for key in ("step_seconds", "data_wait_seconds"))
+    checkpoint = None if found is None else found.checkpoint
     return {
         "name": outcome.name,
         "config": candidate.label,
@@ -377,9 +386,9 @@ def figures_of(outcome: Outcome, request: Request) -> dict[str, Any]:
         "precision": precision(candidate.resolved) if candidate.resolved else None,
         "status": outcome.status,
         "reason": outcome.reason,
-        "step": next((result["step"] for result in outcome.results if result.get("step")), None),
-        "peak_bytes": next((result["peak_bytes"] for result in outcome.results if result.get("peak_bytes")), None),
-        "tokens_per_second": None if outcome.speed is None else dataclasses.asdict(outcome.speed),
+        "step": next((result.step for result in outcome.results if result.step), None),
+        "peak_bytes": next((result.peak_bytes for result in outcome.results if result.peak_bytes), None),
+        "tokens_per_second": _as_dict(outcome.speed),
         "step_seconds": statistics.median(seconds) if seconds else None,
         "data_wait_seconds": statistics.mean(waits) if waits else None,
         "mfu": outcome.mfu,
@@ -391,15 +400,19 @@ def figures_of(outcome: Outcome, request: Request) -> dict[str, Any]:
             "host_resident_bytes": outcome.host_bytes,
             "host_grown_bytes": outcome.grown_bytes,
         },
-        "parts": found.get("parts"),
-        "checkpoint": found.get("checkpoint"),
-        "startup_seconds": sum(laps.values()) if laps else None,
+        "parts": _as_dict(outcome.parts),
+        "checkpoint": _as_dict(checkpoint),
+        "startup_seconds": sum(found.startup_seconds.values()) if found and found.startup_seconds else None,
         "verdict": None if verdict is None else {**dataclasses.asdict(verdict), "text": str(verdict)},
         "losses": [row["loss"] for row in outcome.rows],
         "grad_norms": [row["grad_norm"] for row in outcome.rows],
         "notes": list(candidate.notes),
-        "trials": [{key: result[key] for key in ("name", "status", "seconds")} for result in outcome.results],
+        "trials": [{"name": each.name, "status": each.status, "seconds": each.seconds} for each in outcome.results],
     }
+
+
+def _as_dict(part: Any) -> dict[str, Any] | None:
+    return None if part is None else dataclasses.asdict(part)
 
 
 def as_json(findings: Findings) -> dict[str, Any]:
@@ -415,11 +428,11 @@ def as_json(findings: Findings) -> dict[str, Any]:
         "complete": findings.complete,
         "reference": findings.reference,
         "device": findings.device,
-        "peak": None if findings.peak is None else dataclasses.asdict(findings.peak),
+        "peak": _as_dict(findings.peak),
         "steps": request.steps,
         "warmup_steps": request.warmup_steps,
         "repeats": request.repeats,
-        "config": dataclasses.asdict(request.config),
+        "config": fields_of(request.config),
         "ranking": [{"name": name, "tied_with": ties} for name, ties in findings.ranking],
         "pareto_front": findings.front,
         "sensitivity": {name: dataclasses.asdict(each) for name, each in findings.sensitivity.items()},
@@ -441,14 +454,7 @@ def _plain(value: Any) -> Any:
 def differences(findings: Findings) -> list[tuple[str, list[str]]]:
     """Every setting in which the candidates differ: the key, and a text for each; the first row has the names."""
     shown = [each for each in findings.outcomes if each.candidate.resolved]
-    flat = []
-    for each in shown:
-        settings = {"ranks": each.candidate.world_size}
-        settings |= {
-            key: value for key, value in dataclasses.asdict(each.candidate.config).items() if key != "deepspeed"
-        }
-        settings |= {"deepspeed: " + ".".join(path): value for path, value in leaves(each.candidate.resolved)}
-        flat.append(settings)
+    flat = [{"ranks": each.candidate.world_size} | _settings(each.candidate) for each in shown]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     rows = [(key, [json.dumps(settings[key]) if key in settings else "–" for settings in flat]) for key in keys]
     differing = [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -477,7 +483,7 @@ class Speed:
     def passes(self, other: Speed) -> bool:
         """Whether its median is above the other's spread, and the other's below its own.
 
-        Enough for a search to go on from it, which costs little where it was wrong; not enough to be told apart.
+        Enough for a search to continue from it, which costs little where it was wrong; not enough to be told apart.
         """
         return self.median > other.high and other.median < self.low
 
@@ -505,7 +511,7 @@ def _quartile(values: Sequence[float], number: int) -> float:
 
 
 def ranked(speeds: Mapping[str, Speed]) -> list[tuple[str, list[str]]]:
-    """Names by falling median, each with those that it is not told apart from."""
+    """Names by falling median, each with those that its spread overlaps."""
     order = sorted(speeds, key=lambda name: -speeds[name].median)
     return [(name, [other for other in order if other != name and speeds[name].tied(speeds[other])]) for name in order]
 

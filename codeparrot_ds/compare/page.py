@@ -9,8 +9,8 @@ from pathlib import Path
 
 from codeparrot_ds import durable
 from codeparrot_ds.compare import charts
-from codeparrot_ds.compare.candidates import FINISHED
 from codeparrot_ds.compare.findings import PROCESS_SPREAD, WAITING, Findings, Outcome, as_json, differences, figures_of
+from codeparrot_ds.compare.results import FINISHED
 from codeparrot_ds.compare.verdict import BAND, BITS, DIFFERENT, REFERENCE, ROUNDING, UNJUDGED
 from codeparrot_ds.report.page_kit import Cell, Table, render
 from codeparrot_ds.report.plots import Picture
@@ -133,7 +133,7 @@ def _sections(findings: Findings) -> list[tuple[str, Table, str]]:
     sections = []
     if measured:
         sections.append(("Memory", _memory(findings, measured), _GPU_MEMORY if findings.on_gpu else _CPU_MEMORY))
-    if any(each.found.get("parts") for each in measured):
+    if any(each.parts is not None for each in measured):
         sections.append(("Parts of a step", _parts(measured), _PARTS_NOTE))
         sections.append(("Communication, checkpoint, start", _costs(findings, measured), _COSTS_NOTE))
     if numerics := _numerics(findings):
@@ -210,8 +210,8 @@ _COSTS_NOTE = (
 def _parts(measured: Sequence[Outcome]) -> Table:
     rows = []
     for each in measured:
-        if parts := each.found.get("parts"):
-            seconds = [*(parts["seconds"][name] for name in charts.PARTS), parts["total_seconds"]]
+        if (parts := each.parts) is not None:
+            seconds = [*(parts.seconds[name] for name in charts.PARTS), parts.total_seconds]
             rows.append([each.name, *(shown(value, "{:,.1f}", 1000) for value in seconds)])
     return Table(["config", *(f"{name}, ms" for name in (*charts.PARTS, "all"))], rows, ["name", *["number"] * 6])
 

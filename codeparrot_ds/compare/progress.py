@@ -6,10 +6,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from codeparrot_ds.compare.candidates import (
-    FINISHED,
     Candidate,
     Request,
     Results,
@@ -18,6 +16,7 @@ from codeparrot_ds.compare.candidates import (
     left_to_run,
     reference_of,
 )
+from codeparrot_ds.compare.results import FINISHED, TrialResult
 from codeparrot_ds.telemetry.tracking import AboveTheBar, Bar
 from codeparrot_ds.terminal import duration
 
@@ -36,9 +35,9 @@ class TrialProgress:
         # How long a trial takes depends on its ranks more than on anything else.
         ready = [candidate for candidate in candidates if candidate.skipped is None]
         self._seconds: list[tuple[int, float]] = [
-            (trial.candidate.world_size, result["seconds"])
+            (trial.candidate.world_size, result.seconds)
             for trial in all_trials(ready, reference_of(candidates, results))
-            if (result := results.of(trial)) is not None and result["status"] == FINISHED
+            if (result := results.of(trial)) is not None and result.status == FINISHED
         ]
         self._done = len(self._seconds)
         self._bar: Bar | None = None
@@ -68,17 +67,17 @@ class TrialProgress:
             name = name if len(name) <= room else f"{name[: room - 1]}…"
             self._bar.show(before + min(steps, self._request.steps), [self._time_left(), name])
 
-    def finished(self, trial: Trial, result: dict[str, Any]) -> None:
+    def finished(self, trial: Trial, result: TrialResult) -> None:
         """A trial has its result."""
         self._done += 1
-        if result["status"] == FINISHED:
-            self._seconds.append((trial.candidate.world_size, result["seconds"]))
+        if result.status == FINISHED:
+            self._seconds.append((trial.candidate.world_size, result.seconds))
         self._left = left_to_run(self._candidates, self._results)
         self._trial_began = time.monotonic()
-        what = result["reason"] or _speed(result, self._request.warmup_steps)
-        status = "" if result["status"] == FINISHED else f"{result['status']}: "
+        what = result.reason or _speed(result, self._request.warmup_steps)
+        status = "" if result.status == FINISHED else f"{result.status}: "
         place = f"[{self._done}/{self._done + len(self._left)}]"
-        self._tell(f"{place} {_title(trial)}: {status}{what}; {result['seconds']:.0f} s, {self._time_left()}")
+        self._tell(f"{place} {_title(trial)}: {status}{what}; {result.seconds:.0f} s, {self._time_left()}")
 
     def _time_left(self) -> str:
         if not self._left:
@@ -104,8 +103,8 @@ def _title(trial: Trial) -> str:
     return f"sensitivity run of {trial.perturbed}" if trial.perturbed else trial.candidate.name
 
 
-def _speed(result: dict[str, Any], warmup_steps: int) -> str:
-    rows = (result["found"] or {}).get("rows", [])[warmup_steps:]
+def _speed(result: TrialResult, warmup_steps: int) -> str:
+    rows = result.rows[warmup_steps:]
     if not rows:
         return "no scored step"
     return f"{statistics.median(row['tokens_per_second'] for row in rows):,.0f} tokens/s"

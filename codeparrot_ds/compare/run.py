@@ -2,7 +2,7 @@
 
 Everything is checked and planned first. Then each config is run in turn, as often as asked for, and forwards and
 backwards by turns, so that what changes on the machine meanwhile meets all of them alike. Every trial leaves its result
-on the disk: a comparison that was stopped goes on with the same command, and has a report of what it knows.
+on the disk: a comparison that was stopped resumes with the same command, and has a report of what it knows.
 """
 
 from __future__ import annotations
@@ -16,24 +16,21 @@ from pathlib import Path
 
 from codeparrot_ds.checkpoint.initial import with_initial_model
 from codeparrot_ds.compare.candidates import (
-    COMPARISON,
     Candidate,
     Request,
     Results,
-    Trial,
     candidates_of,
     check_data,
-    forget_failures,
     left_to_run,
     open_folder,
     reference_of,
 )
 from codeparrot_ds.compare.findings import Findings, judge_all
 from codeparrot_ds.compare.page import write_reports
-from codeparrot_ds.compare.peak import Peak, peak_of_comparison
 from codeparrot_ds.compare.progress import TrialProgress
+from codeparrot_ds.compare.results import COMPARISON, peak_of_comparison
 from codeparrot_ds.compare.search import Search
-from codeparrot_ds.compare.trial_process import PROGRAM, initial_weights, orders_of, run_trial
+from codeparrot_ds.compare.trial_process import TrialRunner
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.warnings import config_warnings
 from codeparrot_ds.devices import local_device
@@ -58,8 +55,8 @@ def run_comparison(
 
     Args:
         request: what to compare.
-        folder: of the comparison; one that was interrupted goes on.
-        hang_seconds: a trial that writes nothing for so long is ended.
+        folder: of the comparison; one that was interrupted resumes.
+        hang_seconds: the most that a rank of a trial may stay in one place.
         retry_failed: run again what did not finish.
         search_minutes: search on from the configs for so long; None compares them and no others.
         say: prints a line for the user.
@@ -79,23 +76,19 @@ def run_comparison(
     num_ready = sum(candidate.skipped is None for candidate in candidates)
     say(f"training {num_ready} config(s), each in fresh processes; a line follows each trial")
     peak = peak_of_comparison(folder / COMPARISON, device)
-    if search_minutes is None:
-        findings = compare(request, folder, candidates, peak=peak, hang_seconds=hang_seconds, say=say)
-    else:
-        findings = search(
-            request,
-            folder,
-            candidates,
-            device=device,
-            peak=peak,
-            minutes=search_minutes,
-            hang_seconds=hang_seconds,
-            say=say,
-        )
-    say("")
-    for line in findings.lines():
+    run = TrialRunner(request=request, folder=folder, peak=peak, hang_seconds=hang_seconds)
+    try:
+        if search_minutes is None:
+            findings = compare(request, folder, candidates, run=run, say=say)
+        else:
+            findings = Search(
+                request, folder, candidates, device=device, minutes=search_minutes, run=run, say=say
+            ).run()
+    except KeyboardInterrupt:
+        say(f"stopped; {folder / 'report.html'} has what is known so far")
+        raise
+    for line in ("", *findings.lines(), f"report: {folder / 'report.html'}"):
         say(line)
-    say(f"report: {folder / 'report.html'}")
     return 0 if findings.speeds else 1
 
 
@@ -118,7 +111,7 @@ def _prepare(request: Request, folder: Path, device: str, *, retry_failed: bool,
     """Makes the folder, and checks and plans everything."""
     open_folder(folder, request)
     if retry_failed:
-        forget_failures(folder)
+        Results(folder).forget_failures()
     candidates = with_warnings(candidates_of(request, folder, device=device), request)
     ready = [candidate for candidate in candidates if candidate.skipped is None]
     for candidate in candidates:
@@ -142,90 +135,14 @@ def _forgotten_if_refused(folder: Path) -> Iterator[None]:
         raise
 
 
-def compare(
-    request: Request,
-    folder: Path,
-    candidates: Sequence[Candidate],
-    *,
-    peak: Peak | None = None,
-    hang_seconds: float,
-    say: Say,
-    program: Sequence[str] = PROGRAM,
-) -> Findings:
-    """Runs every trial that has no result yet, and reports, also where it is interrupted.
-
-    Args:
-        request: what to compare.
-        folder: of the comparison.
-        candidates: of the request, checked and planned.
-        peak: what all trials are held against for MFU; None lets each measure its own.
-        hang_seconds: a trial that writes nothing for so long is ended.
-        say: prints a line for the user.
-        program: the command that runs a trial, less its options.
-    """
+def compare(request: Request, folder: Path, candidates: Sequence[Candidate], *, run: TrialRunner, say: Say) -> Findings:
+    """Runs every trial of candidates, checked and planned, that has no result yet; reports, also where interrupted."""
     results = Results(folder)
     try:
         with TrialProgress(request, candidates, results, say) as progress:
             while left := left_to_run(candidates, results):
-                trial = left[0]
-                initial = initial_weights(request.config, folder, perturbed=trial.perturbed)
-                result = run_trial(
-                    trial,
-                    folder,
-                    initial=initial,
-                    orders=orders_of(request, trial, peak),
-                    hang_seconds=hang_seconds,
-                    progress=progress.steps_done,
-                    program=program,
-                )
-                progress.finished(trial, result)
-    except KeyboardInterrupt:
-        say(_stopped(folder))
-        raise
+                progress.finished(left[0], run(left[0], progress.steps_done))
     finally:
-        findings = report(request, folder, candidates)
-    return findings
-
-
-def search(
-    request: Request,
-    folder: Path,
-    candidates: Sequence[Candidate],
-    *,
-    device: str,
-    peak: Peak | None = None,
-    minutes: float,
-    hang_seconds: float,
-    say: Say,
-    program: Sequence[str] = PROGRAM,
-) -> Findings:
-    """Measures the candidates, and then what may be faster, for so many minutes; reports, also where interrupted."""
-
-    def run(trial: Trial) -> None:
-        run_trial(
-            trial,
-            folder,
-            initial=initial_weights(request.config, folder, perturbed=trial.perturbed),
-            orders=orders_of(request, trial, peak),
-            hang_seconds=hang_seconds,
-            progress=lambda steps: None,
-            program=program,
-        )
-
-    try:
-        return Search(request, folder, candidates, device=device, minutes=minutes, run=run, say=say).run()
-    except KeyboardInterrupt:
-        say(_stopped(folder))
-        raise
-
-
-def _stopped(folder: Path) -> str:
-    return f"stopped; {folder / 'report.html'} has what is known so far"
-
-
-def report(request: Request, folder: Path, candidates: Sequence[Candidate]) -> Findings:
-    """Judges what the trials on the disk found and writes the reports."""
-    results = Results(folder)
-    findings = judge_all(request, results, candidates, reference_of(candidates, results))
-    write_reports(findings, folder)
+        findings = judge_all(request, results, candidates, reference_of(candidates, results))
+        write_reports(findings, folder)
     return findings

@@ -2,8 +2,8 @@
 
 It measures the configs given, then the fastest way to fit at each stage by the plan, and then climbs: from the fastest
 config so far to its neighbours, one change at a time, until none is faster or the budget is spent. What only looks
-faster within the spread moves nothing; a config whose losses differ is never gone on from. All of it
-follows from the results on the disk, so that a search that was stopped goes on where it was.
+faster within the spread moves nothing; from a config whose losses differ the search never continues. All of it
+follows from the results on the disk, so that a search that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 from codeparrot_ds import durable
 from codeparrot_ds.compare.candidates import (
-    FINISHED,
     Candidate,
     Request,
     Results,
@@ -32,9 +31,163 @@ from codeparrot_ds.compare.candidates import (
 )
 from codeparrot_ds.compare.findings import Findings, judge_all
 from codeparrot_ds.compare.page import write_reports
+from codeparrot_ds.compare.results import FINISHED
 from codeparrot_ds.ds_config.facts import activation_checkpointing, offload_device, precision, value_at, zero_stage
-from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import num_parameters
+
+# --------------------------------------------------------------------------------------------------------------------
+# The space
+
+OFFLOADS = ("none", "optimizer", "parameters")
+"""What is offloaded to the host's memory; parameters only together with the optimizer, and only at stage 3."""
+DEFAULT_BUCKET = 500_000_000
+BUCKET_FACTOR, SMALLEST_BUCKET = 4, 1_000_000
+_CHECKPOINTING = {"partition_activations": False, "cpu_checkpointing": False}
+_OFFLOAD = {"device": "cpu", "pin_memory": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What a search changes of a config."""
+
+    stage: int
+    """Of ZeRO, 0 to 3."""
+    micro_batch_size: int
+    """Rows per rank and forward pass."""
+    checkpointing: bool = False
+    """Activations are computed again in the backward pass."""
+    offload: str = "none"
+    """One of `OFFLOADS`."""
+    bucket: int = DEFAULT_BUCKET
+    """``reduce_bucket_size``, in numbers."""
+
+    def __str__(self) -> str:
+        parts = [f"stage {self.stage}", f"micro-batch {self.micro_batch_size}"]
+        parts += ["checkpointing"] * self.checkpointing
+        parts += [f"offload {self.offload}"] * (self.offload != "none")
+        parts += [f"bucket {self.bucket:.3g}"] * (self.stage > 0)
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """One change of a point, in words."""
+
+    words: str
+    point: Point
+
+
+Fits = Callable[[Point], bool]
+
+
+def point_of(ds_config: Mapping[str, Any], micro_batch_size: int) -> Point:
+    """Where a config lies."""
+    offload = "none"
+    if offload_device(ds_config, "optimizer") != "none":
+        offload = "parameters" if offload_device(ds_config, "parameters") != "none" else "optimizer"
+    bucket = value_at(ds_config, ("zero_optimization", "reduce_bucket_size"))
+    return Point(
+        stage=zero_stage(ds_config),
+        micro_batch_size=micro_batch_size,
+        checkpointing=activation_checkpointing(ds_config),
+        offload=offload,
+        bucket=bucket if isinstance(bucket, int) and not isinstance(bucket, bool) else DEFAULT_BUCKET,
+    )
+
+
+def config_at(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
+    """The config of a point; what the point does not say (precision, optimizer, dtypes, …) is the base's."""
+    config = copy.deepcopy(dict(base))
+    zero: dict[str, Any] = {}
+    if point.stage > 0:
+        zero = dict(config.get("zero_optimization") or {}) | {"reduce_bucket_size": point.bucket}
+    for key in list(zero):
+        if key in ("offload_optimizer", "offload_param") or (key.startswith("stage3_") and point.stage < 3):
+            del zero[key]
+    zero["stage"] = point.stage
+    if point.offload != "none":
+        zero["offload_optimizer"] = dict(_OFFLOAD)
+    if point.offload == "parameters":
+        zero["offload_param"] = dict(_OFFLOAD)
+    config["zero_optimization"] = zero
+    if not point.checkpointing:
+        config.pop("activation_checkpointing", None)
+    elif config.get("activation_checkpointing") is None:
+        config["activation_checkpointing"] = dict(_CHECKPOINTING)
+    return config
+
+
+def can_be(base: Mapping[str, Any], point: Point) -> bool:
+    """Whether DeepSpeed has such a config: offloading needs a stage, offloaded parameters stage 3."""
+    lowest = {"none": 0, "optimizer": 1, "parameters": 3}[point.offload]
+    keeps_masters_in_bf16 = value_at(base, (precision(base), "bf16_master_weights_and_grads")) is True
+    return point.stage >= max(lowest, 1 if keeps_masters_in_bf16 else 0)
+
+
+def micro_batch_sizes(global_batch_size: int, world_size: int) -> list[int]:
+    """Every number of rows per rank and forward pass that divides a step."""
+    rows = global_batch_size // world_size
+    return [size for size in range(1, rows + 1) if rows % size == 0] if global_batch_size % world_size == 0 else []
+
+
+def starts(base: Point, sizes: list[int], fits: Fits) -> Iterator[Move]:
+    """The fastest way to fit at each stage, as far as the plan tells: without recomputing and offloading where it can.
+
+    The bucket is that of the user's config, ``base``, and the micro-batch the largest of ``sizes`` up to its.
+    """
+    smaller = [size for size in sizes if size <= max(base.micro_batch_size, sizes[0])]
+    for stage in range(4):
+        ways = (
+            Point(stage=stage, micro_batch_size=size, checkpointing=again, offload=offload, bucket=base.bucket)
+            for offload in OFFLOADS
+            for again in (False, True)
+            for size in reversed(smaller)
+        )
+        way = next(filter(fits, ways), None)
+        if way is not None:
+            yield Move(words=f"stage {stage}", point=way)
+
+
+def moves(point: Point, sizes: list[int], *, world_size: int, parameters: int, fits: Fits) -> list[Move]:
+    """The neighbours of a point, those first that gain most where they gain.
+
+    Recomputing and offloading cost time and give memory. They are taken back where they are on, and begun only where
+    they make room for a larger micro-batch that does not fit otherwise. A bucket larger than the model changes nothing.
+    """
+    found: list[Move] = []
+
+    def add(words: str, **changes: Any) -> None:
+        found.append(Move(words=words, point=replace(point, **changes)))
+
+    offload = OFFLOADS.index(point.offload)
+    larger = next((size for size in sizes if size >= 2 * point.micro_batch_size), None)
+    smaller = next((size for size in reversed(sizes) if 2 * size <= point.micro_batch_size), None)
+    if larger is not None:
+        add(f"micro-batch {larger}", micro_batch_size=larger)
+    if point.checkpointing:
+        add("no checkpointing", checkpointing=False)
+    if offload > 0:
+        add(f"offload {OFFLOADS[offload - 1]}", offload=OFFLOADS[offload - 1])
+    for stage in (point.stage - 1, point.stage + 1):
+        if 0 <= stage <= 3:
+            add(f"stage {stage}", stage=stage)
+    if smaller is not None:
+        add(f"micro-batch {smaller}", micro_batch_size=smaller)
+    if point.stage > 0 and world_size > 1:
+        buckets = [point.bucket // BUCKET_FACTOR] if point.bucket >= BUCKET_FACTOR * SMALLEST_BUCKET else []
+        buckets += [point.bucket * BUCKET_FACTOR] if point.bucket < parameters else []
+        for bucket in buckets:
+            add(f"bucket {bucket:.3g}", bucket=bucket)
+    if larger is not None and not fits(found[0].point):
+        if not point.checkpointing:
+            add(f"checkpointing and micro-batch {larger}", micro_batch_size=larger, checkpointing=True)
+        for more in OFFLOADS[offload + 1 : offload + 2]:
+            add(f"offload {more} and micro-batch {larger}", micro_batch_size=larger, offload=more)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The search
 
 FINALISTS = 3
 
@@ -44,10 +197,10 @@ class OutOfBudget(Exception):
 
 
 class Search:
-    """A search in its folder.
+    """A search in its folder, on one number of ranks.
 
     Args:
-        request: one number of ranks; ``repeats`` are the trials of those that end on top.
+        request: its ``repeats`` are the trials of those that end on top.
         folder: of the comparison.
         given: the user's configs, checked and planned.
         device: ``cpu`` or ``cuda``.
@@ -64,7 +217,7 @@ class Search:
         *,
         device: str,
         minutes: float,
-        run: Callable[[Trial], None],
+        run: Callable[[Trial], object],
         say: Callable[[str], None],
     ) -> None:
         self._request, self._folder, self._device, self._run, self._say = request, folder, device, run, say
@@ -88,8 +241,6 @@ class Search:
     def run(self) -> Findings:
         """Searches, gives the best more trials, and says in ``tried`` what was done; reports also when interrupted."""
         ready = [candidate for candidate in self.candidates if candidate.skipped is None]
-        if not ready:
-            raise UserError("none of the configs can be run here: " + str(self.candidates[0].skipped))
         self.tried += [f"{each.name}: not run: {each.skipped}" for each in self.candidates if each.skipped]
         try:
             for candidate in ready:
@@ -114,7 +265,7 @@ class Search:
 
     def _start(self, origin: Candidate) -> None:
         base = self._points[origin.name]
-        found = list(starts(base, self._sizes, lambda point: self._problem(origin, point) is None))
+        found = list(starts(base, self._sizes, self._fits(origin)))
         for stage in sorted({0, 1, 2, 3} - {move.point.stage for move in found}):
             self._tell(f"stage {stage}: not run: it fits in no way by the plan, or DeepSpeed has no such config")
         for move in found:
@@ -130,14 +281,8 @@ class Search:
             best = better
 
     def _better_neighbour(self, best: Candidate) -> Candidate | None:
-        around = moves(
-            self._points[best.name],
-            self._sizes,
-            world_size=self._world_size,
-            parameters=self._parameters,
-            fits=lambda point: self._problem(best, point) is None,
-        )
-        for move in around:
+        sizes = {"world_size": self._world_size, "parameters": self._parameters}
+        for move in moves(self._points[best.name], self._sizes, fits=self._fits(best), **sizes):
             candidate = self._try(best, move, f"from {best.name}")
             if candidate is not None and self._best() == candidate and self._passes(candidate, best):
                 return candidate
@@ -181,11 +326,11 @@ class Search:
         for trial in left_to_run(self.candidates, self._results):
             if trial.candidate == candidate or trial.perturbed:
                 self._spend(trial, why)
-        outcome = next(each for each in self.findings().outcomes if each.name == candidate.name)
-        told = outcome.reason or "no scored step"
+        outcome = self.findings().outcome(candidate.name)
+        result = outcome.reason or "no scored step"
         if outcome.speed is not None:
-            told = f"{outcome.speed.median:,.0f} tokens/s; losses: {outcome.verdict}"
-        line = f"{candidate.name} ({why}): {told}"
+            result = f"{outcome.speed.median:,.0f} tokens/s; losses: {outcome.verdict}"
+        line = f"{candidate.name} ({why}): {result}"
         if not any(each.startswith(f"{candidate.name} (") for each in self.tried):
             self._tell(f"{line}; {self._spent() / 60:.1f} of {self._budget_seconds / 60:g} minutes", line)
 
@@ -199,16 +344,11 @@ class Search:
         self._run(trial)
 
     def _spent(self) -> float:
-        return sum(seconds for _, seconds in self._done())
+        return sum(result.seconds for result in self._results.all())
 
     def _expected(self) -> float:
-        finished = [seconds for status, seconds in self._done() if status == FINISHED]
+        finished = [result.seconds for result in self._results.all() if result.status == FINISHED]
         return statistics.mean(finished) if finished else 0.0
-
-    def _done(self) -> list[tuple[str, float]]:
-        paths = self._folder.glob("trials/*/result.json")
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        return [(result["status"], float(result["seconds"])) for result in results]
 
     def _best(self) -> Candidate | None:
         findings = self.findings()
@@ -251,8 +391,8 @@ class Search:
         durable.write_json(path, ds_config)
         return plan_candidate(candidate, ds_config, device=self._device)
 
-    def _problem(self, origin: Candidate, point: Point) -> str | None:
-        return self._candidate(origin, point).skipped
+    def _fits(self, beside: Candidate) -> Fits:
+        return lambda point: self._candidate(beside, point).skipped is None
 
 
 def _key(ds_config: dict[str, Any], micro_batch_size: int) -> str:
@@ -266,165 +406,3 @@ def _ds_config(candidate: Candidate) -> dict[str, Any]:
 def _is_usable(findings: Findings, name: str) -> bool:
     outcome = findings.outcome(name)
     return outcome.status != "skipped" and outcome.verdict is not None and bool(outcome.verdict.same)
-
-
-OFFLOADS = ("none", "optimizer", "parameters")
-"""What is offloaded to the host's memory; parameters only together with the optimizer, and only at stage 3."""
-DEFAULT_BUCKET = 500_000_000
-BUCKET_FACTOR, SMALLEST_BUCKET = 4, 1_000_000
-_CHECKPOINTING = {"partition_activations": False, "cpu_checkpointing": False}
-_OFFLOAD = {"device": "cpu", "pin_memory": True}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """What a search changes of a config.
-
-    Attributes:
-        stage: of ZeRO, 0 to 3.
-        micro_batch_size: rows a rank a forward pass.
-        checkpointing: activations are computed again in the backward pass.
-        offload: one of `OFFLOADS`.
-        bucket: ``reduce_bucket_size``, in numbers.
-    """
-
-    stage: int
-    micro_batch_size: int
-    checkpointing: bool = False
-    offload: str = "none"
-    bucket: int = DEFAULT_BUCKET
-
-    def __str__(self) -> str:
-        parts = [f"stage {self.stage}", f"micro-batch {self.micro_batch_size}"]
-        parts += ["checkpointing"] * self.checkpointing
-        parts += [f"offload {self.offload}"] * (self.offload != "none")
-        parts += [f"bucket {self.bucket:.3g}"] * (self.stage > 0)
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Move:
-    """One change of a point, in words."""
-
-    words: str
-    point: Point
-
-
-Fits = Callable[[Point], bool]
-
-
-def point_of(ds_config: Mapping[str, Any], micro_batch_size: int) -> Point:
-    """Where a config lies."""
-    offload = "none"
-    if offload_device(ds_config, "optimizer") != "none":
-        offload = "parameters" if offload_device(ds_config, "parameters") != "none" else "optimizer"
-    bucket = value_at(ds_config, ("zero_optimization", "reduce_bucket_size"))
-    return Point(
-        stage=zero_stage(ds_config),
-        micro_batch_size=micro_batch_size,
-        checkpointing=activation_checkpointing(ds_config),
-        offload=offload,
-        bucket=bucket if isinstance(bucket, int) and not isinstance(bucket, bool) else DEFAULT_BUCKET,
-    )
-
-
-def config_at(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """The config of a point; what the point does not say (precision, optimizer, dtypes, …) is the base's."""
-    config = copy.deepcopy(dict(base))
-    zero: dict[str, Any] = dict(config.get("zero_optimization") or {})
-    zero["stage"] = point.stage
-    for key in ("offload_optimizer", "offload_param"):
-        zero.pop(key, None)
-    if point.stage == 0:
-        zero = {"stage": 0}
-    else:
-        zero["reduce_bucket_size"] = point.bucket
-    if point.stage < 3:
-        zero = {key: value for key, value in zero.items() if not key.startswith("stage3_")}
-    if point.offload != "none":
-        zero["offload_optimizer"] = dict(_OFFLOAD)
-    if point.offload == "parameters":
-        zero["offload_param"] = dict(_OFFLOAD)
-    config["zero_optimization"] = zero
-    if not point.checkpointing:
-        config.pop("activation_checkpointing", None)
-    elif config.get("activation_checkpointing") is None:
-        config["activation_checkpointing"] = dict(_CHECKPOINTING)
-    return config
-
-
-def can_be(base: Mapping[str, Any], point: Point) -> bool:
-    """Whether DeepSpeed has such a config: offloading needs a stage, offloaded parameters stage 3."""
-    lowest = {"none": 0, "optimizer": 1, "parameters": 3}[point.offload]
-    keeps_masters_in_bf16 = value_at(base, (precision(base), "bf16_master_weights_and_grads")) is True
-    return point.stage >= max(lowest, 1 if keeps_masters_in_bf16 else 0)
-
-
-def micro_batch_sizes(global_batch_size: int, world_size: int) -> list[int]:
-    """Every number of rows a rank a forward pass that divides a step."""
-    rows = global_batch_size // world_size
-    return [size for size in range(1, rows + 1) if rows % size == 0] if global_batch_size % world_size == 0 else []
-
-
-def starts(base: Point, sizes: list[int], fits: Fits) -> Iterator[Move]:
-    """The fastest way to fit at each stage, as far as the plan tells: without recomputing and offloading where it can.
-
-    Args:
-        base: where the user's config lies; its bucket is kept.
-        sizes: micro-batches that divide a step.
-        fits: whether the plan says that a point fits.
-    """
-    for stage in range(4):
-        ways = [
-            Point(stage=stage, micro_batch_size=1, checkpointing=checkpointing, offload=offload, bucket=base.bucket)
-            for offload in OFFLOADS
-            for checkpointing in (False, True)
-        ]
-        for way in ways:
-            size = largest(way, sizes, fits, at_most=max(base.micro_batch_size, sizes[0]))
-            if size is not None:
-                yield Move(words=f"stage {stage}", point=replace(way, micro_batch_size=size))
-                break
-
-
-def largest(way: Point, sizes: list[int], fits: Fits, at_most: int) -> int | None:
-    """The largest micro-batch up to a size that fits; None where none does."""
-    fitting = [size for size in sizes if size <= at_most and fits(replace(way, micro_batch_size=size))]
-    return max(fitting, default=None)
-
-
-def moves(point: Point, sizes: list[int], *, world_size: int, parameters: int, fits: Fits) -> list[Move]:
-    """The neighbours of a point, those first that gain most where they gain.
-
-    Recomputing and offloading cost time and give memory. They are taken back where they are on, and begun only where
-    they make room for a larger micro-batch that does not fit otherwise. A bucket larger than the model changes nothing.
-    """
-    found = []
-    larger = next((size for size in sizes if size >= 2 * point.micro_batch_size), None)
-    smaller = next((size for size in reversed(sizes) if 2 * size <= point.micro_batch_size), None)
-    if larger is not None:
-        found.append(Move(words=f"micro-batch {larger}", point=replace(point, micro_batch_size=larger)))
-    if point.checkpointing:
-        found.append(Move(words="no checkpointing", point=replace(point, checkpointing=False)))
-    if point.offload != "none":
-        less = OFFLOADS[OFFLOADS.index(point.offload) - 1]
-        found.append(Move(words=f"offload {less}", point=replace(point, offload=less)))
-    for stage in (point.stage - 1, point.stage + 1):
-        if 0 <= stage <= 3:
-            found.append(Move(words=f"stage {stage}", point=replace(point, stage=stage)))
-    if smaller is not None:
-        found.append(Move(words=f"micro-batch {smaller}", point=replace(point, micro_batch_size=smaller)))
-    if point.stage > 0 and world_size > 1:
-        buckets = [point.bucket // BUCKET_FACTOR] if point.bucket >= BUCKET_FACTOR * SMALLEST_BUCKET else []
-        buckets += [point.bucket * BUCKET_FACTOR] if point.bucket < parameters else []
-        found += [Move(words=f"bucket {bucket:.3g}", point=replace(point, bucket=bucket)) for bucket in buckets]
-    if larger is not None and not fits(replace(point, micro_batch_size=larger)):
-        room = replace(point, micro_batch_size=larger)
-        if not point.checkpointing:
-            words = f"checkpointing and micro-batch {larger}"
-            found.append(Move(words=words, point=replace(room, checkpointing=True)))
-        if point.offload != OFFLOADS[-1]:
-            more = OFFLOADS[OFFLOADS.index(point.offload) + 1]
-            words = f"offload {more} and micro-batch {larger}"
-            found.append(Move(words=words, point=replace(room, offload=more)))
-    return found

@@ -1,12 +1,13 @@
 """One trial of ``compare``: the first steps of a run, measured. As a rank under the launcher, or the launcher's start.
 
-The loop is that of ``train`` with the same parts and in the same order: warm-up and scored steps, then a checkpoint,
-then a few steps that are taken apart and not scored. What a trial finds is written after each of these, so that one
-that breaks has said all that it knew.
+Its steps are those of ``train`` (:func:`codeparrot_ds.training.loop.train_step`): warm-up and scored steps, then a
+checkpoint, then a few steps that are taken apart and not scored. What a trial finds is written after each of these, so
+that one that breaks has said all that it knew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -15,20 +16,34 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codeparrot_ds.compare.results import (
+    FOUND,
+    OUT_OF_MEMORY,
+    REFUSED,
+    Failure,
+    Found,
+    PartsOfStep,
+    SavedCheckpoint,
+    Weights,
+)
 from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from codeparrot_ds.config.launch_options import add_launch_arguments, launch_from_arguments
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.supervision.heartbeat import beat
+from codeparrot_ds.training.loop import Observer, accumulate_gradients, train_step
 
 if TYPE_CHECKING:
+    import torch
+
     from codeparrot_ds.resolved_run import ResolvedRun
+    from codeparrot_ds.telemetry.step_parts import StepParts
     from codeparrot_ds.training.session import Session
 
 
@@ -38,54 +53,54 @@ ORDERS = "CODEPARROT_DS_TRIAL"
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """What a trial does, and where it writes what it finds.
-
-    Attributes:
-        steps: warm-up and scored steps; all of them give losses.
-        parts_steps: steps that are taken apart afterwards.
-        checkpoint: whether to save one.
-        noise: the precision whose rounding errors every layer makes at random; None for none.
-        peak_flops: of all ranks together, for MFU; None lets the trial measure its own.
-        folder: gets ``found.json``, ``failure-<rank>.json`` and ``phase``.
-    """
+    """What a trial does, and where it writes what it finds."""
 
     steps: int
+    """Warm-up and scored; all of them give losses."""
     parts_steps: int
+    """Taken apart afterwards."""
     checkpoint: bool
-    folder: str
+    """Whether to save one."""
     noise: str | None = None
+    """The precision whose rounding errors every layer makes at random; None for none."""
     peak_flops: float | None = None
+    """Of all ranks together, for MFU; None lets the trial measure its own."""
+    folder: str = ""
+    """Gets ``found.json``, ``failure-<rank>.json`` and ``phase``."""
 
     @staticmethod
     def read() -> Orders:
         """Those of this process."""
         return Orders(**json.loads(Path(os.environ[ORDERS]).read_text(encoding="utf-8")))
 
-    def write(self, path: Path) -> None:
-        """Writes them where a trial reads them."""
-        write_json(path, asdict(self))
 
+class _Recorder(Observer):
+    """Keeps the training row of each step, and one number for its data rows, whatever their order and their ranks."""
 
-class RowHashes:
-    """A loader's micro-batches, with one number a step for the rows in them, whatever their order and their ranks."""
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.hashes: list[int] = []
 
-    def __init__(self, batches: Iterator[Any], micro_batches: int) -> None:
-        self._batches, self._micro_batches = batches, micro_batches
-        self._seen = 0
-        self.steps: list[int] = []
-
-    def __iter__(self) -> RowHashes:
-        return self
-
-    def __next__(self) -> Any:
-        batch = next(self._batches)
-        if self._seen % self._micro_batches == 0:
-            self.steps.append(0)
-        self._seen += 1
+    def read(self, batch: torch.Tensor) -> None:
+        if len(self.hashes) == len(self.rows):  # every step is logged: this one has no row yet
+            self.hashes.append(0)
         for row in batch.numpy():
             digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
-            self.steps[-1] = (self.steps[-1] + int.from_bytes(digest, "little")) % 2**64
-        return batch
+            self.hashes[-1] = (self.hashes[-1] + int.from_bytes(digest, "little")) % 2**64
+
+    def logged(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+class _PartTimer(Observer):
+    """Gives the time between two phases to a part of the step; the last part lasts until ``current`` is closed."""
+
+    def __init__(self, parts: StepParts, current: contextlib.ExitStack) -> None:
+        self._parts, self._current = parts, current
+
+    def enter(self, phase: str, *, batch: int) -> None:
+        self._current.close()
+        self._current.enter_context(self._parts.part("optimizer" if phase == "step" else phase))
 
 
 def run_trial(run: RunConfig | ResolvedRun, orders: Orders) -> None:
@@ -99,6 +114,10 @@ def run_trial(run: RunConfig | ResolvedRun, orders: Orders) -> None:
         phase = name
         if rank == 0:
             (folder / "phase").write_text(name, encoding="utf-8")
+
+    def write() -> None:
+        if rank == 0:
+            write_json(folder / FOUND, found.as_json())
 
     try:
         enter("start")
@@ -117,140 +136,107 @@ def run_trial(run: RunConfig | ResolvedRun, orders: Orders) -> None:
             from codeparrot_ds.compare.initial_weights import inject_rounding_noise
 
             inject_rounding_noise(session.engine.module, orders.noise, seed=session.config.seed * 1_000 + rank)
-        batches = RowHashes(iter(session.loader), session.accumulation_steps)
+        batches, recorder = iter(session.loader), _Recorder()
         enter("steps")
         for step in range(1, orders.steps + 1):
             beat("agree", step=step)
             if session.stop.agreed():
                 raise KeyboardInterrupt
-            found["rows"].append(_step(session, batches, step))
-        found |= _after_steps(session, batches)
-        _write(session, folder, found)
+            train_step(session, batches, step, recorder)
+        _add_steps(found, session, recorder)
+        write()
         if orders.checkpoint:
             enter("checkpoint")
-            found["checkpoint"] = _checkpoint(session, orders.steps)
-            _write(session, folder, found)
+            found.checkpoint = _checkpoint(session, orders.steps)
+            write()
         if orders.parts_steps:
             enter("parts")
-            found["parts"] = _take_apart(session, batches, orders.parts_steps)
-            _write(session, folder, found)
+            found.parts = _take_apart(session, batches, orders.parts_steps)
+            write()
         enter("end")
         session.finish(orders.steps, "finished")
     except BaseException as error:
-        _write_failure(folder / f"failure-{rank}.json", error, phase, step)
+        write_json(folder / f"failure-{rank}.json", asdict(describe_failure(error, phase, step, *_peaks())))
         raise
 
 
-def _introduce(session: Session, before: int) -> dict[str, Any]:
-    """What is known before the first step."""
+def _introduce(session: Session, before: int) -> Found:
+    """What is known before the first step; collective."""
+    import torch
+
     from codeparrot_ds.compare.initial_weights import engine_fingerprint
 
+    ranks = session.ranks
     dtype, fingerprint = engine_fingerprint(session.engine, partitioned=session.run.zero_stage == 3)
-    return {
-        "world_size": session.ranks.world_size,
-        "weights": {"dtype": dtype, "sha256": fingerprint},
-        "data": session.ranks.broadcast(session.data.fingerprint),
-        "device": _device_name(session),
-        "flops_per_token": session.meter.flops_per_token,
-        "peak_flops": session.meter.peak_flops,
-        "resident_before_bytes": session.ranks.gather(before),
-        "rows": [],
-    }
+    return Found(
+        world_size=ranks.world_size,
+        weights=Weights(dtype=dtype, sha256=fingerprint),
+        data=ranks.broadcast(session.data.fingerprint),
+        device=torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU",
+        flops_per_token=session.meter.flops_per_token,
+        peak_flops=session.meter.peak_flops,
+        resident_before_bytes=ranks.gather(before),
+    )
 
 
-def _step(session: Session, batches: RowHashes, step: int) -> dict[str, Any]:
-    """One optimizer step as ``train`` makes it, logged."""
-    from codeparrot_ds.training.loop import accumulate_gradients
-
-    losses = accumulate_gradients(session.engine, batches, session)
-    session.bad_steps.check(step)
-    if step == 1:
-        session.first_step_done()
-    row = session.meter.row(step, session.mean_loss(losses.sum()), session.engine)
-    session.tracker.train(row)
-    session.progress.show(row, 0.0)
-    return row
-
-
-def _after_steps(session: Session, batches: RowHashes) -> dict[str, Any]:
-    """What the scored steps leave to be told; collective."""
+def _add_steps(found: Found, session: Session, recorder: _Recorder) -> None:
+    """Adds what is known once the scored steps are done; collective."""
     from codeparrot_ds.engine.hardware import peak_memory_bytes
 
-    sums = zip(*session.ranks.gather(batches.steps), strict=True)
-    is_gpu = session.ranks.device.type == "cuda"
-    return {
-        "row_hashes": [f"{sum(parts) % 2**64:016x}" for parts in sums],
-        "startup_seconds": session.startup.laps,
-        "device_peak_bytes": session.ranks.gather(peak_memory_bytes(session.ranks.device)) if is_gpu else None,
-        "resident_peak_bytes": session.ranks.gather(resident_bytes("VmHWM")),
-        "skipped_steps": session.engine.skipped_steps,
-    }
+    ranks = session.ranks
+    found.rows = recorder.rows
+    sums = zip(*ranks.gather(recorder.hashes), strict=True)
+    found.row_hashes = [f"{sum(parts) % 2**64:016x}" for parts in sums]
+    found.startup_seconds = session.startup.laps
+    if ranks.device.type == "cuda":
+        found.device_peak_bytes = ranks.gather(peak_memory_bytes(ranks.device))
+    found.resident_peak_bytes = ranks.gather(resident_bytes("VmHWM"))
+    found.skipped_steps = session.engine.skipped_steps
 
 
-def _checkpoint(session: Session, step: int) -> dict[str, Any]:
-    """Saves a checkpoint and waits for it: its bytes and seconds; collective."""
+def _checkpoint(session: Session, step: int) -> SavedCheckpoint:
+    """Saves a checkpoint and waits for it; collective."""
     started = time.perf_counter()
     session.save(step)
     outcome = session.saver.wait()
     waited = time.perf_counter() - started
     if outcome is None:
         raise RuntimeError("the checkpoint left no outcome")
-    problem = None if outcome.error is None else str(outcome.error)
-    stall = max(session.ranks.gather(outcome.stall_seconds))
-    return {"bytes": outcome.num_bytes, "stall_seconds": stall, "seconds": waited, "error": problem}
+    return SavedCheckpoint(
+        bytes=outcome.num_bytes,
+        stall_seconds=max(session.ranks.gather(outcome.stall_seconds)),
+        seconds=waited,
+        error=None if outcome.error is None else str(outcome.error),
+    )
 
 
-def _take_apart(session: Session, batches: RowHashes, steps: int) -> dict[str, Any]:
+def _take_apart(session: Session, batches: Iterator[Any], steps: int) -> PartsOfStep:
     """The parts of so many steps, means over steps and ranks; collective."""
     from codeparrot_ds.telemetry.step_parts import StepParts
 
     parts = StepParts(session.ranks.device)
     beat("evaluate")  # patience: nothing says in between where the rank is
     for _ in range(steps):
-        with parts.step():
-            session.bad_steps.begin()
-            for _ in range(session.accumulation_steps):
-                with parts.part("data"):
-                    batch = next(batches)
-                    inputs = session.model_inputs(batch)
-                with parts.part("forward"):
-                    loss = session.engine(**inputs).loss
-                session.bad_steps.watch(batch, loss)
-                with parts.part("backward"):
-                    session.engine.backward(loss)
-                with parts.part("optimizer"):
-                    session.engine.step()
+        with parts.step(), contextlib.ExitStack() as current:
+            accumulate_gradients(session.engine, batches, session, _PartTimer(parts, current))
     tables = session.ranks.gather(parts.as_json())
-    mean = tables[0]
-    for table in tables[1:]:
-        mean["total_seconds"] += table["total_seconds"]
-        mean["sent_bytes"] += table["sent_bytes"]
-        mean["seconds"] = {name: mean["seconds"][name] + table["seconds"][name] for name in mean["seconds"]}
-    count = len(tables)
-    mean["seconds"] = {name: seconds / count for name, seconds in mean["seconds"].items()}
-    return mean | {"total_seconds": mean["total_seconds"] / count, "sent_bytes": mean["sent_bytes"] / count}
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(tables)
+
+    means = {
+        "seconds": {name: mean(table["seconds"][name] for table in tables) for name in tables[0]["seconds"]},
+        "total_seconds": mean(table["total_seconds"] for table in tables),
+        "sent_bytes": mean(table["sent_bytes"] for table in tables),
+    }
+    return PartsOfStep(**tables[0] | means)
 
 
-def _write(session: Session, folder: Path, found: dict[str, Any]) -> None:
-    if session.ranks.is_main:
-        write_json(folder / "found.json", found)
-
-
-def _write_failure(path: Path, error: BaseException, phase: str, step: int) -> None:
-    """What this rank broke of, for ``compare``; the error itself goes its way."""
-
+def _peaks() -> tuple[int, int | None]:
+    """The most that this process had resident, and that its tensors took on its GPU; None without one."""
     torch = sys.modules.get("torch")  # what fails before it is imported has used no device
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    device_peak = torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None
-    peak = resident_bytes("VmHWM")
-    write_json(path, describe_failure(error, phase, step, resident_peak_bytes=peak, device_peak_bytes=device_peak))
-
-
-def _device_name(session: Session) -> str:
-    import torch
-
-    device = session.ranks.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return resident_bytes("VmHWM"), torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
@@ -261,7 +247,7 @@ def resident_bytes(field: str = "VmRSS") -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """A rank under a launcher; without one, the front door that checks the run config and starts the launcher."""
+    """A rank under a launcher; without one, the command that checks the run config and starts the launcher."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "RANK" in os.environ:
         from codeparrot_ds.train import run_rank
@@ -281,7 +267,6 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
 
 
-OUT_OF_MEMORY, REFUSED, ERROR = "out of memory", "refused", "error"
 # Of torch's allocators, CUDA, cuBLAS, NCCL and the C library.
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "cannot allocate memory", "alloc_failed")
 
@@ -296,33 +281,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_failure(
-    error: BaseException, phase: str, step: int, *, resident_peak_bytes: int, device_peak_bytes: int | None
-) -> dict[str, Any]:
-    """A failure for ``failure-<rank>.json``: its kind, one sentence, the phase, and memory at that moment.
-
-    Args:
-        error: what was raised.
-        phase: of the trial.
-        step: the last step that was begun.
-        resident_peak_bytes: of this process.
-        device_peak_bytes: tensors on this rank's GPU; None on a CPU.
-    """
-    kind = ERROR
+    error: BaseException, phase: str, step: int, resident_peak_bytes: int, device_peak_bytes: int | None
+) -> Failure:
+    """What a rank that had begun a step in a phase broke of, with its memory at that moment."""
+    kind = "error"
     if is_out_of_memory(error):
         kind = OUT_OF_MEMORY
     elif isinstance(error, UserError):
         kind = REFUSED
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return {
-        "kind": kind,
-        "message": lines[0] if lines else type(error).__name__,
-        "type": type(error).__name__,
-        "phase": phase,
-        "step": step,
-        "device_peak_bytes": device_peak_bytes,
-        "resident_peak_bytes": resident_peak_bytes,
-        "traceback": "".join(traceback.format_exception(error)[-4:]),
-    }
+    return Failure(
+        kind=kind,
+        message=lines[0] if lines else type(error).__name__,
+        type=type(error).__name__,
+        phase=phase,
+        step=step,
+        device_peak_bytes=device_peak_bytes,
+        resident_peak_bytes=resident_peak_bytes,
+        traceback="".join(traceback.format_exception(error)[-4:]),
+    )
 
 
 def processes_killed_for_memory(counters: Path = Path("/proc/vmstat")) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -43,68 +43,57 @@ SAME = (REFERENCE, BITS, ROUNDING, BAND)
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What one config's training left to be judged by.
-
-    Attributes:
-        losses: of every step, nats a token.
-        grad_norms: of every step, before clipping.
-        skipped: skipped steps up to and with each step.
-        row_hashes: of the rows of every step; equal where the rows are, in whatever order.
-        weights: what the config began with: dtype and SHA-256 of the weights.
-        settings: run config and resolved DeepSpeed config, flat, as ``deepspeed: optimizer.params.eps`` → value.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        world_size: number of ranks.
-    """
+    """What one config's training left to be judged by."""
 
     losses: Sequence[float]
+    """Of every step, nats per token."""
     grad_norms: Sequence[float | None]
+    """Of every step, before clipping."""
     skipped: Sequence[int]
+    """Skipped steps up to and with each step."""
     row_hashes: Sequence[str]
+    """Of the rows of every step; equal where the rows are, in whatever order."""
     weights: tuple[str, str]
+    """What the config began with: dtype and SHA-256 of the weights."""
     settings: Mapping[str, Any]
+    """Run config and resolved DeepSpeed config, flat, as ``deepspeed: optimizer.params.eps`` → value."""
     precision: str
+    """``fp32``, ``bf16`` or ``fp16``."""
     world_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What random rounding errors do to the reference.
-
-    Attributes:
-        precision: whose errors they are.
-        losses: absolute difference at every step.
-        grad_norms: relative difference at every step.
-    """
+    """What random rounding errors do to the reference."""
 
     precision: str
+    """Whose errors they are."""
     losses: Sequence[float]
+    """Absolute difference at every step."""
     grad_norms: Sequence[float]
+    """Relative difference at every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What is said of a config.
-
-    Attributes:
-        kind: one of the constants above.
-        step: where it parts from the reference; None where it does not.
-        largest: of the differences of loss, and the step of it.
-        band: of the loss at that step; None where it is not known.
-        judged_steps: how many steps were judged, where rounding alone makes the reference unsteady after them; None for
-            all.
-        reason: why it parts, in words; None where it does not.
-        evidence: what was seen, in the order of a step.
-        numerics: settings that are meant to change rounding, as ``name: theirs, reference's``.
-    """
+class LossVerdict:
+    """What is said of a config's losses."""
 
     kind: str
+    """One of the constants above."""
     step: int | None = None
+    """Where it parts from the reference; None where it does not."""
     largest: tuple[float, int] | None = None
+    """Of the differences of loss, and the step of it."""
     band: float | None = None
+    """Of the loss at that step; None where it is not known."""
     judged_steps: int | None = None
+    """How many were judged, where rounding alone makes the reference unsteady after them; None for all."""
     reason: str | None = None
+    """Why it parts, in words; None where it does not."""
     evidence: Sequence[str] = ()
-    numerics: Sequence[str] = field(default=())
+    """What was seen, in the order of a step."""
+    numerics: Sequence[str] = ()
+    """Settings that are meant to change rounding, as ``name theirs, reference the reference's``."""
 
     @property
     def same(self) -> bool | None:
@@ -115,7 +104,7 @@ class Verdict:
         if self.kind == DIFFERENT:
             return f"different from step {self.step}: {self.reason}"
         if self.kind == UNJUDGED:
-            return f"not judged: {self.reason}"
+            return f"{UNJUDGED}: {self.reason}"
         if self.kind in (ROUNDING, BAND) and self.largest is not None:
             limit = "" if self.judged_steps is None else f"; steps 1 to {self.judged_steps}, then rounding takes over"
             return f"{self.kind} (at most {self.largest[0]:.1e} at step {self.largest[1]}, band {self.band:.1e}{limit})"
@@ -167,13 +156,11 @@ def _bands(floor: Sequence[float], seen: Sequence[float], scale: Sequence[float]
 
 
 def _largest_so_far(values: Sequence[float]) -> list[float]:
-    return list(accumulate((value if math.isfinite(value) else math.inf for value in values), max))
+    return list(accumulate(map(_or_infinite, values), max))
 
 
 def _relative(value: float | None, reference: float | None) -> float:
-    if value is None or reference is None:
-        return 0.0
-    if value == reference:
+    if value is None or reference is None or value == reference:
         return 0.0
     return abs(value - reference) / abs(reference) if reference else math.inf
 
@@ -187,7 +174,7 @@ def judge(
     reference: Trace,
     sensitivities: Mapping[str, Sensitivity],
     expected_weights: Mapping[str, str] | None = None,
-) -> Verdict:
+) -> LossVerdict:
     """Judges a config against the reference.
 
     Args:
@@ -200,50 +187,36 @@ def judge(
     steps = min(len(trace.losses), len(reference.losses))
     numerics = differing(trace, reference, (FORWARD, BACKWARD, UPDATE))
     if steps == 0:
-        return Verdict(kind=UNJUDGED, reason="it has no step", numerics=numerics)
+        return LossVerdict(kind=UNJUDGED, reason="it has no step", numerics=numerics)
     differences = [abs(a - b) for a, b in zip(trace.losses, reference.losses, strict=False)]
-    at = max(range(steps), key=lambda step: _rank(differences[step]))
-    largest = (differences[at], at + 1)
+    norms = [_relative(a, b) for a, b in zip(trace.grad_norms, reference.grad_norms, strict=False)]
+    verdict = LossVerdict(kind=BITS, largest=_largest(differences), band=0.0, numerics=numerics)
     inputs = _inputs(trace, reference, steps, expected_weights)
     if inputs is not None:
         step, reason, seen = inputs
-        return Verdict(kind=DIFFERENT, step=step, largest=largest, reason=reason, evidence=[seen], numerics=numerics)
-    norms = [_relative(a, b) for a, b in zip(trace.grad_norms, reference.grad_norms, strict=False)]
-    if not any(differences[:steps]) and not any(norms[:steps]):
-        return Verdict(kind=BITS, largest=largest, band=0.0, numerics=numerics)
+        return replace(verdict, kind=DIFFERENT, step=step, band=None, reason=reason, evidence=[seen])
+    if not any(differences) and not any(norms[:steps]):
+        return verdict
     precision = coarser(trace.precision, reference.precision)
     sensitivity = sensitivities.get(precision)
     bands = loss_bands(reference, sensitivity)
     judged = steady_steps(reference, bands[:steps])
-    at = max(range(judged), key=lambda step: _rank(differences[step]))
-    largest = (differences[at], at + 1)
+    largest = _largest(differences[:judged])
+    verdict = replace(verdict, largest=largest, band=bands[largest[1] - 1])
     parted = _parting(differences[:judged], bands, norms[:judged], norm_bands(reference, sensitivity))
     if parted is None:
         kind = ROUNDING if precision == "fp32" else BAND
-        return Verdict(
-            kind=kind,
-            largest=largest,
-            band=bands[at],
-            judged_steps=None if judged == steps else judged,
-            numerics=numerics,
-        )
+        return replace(verdict, kind=kind, judged_steps=None if judged == steps else judged)
+    if sensitivity is not None:
+        step, where, evidence = parted
+        reason = _reason(trace, reference, step, where)
+        return replace(verdict, kind=DIFFERENT, step=step, reason=reason, evidence=evidence)
     broken = next((step for step in range(judged) if not math.isfinite(differences[step])), None)
-    if sensitivity is None and broken is not None:
+    if broken is not None:
         reason = f"its loss is {trace.losses[broken]} and the reference's {reference.losses[broken]:.4g}"
-        return Verdict(kind=DIFFERENT, step=broken + 1, largest=largest, reason=reason, numerics=numerics)
-    if sensitivity is None:
-        reason = f"the sensitivity run of {precision}, which says how far rounding carries, is missing"
-        return Verdict(kind=UNJUDGED, largest=largest, reason=reason, numerics=numerics)
-    step, where, evidence = parted
-    return Verdict(
-        kind=DIFFERENT,
-        step=step,
-        largest=largest,
-        band=bands[at],
-        reason=_reason(trace, reference, step, where),
-        evidence=evidence,
-        numerics=numerics,
-    )
+        return replace(verdict, kind=DIFFERENT, step=broken + 1, band=None, reason=reason)
+    reason = f"the sensitivity run of {precision}, which says how far rounding carries, is missing"
+    return replace(verdict, kind=UNJUDGED, band=None, reason=reason)
 
 
 def steady_steps(reference: Trace, bands: Sequence[float]) -> int:
@@ -254,7 +227,13 @@ def steady_steps(reference: Trace, bands: Sequence[float]) -> int:
     return len(bands)
 
 
-def _rank(value: float) -> float:
+def _largest(differences: Sequence[float]) -> tuple[float, int]:
+    """The largest, and its step; what is not finite is larger than all."""
+    at = max(range(len(differences)), key=lambda step: _or_infinite(differences[step]))
+    return differences[at], at + 1
+
+
+def _or_infinite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 

@@ -17,10 +17,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from codeparrot_ds.durable import write_json
 from codeparrot_ds.supervision.control import ADDRESS, TOKEN, ControlServer
 from codeparrot_ds.supervision.process_end import signal_at_parents_end
 from codeparrot_ds.supervision.watchdog import HUNG, LOST, Verdict, Watchdog
 
+END_FILE = "CODEPARROT_DS_END"
+"""Environment variable: a file that gets the `End` of a start as JSON, for a program that runs the command."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DUMP_SECONDS = 2.0
 """Until the ranks' stacks are in their logs."""
@@ -93,7 +96,10 @@ def run_to_the_end(
         code = 0 if starts > starts_before and status in ("finished", "stopped") else 1
     elif code < 0:
         code = 128 - code
-    return End(code=code, verdict=supervisor.verdict, asked=bool(supervisor.asked))
+    end = End(code=code, verdict=supervisor.verdict, asked=bool(supervisor.asked))
+    if END_FILE in os.environ:
+        write_json(Path(os.environ[END_FILE]), dataclasses.asdict(end))
+    return end
 
 
 class _Supervisor:

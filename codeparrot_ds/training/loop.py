@@ -11,6 +11,8 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.supervision.heartbeat import beat
 
 if TYPE_CHECKING:
+    import torch
+
     from codeparrot_ds.resolved_run import ResolvedRun
     from codeparrot_ds.training.session import Session
 
@@ -46,7 +48,7 @@ def train(run: RunConfig | ResolvedRun) -> dict[str, Any]:
 
 def train_session(session: Session) -> dict[str, Any]:
     """The loop of ``train`` and the end of the run."""
-    config, engine, progress = session.config, session.engine, session.progress
+    config = session.config
     beat("agree", step=session.step)
     step = first_step = session.step
     due = False
@@ -69,23 +71,51 @@ def train_session(session: Session) -> dict[str, Any]:
             break
 
         step += 1
-        with session.profiled(step):
-            losses = accumulate_gradients(engine, batches, session)
-        session.bad_steps.check(step)
-        if step == first_step + 1:
-            session.first_step_done()
-        if step % config.log_steps == 0 or step == config.max_train_steps:
-            beat("log")
-            # The only place where the host waits for the device.
-            loss = session.mean_loss(losses.sum())
-            row = session.meter.row(step, loss, engine)
-            session.tracker.train(row)
-            progress.show(row, session.meter.seconds_left(step))
+        train_step(session, batches, step)
 
     return session.finish(step, "finished" if last else "stopped")
 
 
-def accumulate_gradients(engine: Any, batches: Iterator[Any], session: Session) -> Any:
+class Observer:
+    """Follows the steps of a run; this one only reports each phase to the rank's guard.
+
+    ``compare`` measures its trials through observers of its own, so that what it compares is what trains.
+    """
+
+    def enter(self, phase: str, *, batch: int) -> None:
+        """A micro-batch of the step, counted from 1, enters ``data``, ``forward``, ``backward`` or ``step``."""
+        beat(phase, batch=batch)
+
+    def read(self, batch: torch.Tensor) -> None:
+        """The loader gave a micro-batch, which is about to enter its forward pass."""
+
+    def logged(self, row: dict[str, Any]) -> None:
+        """A step has its training row."""
+
+
+_NOBODY = Observer()
+
+
+def train_step(session: Session, batches: Iterator[Any], step: int, observer: Observer = _NOBODY) -> None:
+    """One optimizer step of a run, checked, and logged where that is due."""
+    config, engine = session.config, session.engine
+    with session.profiled(step):
+        losses = accumulate_gradients(engine, batches, session, observer)
+    session.bad_steps.check(step)
+    if step == session.step + 1:
+        session.first_step_done()
+    if step % config.log_steps == 0 or step == config.max_train_steps:
+        beat("log")
+        # The only place where the host waits for the device.
+        row = session.meter.row(step, session.mean_loss(losses.sum()), engine)
+        session.tracker.train(row)
+        session.progress.show(row, session.meter.seconds_left(step))
+        observer.logged(row)
+
+
+def accumulate_gradients(
+    engine: Any, batches: Iterator[Any], session: Session, observer: Observer = _NOBODY
+) -> torch.Tensor:
     """One optimizer step: forward and backward over the step's micro-batches; the last one updates.
 
     Returns:
@@ -93,14 +123,15 @@ def accumulate_gradients(engine: Any, batches: Iterator[Any], session: Session) 
     """
     session.bad_steps.begin()
     for number in range(1, session.accumulation_steps + 1):
-        beat("data", batch=number)
+        observer.enter("data", batch=number)
         batch = next(batches)
-        beat("forward", batch=number)
+        observer.read(batch)
+        observer.enter("forward", batch=number)
         with session.meter.forward():
             loss = engine(**session.model_inputs(batch)).loss
-        beat("backward", batch=number)
+        observer.enter("backward", batch=number)
         session.bad_steps.watch(batch, loss)
         engine.backward(loss)
-        beat("step", batch=number)
+        observer.enter("step", batch=number)
         engine.step()  # counts the micro-batches itself: clips, updates and schedules after the last one
     return session.bad_steps.losses()

@@ -12,7 +12,6 @@ from codeparrot_ds.compare.candidates import (
     Results,
     Trial,
     candidates_of,
-    forget_failures,
     left_to_run,
     open_folder,
     parse_config,
@@ -20,6 +19,7 @@ from codeparrot_ds.compare.candidates import (
     slug_of,
 )
 from codeparrot_ds.compare.run import with_warnings
+from codeparrot_ds.config.run_config import FIELDS
 from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.errors import UserError
 
@@ -159,6 +159,34 @@ def test_an_autotuners_config_brings_its_micro_batch_and_its_notes(make_request,
     assert any("gradient_clipping 0.5 is left out" in note for note in candidate.notes)
 
 
+def test_an_automatic_micro_batch_is_chosen_for_each_config_and_the_comparison_continues(
+    make_request, tmp_path, monkeypatch
+):
+    def start():
+        request = make_request("zero1", "zero2,micro_batch_size=2", "zero3,micro_batch_size=auto",
+                               micro_batch_size=FIELDS["micro_batch_size"].parse("auto"))  # fmt: skip
+        open_folder(tmp_path, request)
+        return candidates_of(request, tmp_path, device="cpu")
+
+    found = start()
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    assert saved["config"]["micro_batch_size"] == "auto"
+    assert [each.skipped for each in found] == [None] * 3
+    largest = found[0].config.micro_batch_size  # of the rows of a step
+    assert largest == found[0].config.global_batch_size > 2
+    assert [each.name for each in found] == [
+        f"zero1,micro_batch_size={largest} on 1", "zero2,micro_batch_size=2 on 1",
+        f"zero3,micro_batch_size=auto,micro_batch_size={largest} on 1",
+    ]  # fmt: skip
+    assert all(each.resolved["train_micro_batch_size_per_gpu"] == each.config.micro_batch_size for each in found)
+    assert [each.name for each in start()] == [each.name for each in found]
+    # A machine where a smaller one fits has trials of its own.
+    monkeypatch.setattr("codeparrot_ds.compare.candidates.micro_batch_sizes", lambda *config: [1, 2])
+    assert start()[0].name == "zero1,micro_batch_size=2 on 1"
+    monkeypatch.setattr("codeparrot_ds.compare.candidates.memory_budget", lambda *device: (10, "half of nothing"))
+    assert "one row needs" in start()[0].skipped
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The folder
 
@@ -237,7 +265,7 @@ def test_what_is_done_is_not_run_again_and_what_failed_has_no_more_trials(tmp_pa
     end(tmp_path, Trial(candidate=A, repeat=0, perturbed="bf16"), "finished")
     end(tmp_path, Trial(candidate=B, repeat=0), "hung")
     assert left(A, B, folder=tmp_path, repeats=2) == ["a-on-1-1"]
-    forget_failures(tmp_path)
+    Results(tmp_path).forget_failures()
     assert left(A, B, folder=tmp_path, repeats=2) == ["b-on-1-0", "b-on-1-1", "a-on-1-1"]
 
 

@@ -7,11 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from codeparrot_ds.compare.candidates import COMPARISON
 from codeparrot_ds.compare.charts import pictures_of
 from codeparrot_ds.compare.findings import as_json, differences
 from codeparrot_ds.compare.page import page_of, write_reports
-from codeparrot_ds.compare.peak import Peak
+from codeparrot_ds.compare.results import COMPARISON, Peak
 from codeparrot_ds.report.plots import LIGHT, LINE_STYLES, _of, marker_of, png_size
 from tests.compare.fake_trial import STEPS, found, row
 
@@ -134,7 +133,7 @@ def test_on_a_cpu_the_plan_is_beside_what_was_measured_and_not_compared(compared
     assert "| config | this CPU, grown | this CPU, in all | a GPU, planned | its host, planned |" in table
     assert "| a on 1 | 87 MB | 187 MB |" in table and "%" not in table and "difference" not in table
     assert "two things that are not to be compared" in table
-    assert "87 MB a rank beside its libraries" in findings.lines()[0]
+    assert "87 MB per rank beside its libraries" in findings.lines()[0]
 
 
 def test_what_is_missing_is_said_in_all_forms(compared):

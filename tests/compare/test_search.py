@@ -11,7 +11,8 @@ import pytest
 from codeparrot_ds.compare import charts as comparison_charts
 from codeparrot_ds.compare import trial_process as comparison_trial
 from codeparrot_ds.compare.candidates import Request, candidates_of
-from codeparrot_ds.compare.run import search
+from codeparrot_ds.compare.search import Search
+from codeparrot_ds.compare.trial_process import TrialRunner
 from codeparrot_ds.config.run_config import RunConfig
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_trial.py")))
@@ -38,9 +39,9 @@ def start(tmp_path, monkeypatch, tokenizer_dir):
         asked = dataclasses.replace(request, **changes)
         said = []
         given = candidates_of(asked, folder, device="cpu")
-        findings = search(
-            asked, folder, given, device="cpu", minutes=minutes, hang_seconds=30, say=said.append, program=PROGRAM
-        )
+        trials = TrialRunner(request=asked, folder=folder, hang_seconds=30, program=PROGRAM)
+        search = Search(asked, folder, given, device="cpu", minutes=minutes, run=trials, say=said.append)
+        findings = search.run()
         return findings, said
 
     run.folder = folder

@@ -25,7 +25,7 @@ class OutOfMemoryError(RuntimeError):
 )
 def test_out_of_memory(error):
     assert is_out_of_memory(error)
-    assert describe_failure(error, "steps", 4, resident_peak_bytes=1, device_peak_bytes=2)["kind"] == "out of memory"
+    assert describe_failure(error, "steps", 4, resident_peak_bytes=1, device_peak_bytes=2).kind == "out of memory"
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_a_users_mistake_is_refused_and_one_line_is_kept():
     failure = describe_failure(
         UserError("\nno such file\nmore"), "start", 0, resident_peak_bytes=7, device_peak_bytes=None
     )
-    assert failure["kind"] == "refused" and failure["message"] == "no such file"
-    assert failure["resident_peak_bytes"] == 7 and failure["device_peak_bytes"] is None
+    assert failure.kind == "refused" and failure.message == "no such file"
+    assert failure.resident_peak_bytes == 7 and failure.device_peak_bytes is None
 
 
 def test_an_error_without_words_has_its_name_and_where_it_came_from():
@@ -59,9 +59,9 @@ def test_an_error_without_words_has_its_name_and_where_it_came_from():
         raise AssertionError
     except AssertionError as error:
         failure = describe_failure(error, "checkpoint", 30, resident_peak_bytes=1, device_peak_bytes=None)
-    assert failure["kind"] == "error" and failure["message"] == "AssertionError"
-    assert (failure["phase"], failure["step"]) == ("checkpoint", 30)
-    assert "test_trial_failure.py" in failure["traceback"]
+    assert failure.kind == "error" and failure.message == "AssertionError"
+    assert (failure.phase, failure.step) == ("checkpoint", 30)
+    assert "test_trial_failure.py" in failure.traceback
 
 
 def test_the_systems_kills_are_counted(tmp_path):

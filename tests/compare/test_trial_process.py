@@ -1,10 +1,12 @@
 """Trials whose processes crash, hang, are killed or interrupted: what is told, what is left, and how it goes on."""
 
+import base64
 import dataclasses
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from codeparrot_ds.compare import trial_process as comparison_trial
-from codeparrot_ds.compare.candidates import Request, Results, Trial, candidates_of, forget_failures, left_to_run
+from codeparrot_ds.compare.candidates import Request, Results, Trial, candidates_of, left_to_run
 from codeparrot_ds.compare.progress import TrialProgress
 from codeparrot_ds.compare.run import compare
-from codeparrot_ds.compare.trial_process import judge_end
+from codeparrot_ds.compare.trial_process import TrialRunner, judge_end
 from tests.telemetry.screen import standard_error_on
 
 PROGRAM = (sys.executable, str(Path(__file__).with_name("fake_trial.py")))
@@ -45,7 +47,8 @@ def start(make_config, tmp_path, monkeypatch):
     def run(plans, hang_seconds=30.0):
         monkeypatch.setenv("FAKE_TRIALS", json.dumps(plans))
         said = []
-        findings = compare(request, folder, candidates, hang_seconds=hang_seconds, say=said.append, program=PROGRAM)
+        trials = TrialRunner(request=request, folder=folder, hang_seconds=hang_seconds, program=PROGRAM)
+        findings = compare(request, folder, candidates, run=trials, say=said.append)
         return findings, said
 
     run.folder, run.request, run.candidates = folder, request, candidates
@@ -177,7 +180,7 @@ def test_what_failed_is_run_again_when_that_is_asked_for(start):
     start({"b-on-1-0": "crash"})
     _, said = start({})
     assert said == []  # a crash is a result
-    forget_failures(start.folder)
+    Results(start.folder).forget_failures()
     assert len(left_to_run(start.candidates, Results(start.folder))) == 2
     findings, _ = start({})
     assert findings.complete and outcomes(start.folder)["b on 1"] == ("finished", None)
@@ -188,14 +191,15 @@ def test_a_trial_that_says_success_without_a_result_has_crashed(tmp_path):
     place.mkdir(parents=True)
     (place / "output.log").write_text("bye\n")
     end = judge_end(0, False, place, sampled_peak_bytes=1)
-    assert end["status"] == "crashed" and "bye" in end["reason"]
+    assert end.status == "crashed" and "bye" in end.reason
 
 
 LOST_BY_LAUNCHER = (
     "[ERROR] [launch.py:259:sigkill_handler] ['python', '-m', 'codeparrot_ds.compare.trial', '--local_rank=1', '-x'] "
     "exits with return code = -9\n"
 )
-LOST = "step 3: loss 9\ncodeparrot-ds train: rank lost: rank 1 was killed by SIGKILL in forward, step 4\nmore\n"
+LOST = {"code": 4, "sentence": "rank 1 was killed by SIGKILL in forward, step 4", "hosts": [], "dump": False}
+HANGS = {"code": 5, "sentence": "rank 1 hangs in data, step 4, for 31 s", "hosts": [], "dump": True}
 
 
 def failure(rank, kind, error, phase="steps", step=4):
@@ -206,7 +210,7 @@ def failure(rank, kind, error, phase="steps", step=4):
 
 
 @pytest.mark.parametrize(
-    ("code", "log", "failures", "killed", "status", "words"),
+    ("code", "said", "failures", "killed", "status", "words"),
     [
         # Its peers' complaints of a lost connection do not hide the rank that ran out of memory.
         (1, "", [failure(0, "error", "RuntimeError"), failure(1, "out of memory", "RuntimeError")], False,
@@ -216,8 +220,7 @@ def failure(rank, kind, error, phase="steps", step=4):
         (4, LOST, [failure(0, "error", "RuntimeError")], False, "crashed", "rank 1 was killed by SIGKILL in forward"),
         (247, LOST_BY_LAUNCHER, [failure(0, "error", "RuntimeError")], False, "crashed", "rank 1 was killed by"),
         (137, "", [], False, "crashed", "a process was killed by SIGKILL in its start phase"),
-        (5, "step 3\ncodeparrot-ds train: hang: rank 1 hangs in data, step 4, for 31 s\n", [], False,
-         "hung", "rank 1 hangs in data, step 4, for 31 s"),
+        (5, HANGS, [], False, "hung", "rank 1 hangs in data, step 4, for 31 s; every rank's Python stacks are in "),
         # What one rank found wrong the others only pass on.
         (1, "", [failure(0, "refused", "SharedError"), failure(1, "error", "ValueError", "checkpoint")], False,
          "crashed", "ValueError: words of rank 1 (in its checkpoint phase; exit code 1"),
@@ -225,12 +228,40 @@ def failure(rank, kind, error, phase="steps", step=4):
         (2, "note\ncodeparrot-ds compare: error: no such file\n", [], False, "refused", "no such file"),
     ],
 )  # fmt: skip
-def test_the_end_is_told_by_what_was_written(tmp_path, code, log, failures, killed, status, words):
-    (tmp_path / "output.log").write_text(log)
+def test_the_end_is_told_by_what_was_written(tmp_path, code, said, failures, killed, status, words):
+    """``said`` is the log, or what the trial's own launcher found wrong with its ranks."""
+    (tmp_path / "output.log").write_text(said if isinstance(said, str) else "step 3: loss 9\n")
+    if not isinstance(said, str):
+        (tmp_path / "end.json").write_text(json.dumps({"code": said["code"], "verdict": said, "asked": False}))
     for rank, each in enumerate(failures):
         (tmp_path / f"failure-{rank}.json").write_text(json.dumps(each))
     end = judge_end(code, False, tmp_path, sampled_peak_bytes=7 * 10**9, killed_for_memory=killed)
-    assert end["status"] == status and words in end["reason"]
+    assert end.status == status and words in end.reason
+
+
+def test_deepspeeds_launcher_says_which_process_was_killed(tmp_path):
+    """The installed one: of a guard that is killed nothing else tells the rank."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)\n"
+    )
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_port=29400"]
+    process = subprocess.run(
+        [*command, str(script)], env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    (tmp_path / "output.log").write_text(process.stdout)
+    end = judge_end(process.returncode, False, tmp_path, sampled_peak_bytes=1)
+    assert end.status == "crashed" and end.reason == "rank 1 was killed by SIGKILL in its start phase", process.stdout
+
+
+def test_what_a_trials_command_refuses_is_its_reason(tmp_path):
+    command = [sys.executable, "-m", "codeparrot_ds.compare.trial", "--data", str(tmp_path)]
+    with (tmp_path / "output.log").open("wb") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=120, check=False).returncode
+    end = judge_end(code, False, tmp_path, sampled_peak_bytes=1)
+    assert end.status == "refused" and end.reason.startswith("--tokenizer is missing: ")
 
 
 def test_the_processes_of_a_trial_go_with_the_comparison(start, monkeypatch):
@@ -239,7 +270,8 @@ def test_the_processes_of_a_trial_go_with_the_comparison(start, monkeypatch):
     pid = os.fork()
     if pid == 0:  # stands for the comparison
         try:
-            compare(start.request, start.folder, start.candidates, hang_seconds=60, say=str, program=PROGRAM)
+            trials = TrialRunner(request=start.request, folder=start.folder, hang_seconds=60, program=PROGRAM)
+            compare(start.request, start.folder, start.candidates, run=trials, say=str)
         finally:
             os._exit(1)
     log = start.folder / "trials" / "a-on-1-0" / "child"

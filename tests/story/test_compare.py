@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from codeparrot_ds.compare.trial_process import FOUND
+from codeparrot_ds.compare.results import FOUND
 from tests.story.stories import run_command, run_here
 
 WRONG = "zero2_fp32,max_grad_norm=0"

@@ -10,7 +10,8 @@ import pytest
 
 from codeparrot_ds.compare.candidates import Request, Results, candidates_of, left_to_run, reference_of
 from codeparrot_ds.compare.findings import judge_all
-from codeparrot_ds.compare.trial_process import FOUND, initial_weights, orders_of, prepare_trial
+from codeparrot_ds.compare.results import FOUND
+from codeparrot_ds.compare.trial_process import initial_weights, orders_of, prepare_trial
 from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from tests.story.stories import clean_environment, free_port, run_command
 from tests.story.wrong_configs import CASES, SMALL, is_right, write_cases

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from codeparrot_ds.supervision.supervise import run_to_the_end
+from codeparrot_ds.supervision.supervise import END_FILE, run_to_the_end
+from codeparrot_ds.supervision.watchdog import Verdict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "CODEPARROT_DS_TEST_SUPERVISE"
@@ -157,8 +158,11 @@ def test_ranks_that_all_hang_in_one_place(start):
     assert end.code == 5 and "hang: all 2 ranks hang in backward of micro-batch 1, step 3, for " in said
 
 
-def test_a_rank_that_fails_ends_the_others(start):
+def test_a_rank_that_fails_ends_the_others_and_a_file_says_so(start, tmp_path, monkeypatch):
+    monkeypatch.setenv(END_FILE, str(tmp_path / "end.json"))
     end, said = start("if rank == 1: sys.exit(1)\nwhile True: time.sleep(1)")
+    saved = json.loads((tmp_path / "end.json").read_text())
+    assert saved["code"] == 1 and Verdict(**saved["verdict"] | {"hosts": ()}) == end.verdict
     assert end.code == 1 and re.search(rf"failed: rank 1 on {ME} .* failed in backward .* \(exit code 1\)", said), said
 
 
