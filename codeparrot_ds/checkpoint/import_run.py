@@ -19,20 +19,20 @@ from typing import Any
 import torch
 
 from codeparrot_ds import durable
-from codeparrot_ds.checkpoint import folders as checkpoint_files
 from codeparrot_ds.checkpoint.deepspeed_checkpoint import DeepSpeedCheckpoint, read_deepspeed_checkpoint
 from codeparrot_ds.checkpoint.export import Export, run_export
-from codeparrot_ds.checkpoint.fragment_files import fragment_entries, fragment_file_name
+from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.checkpoint.import_check import check_import
 from codeparrot_ds.checkpoint.initial import with_kept_tokenizer
 from codeparrot_ds.checkpoint.run_folder import RunFolder, package_versions
-from codeparrot_ds.checkpoint.saver import RunState, begin_checkpoint, complete_checkpoint
-from codeparrot_ds.checkpoint.tensor_file import write_tensor_file
+from codeparrot_ds.checkpoint.saver import begin_checkpoint, complete_checkpoint
+from codeparrot_ds.checkpoint.state import EngineState, RunState
+from codeparrot_ds.checkpoint.tensor_files import fragment_entries, fragment_file_name, write_tensor_file
 from codeparrot_ds.config.files import save_config
 from codeparrot_ds.config.run_config import RunConfig, with_absolute_paths
 from codeparrot_ds.config.warnings import ConfigWarning, Continued, config_warnings, learning_rate_at
 from codeparrot_ds.data.datasets import StreamStart, open_datasets, pinned_names, saved_stream, stream_of
-from codeparrot_ds.data.encoder import Encoder, load_encoder
+from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.stream import StreamConfig, stream_fingerprint
 from codeparrot_ds.ds_config.changes import changes
@@ -50,17 +50,13 @@ Progress = Callable[[str, int, "int | None"], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What an import made.
+    """What an import made."""
 
-    Attributes:
-        checkpoint: the folder of the checkpoint in the new run.
-        source: what it was made of.
-        account: what was taken and what was not, as in the checkpoint's ``extra.imported``.
-    """
-
-    checkpoint: Path
+    checkpoint: Checkpoint
+    """In the new run."""
     source: DeepSpeedCheckpoint
     account: dict[str, Any]
+    """What was taken and what was not, as in the checkpoint's ``extra.imported``."""
 
 
 def import_deepspeed(
@@ -107,15 +103,20 @@ def import_deepspeed(
             "zero_stage": source.zero_stage,
             "precision": source.precision,
         },
-        extra={
-            "evaluations": [],
-            "config": dataclasses.asdict(config),
-            "ds_config": source.ds_config,
-            "imported": account,
-        },
+        evaluations=[],
+        config=dataclasses.asdict(config),
+        ds_config=source.ds_config,
+        imported=account,
     )
     versions = package_versions()
-    export = _export(source, config, encoder, shape, state, versions)
+    export = run_export(
+        config,
+        state,
+        model_config=hugging_face_config(shape, eos_token_id=encoder.eos_token_id, dropout=config.dropout),
+        name=run.name,
+        num_parameters=num_parameters(shape),
+        versions=versions,
+    )
     with staged_folder(run, marker="run.json", overwrite=False) as staging:
         made = RunFolder(staging)
         made.checkpoints.mkdir()
@@ -135,7 +136,7 @@ def import_deepspeed(
             outcome={"status": "imported", "step": source.step, "run": str(run)},
         )
     durable.sync_folder(run.parent)
-    checkpoint = checkpoint_files.step_folder(run / "checkpoints", source.step)
+    checkpoint = Checkpoint.of_step(run / "checkpoints", source.step)
     return Imported(checkpoint=checkpoint, source=source, account=account)
 
 
@@ -153,16 +154,16 @@ def write_imported(source: DeepSpeedCheckpoint, checkpoints: Path, state: RunSta
         entries, tensors = fragment_entries(fragments)
         name = fragment_file_name(rank, 0)
         files[name] = write_tensor_file(staging / name, entries, (tensor.contiguous() for tensor in tensors))
-    engine_state = {
-        "parameters": source.shapes,
-        "bytes_a_parameter": source.bytes_a_parameter,
-        "optimizer_step": source.optimizer_step,
-        "scheduler_step": _scheduler_step(source),
-        "global_steps": source.step,
-        "global_samples": source.samples,
-        "skipped_steps": source.skipped_steps,
-        "loss_scaler": source.loss_scaler,
-    }
+    engine_state = EngineState(
+        parameters=source.shapes,
+        bytes_a_parameter=source.bytes_a_parameter,
+        optimizer_step=source.optimizer_step,
+        scheduler_step=_scheduler_step(source),
+        global_steps=source.step,
+        global_samples=source.samples,
+        skipped_steps=source.skipped_steps,
+        loss_scaler=source.loss_scaler,
+    )
     complete_checkpoint(staging, state, engine_state, export, files)
 
 
@@ -181,8 +182,8 @@ def describe(imported: Imported, config: RunConfig) -> list[str]:
     ]
     if source.step >= config.max_train_steps:
         lines.append(f"note: max_train_steps is {config.max_train_steps:,}, so `train` has nothing left to do")
-    run = imported.checkpoint.parent.parent
-    return [*lines, f"go on with: {pasteable('train', '--config', run / 'config.yaml')}"]
+    config_file = imported.checkpoint.run / "config.yaml"
+    return [*lines, f"go on with: {pasteable('train', '--config', config_file)}"]
 
 
 def warnings_of(imported: Imported, config: RunConfig) -> list[ConfigWarning]:
@@ -266,27 +267,3 @@ def _stream_start(stream: StreamConfig, first_row: int, config: RunConfig, progr
         return StreamStart(row=first_row, lane_states=loader.state())
     finally:
         loader.close()
-
-
-def _export(
-    source: DeepSpeedCheckpoint,
-    config: RunConfig,
-    encoder: Encoder,
-    shape: GPT2Shape,
-    state: RunState,
-    versions: dict[str, Any],
-) -> Export:
-    return run_export(
-        config,
-        source.ds_config,
-        model_config=hugging_face_config(shape, eos_token_id=encoder.eos_token_id, dropout=config.dropout),
-        name=str(config.run_name),
-        num_parameters=num_parameters(shape),
-        step=state.step,
-        tokens=state.tokens,
-        evaluations=[],
-        losses=[],
-        fingerprint=state.data["fingerprint"],
-        hub_name=None,
-        versions=versions,
-    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -30,7 +29,7 @@ _FREE = ("vocab_size", "activation_function")
 def with_initial_model(config: RunConfig) -> RunConfig:
     """Resolves ``init_from`` of a run that is about to start: to a commit or a folder, and its tokenizer.
 
-    A run that goes on from a checkpoint keeps what it began with, and nothing is fetched.
+    A run that resumes from a checkpoint keeps what it began with, and nothing is fetched.
 
     Returns:
         The config with ``init_from`` pinned and ``tokenizer`` set, maybe to a folder that goes with this process
@@ -110,15 +109,18 @@ def weight_shapes(path: Path) -> dict[str, list[int]]:
     """Returns the shape of every tensor of a safetensors file, from its header.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is damaged or cut off: the header has to account for every byte.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is no safetensors file ({error})"
-        raise UserError(f"{path} cannot be read: {reason}") from None
+        with safe_open(path, "np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except OSError as error:
+        reason = str(error).removesuffix(f": {path}")
+    except SafetensorError as error:
+        reason = f"it is no safetensors file, or damaged ({error})"
+    raise UserError(f"{path} cannot be read: {reason}")
 
 
 def load_initial_weights(model: Any, config: RunConfig, ranks: Any, *, partitioned: bool) -> None:

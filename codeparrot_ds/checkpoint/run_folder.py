@@ -23,10 +23,10 @@ from typing import IO, Any
 from codeparrot_ds.checkpoint.folders import (
     REPLACED,
     STATE,
+    Checkpoint,
     checkpoint_folders,
-    damage_in_sight,
+    newest_checkpoint,
     readable_checkpoints,
-    step_of,
 )
 from codeparrot_ds.child_process import PACKAGE_PARENT
 from codeparrot_ds.config.files import load_config, save_config
@@ -139,14 +139,13 @@ def recorded_outcome(path: Path) -> dict[str, Any]:
     return dict(_recorded(path).get("outcome") or {})
 
 
-def finished_checkpoint(config: RunConfig) -> Path | None:
+def finished_checkpoint(config: RunConfig) -> Checkpoint | None:
     """The last checkpoint of a run that has finished, where this config leaves it nothing to train; None otherwise."""
     path = Path(config.output_dir) / str(config.run_name)
-    outcome, newest = recorded_outcome(path), next(iter(checkpoint_folders(path / "checkpoints")), None)
+    outcome, newest = recorded_outcome(path), newest_checkpoint(path / "checkpoints")
     if config.resume != "auto" or outcome.get("status") != "finished" or newest is None:
         return None
-    step = step_of(newest)
-    return newest if step == outcome.get("step") and step >= config.max_train_steps else None
+    return newest if newest.step == outcome.get("step") and newest.step >= config.max_train_steps else None
 
 
 def continued_from(config: RunConfig) -> Continued | None:
@@ -157,12 +156,12 @@ def continued_from(config: RunConfig) -> Continued | None:
     if config.resume == "never" or not config.run_name:
         return None
     run = Path(config.output_dir) / config.run_name
-    newest = next(iter(checkpoint_folders(run / "checkpoints")), None)
-    checkpoint = newest if config.resume == "auto" else Path(config.resume)
+    auto = config.resume == "auto"
+    checkpoint = newest_checkpoint(run / "checkpoints") if auto else Checkpoint(Path(config.resume))
     if checkpoint is None:
         return None
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = checkpoint.read_json(STATE)
         saved = {name: value for name, value in state["extra"]["config"].items() if name in FIELDS}
         step, schedule_step, then = state["step"], state["scheduler_step"], RunConfig(**saved)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
@@ -219,16 +218,16 @@ def with_checkpoint(config: RunConfig) -> RunConfig:
     try:
         place = find_run(config.resume, config.output_dir, what="checkpoint or run")
         if (place / "checkpoints").is_dir():
-            readable = [path for path, problem in readable_checkpoints(place / "checkpoints") if problem is None]
+            readable = [each for each, problem in readable_checkpoints(place / "checkpoints") if problem is None]
             if not readable:
                 raise UserError(f"{place} has no checkpoint that can be read")
-            place = readable[0]
+            place = readable[0].path
     except UserError as error:
         raise UserError(f"--resume {config.resume}: {error}") from None
     return dataclasses.replace(config, resume=str(place))
 
 
-def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Path | None:
+def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Checkpoint | None:
     """Refuses a start from a checkpoint that cannot hold, as far as that shows without reading its large files.
 
     Args:
@@ -246,13 +245,13 @@ def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Path | 
         return None
     checkpoints = path / "checkpoints"
     if config.resume == "auto":
-        candidates = [folder for folder, _ in readable_checkpoints(checkpoints)]
+        candidates = [checkpoint for checkpoint, _ in readable_checkpoints(checkpoints)]
         refusal = f"no checkpoint of {path} is whole: "
     else:
-        candidates, refusal = [Path(config.resume)], f"--resume {config.resume}: "
+        candidates, refusal = [Checkpoint(Path(config.resume))], f"--resume {config.resume}: "
     problems = []
     for checkpoint in candidates:
-        if problem := next(iter(damage_in_sight(checkpoint)), None):
+        if problem := next(iter(checkpoint.damage_in_sight()), None):
             problems.append(problem)
             continue
         _check_model(checkpoint, shape)
@@ -263,9 +262,9 @@ def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Path | 
     return None
 
 
-def _check_model(checkpoint: Path, shape: GPT2Shape) -> None:
+def _check_model(checkpoint: Checkpoint, shape: GPT2Shape) -> None:
     try:
-        saved = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["parameters"]
+        saved = checkpoint.read_json(STATE)["parameters"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # damaged, which the ranks find by its hash
     if problem := differing_parameters(saved, parameter_shapes(shape)):
@@ -423,16 +422,8 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """The commit of this project's checkout, with ``+changes`` when the tree differs from it; None outside git."""
-    command = [
-        "git",
-        "-C",
-        str(PACKAGE_PARENT / "codeparrot_ds"),
-        "describe",
-        "--always",
-        "--dirty=+changes",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    describe = ("describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*")
+    command = ["git", "-C", str(PACKAGE_PARENT / "codeparrot_ds"), *describe]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -169,7 +169,7 @@ def _step(session: Session, batches: RowHashes, step: int) -> dict[str, Any]:
     row = session.meter.row(step, session.mean_loss(losses.sum()), session.engine)
     session.tracker.train(row)
     session.progress.show(row, 0.0)
-    return row
+    return row.as_json()
 
 
 def _after_steps(session: Session, batches: RowHashes) -> dict[str, Any]:

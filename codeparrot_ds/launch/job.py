@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.checkpoint.folders import checkpoint_folders
+from codeparrot_ds.checkpoint.folders import newest_checkpoint
 from codeparrot_ds.checkpoint.run_folder import recorded_outcome
 from codeparrot_ds.child_process import python_path
 from codeparrot_ds.config.arguments import arguments_of
@@ -100,7 +100,7 @@ def _say_how_to_go_on(job: Job, end: End) -> None:
     stopped = end.code == 0 and recorded_outcome(job.run).get("status") == "stopped"
     if not stopped and not (end.asked and end.code):
         return
-    newest = next(iter(checkpoint_folders(job.run / "checkpoints")), None)
+    newest = newest_checkpoint(job.run / "checkpoints")
     what = "Stopped and saved." if stopped else "Stopped without saving."
     if newest is None:
         what = "Stopped before anything was saved."
@@ -112,7 +112,7 @@ def _say_how_to_go_on(job: Job, end: End) -> None:
 def _start(job: Job, hosts: list[Host], *, again: bool) -> tuple[End, list[Host]]:
     """One start; returns how it ended, and the hosts that took part."""
     arguments = arguments_of(job.config)
-    if again and checkpoint_folders(job.run / "checkpoints"):
+    if again and newest_checkpoint(job.run / "checkpoints"):
         arguments = [*arguments, "--resume=auto"]
     server = ControlServer()
     options: dict[str, Any] = {"server": server, "hang_seconds": job.launch.hang_seconds}

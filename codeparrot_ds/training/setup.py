@@ -22,7 +22,7 @@ from codeparrot_ds.checkpoint.run_folder import (
     run_path,
     with_checkpoint,
 )
-from codeparrot_ds.checkpoint.saver import RunState
+from codeparrot_ds.checkpoint.state import RunState
 from codeparrot_ds.config.run_config import RunConfig, with_absolute_paths
 from codeparrot_ds.config.warnings import config_warnings
 from codeparrot_ds.cpu import usable_cores
@@ -160,7 +160,7 @@ def start_session(config: RunConfig, *, peak_flops: float | None = None) -> Sess
         fingerprint=fingerprint,
         stream_start=stream_start,
         validation=validation,
-        evaluations=list(restored.extra["evaluations"]) if restored else [],
+        evaluations=restored.evaluations if restored else [],
         sampler=sampler,
         profiler=_profiler(config, ranks, folder, engine, loader, step, progress, meter),
     )

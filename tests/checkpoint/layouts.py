@@ -43,10 +43,11 @@ import torch
 
 from codeparrot_ds.checkpoint.deepspeed_checkpoint import read_deepspeed_checkpoint
 from codeparrot_ds.checkpoint.export import DTYPES, Export
-from codeparrot_ds.checkpoint.folders import EXPORT, step_folder, verify_checkpoint
-from codeparrot_ds.checkpoint.fragment_files import fragment_file_name
+from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.checkpoint.import_run import write_imported
-from codeparrot_ds.checkpoint.saver import CheckpointSaver, RunState, load_checkpoint
+from codeparrot_ds.checkpoint.saver import CheckpointSaver, load_checkpoint
+from codeparrot_ds.checkpoint.state import RunState
+from codeparrot_ds.checkpoint.tensor_files import fragment_file_name
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.schedule import learning_rate_factor
 from codeparrot_ds.ds_config.facts import precision, zero_stage
@@ -282,7 +283,7 @@ def save(engine: Any, ranks: Ranks, folder: Path, layout: Layout, step: int) -> 
         ranks,
         folder,
         in_background=True,
-        published=lambda path, state: None,
+        published=lambda checkpoint, state: None,
         report=lambda outcome: None,
     )
     saver.save(*_state_and_export(folder, layout, step))
@@ -299,7 +300,9 @@ def _state_and_export(folder: Path, layout: Layout, step: int) -> tuple[RunState
             "zero_stage": zero_stage(ds_config_of(layout.name)),
             "precision": layout.precision,
         },
-        extra={},
+        evaluations=[],
+        config={},
+        ds_config={},
     )
     config = hugging_face_config(layout.shape, eos_token_id=0)
     dtype = DTYPES[layout.precision]
@@ -385,10 +388,10 @@ def save_layout(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict[
     result = {"losses": losses, "next_losses": next_losses}
     destroy(engine)
     if ranks.is_main:
-        checkpoint = step_folder(folder / "checkpoints", SAVED_AT)
-        assert verify_checkpoint(checkpoint) == []
-        result["export"] = check_export(checkpoint / EXPORT, weights, evaluation)
-        result["parts"] = len(list(checkpoint.glob("fragments-*")))
+        checkpoint = Checkpoint.of_step(folder / "checkpoints", SAVED_AT)
+        assert checkpoint.damage() == []
+        result["export"] = check_export(checkpoint.export, weights, evaluation)
+        result["parts"] = len(list(checkpoint.path.glob("fragments-*")))
         torch.save(state, folder / "state.pt")
         (folder / "saved.json.part").write_text(json.dumps(result))
         (folder / "saved.json.part").rename(folder / "saved.json")
@@ -398,7 +401,7 @@ def save_layout(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict[
 def reopen_layout(ranks: Ranks, layout: Layout, source: Path, nvme: Path) -> dict[str, Any]:
     """Reopens a saved checkpoint at a layout and trains on; the engine begins with other weights."""
     engine = build(layout, run_config(layout.world_size), nvme, seed=2)
-    restored = load_checkpoint(engine, ranks, step_folder(source / "checkpoints", SAVED_AT))
+    restored = load_checkpoint(engine, ranks, Checkpoint.of_step(source / "checkpoints", SAVED_AT))
     assert restored.step == SAVED_AT and restored.data == {"step": SAVED_AT}
     state, weights = gathered_state(engine, ranks), working_weights(engine)
     saved = torch.load(source / "state.pt", weights_only=True)
@@ -441,7 +444,7 @@ def exact_resume(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict
     assert outcome is not None and outcome.error is None, outcome
     saved_and_on = end(engine)
     engine = fresh(2)
-    load_checkpoint(engine, ranks, step_folder(folder / "checkpoints", 12))
+    load_checkpoint(engine, ranks, Checkpoint.of_step(folder / "checkpoints", 12))
     resumed = train(engine, ranks, range(12, 24))
     reopened = end(engine)
     same = [_same_end(whole, saved_and_on), _same_end(whole, reopened)]
@@ -475,7 +478,7 @@ def failing_save(ranks: Ranks, layout: Layout, folder: Path, nvme: Path) -> dict
         "losses": losses,
         "error": str(failed.error),
         "left": [path.name for path in (folder / "failed").iterdir()],
-        "saved": saved.error is None and verify_checkpoint(step_folder(folder / "saved", 4)) == [],
+        "saved": saved.error is None and Checkpoint.of_step(folder / "saved", 4).damage() == [],
     }
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.deepspeed_checkpoint import read_deepspeed_checkpoint
 from codeparrot_ds.checkpoint.deepspeed_files import load_file
-from codeparrot_ds.checkpoint.folders import verify_checkpoint
+from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
@@ -110,9 +110,9 @@ def test_a_run_begins_from_a_deepspeed_checkpoint(saved, options, tmp_path, caps
     assert "place in the data: the run goes on with row 0" in said and "8 a step where DeepSpeed had 4" in said
     assert "the config's at step 4, learning rate 0.0005 (it was 0.001 in DeepSpeed's)" in said
     assert said.endswith(f"go on with: codeparrot-ds train --config {run}/config.yaml\n")
-    checkpoint = run / "checkpoints" / "step-00000004"
-    assert verify_checkpoint(checkpoint) == []
-    state = json.loads((checkpoint / "state.json").read_text())
+    checkpoint = Checkpoint(run / "checkpoints" / "step-00000004")
+    assert checkpoint.damage() == []
+    state = checkpoint.read_json("state.json")
     assert state["extra"]["imported"]["tag"] == "global_step4" and state["tokens"] == 16 * 32
     assert json.loads((run / "run.json").read_text())["imported"] == state["extra"]["imported"]
     # What a start of the run looks at before any rank: it may go on, at another stage.

@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.checkpoint.folders import list_checkpoints, verify_checkpoint
+from codeparrot_ds.checkpoint.folders import Checkpoint, list_checkpoints
 from codeparrot_ds.corpus.tokenizer import train_tokenizer
 from tests.story.stories import log, losses, run_command, run_here
 
@@ -133,8 +134,8 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before(workshop, small_disk
     assert process.returncode == 2, process.stderr[-2000:]
     assert "checkpoint of step 6 could not be written" in process.stderr and "Traceback" not in process.stderr
     rows = list_checkpoints(disk / "full")
-    assert [row["step"] for row in rows] == [2, 4]
-    assert not [problem for row in rows for problem in verify_checkpoint(row["path"])]
+    assert [row.step for row in rows] == [2, 4]
+    assert not [problem for row in rows for problem in Checkpoint(Path(row.path)).damage()]
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_sets_the_later_one_aside(on
     run = continued["back"]
     assert "step-00000020 was set aside as aside-step-00000020" in log(run)
     assert losses(run) == losses(on_two_ranks["zero3_fp32"])
-    rows = [(row["step"], row["aside"]) for row in list_checkpoints(run)]
+    rows = [(row.step, row.aside) for row in list_checkpoints(run)]
     assert rows == [(10, False), (20, True), (20, False)]
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 from safetensors.torch import load_file
 
-from codeparrot_ds.checkpoint import folders as checkpoint_files
+from codeparrot_ds.checkpoint.folders import MANIFEST, REPLACED, Checkpoint, checkpoint_folders
 from codeparrot_ds.corpus.tokenizer import train_tokenizer
 from codeparrot_ds.hub.local_git import LocalRepository
 
@@ -106,13 +106,13 @@ def ending(run: Path) -> Ending:
     of_the_clock = {"time", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "memory_bytes"}
     of_the_clock |= {"rank_seconds_median", "rank_seconds_max", "slowest_rank"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = checkpoint_files.step_folder(run / "checkpoints", STEPS)
-    assert checkpoint_files.verify_checkpoint(last) == []
-    entries = checkpoint_files.read_manifest(last)["files"]
+    last = Checkpoint.of_step(run / "checkpoints", STEPS)
+    assert last.damage() == []
+    written = last.manifest().files
     record = json.loads((run / "run.json").read_text())
-    files = {name: entry["sha256"] for name, entry in entries.items() if name not in ("state.json", "export/README.md")}
+    files = {name: file.sha256 for name, file in written.items() if name not in ("state.json", "export/README.md")}
     for name in [name for name in files if name.startswith("rng-")]:
-        tensors = load_file(last / name)
+        tensors = load_file(last.path / name)
         files[name] = hashlib.sha256(b"".join(bytes(tensors[key].numpy()) for key in sorted(tensors))).hexdigest()
     return Ending(
         rows=[{key: value for key, value in row.items() if key not in of_the_clock} for row in rows],
@@ -454,9 +454,9 @@ class Torture:
 
 def newest_checkpoint(run: Path) -> int | None:
     """The step of the newest whole checkpoint; one whose place another was to take counts."""
-    folders = checkpoint_files.checkpoint_folders(run / "checkpoints")
-    steps = [checkpoint_files.step_of(folder) for folder in folders if (folder / checkpoint_files.MANIFEST).is_file()]
-    steps += [int(path.name[-8:]) for path in (run / "checkpoints").glob(f"{checkpoint_files.REPLACED}*")]
+    found = checkpoint_folders(run / "checkpoints")
+    steps = [checkpoint.step for checkpoint in found if (checkpoint.path / MANIFEST).is_file()]
+    steps += [int(path.name[-8:]) for path in (run / "checkpoints").glob(f"{REPLACED}*")]
     return max(steps, default=None)
 
 
