@@ -1,6 +1,6 @@
 """Runs that begin from a checkpoint of DeepSpeed's own: what is taken, and what is refused in one sentence.
 
-Every layout is imported and continued in ``test_checkpoint_matrix.py``, a whole run in ``tests/story``.
+Every layout is imported and continued in ``test_matrix.py``, a whole run in ``tests/story``.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_run
 from codeparrot_ds.model.gpt2 import build_model, get_grouped_params
 from codeparrot_ds.model.shapes import GPT2Shape, parameter_shapes
-from tests.checkpoint.layouts import assembled, differing_state, gathered_state
+from tests.checkpoint.layout_ranks import assembled, differing_state, gathered_state
 
 SHAPE = GPT2Shape(n_layer=1, n_embd=16, n_head=2, vocab_size=257, n_positions=32)
 SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
