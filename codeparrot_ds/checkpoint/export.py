@@ -153,7 +153,7 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, *, dtype: str, overwrit
     """Writes a checkpoint's weights, rounded from its masters, with config, tokenizer and card; complete or not at all.
 
     Args:
-        checkpoint: from `find_checkpoint`.
+        checkpoint: without damage.
         out: folder to make.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         overwrite: whether an earlier export there may be replaced.

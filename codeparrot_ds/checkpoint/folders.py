@@ -380,19 +380,11 @@ def _eval_loss(checkpoint: Checkpoint) -> float | None:
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """A checkpoint from the folder of a run (the newest, or the one of a step) or from its own; every byte is right.
+    """A checkpoint from the folder of a run (the newest, or the one of a step) or from its own; its bytes are not read.
 
     Raises:
-        UserError: there is none, not that one, or it is damaged.
+        UserError: there is none, or not that one.
     """
-    checkpoint = locate_checkpoint(path, step)
-    if damage := checkpoint.damage():
-        raise UserError(damage[0])
-    return checkpoint
-
-
-def locate_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """What `find_checkpoint` finds, before its bytes are looked at."""
     path = Path(path)
     if (path / "run.json").is_file():
         found = {checkpoint.step: checkpoint for checkpoint in checkpoint_folders(path / "checkpoints")}

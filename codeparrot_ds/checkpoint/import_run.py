@@ -1,8 +1,8 @@
-"""A run of this project's that goes on from a checkpoint of DeepSpeed's own.
+"""A run of this project's that continues from a checkpoint of DeepSpeed's own.
 
 Taken over, bit for bit: masters, both moments, Adam's step counter; and the counters of steps and rows and the loss
-scale. The rest a DeepSpeed checkpoint does not have: what the run is to be comes from a run config, the schedule goes
-on at the same step of that config's, the data begins at its first row unless told otherwise, and random number
+scale. The rest a DeepSpeed checkpoint does not have: what the run is to be comes from a run config, the schedule
+continues at the same step of that config's, the data begins at its first row unless another is named, and random number
 generators and evaluations begin anew. The checkpoint's ``state.json`` keeps this account under ``extra.imported``.
 """
 
@@ -75,7 +75,7 @@ def import_deepspeed(
         run: folder of the run, which must not exist.
         config: what the run is; its name and place are those of ``run``.
         tag: which checkpoint; None for the one that ``latest`` names.
-        first_row: the row of the run's data that it goes on with; those before are read once, to find the place.
+        first_row: the row of the run's data that it continues with; those before are read once, to find the place.
         progress: called with ``rows``, those read, and all of them.
 
     Raises:
@@ -168,7 +168,7 @@ def write_imported(source: DeepSpeedCheckpoint, checkpoints: Path, state: RunSta
 
 
 def describe(imported: Imported, config: RunConfig) -> list[str]:
-    """What was taken, what was not, and how to go on, a line each."""
+    """What was taken, what was not, and how to continue, a line each."""
     source, account = imported.source, imported.account
     taken = account["taken"]
     lines = [
@@ -183,11 +183,11 @@ def describe(imported: Imported, config: RunConfig) -> list[str]:
     if source.step >= config.max_train_steps:
         lines.append(f"note: max_train_steps is {config.max_train_steps:,}, so `train` has nothing left to do")
     config_file = imported.checkpoint.run / "config.yaml"
-    return [*lines, f"go on with: {pasteable('train', '--config', config_file)}"]
+    return [*lines, f"continue with: {pasteable('train', '--config', config_file)}"]
 
 
 def warnings_of(imported: Imported, config: RunConfig) -> list[ConfigWarning]:
-    """What of the config can hardly be meant for a run that goes on from there."""
+    """What of the config can hardly be meant for a run that continues from there."""
     source = imported.source
     place = Continued(
         name=str(source.path),
@@ -221,8 +221,8 @@ def _account(source: DeepSpeedCheckpoint, config: RunConfig, start: StreamStart)
             "prefix": source.prefix,
         },
         "not_in_it": {
-            "place in the data": f"the run goes on with row {start.row:,} of its own (--first-row), "
-            f"{config.global_batch_size} a step where DeepSpeed had {rows}",
+            "place in the data": f"the run continues with row {start.row:,} of its own (--first-row), "
+            f"{config.global_batch_size} per step where DeepSpeed had {rows}",
             "schedule": f"the config's at step {schedule_step:,}, learning rate {rate:.4g}{theirs}",
             "tokens": f"counted as rows x seq_length {config.seq_length}",
             "random number generators, evaluations, metrics": "begun anew",
@@ -258,12 +258,12 @@ def _stream_start(stream: StreamConfig, first_row: int, config: RunConfig, progr
     if first_row % size:
         nearest = max(size, round(first_row / size) * size)
         raise UserError(f"--first-row {first_row} is in the middle of a step of {size} rows; the nearest is {nearest}")
-    rows_a_batch = config.micro_batch_size  # which divides the rows of a step
-    loader = TrainingLoader(stream, micro_batch_size=rows_a_batch, num_workers=config.num_workers)
+    rows_per_batch = config.micro_batch_size  # which divides the rows of a step
+    loader = TrainingLoader(stream, micro_batch_size=rows_per_batch, num_workers=config.num_workers)
     try:
-        for done in range(0, first_row, rows_a_batch):
+        for done in range(0, first_row, rows_per_batch):
             next(loader)
-            progress("rows", done + rows_a_batch, first_row)
+            progress("rows", done + rows_per_batch, first_row)
         return StreamStart(row=first_row, lane_states=loader.state())
     finally:
         loader.close()

@@ -42,13 +42,13 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     if not config.init_from:
         return config
     run = Path(config.output_dir) / str(config.run_name)
-    if goes_on(config) and (run / "config.yaml").is_file():
+    if resumes(config) and (run / "config.yaml").is_file():
         saved = load_config(run / "config.yaml")
         return dataclasses.replace(config, init_from=saved.init_from, tokenizer=config.tokenizer or saved.tokenizer)
     config = dataclasses.replace(config, init_from=in_runs(config.init_from, config.output_dir))
     revision = parse_revision(config.init_from)
     if revision is not None and revision.is_pinned and config.tokenizer:
-        return config  # by the front door
+        return config  # by the command
     if revision is not None:
         revision = revision.pinned()
         source, folder = str(revision), fetch(revision)
@@ -99,7 +99,7 @@ def with_kept_tokenizer(config: RunConfig, typed: str) -> RunConfig:
     return dataclasses.replace(config, tokenizer=str(place))
 
 
-def goes_on(config: RunConfig) -> bool:
+def resumes(config: RunConfig) -> bool:
     """Whether the weights come from a checkpoint, so that ``init_from`` has nothing to say."""
     checkpoints = Path(config.output_dir) / str(config.run_name) / "checkpoints"
     return config.resume not in ("auto", "never") or (config.resume == "auto" and bool(checkpoint_folders(checkpoints)))
@@ -125,7 +125,7 @@ def weight_shapes(path: Path) -> dict[str, list[int]]:
 
 def load_initial_weights(model: Any, config: RunConfig, ranks: Any, *, partitioned: bool) -> None:
     """Puts the weights of ``init_from`` into a model that was just built; rank 0 reads them; collective."""
-    if not config.init_from or ranks.on_main(lambda: goes_on(config)):
+    if not config.init_from or ranks.on_main(lambda: resumes(config)):
         return
     from codeparrot_ds.model.gpt2 import load_weights
 

@@ -149,7 +149,7 @@ def finished_checkpoint(config: RunConfig) -> Checkpoint | None:
 
 
 def continued_from(config: RunConfig) -> Continued | None:
-    """The checkpoint that a run of this config goes on from; None for one that starts.
+    """The checkpoint that a run of this config resumes from; None for one that starts.
 
     Also None for a checkpoint that cannot be read: the ranks verify it, name the damage and look for an older one.
     """
@@ -199,10 +199,12 @@ def check_continuation(config: RunConfig, path: Path) -> None:
         if getattr(there, field) != getattr(here, field)
     ]
     if differences:
-        told = ""
+        otherwise = ""
         if len(differences) == 1 and saved.global_batch_size != config.global_batch_size:
-            told = ", or pass --on-batch-change continue to go on with the next rows in batches of the new size"
-        raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name{told}")
+            otherwise = ", or pass --on-batch-change continue to take the next rows in batches of the new size"
+        raise UserError(
+            f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name{otherwise}"
+        )
 
 
 def with_checkpoint(config: RunConfig) -> RunConfig:
@@ -236,7 +238,7 @@ def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Checkpo
         shape: of the run's model.
 
     Returns:
-        The checkpoint that the run would go on from; None for one that begins.
+        The checkpoint that the run would resume from; None for one that begins.
 
     Raises:
         UserError: the checkpoint is damaged, a later version's, or of another model.
@@ -283,10 +285,10 @@ def _left_by_a_killed_start(path: Path) -> bool:
 
 
 def check_ds_continuation(config: RunConfig, path: Path, ds_config: dict[str, Any]) -> list[Change]:
-    """What a resolved DeepSpeed config changes for a run that goes on from a checkpoint, all of it safe.
+    """What a resolved DeepSpeed config changes for a run that resumes from a checkpoint, all of it safe.
 
     Args:
-        config: the run config; it says which checkpoint the run goes on from.
+        config: the run config; it says which checkpoint the run resumes from.
         path: the run's folder.
         ds_config: the resolved DeepSpeed config.
 
@@ -363,7 +365,7 @@ def open_run(
 
 
 _made_here: list[Path] = []
-"""Folders that this process made for runs whose start goes on."""
+"""Folders that this process made for runs that are still starting."""
 
 
 @contextlib.contextmanager

@@ -117,13 +117,14 @@ def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
 
 
 def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.checkpoint.folders import find_checkpoint, locate_checkpoint
+    from codeparrot_ds.checkpoint.folders import find_checkpoint
     from codeparrot_ds.staging import refuse_existing
 
     refuse_existing(arguments.out, marker="config.json", overwrite=arguments.overwrite)
-    checkpoint = locate_checkpoint(find_run(arguments.path), arguments.step)
+    checkpoint = find_checkpoint(find_run(arguments.path), arguments.step)
     say(f"reading {checkpoint}: every byte is verified first")
-    find_checkpoint(checkpoint.path)
+    if damage := checkpoint.damage():
+        raise UserError(damage[0])
 
     from codeparrot_ds.checkpoint.export import export_checkpoint
 
