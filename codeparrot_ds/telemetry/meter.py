@@ -65,7 +65,9 @@ class Meter:
         norm = engine.get_global_grad_norm()
         if self.memory_check is not None:
             self.memory_check.after(step)
-        ranks = self.rank_times
+        compared = {}
+        if self.rank_times is not None:
+            compared = self.rank_times.row(steps, data_wait=data_wait, step_seconds=self._step_seconds)
         return TrainingRow(
             step=step,
             tokens=self.tokens,
@@ -80,7 +82,7 @@ class Meter:
             memory_bytes=peak_memory_bytes(self.device),
             skipped_steps=engine.skipped_steps,
             loss_scale=loss_scale(engine),
-            **(ranks.row(steps, data_wait=data_wait, step_seconds=self._step_seconds) if ranks else {}),
+            **compared,
         )
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
