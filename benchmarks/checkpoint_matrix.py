@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint_matrix.py
 
-What is compared, and with what, is told in ``tests/checkpoint/layouts.py``, whose ranks do the work; a test keeps to
+What is compared, and with what, is said in ``tests/checkpoint/layouts.py``; a test keeps to
 a selection of the pairs. Exits with 1 where a bar is missed.
 """
 
@@ -28,6 +28,7 @@ from tests.checkpoint.layouts import (  # noqa: E402
     exact_job,
     loss_limit,
     pair_class,
+    pair_jobs,
     plain_job,
     plans_of,
     run_plans,
@@ -48,7 +49,8 @@ def main() -> None:
     pairs = list(itertools.product(layouts, layouts))
     controlled = [layout for layout in CONTROLLED if layout in layouts]
     controls = [plain_job(source, source, control) for source in controlled for control in ("", *CONTROLS)]
-    plans = plans_of(pairs, [*map(exact_job, layouts), *controls])
+    jobs = [job for pair in pairs for job in pair_jobs(*pair)]
+    plans = plans_of([*jobs, *map(exact_job, layouts), *controls])
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-matrix-"))
     total = sum(map(len, plans.values()))
     told = 0

@@ -188,10 +188,11 @@ class Ways:
 
     def _ours(self, measured: dict[str, float]) -> None:
         from codeparrot_ds.checkpoint.export import Export
-        from codeparrot_ds.checkpoint.folders import verify_checkpoint
-        from codeparrot_ds.checkpoint.saver import RunState, load_checkpoint
+        from codeparrot_ds.checkpoint.saver import load_checkpoint
+        from codeparrot_ds.checkpoint.state import RunState
 
-        state = RunState(step=1, tokens=1, data={}, layout={"world_size": WORLD_SIZE}, extra={"evaluations": []})
+        layout = {"world_size": WORLD_SIZE}
+        state = RunState(step=1, tokens=1, data={}, layout=layout, evaluations=[], config={}, ds_config={})
         export = Export(
             model_config=self.engine.module.config,
             tokenizer=Path(self.options.tokenizer),
@@ -208,17 +209,17 @@ class Ways:
         measured["ours: a rank's fragments MB"] = self._fragment_bytes() / 1e6
         measured["ours: save, until complete"] = measured["ours: training waits"] + waited
         outcome = self.saver.outcomes[-1]
-        if outcome.path is None:
+        if outcome.checkpoint is None:
             raise RuntimeError(f"the save failed: {outcome.error}")
-        path, rank = outcome.path, self.ranks.rank
+        checkpoint, rank = outcome.checkpoint, self.ranks.rank
         measured["ours: MB"] = outcome.num_bytes / 1e6
         damage: list[str] = []
         measured["ours: verify"] = self._timed(
-            lambda: damage.extend(verify_checkpoint(path, share=rank, num_shares=WORLD_SIZE))
+            lambda: damage.extend(checkpoint.damage(share=rank, num_shares=WORLD_SIZE))
         )
         if damage:
             raise RuntimeError(damage[0])
-        loading = self._timed(lambda: load_checkpoint(self.engine, self.ranks, path))
+        loading = self._timed(lambda: load_checkpoint(self.engine, self.ranks, checkpoint))
         measured["ours: restore, verified"] = measured["ours: verify"] + loading
 
     def _fragment_bytes(self) -> int:
@@ -243,7 +244,7 @@ class Ways:
     def _distributed(self, measured: dict[str, float]) -> None:
         import torch.distributed.checkpoint as dcp
 
-        from codeparrot_ds.checkpoint.fragment_files import fragment_entries
+        from codeparrot_ds.checkpoint.tensor_files import fragment_entries
         from codeparrot_ds.engine.fragments import owned_fragments
 
         folder = str(self.folder / "distributed")

@@ -7,6 +7,7 @@ every single one of them fail, or be the last that the process does.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -25,8 +26,16 @@ _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS}
 _told: set[int] = set()
 
 
-def write_file(path: Path, content: Iterable[Any]) -> dict[str, Any]:
-    """Writes a file and waits until the disk has it; returns its ``bytes`` and ``sha256``.
+@dataclasses.dataclass(frozen=True)
+class WrittenFile:
+    """What a file has to be for as long as it lies there."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write_file(path: Path, content: Iterable[Any]) -> WrittenFile:
+    """Writes a file and waits until the disk has it.
 
     Args:
         path: of the file; what was there is overwritten.
@@ -53,20 +62,19 @@ def write_file(path: Path, content: Iterable[Any]) -> dict[str, Any]:
             os.close(descriptor)
     except OSError as error:
         raise _named(error, path) from error
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return WrittenFile(size, digest.hexdigest())
 
 
-def replace_file(path: Path, content: Iterable[Any]) -> dict[str, Any]:
+def replace_file(path: Path, content: Iterable[Any]) -> None:
     """``write_file`` beside the place and a rename into it: a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        entry = write_file(temporary, content)
+        write_file(temporary, content)
         rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-    return entry
 
 
 def json_bytes(value: Any) -> bytes:
@@ -74,9 +82,9 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_json(path: Path, value: Any) -> dict[str, Any]:
+def write_json(path: Path, value: Any) -> None:
     """``replace_file`` with JSON."""
-    return replace_file(path, [json_bytes(value)])
+    replace_file(path, [json_bytes(value)])
 
 
 def make_folder(path: Path) -> None:

@@ -13,7 +13,7 @@ from codeparrot_ds import durable
 
 def test_write_file_says_what_it_wrote(tmp_path):
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc": FIPS 180-2, appendix B.1
-    assert durable.write_file(tmp_path / "abc", [b"a", b"", bytearray(b"bc")]) == {"bytes": 3, "sha256": digest}
+    assert durable.write_file(tmp_path / "abc", [b"a", b"", bytearray(b"bc")]) == durable.WrittenFile(3, digest)
     assert (tmp_path / "abc").read_bytes() == b"abc"
 
 
@@ -24,7 +24,7 @@ def test_pieces_and_short_writes_make_the_same_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:333]))
     entry = durable.write_file(tmp_path / "file", [memoryview(content)[:4500], content[4500:]])
     assert (tmp_path / "file").read_bytes() == content
-    assert entry == {"bytes": 10_000, "sha256": hashlib.sha256(content).hexdigest()}
+    assert entry == durable.WrittenFile(10_000, hashlib.sha256(content).hexdigest())
 
 
 def test_an_error_names_the_file(tmp_path, monkeypatch):

@@ -35,41 +35,36 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepSpeedCheckpoint:
-    """One checkpoint of DeepSpeed's, whole and of the model that was asked for.
-
-    Attributes:
-        path: its folder, whose name is its tag.
-        version: of the DeepSpeed that wrote it; None where it does not say.
-        zero_stage: 0 to 3.
-        world_size: data-parallel ranks.
-        precision: of the working weights: ``fp32``, ``bf16`` or ``fp16``.
-        step: ``global_steps``, those that were skipped among them.
-        skipped_steps: of these.
-        samples: rows trained on.
-        optimizer_step: Adam's own counter.
-        learning_rate: of the first group at the last step.
-        loss_scaler: of dynamic loss scaling; empty without.
-        shapes: of every parameter by its name here.
-        shards: the fragments of each rank, views of the files.
-        ds_config: the DeepSpeed config, with an ``optimizer`` block that says which Adam it was.
-        prefix: what stands before every parameter's name in it (of a module around the model).
-    """
+    """One checkpoint of DeepSpeed's, whole and of the model that was asked for."""
 
     path: Path
+    """Its folder, whose name is its tag."""
     version: str | None
+    """Of the DeepSpeed that wrote it; None where it does not say."""
     zero_stage: int
     world_size: int
+    """Data-parallel ranks."""
     precision: str
+    """Of the working weights: ``fp32``, ``bf16`` or ``fp16``."""
     step: int
+    """``global_steps``, those that were skipped among them."""
     skipped_steps: int
     samples: int
+    """Rows trained on."""
     optimizer_step: int
+    """Adam's own counter."""
     learning_rate: float | None
+    """Of the first group at the last step."""
     loss_scaler: dict[str, Any]
+    """Of dynamic loss scaling; empty without."""
     shapes: dict[str, list[int]]
+    """Of every parameter by its name here."""
     shards: list[list[Fragment]]
+    """The fragments of each rank, views of the files."""
     ds_config: dict[str, Any]
+    """With an ``optimizer`` block that says which Adam it was."""
     prefix: str
+    """What stands before every parameter's name in it (of a module around the model)."""
 
     @property
     def bytes_a_parameter(self) -> int:
@@ -123,7 +118,7 @@ def _check_kind(file: Path, model: Mapping[str, Any]) -> None:
 def _understand(path: Path, file: Path, model: Mapping[str, Any], expected: Shapes) -> DeepSpeedCheckpoint:
     precision = _precision(file, model["module"])
     world_size = int(model.get("dp_world_size", 1))
-    parts = _Parts.ofstage0_fragments(file, model, expected)
+    parts = _Parts.of_stage0(file, model, expected)
     if parts is None:
         files = optimizer_files(path, world_size, bf16=precision == "bf16")
         parts = _Parts.of_shards(file, model, files, expected)
@@ -164,7 +159,7 @@ class _Parts:
     prefix: str
 
     @classmethod
-    def ofstage0_fragments(cls, file: Path, model: Mapping[str, Any], expected: Shapes) -> _Parts | None:
+    def of_stage0(cls, file: Path, model: Mapping[str, Any], expected: Shapes) -> _Parts | None:
         """Where the optimizer is in the file of the model, as it is at stage 0; None elsewhere."""
         owner = model.get("optimizer")
         if owner is None:

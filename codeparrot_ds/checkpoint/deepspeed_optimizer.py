@@ -5,7 +5,7 @@ Where the pieces lie, by what wrote them (0.19.8; ``deepspeed/utils/zero_to_fp32
 - stages 1 and 2 (``DeepSpeedZeroOptimizer``, ``BF16_Optimizer``): each group's parameters in the order of
   ``param_shapes``, with ``param_alignment_paddings`` behind them, cut into equal partitions; what a rank's partition
   has of padding at its end (``group_paddings``) is not saved of the masters;
-- stage 3: each sub-group's parameters in the order of ``param_shapes``, a ``ceil(numel / ranks)`` of each a rank;
+- stage 3: each sub-group's parameters in the order of ``param_shapes``, ``ceil(numel / ranks)`` of each per rank;
 - stage 0: everything in the one file, and no names. The optimizer's groups are matched with the model's parameters by
   their sizes.
 """
@@ -181,10 +181,10 @@ def stage0_fragments(
     Raises:
         UserError: it is not known which of the optimizer's tensors is whose.
     """
-    if "fp32_groups_flat" in owner:  # FP16_Optimizer: a tensor a group
+    if "fp32_groups_flat" in owner:  # FP16_Optimizer: a tensor per group
         masters = owner["fp32_groups_flat"]
         sizes = [(master.numel(),) for master in masters]
-    elif "fp32_groups" in owner:  # FP16_UnfusedOptimizer: a tensor a parameter
+    elif "fp32_groups" in owner:  # FP16_UnfusedOptimizer: a tensor per parameter
         masters = list(chain.from_iterable(owner["fp32_groups"]))
         sizes = [tuple(master.shape) for master in masters]
     else:  # the bare optimizer: the weights are the masters

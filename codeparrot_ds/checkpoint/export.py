@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from codeparrot_ds import durable
-from codeparrot_ds.checkpoint import folders as checkpoint_files
-from codeparrot_ds.checkpoint.folders import STATE, TOKENIZER_FILES, WEIGHTS
-from codeparrot_ds.checkpoint.fragment_files import FragmentReader
-from codeparrot_ds.checkpoint.tensor_file import TensorEntry, write_tensor_file
+from codeparrot_ds.checkpoint.folders import EXPORT, TOKENIZER_FILES, WEIGHTS, Checkpoint
+from codeparrot_ds.checkpoint.state import RunState, read_state
+from codeparrot_ds.checkpoint.tensor_files import FragmentReader, TensorEntry, write_tensor_file
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision
-from codeparrot_ds.hub.card import model_card
+from codeparrot_ds.durable import WrittenFile
+from codeparrot_ds.hub.card import Card, model_card
 from codeparrot_ds.staging import staged_folder
 
 TRAINING_STATE = "training_state.json"
@@ -26,102 +26,88 @@ TRAINING_STATE = "training_state.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """What a Hugging Face folder is made of, but for the weights.
-
-    Attributes:
-        model_config: the model's ``transformers`` config.
-        tokenizer: folder of the run's tokenizer.
-        dtype: of the weights, by torch's name: ``float32``, ``bfloat16`` or ``float16``.
-        card: the text of README.md.
-        training_state: step, tokens, losses and how they were evaluated, for ``training_state.json``.
-    """
+    """What a Hugging Face folder is made of, but for the weights."""
 
     model_config: Any
+    """The model's ``transformers`` config."""
     tokenizer: Path
+    """Folder of the run's tokenizer."""
     dtype: str
+    """Of the weights, by torch's name: ``float32``, ``bfloat16`` or ``float16``."""
     card: str
+    """The text of README.md."""
     training_state: dict[str, Any]
+    """Step, tokens, losses and how they were evaluated, for ``training_state.json``."""
 
 
 def run_export(
     config: RunConfig,
-    ds_config: dict[str, Any],
+    state: RunState,
     *,
     model_config: Any,
     name: str,
     num_parameters: int,
-    step: int,
-    tokens: int,
-    evaluations: Sequence[Mapping[str, Any]],
-    losses: Sequence[tuple[int, float]],
-    fingerprint: Mapping[str, Any] | None,
-    hub_name: str | None,
-    versions: Mapping[str, Any],
+    versions: Mapping[str, str | None],
+    losses: Sequence[tuple[int, float]] = (),
+    hub_name: str | None = None,
 ) -> Export:
-    """What goes with the weights of a run after a step: its card, and what ``evaluate`` needs to see its rows again.
+    """What goes with the weights of a run: its card, and what ``evaluate`` needs to see its rows again.
 
     Args:
         config: of the run.
-        ds_config: its DeepSpeed config, for the precision.
+        state: after the step that is exported.
         model_config: the model's ``transformers`` config.
         name: of the run.
         num_parameters: of the model.
-        step: optimizer steps done.
-        tokens: tokens trained on.
-        evaluations: rows of the evaluations so far.
-        losses: training losses by step, a few.
-        fingerprint: of the training stream.
-        hub_name: the model's name on the Hub, where its branch is there.
         versions: package to version.
+        losses: training losses by step, a few.
+        hub_name: the model's name on the Hub, where its branch is there.
     """
-    last = dict(evaluations[-1]) if evaluations else {}
-    corpus = Path(config.data) / "corpus.json"
-    card = {
-        "name": name,
-        "model": config.model,
-        "num_parameters": num_parameters,
-        "dtype": precision(ds_config),
-        "step": step,
-        "tokens": tokens,
-        "loss": losses[-1][1] if losses else None,
-        **{key: last.get(key) for key in ("eval_loss", "perplexity", "bits_per_byte", "eval_tokens")},
-        "history": evaluations,
-        "losses": losses,
-        "config": dataclasses.asdict(config),
-        "ds_config": ds_config,
-        "corpus": json.loads(corpus.read_text(encoding="utf-8")) if corpus.is_file() else None,
-        "fingerprint": fingerprint,
-        "hub_name": hub_name,
-        "license": config.license,
-        "versions": versions,
-    }
-    evaluated_with = {
-        "seq_length": config.seq_length,
-        "num_lanes": config.num_lanes,
-        "batch_size": config.micro_batch_size,
-        "max_eval_steps": config.max_eval_steps,
-        "intra_document_masking": config.intra_document_masking,
-    }
+    corpus, trained_in = Path(config.data) / "corpus.json", precision(state.ds_config)
+    card = Card(
+        name=name,
+        model=config.model,
+        num_parameters=num_parameters,
+        dtype=trained_in,
+        step=state.step,
+        tokens=state.tokens,
+        losses=losses,
+        evaluations=state.evaluations,
+        config=state.config,
+        ds_config=state.ds_config,
+        corpus=json.loads(corpus.read_text(encoding="utf-8")) if corpus.is_file() else None,
+        fingerprint=state.data["fingerprint"],
+        hub_name=hub_name,
+        license=config.license,
+        versions=versions,
+    )
+    evaluations = [row.as_json() for row in state.evaluations]
     return Export(
         model_config=model_config,
         tokenizer=Path(config.tokenizer),
-        dtype=TORCH_DTYPES[precision(ds_config)],
+        dtype=TORCH_DTYPES[trained_in],
         card=model_card(card),
         training_state={
             "run": name,
-            "step": step,
-            "tokens": tokens,
+            "step": state.step,
+            "tokens": state.tokens,
             "losses": losses,
-            "evaluation": last,
-            "evaluations": [dict(row) for row in evaluations],
-            "evaluated_with": evaluated_with,
+            "evaluation": evaluations[-1] if evaluations else {},
+            "evaluations": evaluations,
+            "evaluated_with": {
+                "seq_length": config.seq_length,
+                "num_lanes": config.num_lanes,
+                "batch_size": config.micro_batch_size,
+                "max_eval_steps": config.max_eval_steps,
+                "intra_document_masking": config.intra_document_masking,
+            },
         },
     )
 
 
 def write_export(
     folder: Path, export: Export, shapes: Mapping[str, Sequence[int]], weights: Iterable[torch.Tensor]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, WrittenFile]:
     """Writes what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` need, and the card.
 
     Args:
@@ -132,7 +118,7 @@ def write_export(
             written before the next one is asked for.
 
     Returns:
-        ``bytes`` and ``sha256`` of each file by name.
+        Each file by name.
 
     Raises:
         OSError: the system refused (disk full, no permission).
@@ -162,11 +148,11 @@ def write_export(
     return written
 
 
-def export_checkpoint(checkpoint: Path, out: Path, *, dtype: str, overwrite: bool) -> None:
+def export_checkpoint(checkpoint: Checkpoint, out: Path, *, dtype: str, overwrite: bool) -> None:
     """Writes a checkpoint's weights, rounded from its masters, with config, tokenizer and card; complete or not at all.
 
     Args:
-        checkpoint: from ``checkpoint_files.find_checkpoint``.
+        checkpoint: without damage.
         out: folder to make.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         overwrite: whether an earlier export there may be replaced.
@@ -176,18 +162,15 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: str, overwrite: boo
     """
     from transformers import AutoConfig
 
-    exported = checkpoint / checkpoint_files.EXPORT
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    card = (exported / "README.md").read_text(encoding="utf-8")
+    card = (checkpoint.export / "README.md").read_text(encoding="utf-8")
     export = Export(
-        model_config=AutoConfig.from_pretrained(exported),
-        tokenizer=exported,
+        model_config=AutoConfig.from_pretrained(checkpoint.export),
+        tokenizer=checkpoint.export,
         dtype=dtype,
         card=f"{card}\nThese weights were exported in {dtype} from the optimizer's masters.\n",
-        training_state=json.loads((exported / TRAINING_STATE).read_text(encoding="utf-8")),
+        training_state=checkpoint.read_json(f"{EXPORT}/{TRAINING_STATE}"),
     )
-    shapes = state["parameters"]
-    reader = FragmentReader(checkpoint, checkpoint_files.read_manifest(checkpoint)["files"])
-    weights = reader.weights(shapes, getattr(torch, dtype))
+    shapes = read_state(checkpoint)[1].parameters
+    weights = FragmentReader(checkpoint.path, checkpoint.manifest().files).weights(shapes, getattr(torch, dtype))
     with staged_folder(out, marker="config.json", overwrite=overwrite) as staging:
         write_export(staging, export, shapes, weights)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -26,6 +27,7 @@ from typing import Any
 
 from codeparrot_ds import durable
 from codeparrot_ds.cpu import usable_cores
+from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
 from codeparrot_ds.paths import exists, expand, may_be_on_hub, no_run, not_a_run
@@ -33,6 +35,7 @@ from codeparrot_ds.paths import exists, expand, may_be_on_hub, no_run, not_a_run
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+DATA = "data.json"
 EXPORT = "export"
 WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
@@ -43,14 +46,151 @@ REPLACED = ".replaced-"
 ASIDE = "aside-"
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step lives."""
-    return checkpoints / f"step-{step:08d}"
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder of a run's ``checkpoints``, whole or not: nothing is read before it is asked for."""
+
+    path: Path
+
+    @classmethod
+    def of_step(cls, checkpoints: Path, step: int) -> Checkpoint:
+        """Where the checkpoint of an optimizer step lives."""
+        return cls(checkpoints / f"step-{step:08d}")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, by the folder's name."""
+        return int(self.name.removeprefix(ASIDE).removeprefix("step-").split(".")[0])
+
+    @property
+    def is_aside(self) -> bool:
+        return self.name.startswith(ASIDE)
+
+    @property
+    def run(self) -> Path:
+        return self.path.parent.parent
+
+    @property
+    def export(self) -> Path:
+        """The weights as a Hugging Face folder."""
+        return self.path / EXPORT
+
+    def read_json(self, name: str) -> Any:
+        """One of its JSON files."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def manifest(self) -> Manifest:
+        """What the checkpoint has to be.
+
+        Raises:
+            UserError: there is no manifest, or it is damaged.
+            NewerFormatError: a newer version of this program wrote it.
+        """
+        path = self.path / MANIFEST
+        try:
+            content = path.read_bytes()
+            manifest = json.loads(content)
+            version, entries, created = (manifest[key] for key in ("format", "files", "created"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self} is not a complete checkpoint: it has no {MANIFEST}") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is damaged"
+            raise UserError(f"{self} is not a complete checkpoint: {MANIFEST} cannot be read: {why}") from error
+        # Compared as bytes: every one of them counts. Whatever a later format holds, it ends in the same seal.
+        if durable.json_bytes(sealed({key: value for key, value in manifest.items() if key != SEAL})) != content:
+            raise UserError(f"{path} is damaged: its content is not what its own SHA-256 says")
+        if isinstance(version, int) and version > FORMAT:
+            raise NewerFormatError(
+                f"{self} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds"
+            )
+        whole = isinstance(version, int) and isinstance(created, str) and isinstance(entries, dict)
+        if not whole or not all(
+            isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries.values()
+        ):
+            raise UserError(f"{path} is damaged: it is not a table of files with 'bytes' and 'sha256'")
+        files = {name: WrittenFile(entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        return Manifest(created=created, files=files)
+
+    def damage(self, *, share: int = 0, num_shares: int = 1) -> list[str]:
+        """Compares every file with the manifest: the damage, one sentence per file; none when it is whole.
+
+        Args:
+            share: which of ``num_shares`` equal shares of the files to read (ranks on many hosts read one each).
+            num_shares: how many there are.
+        """
+        try:
+            files = self.manifest().files
+        except UserError as error:
+            return [str(error)]
+        # Sorted by size, so that each share has as many bytes; hashlib releases the interpreter.
+        names = sorted(files, key=lambda name: (files[name].num_bytes, name), reverse=True)[share::num_shares]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=min(16, usable_cores())) as pool:
+            problems = pool.map(lambda name: _content_damage(self.path / name, files[name]), names)
+            return sorted(problem for problem in problems if problem)
+
+    def damage_in_sight(self) -> list[str]:
+        """The damage that shows without reading the files: the manifest's, and files that are missing or of another
+        size."""
+        try:
+            files = self.manifest().files
+        except NewerFormatError:
+            raise
+        except UserError as error:
+            return [str(error)]
+        return [problem for name in sorted(files) if (problem := _size_damage(self.path / name, files[name]))]
 
 
-def step_of(folder: Path) -> int:
-    """The optimizer step of a checkpoint, by the name of its folder."""
-    return int(folder.name.removeprefix("step-"))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The files of a checkpoint as they were written."""
+
+    created: str
+    """In ISO 8601, to the second."""
+    files: dict[str, WrittenFile]
+    """By path relative to the checkpoint."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files.values())
+
+    def exported(self) -> dict[str, WrittenFile]:
+        """The files of the export, by path relative to it."""
+        prefix = f"{EXPORT}/"
+        return {name.removeprefix(prefix): file for name, file in self.files.items() if name.startswith(prefix)}
+
+
+class NewerFormatError(UserError):
+    """A checkpoint that a later version of this program wrote: whole, but not to be read, and not to be passed over."""
+
+
+def _size_damage(path: Path, file: WrittenFile) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    return None if size == file.num_bytes else f"{path} has {size} bytes instead of {file.num_bytes}"
+
+
+def _content_damage(path: Path, file: WrittenFile) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        if problem := _size_damage(path, file):
+            return problem
+        with path.open("rb") as content:
+            while chunk := content.read(1 << 22):
+                digest.update(chunk)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return None if digest.hexdigest() == file.sha256 else f"{path} is damaged: its SHA-256 is not the manifest's"
+
+
+# Writing
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:
@@ -66,21 +206,23 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return content | {SEAL: hashlib.sha256(durable.json_bytes(content)).hexdigest()}
 
 
-def publish(staging: Path, step: int, files: dict[str, dict[str, Any]]) -> Path:
+def publish(staging: Path, step: int, files: dict[str, WrittenFile]) -> Checkpoint:
     """Turns a fully written staging folder into the checkpoint of a step and points ``latest`` at it.
 
     Args:
         staging: the folder with every file in place and synced.
         step: the optimizer step.
-        files: ``bytes`` and ``sha256`` of every file by its path relative to ``staging``.
+        files: all of them by path relative to ``staging``.
 
     Raises:
         OSError: the system refused; ``recover`` then puts a checkpoint of the same step back that was there before,
             unless the new one is there already.
     """
-    final = step_folder(staging.parent, step)
+    checkpoint = Checkpoint.of_step(staging.parent, step)
+    final = checkpoint.path
     created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    content = {"format": FORMAT, "step": step, "created": created, "files": files}
+    entries = {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in files.items()}
+    content = {"format": FORMAT, "step": step, "created": created, "files": entries}
     durable.write_file(staging / MANIFEST, [durable.json_bytes(sealed(content))])
     for folder in sorted({staging, *((staging / name).parent for name in files)}):
         durable.sync_folder(folder)
@@ -91,16 +233,16 @@ def publish(staging: Path, step: int, files: dict[str, dict[str, Any]]) -> Path:
         durable.rename(final, replaced)
     durable.rename(staging, final)
     durable.sync_folder(final.parent)
-    point_latest(final)
+    point_latest(checkpoint)
     if replaced.exists():
         _remove(replaced)
-    return final
+    return checkpoint
 
 
-def point_latest(checkpoint: Path) -> None:
+def point_latest(checkpoint: Checkpoint) -> None:
     """Names a checkpoint in ``latest``, for people and scripts: a start looks at the folders themselves."""
-    content = {"checkpoint": checkpoint.name, "step": step_of(checkpoint)}
-    durable.write_json(checkpoint.parent / LATEST, content)
+    content = {"checkpoint": checkpoint.name, "step": checkpoint.step}
+    durable.write_json(checkpoint.path.parent / LATEST, content)
 
 
 def _remove(folder: Path) -> None:
@@ -124,203 +266,20 @@ def recover(checkpoints: Path) -> None:
             temporary.unlink()
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Takes a checkpoint out of the row without losing a byte of it; returns its new place."""
-    place, attempt = checkpoint.with_name(f"{ASIDE}{checkpoint.name}"), 1
+def set_aside(checkpoint: Checkpoint) -> Checkpoint:
+    """Takes a checkpoint out of the row without losing a byte of it; returns it in its new place."""
+    place, attempt = checkpoint.path.with_name(f"{ASIDE}{checkpoint.name}"), 1
     while place.exists():
         attempt += 1
-        place = checkpoint.with_name(f"{ASIDE}{checkpoint.name}.{attempt}")
-    durable.rename(checkpoint, place)
+        place = checkpoint.path.with_name(f"{ASIDE}{checkpoint.name}.{attempt}")
+    durable.rename(checkpoint.path, place)
     durable.sync_folder(place.parent)
-    return place
+    return Checkpoint(place)
 
 
-class NewerFormatError(UserError):
-    """A checkpoint that a later version of this program wrote: whole, but not to be read, and not to be passed over."""
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-        NewerFormatError: a newer version of this program wrote it.
-    """
-    path = checkpoint / MANIFEST
-    try:
-        content = path.read_bytes()
-        manifest = json.loads(content)
-        version, entries, created = (manifest[key] for key in ("format", "files", "created"))
-    except FileNotFoundError as error:
-        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {MANIFEST}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is damaged"
-        raise UserError(f"{checkpoint} is not a complete checkpoint: {MANIFEST} cannot be read: {why}") from error
-    # Compared as bytes: every one of them counts. Whatever a later format holds, it ends in the same seal.
-    if durable.json_bytes(sealed({key: value for key, value in manifest.items() if key != SEAL})) != content:
-        raise UserError(f"{path} is damaged: its content is not what its own SHA-256 says")
-    if isinstance(version, int) and version > FORMAT:
-        raise NewerFormatError(
-            f"{checkpoint} has format {version}; this version reads up to {FORMAT}: update codeparrot-ds"
-        )
-    whole = isinstance(version, int) and isinstance(created, str) and isinstance(entries, dict)
-    if not whole or not all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries.values()
-    ):
-        raise UserError(f"{path} is damaged: it is not a table of files with 'bytes' and 'sha256'")
-    return manifest
-
-
-def verify_checkpoint(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> list[str]:
-    """Compares every file with the manifest and returns the damage, one sentence a file; none when it is whole.
-
-    Args:
-        checkpoint: its folder.
-        share: which of ``num_shares`` equal shares of the files to read (ranks on many hosts read one each).
-        num_shares: how many there are.
-    """
-    checkpoint = Path(checkpoint)
-    try:
-        entries = read_manifest(checkpoint)["files"]
-    except UserError as error:
-        return [str(error)]
-    # Sorted by size, so that each share has as many bytes; hashlib releases the interpreter.
-    names = sorted(entries, key=lambda name: (entries[name]["bytes"], name), reverse=True)[share::num_shares]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=min(16, usable_cores())) as pool:
-        problems = pool.map(lambda name: _compare(checkpoint / name, entries[name]), names)
-        return sorted(problem for problem in problems if problem)
-
-
-def damage_in_sight(checkpoint: Path) -> list[str]:
-    """The damage that shows without reading the files: of the manifest, and files that are gone or of another size."""
-    try:
-        entries = read_manifest(checkpoint)["files"]
-    except NewerFormatError:
-        raise
-    except UserError as error:
-        return [str(error)]
-    return [problem for name in sorted(entries) if (problem := _compare_size(checkpoint / name, entries[name]))]
-
-
-def _compare_size(path: Path, entry: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    return None if size == entry["bytes"] else f"{path} has {size} bytes instead of {entry['bytes']}"
-
-
-def _compare(path: Path, entry: dict[str, Any]) -> str | None:
-    digest = hashlib.sha256()
-    try:
-        if problem := _compare_size(path, entry):
-            return problem
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-    return None if digest.hexdigest() == entry["sha256"] else f"{path} is damaged: its SHA-256 is not the manifest's"
-
-
-def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """The visible checkpoint folders, newest step first, not yet verified."""
-    folders = [path for path in checkpoints.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(folders, key=lambda path: step_of(path), reverse=True)
-
-
-def readable_checkpoints(checkpoints: Path) -> list[tuple[Path, str | None]]:
-    """The visible checkpoint folders, newest first, each with what is wrong with its manifest; files are not read.
-
-    Raises:
-        NewerFormatError: a later version of this program went on with the run; an older checkpoint would undo that.
-    """
-    found: list[tuple[Path, str | None]] = []
-    for folder in checkpoint_folders(checkpoints):
-        try:
-            read_manifest(folder)
-        except NewerFormatError:
-            raise
-        except UserError as error:
-            found.append((folder, str(error)))
-        else:
-            found.append((folder, None))
-    return found
-
-
-def list_checkpoints(run: Path) -> list[dict[str, Any]]:
-    """The checkpoints of a run, oldest first, with what was set aside.
-
-    Returns:
-        Rows of ``step``, ``path``, ``bytes``, ``files``, ``created``, ``complete``, ``aside``, and ``eval_loss`` where
-        the run was evaluated at that step.
-
-    Raises:
-        UserError: the folder is not a run.
-    """
-    run = Path(run)
-    if not (run / "run.json").is_file():
-        raise not_a_run(run)
-    aside = [path for path in (run / "checkpoints").glob(f"{ASIDE}step-*") if path.is_dir()]
-    folders = checkpoint_folders(run / "checkpoints") + aside
-    return [_row(folder) for folder in sorted(folders, key=lambda folder: (_step(folder), folder.name))]
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix(ASIDE)[5:].split(".")[0])
-
-
-def _row(folder: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {"step": _step(folder), "path": str(folder), "aside": folder.name.startswith(ASIDE)}
-    row |= {"eval_loss": _eval_loss(folder)}
-    try:
-        manifest = read_manifest(folder)
-    except UserError:
-        return row | {"bytes": 0, "files": 0, "created": "", "complete": False}
-    sizes = [entry["bytes"] for entry in manifest["files"].values()]
-    return row | {"bytes": sum(sizes), "files": len(sizes), "created": manifest["created"], "complete": True}
-
-
-def _eval_loss(folder: Path) -> float | None:
-    try:
-        evaluations = json.loads((folder / STATE).read_text(encoding="utf-8"))["extra"]["evaluations"]
-        return next((row["eval_loss"] for row in reversed(evaluations) if row["step"] == _step(folder)), None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # A damaged one; `checkpoint verify` names the damage.
-
-
-def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """A checkpoint's folder from that of a run (the newest, or the one of a step) or from its own; every byte is right.
-
-    Raises:
-        UserError: there is none, not that one, or it is damaged.
-    """
-    checkpoint = locate_checkpoint(path, step)
-    if damage := verify_checkpoint(checkpoint):
-        raise UserError(damage[0])
-    return checkpoint
-
-
-def locate_checkpoint(path: Path, step: int | None = None) -> Path:
-    """What `find_checkpoint` finds, before its bytes are looked at."""
-    path = Path(path)
-    if (path / "run.json").is_file():
-        folders = checkpoint_folders(path / "checkpoints")
-        if not folders:
-            raise UserError(f"{path} has no checkpoint yet")
-        steps = sorted(step_of(folder) for folder in folders)
-        if step is not None and step not in steps:
-            nearest = min(steps, key=lambda other: abs(other - step))
-            raise UserError(
-                f"{path} has no checkpoint of step {step}; the nearest is of step {nearest} "
-                f"(there are: {', '.join(map(str, steps))})"
-            )
-        path = step_folder(path / "checkpoints", step or steps[-1])
-    elif step is not None and path.name != step_folder(path, step).name:
-        raise UserError(f"--step goes with a run's folder, and {path} is none")
-    return path
-
-
-def remove_old(checkpoints: Path, *, newest: int, every: int | None = None, best: Collection[int] = ()) -> list[Path]:
+def remove_old(
+    checkpoints: Path, *, newest: int, every: int | None = None, best: Collection[int] = ()
+) -> list[Checkpoint]:
     """Removes the checkpoints that nothing keeps; returns them.
 
     Args:
@@ -330,12 +289,117 @@ def remove_old(checkpoints: Path, *, newest: int, every: int | None = None, best
         best: steps to keep besides, those with the best evaluation.
     """
     removed = []
-    for folder in checkpoint_folders(checkpoints)[newest:]:
-        step = step_of(folder)
-        if step not in best and not (every and step % every == 0):
-            _remove(folder)
-            removed.append(folder)
+    for checkpoint in checkpoint_folders(checkpoints)[newest:]:
+        if checkpoint.step not in best and not (every and checkpoint.step % every == 0):
+            _remove(checkpoint.path)
+            removed.append(checkpoint)
     return removed
+
+
+# Finding
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Checkpoint]:
+    """The visible checkpoint folders, newest step first, not yet verified."""
+    folders = [path for path in checkpoints.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(map(Checkpoint, folders), key=lambda checkpoint: checkpoint.step, reverse=True)
+
+
+def newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
+    """The first of `checkpoint_folders`; None without any."""
+    return next(iter(checkpoint_folders(checkpoints)), None)
+
+
+def readable_checkpoints(checkpoints: Path) -> list[tuple[Checkpoint, str | None]]:
+    """The visible checkpoint folders, newest first, each with what is wrong with its manifest; files are not read.
+
+    Raises:
+        NewerFormatError: a later version of this program continued the run; an older checkpoint would undo that.
+    """
+    found: list[tuple[Checkpoint, str | None]] = []
+    for checkpoint in checkpoint_folders(checkpoints):
+        problem = None
+        try:
+            checkpoint.manifest()
+        except NewerFormatError:
+            raise
+        except UserError as error:
+            problem = str(error)
+        found.append((checkpoint, problem))
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointRow:
+    """A line of ``checkpoint list``; the fields are the keys of its ``--json``."""
+
+    step: int
+    path: str
+    aside: bool
+    eval_loss: float | None
+    """Where the run was evaluated at that step."""
+    bytes: int = 0
+    files: int = 0
+    created: str = ""
+    complete: bool = False
+
+
+def list_checkpoints(run: Path) -> list[CheckpointRow]:
+    """The checkpoints of a run, oldest first, with what was set aside.
+
+    Raises:
+        UserError: the folder is not a run.
+    """
+    run = Path(run)
+    if not (run / "run.json").is_file():
+        raise not_a_run(run)
+    aside = [Checkpoint(path) for path in (run / "checkpoints").glob(f"{ASIDE}step-*") if path.is_dir()]
+    found = checkpoint_folders(run / "checkpoints") + aside
+    return [_row(checkpoint) for checkpoint in sorted(found, key=lambda each: (each.step, each.name))]
+
+
+def _row(checkpoint: Checkpoint) -> CheckpointRow:
+    row = CheckpointRow(
+        step=checkpoint.step, path=str(checkpoint), aside=checkpoint.is_aside, eval_loss=_eval_loss(checkpoint)
+    )
+    try:
+        manifest = checkpoint.manifest()
+    except UserError:
+        return row
+    return dataclasses.replace(
+        row, bytes=manifest.num_bytes, files=len(manifest.files), created=manifest.created, complete=True
+    )
+
+
+def _eval_loss(checkpoint: Checkpoint) -> float | None:
+    try:
+        evaluations = checkpoint.read_json(STATE)["extra"]["evaluations"]
+        return next((row["eval_loss"] for row in reversed(evaluations) if row["step"] == checkpoint.step), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # A damaged one; `checkpoint verify` names the damage.
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
+    """A checkpoint from the folder of a run (the newest, or the one of a step) or from its own; its bytes are not read.
+
+    Raises:
+        UserError: there is none, or not that one.
+    """
+    path = Path(path)
+    if (path / "run.json").is_file():
+        found = {checkpoint.step: checkpoint for checkpoint in checkpoint_folders(path / "checkpoints")}
+        if not found:
+            raise UserError(f"{path} has no checkpoint yet")
+        if step is not None and step not in found:
+            nearest = min(sorted(found), key=lambda other: abs(other - step))
+            raise UserError(
+                f"{path} has no checkpoint of step {step}; the nearest is of step {nearest} "
+                f"(there are: {', '.join(map(str, sorted(found)))})"
+            )
+        return found[max(found) if step is None else step]
+    if step is not None and path.name != Checkpoint.of_step(path, step).name:
+        raise UserError(f"--step goes with a run's folder, and {path} is none")
+    return Checkpoint(path)
 
 
 def newest_export(run: Path) -> Path:
@@ -344,9 +408,9 @@ def newest_export(run: Path) -> Path:
     Raises:
         UserError: the run has none yet.
     """
-    for folder in checkpoint_folders(Path(run) / "checkpoints"):
-        if (folder / MANIFEST).is_file() and (folder / EXPORT).is_dir():
-            return folder / EXPORT
+    for checkpoint in checkpoint_folders(Path(run) / "checkpoints"):
+        if (checkpoint.path / MANIFEST).is_file() and checkpoint.export.is_dir():
+            return checkpoint.export
     raise UserError(f"{run} has no checkpoint yet: train it until the first save, or name a model folder")
 
 
@@ -365,8 +429,8 @@ def find_model(source: str | Path) -> str:
     if path.is_dir():
         if (path / "config.json").is_file():
             return str(path)
-        if (path / "export" / "config.json").is_file():
-            return str(path / "export")
+        if (path / EXPORT / "config.json").is_file():
+            return str(path / EXPORT)
         if (path / "checkpoints").is_dir():
             return str(newest_export(path))
         raise UserError(f"{path} is no run, checkpoint or Hugging Face model: it has no checkpoints and no config.json")

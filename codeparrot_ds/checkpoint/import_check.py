@@ -32,7 +32,7 @@ def check_import(folder: Path, run: Path, config: RunConfig, tag: str | None = N
         raise UserError(f"{run} exists: an imported checkpoint begins a new run, choose another folder")
     for field in ("data", "tokenizer"):
         if not getattr(config, field):
-            raise UserError(f"--{field} is missing: the run goes on with it")
+            raise UserError(f"--{field} is missing: the run continues with it")
     find_tag(folder, tag)
     encoder_and_shape(config)
     read_ds_config(find_ds_config(config.deepspeed))

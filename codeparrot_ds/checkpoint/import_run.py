@@ -1,8 +1,8 @@
-"""A run of this project's that goes on from a checkpoint of DeepSpeed's own.
+"""A run of this project's that continues from a checkpoint of DeepSpeed's own.
 
 Taken over, bit for bit: masters, both moments, Adam's step counter; and the counters of steps and rows and the loss
-scale. The rest a DeepSpeed checkpoint does not have: what the run is to be comes from a run config, the schedule goes
-on at the same step of that config's, the data begins at its first row unless told otherwise, and random number
+scale. The rest a DeepSpeed checkpoint does not have: what the run is to be comes from a run config, the schedule
+continues at the same step of that config's, the data begins at its first row unless another is named, and random number
 generators and evaluations begin anew. The checkpoint's ``state.json`` keeps this account under ``extra.imported``.
 """
 
@@ -19,20 +19,19 @@ from typing import Any
 import torch
 
 from codeparrot_ds import durable
-from codeparrot_ds.checkpoint import folders as checkpoint_files
 from codeparrot_ds.checkpoint.deepspeed_checkpoint import DeepSpeedCheckpoint, read_deepspeed_checkpoint
 from codeparrot_ds.checkpoint.export import Export, run_export
-from codeparrot_ds.checkpoint.fragment_files import fragment_entries, fragment_file_name
+from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.checkpoint.import_check import check_import
 from codeparrot_ds.checkpoint.initial import with_kept_tokenizer
 from codeparrot_ds.checkpoint.run_folder import RunFolder, package_versions
-from codeparrot_ds.checkpoint.saver import RunState, begin_checkpoint, complete_checkpoint
-from codeparrot_ds.checkpoint.tensor_file import write_tensor_file
+from codeparrot_ds.checkpoint.saver import begin_checkpoint, complete_checkpoint
+from codeparrot_ds.checkpoint.state import EngineState, RunState
+from codeparrot_ds.checkpoint.tensor_files import fragment_entries, fragment_file_name, write_tensor_file
 from codeparrot_ds.config.files import save_config
 from codeparrot_ds.config.run_config import RunConfig, with_absolute_paths
 from codeparrot_ds.config.warnings import ConfigWarning, Continued, config_warnings, learning_rate_at
 from codeparrot_ds.data.datasets import StreamStart, open_datasets, pinned_names, saved_stream, stream_of
-from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.stream import StreamConfig, stream_fingerprint
 from codeparrot_ds.ds_config.changes import changes
@@ -51,17 +50,13 @@ Progress = Callable[[str, int, "int | None"], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What an import made.
+    """What an import made."""
 
-    Attributes:
-        checkpoint: the folder of the checkpoint in the new run.
-        source: what it was made of.
-        account: what was taken and what was not, as in the checkpoint's ``extra.imported``.
-    """
-
-    checkpoint: Path
+    checkpoint: Checkpoint
+    """In the new run."""
     source: DeepSpeedCheckpoint
     account: dict[str, Any]
+    """What was taken and what was not, as in the checkpoint's ``extra.imported``."""
 
 
 def import_deepspeed(
@@ -80,7 +75,7 @@ def import_deepspeed(
         run: folder of the run, which must not exist.
         config: what the run is; its name and place are those of ``run``.
         tag: which checkpoint; None for the one that ``latest`` names.
-        first_row: the row of the run's data that it goes on with; those before are read once, to find the place.
+        first_row: the row of the run's data that it continues with; those before are read once, to find the place.
         progress: called with ``rows``, those read, and all of them.
 
     Raises:
@@ -107,15 +102,20 @@ def import_deepspeed(
             "zero_stage": source.zero_stage,
             "precision": source.precision,
         },
-        extra={
-            "evaluations": [],
-            "config": dataclasses.asdict(config),
-            "ds_config": source.ds_config,
-            "imported": account,
-        },
+        evaluations=[],
+        config=dataclasses.asdict(config),
+        ds_config=source.ds_config,
+        imported=account,
     )
     versions = package_versions()
-    export = _export(source, config, encoder, shape, state, versions)
+    export = run_export(
+        config,
+        state,
+        model_config=hugging_face_config(shape, eos_token_id=encoder.eos_token_id, dropout=config.dropout),
+        name=run.name,
+        num_parameters=num_parameters(shape),
+        versions=versions,
+    )
     with staged_folder(run, marker="run.json", overwrite=False) as staging:
         made = RunFolder(staging)
         made.checkpoints.mkdir()
@@ -135,7 +135,7 @@ def import_deepspeed(
             outcome={"status": "imported", "step": source.step, "run": str(run)},
         )
     durable.sync_folder(run.parent)
-    checkpoint = checkpoint_files.step_folder(run / "checkpoints", source.step)
+    checkpoint = Checkpoint.of_step(run / "checkpoints", source.step)
     return Imported(checkpoint=checkpoint, source=source, account=account)
 
 
@@ -153,21 +153,21 @@ def write_imported(source: DeepSpeedCheckpoint, checkpoints: Path, state: RunSta
         entries, tensors = fragment_entries(fragments)
         name = fragment_file_name(rank, 0)
         files[name] = write_tensor_file(staging / name, entries, (tensor.contiguous() for tensor in tensors))
-    engine_state = {
-        "parameters": source.shapes,
-        "bytes_a_parameter": source.bytes_a_parameter,
-        "optimizer_step": source.optimizer_step,
-        "scheduler_step": _scheduler_step(source),
-        "global_steps": source.step,
-        "global_samples": source.samples,
-        "skipped_steps": source.skipped_steps,
-        "loss_scaler": source.loss_scaler,
-    }
+    engine_state = EngineState(
+        parameters=source.shapes,
+        bytes_a_parameter=source.bytes_a_parameter,
+        optimizer_step=source.optimizer_step,
+        scheduler_step=_scheduler_step(source),
+        global_steps=source.step,
+        global_samples=source.samples,
+        skipped_steps=source.skipped_steps,
+        loss_scaler=source.loss_scaler,
+    )
     complete_checkpoint(staging, state, engine_state, export, files)
 
 
 def describe(imported: Imported, config: RunConfig) -> list[str]:
-    """What was taken, what was not, and how to go on, a line each."""
+    """What was taken, what was not, and how to continue, a line each."""
     source, account = imported.source, imported.account
     taken = account["taken"]
     lines = [
@@ -181,12 +181,12 @@ def describe(imported: Imported, config: RunConfig) -> list[str]:
     ]
     if source.step >= config.max_train_steps:
         lines.append(f"note: max_train_steps is {config.max_train_steps:,}, so `train` has nothing left to do")
-    run = imported.checkpoint.parent.parent
-    return [*lines, f"go on with: {pasteable('train', '--config', run / 'config.yaml')}"]
+    config_file = imported.checkpoint.run / "config.yaml"
+    return [*lines, f"continue with: {pasteable('train', '--config', config_file)}"]
 
 
 def warnings_of(imported: Imported, config: RunConfig) -> list[ConfigWarning]:
-    """What of the config can hardly be meant for a run that goes on from there."""
+    """What of the config can hardly be meant for a run that continues from there."""
     source = imported.source
     place = Continued(
         name=str(source.path),
@@ -220,8 +220,8 @@ def _account(source: DeepSpeedCheckpoint, config: RunConfig, start: StreamStart)
             "prefix": source.prefix,
         },
         "not_in_it": {
-            "place in the data": f"the run goes on with row {start.row:,} of its own (--first-row), "
-            f"{config.global_batch_size} a step where DeepSpeed had {rows}",
+            "place in the data": f"the run continues with row {start.row:,} of its own (--first-row), "
+            f"{config.global_batch_size} per step where DeepSpeed had {rows}",
             "schedule": f"the config's at step {schedule_step:,}, learning rate {rate:.4g}{theirs}",
             "tokens": f"counted as rows x seq_length {config.seq_length}",
             "random number generators, evaluations, metrics": "begun anew",
@@ -257,36 +257,12 @@ def _stream_start(stream: StreamConfig, first_row: int, config: RunConfig, progr
     if first_row % size:
         nearest = max(size, round(first_row / size) * size)
         raise UserError(f"--first-row {first_row} is in the middle of a step of {size} rows; the nearest is {nearest}")
-    rows_a_batch = config.micro_batch_rows  # which divides the rows of a step
-    loader = TrainingLoader(stream, micro_batch_size=rows_a_batch, num_workers=config.num_workers)
+    rows_per_batch = config.micro_batch_rows  # which divides the rows of a step
+    loader = TrainingLoader(stream, micro_batch_size=rows_per_batch, num_workers=config.num_workers)
     try:
-        for done in range(0, first_row, rows_a_batch):
+        for done in range(0, first_row, rows_per_batch):
             next(loader)
-            progress("rows", done + rows_a_batch, first_row)
+            progress("rows", done + rows_per_batch, first_row)
         return StreamStart(row=first_row, lane_states=loader.state())
     finally:
         loader.close()
-
-
-def _export(
-    source: DeepSpeedCheckpoint,
-    config: RunConfig,
-    encoder: Encoder,
-    shape: GPT2Shape,
-    state: RunState,
-    versions: dict[str, Any],
-) -> Export:
-    return run_export(
-        config,
-        source.ds_config,
-        model_config=hugging_face_config(shape, eos_token_id=encoder.eos_token_id, dropout=config.dropout),
-        name=str(config.run_name),
-        num_parameters=num_parameters(shape),
-        step=state.step,
-        tokens=state.tokens,
-        evaluations=[],
-        losses=[],
-        fingerprint=state.data["fingerprint"],
-        hub_name=None,
-        versions=versions,
-    )

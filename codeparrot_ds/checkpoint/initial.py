@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -31,7 +30,7 @@ _FREE = ("vocab_size", "activation_function")
 def with_initial_model(config: RunConfig) -> RunConfig:
     """Resolves ``init_from`` of a run that is about to start: to a commit or a folder, and its tokenizer.
 
-    A run that goes on from a checkpoint keeps what it began with, and nothing is fetched.
+    A run that resumes from a checkpoint keeps what it began with, and nothing is fetched.
 
     Returns:
         The config with ``init_from`` pinned and ``tokenizer`` set, maybe to a folder that goes with this process
@@ -44,13 +43,13 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     if not config.init_from:
         return config
     run = Path(config.output_dir) / str(config.run_name)
-    if goes_on(config) and (run / "config.yaml").is_file():
+    if resumes(config) and (run / "config.yaml").is_file():
         saved = load_config(run / "config.yaml")
         return dataclasses.replace(config, init_from=saved.init_from, tokenizer=config.tokenizer or saved.tokenizer)
     config = dataclasses.replace(config, init_from=in_runs(config.init_from, config.output_dir))
     revision = parse_revision(config.init_from)
     if revision is not None and revision.is_pinned and config.tokenizer:
-        return config  # by the front door
+        return config  # by the command
     if revision is not None:
         revision = revision.pinned()
         source, folder = str(revision), fetch(revision)
@@ -100,7 +99,7 @@ def with_kept_tokenizer(config: RunConfig, typed: str) -> RunConfig:
     return dataclasses.replace(config, tokenizer=str(place))
 
 
-def goes_on(config: RunConfig) -> bool:
+def resumes(config: RunConfig) -> bool:
     """Whether the weights come from a checkpoint, so that ``init_from`` has nothing to say."""
     checkpoints = Path(config.output_dir) / str(config.run_name) / "checkpoints"
     return config.resume not in ("auto", "never") or (config.resume == "auto" and bool(checkpoint_folders(checkpoints)))
@@ -110,20 +109,23 @@ def weight_shapes(path: Path) -> dict[str, list[int]]:
     """Returns the shape of every tensor of a safetensors file, from its header.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is damaged or cut off: the header has to account for every byte.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"it is no safetensors file ({error})"
-        raise UserError(f"{path} cannot be read: {reason}") from None
+        with safe_open(path, "np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except OSError as error:
+        reason = str(error).removesuffix(f": {path}")
+    except SafetensorError as error:
+        reason = f"it is no safetensors file, or damaged ({error})"
+    raise UserError(f"{path} cannot be read: {reason}")
 
 
 def load_initial_weights(model: Any, config: RunConfig, ranks: Any, *, partitioned: bool) -> None:
     """Puts the weights of ``init_from`` into a model that was just built; rank 0 reads them; collective."""
-    if not config.init_from or ranks.on_main(lambda: goes_on(config)):
+    if not config.init_from or ranks.on_main(lambda: resumes(config)):
         return
     from codeparrot_ds.model.gpt2 import load_weights
 

@@ -23,10 +23,10 @@ from typing import IO, Any
 from codeparrot_ds.checkpoint.folders import (
     REPLACED,
     STATE,
+    Checkpoint,
     checkpoint_folders,
-    damage_in_sight,
+    newest_checkpoint,
     readable_checkpoints,
-    step_of,
 )
 from codeparrot_ds.child_process import PACKAGE_PARENT
 from codeparrot_ds.config.files import load_config, save_config
@@ -139,30 +139,29 @@ def recorded_outcome(path: Path) -> dict[str, Any]:
     return dict(_recorded(path).get("outcome") or {})
 
 
-def finished_checkpoint(config: RunConfig) -> Path | None:
+def finished_checkpoint(config: RunConfig) -> Checkpoint | None:
     """The last checkpoint of a run that has finished, where this config leaves it nothing to train; None otherwise."""
     path = Path(config.output_dir) / str(config.run_name)
-    outcome, newest = recorded_outcome(path), next(iter(checkpoint_folders(path / "checkpoints")), None)
+    outcome, newest = recorded_outcome(path), newest_checkpoint(path / "checkpoints")
     if config.resume != "auto" or outcome.get("status") != "finished" or newest is None:
         return None
-    step = step_of(newest)
-    return newest if step == outcome.get("step") and step >= config.max_train_steps else None
+    return newest if newest.step == outcome.get("step") and newest.step >= config.max_train_steps else None
 
 
 def continued_from(config: RunConfig) -> Continued | None:
-    """The checkpoint that a run of this config goes on from; None for one that starts.
+    """The checkpoint that a run of this config resumes from; None for one that starts.
 
     Also None for a checkpoint that cannot be read: the ranks verify it, name the damage and look for an older one.
     """
     if config.resume == "never" or not config.run_name:
         return None
     run = Path(config.output_dir) / config.run_name
-    newest = next(iter(checkpoint_folders(run / "checkpoints")), None)
-    checkpoint = newest if config.resume == "auto" else Path(config.resume)
+    auto = config.resume == "auto"
+    checkpoint = newest_checkpoint(run / "checkpoints") if auto else Checkpoint(Path(config.resume))
     if checkpoint is None:
         return None
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        state = checkpoint.read_json(STATE)
         saved = {name: value for name, value in state["extra"]["config"].items() if name in FIELDS}
         step, schedule_step, then = state["step"], state["scheduler_step"], RunConfig(**saved)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
@@ -200,10 +199,12 @@ def check_continuation(config: RunConfig, path: Path) -> None:
         if getattr(there, field) != getattr(here, field)
     ]
     if differences:
-        told = ""
+        otherwise = ""
         if len(differences) == 1 and saved.global_batch_size != config.global_batch_size:
-            told = ", or pass --on-batch-change continue to go on with the next rows in batches of the new size"
-        raise UserError(f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name{told}")
+            otherwise = ", or pass --on-batch-change continue to take the next rows in batches of the new size"
+        raise UserError(
+            f"{path} belongs to another config ({'; '.join(differences)}): choose another --run-name{otherwise}"
+        )
 
 
 def with_checkpoint(config: RunConfig) -> RunConfig:
@@ -219,16 +220,16 @@ def with_checkpoint(config: RunConfig) -> RunConfig:
     try:
         place = find_run(config.resume, config.output_dir, what="checkpoint or run")
         if (place / "checkpoints").is_dir():
-            readable = [path for path, problem in readable_checkpoints(place / "checkpoints") if problem is None]
+            readable = [each for each, problem in readable_checkpoints(place / "checkpoints") if problem is None]
             if not readable:
                 raise UserError(f"{place} has no checkpoint that can be read")
-            place = readable[0]
+            place = readable[0].path
     except UserError as error:
         raise UserError(f"--resume {config.resume}: {error}") from None
     return dataclasses.replace(config, resume=str(place))
 
 
-def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Path | None:
+def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Checkpoint | None:
     """Refuses a start from a checkpoint that cannot hold, as far as that shows without reading its large files.
 
     Args:
@@ -237,7 +238,7 @@ def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Path | 
         shape: of the run's model.
 
     Returns:
-        The checkpoint that the run would go on from; None for one that begins.
+        The checkpoint that the run would resume from; None for one that begins.
 
     Raises:
         UserError: the checkpoint is damaged, a later version's, or of another model.
@@ -246,13 +247,13 @@ def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Path | 
         return None
     checkpoints = path / "checkpoints"
     if config.resume == "auto":
-        candidates = [folder for folder, _ in readable_checkpoints(checkpoints)]
+        candidates = [checkpoint for checkpoint, _ in readable_checkpoints(checkpoints)]
         refusal = f"no checkpoint of {path} is whole: "
     else:
-        candidates, refusal = [Path(config.resume)], f"--resume {config.resume}: "
+        candidates, refusal = [Checkpoint(Path(config.resume))], f"--resume {config.resume}: "
     problems = []
     for checkpoint in candidates:
-        if problem := next(iter(damage_in_sight(checkpoint)), None):
+        if problem := next(iter(checkpoint.damage_in_sight()), None):
             problems.append(problem)
             continue
         _check_model(checkpoint, shape)
@@ -263,9 +264,9 @@ def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Path | 
     return None
 
 
-def _check_model(checkpoint: Path, shape: GPT2Shape) -> None:
+def _check_model(checkpoint: Checkpoint, shape: GPT2Shape) -> None:
     try:
-        saved = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["parameters"]
+        saved = checkpoint.read_json(STATE)["parameters"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # damaged, which the ranks find by its hash
     if problem := differing_parameters(saved, parameter_shapes(shape)):
@@ -284,10 +285,10 @@ def _left_by_a_killed_start(path: Path) -> bool:
 
 
 def check_ds_continuation(config: RunConfig, path: Path, ds_config: dict[str, Any]) -> list[Change]:
-    """What a resolved DeepSpeed config changes for a run that goes on from a checkpoint, all of it safe.
+    """What a resolved DeepSpeed config changes for a run that resumes from a checkpoint, all of it safe.
 
     Args:
-        config: the run config; it says which checkpoint the run goes on from.
+        config: the run config; it says which checkpoint the run resumes from.
         path: the run's folder.
         ds_config: the resolved DeepSpeed config.
 
@@ -364,7 +365,7 @@ def open_run(
 
 
 _made_here: list[Path] = []
-"""Folders that this process made for runs whose start goes on."""
+"""Folders that this process made for runs that are still starting."""
 
 
 @contextlib.contextmanager
@@ -423,16 +424,8 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """The commit of this project's checkout, with ``+changes`` when the tree differs from it; None outside git."""
-    command = [
-        "git",
-        "-C",
-        str(PACKAGE_PARENT / "codeparrot_ds"),
-        "describe",
-        "--always",
-        "--dirty=+changes",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    describe = ("describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*")
+    command = ["git", "-C", str(PACKAGE_PARENT / "codeparrot_ds"), *describe]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -23,13 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from codeparrot_ds import durable
-from codeparrot_ds.checkpoint import folders as checkpoint_files
 from codeparrot_ds.checkpoint.export import Export, write_export
-from codeparrot_ds.checkpoint.folders import STATE
-from codeparrot_ds.checkpoint.fragment_files import FragmentReader, fragment_entries, fragment_file_name
-from codeparrot_ds.checkpoint.tensor_file import TensorEntry, save_tensors, write_tensor_file
+from codeparrot_ds.checkpoint.folders import DATA, EXPORT, STATE, Checkpoint, publish, recover, staging_folder
+from codeparrot_ds.checkpoint.state import EngineState, RunState, read_state, state_as_json
+from codeparrot_ds.checkpoint.tensor_files import (
+    FragmentReader,
+    TensorEntry,
+    fragment_entries,
+    fragment_file_name,
+    save_tensors,
+    write_tensor_file,
+)
+from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.engine.engine import loss_scaler_state, restore_loss_scaler
 from codeparrot_ds.engine.fragments import (
     MOMENTS,
@@ -47,56 +55,32 @@ from codeparrot_ds.model.shapes import differing_parameters
 
 logger = logging.getLogger("codeparrot_ds.checkpoint")
 
-DATA = "data.json"
 BYTES_BESIDE = 1 << 20  # of JSON, RNG states and tokenizer, generously
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunState:
-    """What a checkpoint holds about the run, apart from the tensors and counters of the engine.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: tokens trained on.
-        data: the data stream's state (lane states of every rank, fingerprint), JSON.
-        layout: ``world_size``, ``zero_stage``, ``precision`` of the run that saved it.
-        extra: anything else worth keeping, JSON (evaluations so far, configs).
-    """
-
-    step: int
-    tokens: int
-    data: dict[str, Any]
-    layout: dict[str, Any]
-    extra: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SaveOutcome:
-    """What became of one save.
-
-    Attributes:
-        step: optimizer steps done.
-        path: the checkpoint, once it was complete; None for a save that failed.
-        error: what went wrong, in a sentence that is the same on every rank: the save, or what was to be done with the
-            complete checkpoint (removing older ones, queuing its export).
-        num_bytes: of all files of all ranks (0 where it failed).
-        stall_seconds: how long training waited for it.
-        seconds: from the start of the save to the complete checkpoint.
-    """
+    """What became of one save."""
 
     step: int
-    path: Path | None
+    checkpoint: Checkpoint | None
+    """Once it was complete; None for a save that failed."""
     error: UserError | None
+    """What went wrong, in a sentence that is the same on every rank: the save, or what was to be done with the complete
+    checkpoint (removing older ones, queuing its export)."""
     num_bytes: int
+    """Of all files of all ranks; 0 where it failed."""
     stall_seconds: float
+    """How long training waited for it."""
     seconds: float
+    """From the start of the save to the complete checkpoint."""
 
 
 class CheckpointSaver:
     """Saves a run's checkpoints one after another: the step waits for a copy, the rest happens behind it.
 
-    Every method is collective. A save that fails leaves the checkpoints before it untouched; ``report`` hears of it and
-    training goes on.
+    Every method is collective. A save that fails leaves the checkpoints before it untouched; ``report`` gets it and
+    training continues.
 
     Args:
         engine: the DeepSpeed engine.
@@ -115,7 +99,7 @@ class CheckpointSaver:
         checkpoints: Path,
         *,
         in_background: bool,
-        published: Callable[[Path, RunState], None],
+        published: Callable[[Checkpoint, RunState], None],
         report: Callable[[SaveOutcome], None],
     ) -> None:
         self._engine, self._checkpoints = engine, checkpoints
@@ -131,9 +115,7 @@ class CheckpointSaver:
     def save(self, state: RunState, export: Export) -> None:
         """Saves the run after an optimizer step, at an accumulation boundary; waits for the save before it.
 
-        Args:
-            state: of the run; rank 0's is written and must already hold every rank's lanes.
-            export: what the Hugging Face folder is made of, but for the weights.
+        Rank 0's ``state`` is written and must already hold every rank's lanes.
         """
         self.wait()
         started = time.perf_counter()
@@ -210,19 +192,20 @@ class CheckpointSaver:
             self._crash = error
 
     def _write(self, saved: _Save, stall: float | None) -> None:
-        step, path, error, sizes = saved.state.step, None, None, 0
+        step, checkpoint, error, size = saved.state.step, None, None, 0
         try:
-            sizes = write_checkpoint(self._ranks, self._checkpoints, saved)
-            path = checkpoint_files.step_folder(self._checkpoints, step)
-            self._ranks.on_main(lambda: self._published(path, saved.state))
+            size = write_checkpoint(self._ranks, self._checkpoints, saved)
+            checkpoint = Checkpoint.of_step(self._checkpoints, step)
+            self._ranks.on_main(lambda: self._published(checkpoint, saved.state))
         except UserError as problem:
-            error = problem if path is None else UserError(f"the checkpoint of step {step} is whole, but {problem}")
+            whole = checkpoint is not None
+            error = UserError(f"the checkpoint of step {step} is whole, but {problem}") if whole else problem
         seconds = time.perf_counter() - saved.started
         outcome = SaveOutcome(
             step=step,
-            path=path,
+            checkpoint=checkpoint,
             error=error,
-            num_bytes=sizes,
+            num_bytes=size,
             stall_seconds=seconds if stall is None else stall,
             seconds=seconds,
         )
@@ -246,7 +229,7 @@ class _Save:
 
     state: RunState
     export: Export
-    engine_state: dict[str, Any]
+    engine_state: EngineState
     rng: tuple[dict[str, torch.Tensor], dict[str, str]]
     parts: Iterable[_Part]
     started: float
@@ -271,11 +254,11 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
     step = saved.state.step
 
     def prepare() -> Path:
-        parameters = sum(torch.Size(shape).numel() for shape in saved.engine_state["parameters"].values())
+        parameters = sum(torch.Size(shape).numel() for shape in saved.engine_state.parameters.values())
         itemsize = getattr(torch, saved.export.dtype).itemsize
-        return begin_checkpoint(checkpoints, step, parameters * (saved.engine_state["bytes_a_parameter"] + itemsize))
+        return begin_checkpoint(checkpoints, step, parameters * (saved.engine_state.bytes_a_parameter + itemsize))
 
-    def write_own_files() -> dict[str, dict[str, Any]]:
+    def write_own_files() -> dict[str, WrittenFile]:
         entries = {}
         for part in saved.parts:
             entries[part.name] = write_tensor_file(staging / part.name, part.entries, part.values)
@@ -284,7 +267,7 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
         entries[name] = save_tensors(staging / name, tensors, metadata)
         return entries
 
-    def complete(tables: list[dict[str, dict[str, Any]]]) -> int:
+    def complete(tables: list[dict[str, WrittenFile]]) -> int:
         files = {name: entry for table in tables for name, entry in table.items()}
         return complete_checkpoint(staging, saved.state, saved.engine_state, saved.export, files)
 
@@ -295,7 +278,7 @@ def write_checkpoint(ranks: Ranks, checkpoints: Path, saved: _Save) -> int:
     except UserError as error:
         if ranks.is_main:
             with contextlib.suppress(OSError):  # the next save and the next start try again
-                checkpoint_files.recover(checkpoints)
+                recover(checkpoints)
         raise UserError(
             f"the checkpoint of step {step} could not be written ({error}); the one before it is untouched"
         ) from error
@@ -307,101 +290,89 @@ def begin_checkpoint(checkpoints: Path, step: int, num_bytes: int) -> Path:
     Raises:
         UserError: the disk has no room for it: refused before it is filled for everybody else.
     """
-    checkpoint_files.recover(checkpoints)  # from a save or a removal that failed
+    recover(checkpoints)  # from a save or a removal that failed
     needed, free = num_bytes + BYTES_BESIDE, shutil.disk_usage(checkpoints).free
     if free < needed:
         raise UserError(f"{checkpoints} has {free / 1e9:.2f} GB free and it takes {needed / 1e9:.2f} GB")
-    staging = checkpoint_files.staging_folder(checkpoints, step)
+    staging = staging_folder(checkpoints, step)
     durable.make_folder(staging)
     return staging
 
 
 def complete_checkpoint(
-    staging: Path,
-    state: RunState,
-    engine_state: dict[str, Any],
-    export: Export,
-    files: dict[str, dict[str, Any]],
+    staging: Path, state: RunState, engine_state: EngineState, export: Export, files: dict[str, WrittenFile]
 ) -> int:
     """Writes what one process writes beside the fragments, and makes the hidden folder a checkpoint.
 
     Args:
         staging: from ``begin_checkpoint``, with the files of fragments and generators in it.
         state: of the run.
-        engine_state: what ``load_checkpoint`` reads: ``parameters`` (shapes by name), ``optimizer_step``,
-            ``scheduler_step``, ``global_steps``, ``global_samples``, ``skipped_steps``, ``loss_scaler``.
+        engine_state: of the engine.
         export: what the Hugging Face folder is made of, but for the weights.
-        files: ``bytes`` and ``sha256`` of the files that are there.
+        files: those that are there.
 
     Returns:
         The bytes of all files.
     """
-    written = dataclasses.asdict(state)
-    files[DATA] = durable.write_file(staging / DATA, [durable.json_bytes(written.pop("data"))])
-    files[STATE] = durable.write_file(staging / STATE, [durable.json_bytes(written | engine_state)])
-    shapes = engine_state["parameters"]
-    reader = FragmentReader(staging, files)
-    durable.make_folder(staging / checkpoint_files.EXPORT)
-    weights = reader.weights(shapes, getattr(torch, export.dtype))
-    exported = write_export(staging / checkpoint_files.EXPORT, export, shapes, weights)
-    files |= {f"{checkpoint_files.EXPORT}/{name}": entry for name, entry in exported.items()}
-    checkpoint_files.publish(staging, state.step, files)
-    return sum(entry["bytes"] for entry in files.values())
+    files[DATA] = durable.write_file(staging / DATA, [durable.json_bytes(state.data)])
+    files[STATE] = durable.write_file(staging / STATE, [durable.json_bytes(state_as_json(state, engine_state))])
+    shapes = engine_state.parameters
+    durable.make_folder(staging / EXPORT)
+    weights = FragmentReader(staging, files).weights(shapes, getattr(torch, export.dtype))
+    exported = write_export(staging / EXPORT, export, shapes, weights)
+    files |= {f"{EXPORT}/{name}": file for name, file in exported.items()}
+    publish(staging, state.step, files)
+    return sum(file.num_bytes for file in files.values())
 
 
-def load_checkpoint(engine: Any, ranks: Ranks, checkpoint: Path) -> RunState:
+def load_checkpoint(engine: Any, ranks: Ranks, checkpoint: Checkpoint) -> RunState:
     """Fills the engine from a verified checkpoint of any world size, ZeRO stage and precision; collective.
 
     Raises:
         UserError: the checkpoint belongs to another model.
     """
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    ranks.together(lambda: _load_fragments(engine, checkpoint, state["parameters"]))
+    state, engine_state = read_state(checkpoint)
+    ranks.together(lambda: _load_fragments(engine, checkpoint, engine_state.parameters))
     masters_to_working_weights(engine)
-    set_optimizer_step_count(engine, state["optimizer_step"])
-    _restore_engine_state(engine, state)
-    same_layout = state["layout"]["world_size"] == ranks.world_size
-    ranks.together(lambda: _load_rng(checkpoint, ranks, state["step"], same_layout))
-    return RunState(
-        step=state["step"],
-        tokens=state["tokens"],
-        data=json.loads((checkpoint / DATA).read_text(encoding="utf-8")),
-        layout=state["layout"],
-        extra=state["extra"],
-    )
+    set_optimizer_step_count(engine, engine_state.optimizer_step)
+    _restore_engine_state(engine, engine_state)
+    same_world_size = state.layout["world_size"] == ranks.world_size
+    ranks.together(lambda: _load_rng(checkpoint.path, ranks, state.step, same_world_size))
+    return state
 
 
-def _load_fragments(engine: Any, checkpoint: Path, saved_shapes: dict[str, list[int]]) -> None:
+def _load_fragments(engine: Any, checkpoint: Checkpoint, saved_shapes: dict[str, list[int]]) -> None:
     shapes = parameter_shapes(engine)
     if problem := differing_parameters(saved_shapes, shapes):
         raise UserError(f"{checkpoint} belongs to another model: {problem}")
     create_optimizer_state(engine)
-    reader = FragmentReader(checkpoint, checkpoint_files.read_manifest(checkpoint)["files"])
+    reader = FragmentReader(checkpoint.path, checkpoint.manifest().files)
     with torch.no_grad():
         for fragments in owned_fragments(engine, every_copy=True):
             for fragment in fragments:
                 reader.load(fragment)
 
 
-def _engine_state(engine: Any) -> dict[str, Any]:
-    return {
-        "parameters": parameter_shapes(engine),
-        "bytes_a_parameter": _bytes_a_parameter(engine),
-        "optimizer_step": optimizer_step_count(engine),
-        "scheduler_step": engine.lr_scheduler.last_epoch,
-        "global_steps": engine.global_steps,
-        "global_samples": engine.global_samples,
-        "skipped_steps": engine.skipped_steps,
-        "loss_scaler": loss_scaler_state(engine),
-    }
+def _engine_state(engine: Any) -> EngineState:
+    return EngineState(
+        parameters=parameter_shapes(engine),
+        bytes_a_parameter=_bytes_a_parameter(engine),
+        optimizer_step=optimizer_step_count(engine),
+        scheduler_step=engine.lr_scheduler.last_epoch,
+        global_steps=engine.global_steps,
+        global_samples=engine.global_samples,
+        skipped_steps=engine.skipped_steps,
+        loss_scaler=loss_scaler_state(engine),
+    )
 
 
-def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
-    for key in ("global_steps", "global_samples", "skipped_steps"):
-        setattr(engine, key, state[key])
+def _restore_engine_state(engine: Any, state: EngineState) -> None:
+    engine.global_steps = state.global_steps
+    engine.global_samples = state.global_samples
+    engine.skipped_steps = state.skipped_steps
     # Only the position is restored: rates and lengths follow the run's config, which the user may have changed.
     scheduler = engine.lr_scheduler
-    scheduler.last_epoch = state["scheduler_step"]
+    scheduler.last_epoch = state.scheduler_step
     rates = [
         base * factor(scheduler.last_epoch)
         for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
@@ -409,7 +380,7 @@ def _restore_engine_state(engine: Any, state: dict[str, Any]) -> None:
     for group, rate in zip(engine.basic_optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
-    restore_loss_scaler(engine, state["loss_scaler"])
+    restore_loss_scaler(engine, state.loss_scaler)
 
 
 def _bytes_a_parameter(engine: Any) -> int:
@@ -430,8 +401,6 @@ def _rng_state(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def _load_rng(checkpoint: Path, ranks: Ranks, step: int, same_world_size: bool) -> None:
-    from safetensors import safe_open
-
     path = checkpoint / f"rng-{ranks.rank:05d}.safetensors"
     if not same_world_size or not path.is_file():
         # There is no true continuation of n generators in m others: start new ones that depend on step and rank.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -103,26 +104,27 @@ def _run_checkpoint_list(arguments: argparse.Namespace) -> int:
     run = find_run(arguments.run_folder)
     rows = list_checkpoints(run)
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return 0
     for row in rows:
-        state = "set aside" if row["aside"] else "complete" if row["complete"] else "NOT COMPLETE"
-        loss = "" if row["eval_loss"] is None else f"loss {row['eval_loss']:.4f}"
-        size = size_text(row["bytes"]) if row["bytes"] else "unknown size"
-        print(f"step {row['step']:>8,}  {size:>13}  {row['created']}  {loss:<12}  {state:<12}  {row['path']}")
+        state = "set aside" if row.aside else "complete" if row.complete else "NOT COMPLETE"
+        loss = "" if row.eval_loss is None else f"loss {row.eval_loss:.4f}"
+        size = size_text(row.bytes) if row.bytes else "unknown size"
+        print(f"step {row.step:>8,}  {size:>13}  {row.created}  {loss:<12}  {state:<12}  {row.path}")
     if not rows:
         print(f"{run} has no checkpoint yet")
     return 0
 
 
 def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.checkpoint.folders import find_checkpoint, locate_checkpoint
+    from codeparrot_ds.checkpoint.folders import find_checkpoint
     from codeparrot_ds.staging import refuse_existing
 
     refuse_existing(arguments.out, marker="config.json", overwrite=arguments.overwrite)
-    checkpoint = locate_checkpoint(find_run(arguments.path), arguments.step)
+    checkpoint = find_checkpoint(find_run(arguments.path), arguments.step)
     say(f"reading {checkpoint}: every byte is verified first")
-    find_checkpoint(checkpoint)
+    if damage := checkpoint.damage():
+        raise UserError(damage[0])
 
     from codeparrot_ds.checkpoint.export import export_checkpoint
 
@@ -132,18 +134,18 @@ def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
 
 
 def _run_checkpoint_verify(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.checkpoint.folders import list_checkpoints, verify_checkpoint
+    from codeparrot_ds.checkpoint.folders import Checkpoint, list_checkpoints
 
     place = find_run(arguments.path)
     is_run = (place / "run.json").is_file()
     if not is_run and not place.name.startswith(("step-", "aside-step-")) and not (place / "manifest.json").is_file():
         raise not_a_run(place)
-    paths = [Path(row["path"]) for row in list_checkpoints(place)] if is_run else [place]
+    paths = [Path(row.path) for row in list_checkpoints(place)] if is_run else [place]
     if not paths:
         raise UserError(f"{place} has no checkpoint yet")
     num_damaged = 0
     for path in paths:
-        problems = verify_checkpoint(path)
+        problems = Checkpoint(path).damage()
         num_damaged += bool(problems)
         print("\n".join(problems) or f"{path}: every byte is right")
     return 1 if num_damaged else 0

@@ -26,7 +26,7 @@ from torch import nn
 from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.folders import TOKENIZER_FILES, WEIGHTS
 from codeparrot_ds.checkpoint.initial import initial_weights_file
-from codeparrot_ds.checkpoint.tensor_file import save_tensors
+from codeparrot_ds.checkpoint.tensor_files import save_tensors
 from codeparrot_ds.compare.results import FINGERPRINTS
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig

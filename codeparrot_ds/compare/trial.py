@@ -36,6 +36,7 @@ from codeparrot_ds.config.launch_options import add_launch_arguments, launch_fro
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.metrics import TrainingRow
 from codeparrot_ds.supervision.heartbeat import beat
 from codeparrot_ds.training.loop import Observer, accumulate_gradients, train_step
 
@@ -88,8 +89,8 @@ class _Recorder(Observer):
             digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
             self.hashes[-1] = (self.hashes[-1] + int.from_bytes(digest, "little")) % 2**64
 
-    def logged(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+    def logged(self, row: TrainingRow) -> None:
+        self.rows.append(row.as_json())
 
 
 class _PartTimer(Observer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
+
+from codeparrot_ds.metrics import EvaluationRow
 
 # The run config's fields that tell how the model came to be; paths and places of one machine stay out of a public card.
 _HYPERPARAMETERS = (
@@ -35,57 +38,83 @@ _LIMITS = (
 )
 
 
-def model_card(info: Mapping[str, Any]) -> str:
-    """Returns the text of README.md for one checkpoint; a key that is absent or None leaves its part out.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a card tells of one checkpoint; None and empty leave a part out."""
 
-    Args:
-        info: ``name`` of the run (required); ``model`` (shape) and ``num_parameters``; ``dtype`` of the weights;
-            ``step``, ``tokens``, ``loss`` (training, nats a token), ``eval_loss``, ``perplexity``, ``bits_per_byte``,
-            ``eval_tokens``; ``history``, rows of ``step``, ``eval_loss``, ``perplexity``; ``losses``, pairs of step and
-            training loss; ``config``, the run config's fields; ``ds_config``, the resolved DeepSpeed config;
-            ``corpus``, the contents of corpus.json; ``fingerprint`` of the training stream; ``hub_name``, the model's
-            name on the Hub; ``license`` of the weights (a Hub identifier, ``other`` by default); ``versions``, package
-            to version.
-    """
+    name: str
+    """Of the run."""
+    model: str | None = None
+    """The shape's name or path."""
+    num_parameters: int | None = None
+    dtype: str | None = None
+    """Of the weights."""
+    step: int | None = None
+    tokens: int | None = None
+    evaluations: Sequence[EvaluationRow] = ()
+    losses: Sequence[tuple[int, float]] = ()
+    """Training losses by step, nats per token, a few; the last is the newest."""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The run config's fields."""
+    ds_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Resolved."""
+    corpus: Mapping[str, Any] | None = None
+    """The contents of corpus.json."""
+    fingerprint: Mapping[str, Any] | None = None
+    """Of the training stream."""
+    hub_name: str | None = None
+    """The model's name on the Hub."""
+    license: str | None = None
+    """Of the weights, by a Hub identifier; None is ``other``."""
+    versions: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    """By package."""
+
+    @property
+    def last_evaluation(self) -> EvaluationRow | None:
+        return self.evaluations[-1] if self.evaluations else None
+
+
+def model_card(card: Card) -> str:
+    """Returns the text of README.md for one checkpoint."""
     parts = [
-        _metadata(info),
-        _introduction(info),
-        _usage(info),
-        _figures(info),
-        _hyperparameters(info),
-        _deepspeed(info),
-        _data(info),
+        _metadata(card),
+        _introduction(card),
+        _usage(card),
+        _figures(card),
+        _hyperparameters(card),
+        _deepspeed(card),
+        _data(card),
         _LIMITS,
-        _license(info),
+        _license(card),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(info: Mapping[str, Any]) -> str:
+def _metadata(card: Card) -> str:
     import yaml
 
     metadata: dict[str, Any] = {
         "language": "code",
-        "license": info.get("license") or "other",
+        "license": card.license or "other",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["code", "code-generation", "gpt2", "deepspeed", "codeparrot-ds"],
     }
-    datasets = [name.partition("@")[0] for name in _hub_datasets(info)]
+    datasets = [name.partition("@")[0] for name in _hub_datasets(card)]
     if datasets:
         metadata["datasets"] = datasets
     metadata["metrics"] = ["perplexity"]
-    perplexity = info.get("perplexity")
-    if perplexity is not None and math.isfinite(perplexity):
+    evaluation = card.last_evaluation
+    if evaluation is not None and math.isfinite(evaluation.perplexity):
         dataset = {"name": "held-out source files", "type": "code"}
         metadata["model-index"] = [
             {
-                "name": info["name"],
+                "name": card.name,
                 "results": [
                     {
                         "task": {"type": "text-generation"},
                         "dataset": {"name": datasets[0], "type": datasets[0]} if datasets else dataset,
-                        "metrics": [{"type": "perplexity", "value": round(float(perplexity), 6)}],
+                        "metrics": [{"type": "perplexity", "value": round(evaluation.perplexity, 6)}],
                     }
                 ],
             }
@@ -93,20 +122,20 @@ def _metadata(info: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---"
 
 
-def _introduction(info: Mapping[str, Any]) -> str:
-    size = f"{info['num_parameters']:,} parameters" if info.get("num_parameters") else None
-    shape = f"shape `{_without_path(info['model'])}`" if info.get("model") else None
+def _introduction(card: Card) -> str:
+    size = f"{card.num_parameters:,} parameters" if card.num_parameters else None
+    shape = f"shape `{_without_path(card.model)}`" if card.model else None
     about = ", ".join(filter(None, [shape, size]))
-    at = f"This commit holds the weights after step {info['step']:,}." if info.get("step") is not None else ""
+    at = f"This commit holds the weights after step {card.step:,}." if card.step is not None else ""
     return (
-        f"# {info['name']}\n\n"
+        f"# {card.name}\n\n"
         f"A GPT-2 language model of source code{f' ({about})' if about else ''}, trained from scratch with DeepSpeed "
         f"by codeparrot-ds. {at}".rstrip()
     )
 
 
-def _usage(info: Mapping[str, Any]) -> str:
-    name, branch = info.get("hub_name"), info["name"]
+def _usage(card: Card) -> str:
+    name, branch = card.hub_name, card.name
     model = f'"{name}", revision="{branch}"' if name else '"model"'
     where = "or revision=..., a tag or a commit" if name else "the folder of this file"
     return (
@@ -116,41 +145,40 @@ def _usage(info: Mapping[str, Any]) -> str:
     )
 
 
-def _figures(info: Mapping[str, Any]) -> str:
+def _figures(card: Card) -> str:
+    evaluation = card.last_evaluation
     rows = [
-        ("optimizer steps", _whole(info.get("step"))),
-        ("training tokens", _whole(info.get("tokens"))),
-        ("training loss (nats a token)", _real(info.get("loss"))),
-        ("validation loss (nats a token)", _real(info.get("eval_loss"))),
-        ("validation perplexity", _real(info.get("perplexity"))),
-        ("validation bits a byte", _real(info.get("bits_per_byte"))),
-        ("validation tokens", _whole(info.get("eval_tokens"))),
-        ("precision of these weights", info.get("dtype")),
+        ("optimizer steps", _whole(card.step)),
+        ("training tokens", _whole(card.tokens)),
+        ("training loss (nats a token)", _real(card.losses[-1][1] if card.losses else None)),
+        ("validation loss (nats a token)", _real(evaluation.eval_loss if evaluation else None)),
+        ("validation perplexity", _real(evaluation.perplexity if evaluation else None)),
+        ("validation bits a byte", _real(evaluation.bits_per_byte if evaluation else None)),
+        ("validation tokens", _whole(evaluation.eval_tokens if evaluation else None)),
+        ("precision of these weights", card.dtype),
     ]
-    history = [
-        (_whole(row["step"]), _real(row["eval_loss"]), _real(row["perplexity"])) for row in info.get("history") or []
-    ]
+    history = [(_whole(row.step), _real(row.eval_loss), _real(row.perplexity)) for row in card.evaluations]
     course = _table(("step", "validation loss", "perplexity"), history)
-    losses = _table(("step", "training loss"), [(_whole(step), _real(loss)) for step, loss in info.get("losses") or []])
+    losses = _table(("step", "training loss"), [(_whole(step), _real(loss)) for step, loss in card.losses])
     return "\n\n".join(filter(None, [_section("Training", _table(("figure", "value"), rows)), course, losses]))
 
 
-def _hyperparameters(info: Mapping[str, Any]) -> str:
-    config = info.get("config") or {}
+def _hyperparameters(card: Card) -> str:
+    config = card.config
     rows = [(f"`{name}`", _without_path(config[name])) for name in _HYPERPARAMETERS if config.get(name) is not None]
-    rows += [(f"`{package}`", version) for package, version in (info.get("versions") or {}).items()]
+    rows += [(f"`{package}`", version) for package, version in card.versions.items()]
     return _section("Hyperparameters", _table(("setting", "value"), rows))
 
 
-def _deepspeed(info: Mapping[str, Any]) -> str:
-    if not info.get("ds_config"):
+def _deepspeed(card: Card) -> str:
+    if not card.ds_config:
         return ""
-    text = json.dumps(_without_path(info["ds_config"]), indent=2, default=str)
+    text = json.dumps(_without_path(card.ds_config), indent=2, default=str)
     return f"<details><summary>Resolved DeepSpeed config</summary>\n\n```json\n{text}\n```\n\n</details>"
 
 
-def _data(info: Mapping[str, Any]) -> str:
-    corpus = info.get("corpus") or {}
+def _data(card: Card) -> str:
+    corpus = card.corpus or {}
     splits = [
         (name, _whole(split.get("documents")), _whole(split.get("bytes")))
         for name, split in (corpus.get("splits") or {}).items()
@@ -161,18 +189,18 @@ def _data(info: Mapping[str, Any]) -> str:
     ]
     licenses = [(name, _whole(count)) for name, count in (corpus.get("licenses") or {}).items()]
     tables = [
-        _table(("data set on the Hub",), [(f"`{name}`",) for name in _hub_datasets(info)]),
+        _table(("data set on the Hub",), [(f"`{name}`",) for name in _hub_datasets(card)]),
         _table(("split", "files", "bytes"), splits),
         _table(("cleaning step", "files before", "files after", "bytes after"), steps),
         _table(("licence", "files"), licenses),
-        _fingerprint(info.get("fingerprint")),
+        _fingerprint(card.fingerprint),
     ]
     return _section("Data", "\n\n".join(filter(None, tables)))
 
 
-def _hub_datasets(info: Mapping[str, Any]) -> list[str]:
+def _hub_datasets(card: Card) -> list[str]:
     """The data sets on the Hub that the run reads, each with its commit; a local one's name is a path."""
-    names = [part["name"] for part in (info.get("fingerprint") or {}).get("datasets", [])]
+    names = [part["name"] for part in (card.fingerprint or {}).get("datasets", [])]
     return [name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", name)]
 
 
@@ -195,8 +223,8 @@ def _fingerprint(fingerprint: Mapping[str, Any] | None) -> str:
     return _table(("fingerprint", "value"), rows)
 
 
-def _license(info: Mapping[str, Any]) -> str:
-    name = info.get("license") or "other"
+def _license(card: Card) -> str:
+    name = card.license or "other"
     chosen = "No licence was chosen for these weights" if name == "other" else f"These weights come under `{name}`"
     return f"## Licence\n\n{chosen}. The files that they were trained on have licences of their own."
 

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.checkpoint.folders import checkpoint_folders
+from codeparrot_ds.checkpoint.folders import newest_checkpoint
 from codeparrot_ds.checkpoint.run_folder import recorded_outcome
 from codeparrot_ds.child_process import python_path
 from codeparrot_ds.config.launch_options import LaunchOptions
@@ -88,7 +88,7 @@ def _say_how_to_go_on(job: Job, end: End) -> None:
     stopped = end.code == 0 and recorded_outcome(job.folder).get("status") == "stopped"
     if not stopped and not (end.asked and end.code):
         return
-    newest = next(iter(checkpoint_folders(job.folder / "checkpoints")), None)
+    newest = newest_checkpoint(job.folder / "checkpoints")
     what = "Stopped and saved." if stopped else "Stopped without saving."
     if newest is None:
         what = "Stopped before anything was saved."
@@ -99,7 +99,7 @@ def _say_how_to_go_on(job: Job, end: End) -> None:
 
 def _start(job: Job, *, again: bool) -> tuple[End, Job]:
     """One start; returns how it ended, and the job with the hosts that took part."""
-    if again and checkpoint_folders(job.folder / "checkpoints"):
+    if again and newest_checkpoint(job.folder / "checkpoints"):
         job = dataclasses.replace(job, run=job.run.with_config(resume="auto"))
     server = ControlServer()
     options: dict[str, Any] = {"server": server, "hang_seconds": job.launch.hang_seconds}

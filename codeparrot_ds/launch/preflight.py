@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds.checkpoint.folders import DATA, Checkpoint
 from codeparrot_ds.checkpoint.initial import with_initial_model, with_kept_tokenizer
 from codeparrot_ds.checkpoint.run_folder import (
     check_checkpoint,
@@ -170,12 +171,12 @@ def _warn_of_little_memory(memory: Memory, ranks: int) -> None:
         )
 
 
-def _check_data(config: RunConfig, run: Path, checkpoint: Path | None, stream: StreamConfig) -> None:
+def _check_data(config: RunConfig, run: Path, checkpoint: Checkpoint | None, stream: StreamConfig) -> None:
     """Refuses to resume on other data than the checkpoint's."""
     if checkpoint is None:
         return
     try:
-        saved = json.loads((checkpoint / "data.json").read_text(encoding="utf-8"))
+        saved = checkpoint.read_json(DATA)
     except (OSError, ValueError):
         return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
     if isinstance(saved, dict) and "fingerprint" in saved:

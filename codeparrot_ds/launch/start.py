@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from codeparrot_ds.checkpoint.folders import step_of, verify_checkpoint
+from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.checkpoint.run_folder import (
     check_free,
     continued_from,
@@ -128,20 +128,20 @@ def _going_on(typed: Sequence[str], config: RunConfig, name: str) -> list[str]:
     return named if config.resume == "auto" else with_field(named, "resume", "auto")
 
 
-def _is_at_its_end(config: RunConfig, checkpoint: Path, going_on: list[str]) -> bool:
+def _is_at_its_end(config: RunConfig, checkpoint: Checkpoint, going_on: list[str]) -> bool:
     """Ends the start of a run that has finished, without a rank: says so, and pushes what still waits.
 
     False where ranks have something to do after all: the last checkpoint is damaged, so that its steps are trained
     again, or it is to be pushed to another place than the run's.
     """
-    run = checkpoint.parent.parent
+    run = checkpoint.run
     repository = open_repository(config.hub, config.output_dir)
     if recorded_hub(run) != (None if repository is None else repository.spec):
         return False
-    if damage := verify_checkpoint(checkpoint):
+    if damage := checkpoint.damage():
         print(f"run {run.name} finished, but its last checkpoint is damaged: {damage[0]}", file=sys.stderr)
         return False
-    step = step_of(checkpoint)
+    step = checkpoint.step
     print(f"run {run.name} finished at step {step} of {step}, so nothing is trained: {run}", flush=True)
     if repository is not None:
         print(settle(run, wait_seconds=SETTLE_SECONDS if is_remote(config.hub) else math.inf))

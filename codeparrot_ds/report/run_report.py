@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.checkpoint.folders import checkpoint_folders, step_of
+from codeparrot_ds.checkpoint.folders import checkpoint_folders
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import no_run
 from codeparrot_ds.report.plots import Chart, Series, picture_of
@@ -202,7 +202,7 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "predicted_memory_bytes": (run.record.get("memory") or {}).get("predicted_bytes"),
         "total_hours": _total_hours(run),
         "starts": len(run.record.get("starts") or []) or None,
-        "checkpoints": sorted(step_of(folder) for folder in checkpoint_folders(run.path / "checkpoints")),
+        "checkpoints": sorted(each.step for each in checkpoint_folders(run.path / "checkpoints")),
         "branch": run.record.get("name") if run.record.get("hub") else None,
         "hub": run.record.get("hub"),
         "unreadable_rows": run.unreadable_rows,

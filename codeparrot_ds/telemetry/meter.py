@@ -10,36 +10,32 @@ from typing import Any
 from codeparrot_ds.engine.engine import loss_scale
 from codeparrot_ds.engine.hardware import peak_memory_bytes
 from codeparrot_ds.memory.check import MemoryCheck
+from codeparrot_ds.metrics import TrainingRow
 from codeparrot_ds.telemetry.rank_times import RankTimes
 
 
 @dataclasses.dataclass(kw_only=True)
 class Meter:
-    """Turns the clock into a training row.
-
-    Attributes:
-        loader: the training loader, for the time that the rank waited for it and the epoch.
-        tokens_per_step: tokens of one optimizer step over all ranks.
-        flops_per_token: forward and backward FLOPs a token (6N + 12·L·d·s).
-        peak_flops: of all ranks' devices together, FLOP/s.
-        device: this rank's.
-        tokens: tokens trained on before the first step of this start.
-        step: the step that this start begins after.
-        max_train_steps: the run's last step.
-        memory_check: told of every logged step on rank 0 of a GPU run.
-        rank_times: compares the ranks; None on a single one.
-    """
+    """Turns the clock into a training row."""
 
     loader: Any
+    """The training loader, for the time that the rank waited for it and the epoch."""
     tokens_per_step: int
+    """Over all ranks."""
     flops_per_token: float
+    """Forward and backward (6N + 12·L·d·s)."""
     peak_flops: float
+    """Of all ranks' devices together, FLOP/s."""
     device: Any
     tokens: int
+    """Trained on before the first step of this start."""
     step: int
+    """That this start begins after."""
     max_train_steps: int
     memory_check: MemoryCheck | None = None
+    """Gets every logged step on rank 0 of a GPU run."""
     rank_times: RankTimes | None = None
+    """Compares the ranks; None on a single one."""
 
     def __post_init__(self) -> None:
         self._mark = time.perf_counter()
@@ -51,8 +47,8 @@ class Meter:
         """Leaves time that went into an evaluation or a save out of the throughput."""
         self._paused += seconds
 
-    def row(self, step: int, loss: float, engine: Any) -> dict[str, Any]:
-        """The training row of ``metrics.jsonl`` for the steps since the last one; call it after waiting for the device.
+    def row(self, step: int, loss: float, engine: Any) -> TrainingRow:
+        """The training row for the steps since the last one; call it after waiting for the device.
 
         Collective where the ranks are compared.
 
@@ -69,24 +65,25 @@ class Meter:
         norm = engine.get_global_grad_norm()
         if self.memory_check is not None:
             self.memory_check.after(step)
-        row = {
-            "step": step,
-            "tokens": self.tokens,
-            "epoch": self.loader.counters()["epoch"],
-            "loss": loss,
-            "learning_rate": engine.get_lr()[0],
-            "grad_norm": None if norm is None else float(norm),
-            "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self.flops_per_token / self.peak_flops,
-            "step_seconds": self._step_seconds,
-            "data_wait_seconds": data_wait,
-            "memory_bytes": peak_memory_bytes(self.device),
-            "skipped_steps": engine.skipped_steps,
-            "loss_scale": loss_scale(engine),
-        }
+        compared = {}
         if self.rank_times is not None:
-            row |= self.rank_times.row(steps, data_wait=data_wait, step_seconds=self._step_seconds)
-        return row
+            compared = self.rank_times.row(steps, data_wait=data_wait, step_seconds=self._step_seconds)
+        return TrainingRow(
+            step=step,
+            tokens=self.tokens,
+            epoch=self.loader.counters()["epoch"],
+            loss=loss,
+            learning_rate=engine.get_lr()[0],
+            grad_norm=None if norm is None else float(norm),
+            tokens_per_second=tokens_per_second,
+            mfu=tokens_per_second * self.flops_per_token / self.peak_flops,
+            step_seconds=self._step_seconds,
+            data_wait_seconds=data_wait,
+            memory_bytes=peak_memory_bytes(self.device),
+            skipped_steps=engine.skipped_steps,
+            loss_scale=loss_scale(engine),
+            **compared,
+        )
 
     def forward(self) -> contextlib.AbstractContextManager[None]:
         """Around each forward pass of training."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.run_folder import RunFolder
+from codeparrot_ds.metrics import EvaluationRow, TrainingRow
 from codeparrot_ds.terminal import duration
 
 logger = logging.getLogger("codeparrot_ds")
@@ -133,7 +134,7 @@ class Tracker:
         self._told_wandb: list[concurrent.futures.Future[None]] = []
         self._untold_wandb: list[Callable[[Any], Any]] = []
         self.hyperparameters = {key: value for key, value in hyperparameters.items() if value is not None}
-        self.last_evaluation: dict[str, Any] = {}
+        self.last_evaluation: EvaluationRow | None = None
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -156,13 +157,13 @@ class Tracker:
                 self._to_wandb(tell)
         return self._wandb
 
-    def train(self, row: dict[str, Any]) -> None:
-        """Records a training row (see the keys in the README)."""
+    def train(self, row: TrainingRow) -> None:
+        """Records a training row."""
         self._write(row, "train")
         if self.tensorboard is not None:
             self._started_wandb()
 
-    def evaluation(self, row: dict[str, Any]) -> None:
+    def evaluation(self, row: EvaluationRow) -> None:
         """Records an evaluation row."""
         self.last_evaluation = row
         self._write(row, "validation")
@@ -187,10 +188,10 @@ class Tracker:
 
         self._to_wandb(tell)
 
-    def _write(self, row: dict[str, Any], group: str) -> None:
+    def _write(self, measured: TrainingRow | EvaluationRow, group: str) -> None:
         if self.tensorboard is None:
             return
-        row = {**row, "time": time.time()}
+        row = measured.as_json() | {"time": time.time()}
         self.metrics.append(row)
         numbers = {
             f"{group}/{key}": value
@@ -221,9 +222,10 @@ class Tracker:
         """Writes the hyperparameters with the final figures and ends TensorBoard and wandb."""
         if self.tensorboard is None:
             return
+        last = {} if self.last_evaluation is None else self.last_evaluation.as_json()
         figures = {
             f"final/{key}": float(value)
-            for key, value in self.last_evaluation.items()
+            for key, value in last.items()
             if key in ("eval_loss", "perplexity", "bits_per_byte") and value is not None
         }
         plain = {
@@ -353,17 +355,17 @@ class Progress:
         self.total = total
         self.bar = Bar(start=start, total=total) if active and sys.stderr.isatty() else None
 
-    def show(self, row: dict[str, Any], eta_seconds: float) -> None:
+    def show(self, row: TrainingRow, eta_seconds: float) -> None:
         """Shows a training row, and the time that is left."""
         if not self.active:
             return
-        loss, rate = f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.2e}"
-        speed, left = f"{row['tokens_per_second']:,.0f} tokens/s", f"{duration(eta_seconds)} left"
+        loss, rate = f"loss {row.loss:.4f}", f"lr {row.learning_rate:.2e}"
+        speed, left = f"{row.tokens_per_second:,.0f} tokens/s", f"{duration(eta_seconds)} left"
         if self.bar is not None:
-            norm = [] if row.get("grad_norm") is None else [f"gradient norm {row['grad_norm']:.2f}"]
-            self.bar.show(row["step"], [loss, speed, left], [rate, *norm])
+            norm = [] if row.grad_norm is None else [f"gradient norm {row.grad_norm:.2f}"]
+            self.bar.show(row.step, [loss, speed, left], [rate, *norm])
         else:
-            logger.info("step %d/%d: %s, %s, %s, %s", row["step"], self.total, loss, rate, speed, left)
+            logger.info("step %d/%d: %s, %s, %s, %s", row.step, self.total, loss, rate, speed, left)
 
     def say(self, message: str, *args: Any) -> None:
         """A line, above the bar where there is one."""

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from codeparrot_ds.checkpoint.run_folder import RunFolder
-from codeparrot_ds.checkpoint.saver import RunState
+from codeparrot_ds.checkpoint.state import RunState
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.datasets import (
     StreamStart,

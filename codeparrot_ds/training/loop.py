@@ -13,6 +13,7 @@ from codeparrot_ds.supervision.heartbeat import beat
 if TYPE_CHECKING:
     import torch
 
+    from codeparrot_ds.metrics import TrainingRow
     from codeparrot_ds.resolved_run import ResolvedRun
     from codeparrot_ds.training.session import Session
 
@@ -89,7 +90,7 @@ class Observer:
     def read(self, batch: torch.Tensor) -> None:
         """The loader gave a micro-batch, which is about to enter its forward pass."""
 
-    def logged(self, row: dict[str, Any]) -> None:
+    def logged(self, row: TrainingRow) -> None:
         """A step has its training row."""
 
 

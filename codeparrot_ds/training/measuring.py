@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 from codeparrot_ds.checkpoint.run_folder import RunFolder
-from codeparrot_ds.checkpoint.saver import RunState
+from codeparrot_ds.checkpoint.state import RunState
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.engine.hardware import peak_flops
 from codeparrot_ds.engine.ranks import Ranks

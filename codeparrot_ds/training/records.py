@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 from codeparrot_ds.checkpoint.run_folder import RunFolder, continued_from, open_run, run_path
-from codeparrot_ds.checkpoint.saver import RunState
+from codeparrot_ds.checkpoint.state import RunState
 from codeparrot_ds.config.warnings import config_warnings
 from codeparrot_ds.ds_config.changes import sources_as_json
 from codeparrot_ds.engine.ranks import Ranks

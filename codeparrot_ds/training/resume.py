@@ -1,4 +1,4 @@
-"""The checkpoint that a start goes on from."""
+"""The checkpoint that a start resumes from."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.checkpoint import folders as checkpoint_files
+from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.checkpoint.run_folder import RunFolder
-from codeparrot_ds.checkpoint.saver import RunState, load_checkpoint
+from codeparrot_ds.checkpoint.saver import load_checkpoint
+from codeparrot_ds.checkpoint.state import RunState
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.engine.ranks import Ranks, SharedError
 from codeparrot_ds.errors import UserError
@@ -25,26 +27,26 @@ def restore(config: RunConfig, folder: RunFolder, engine: Any, ranks: Ranks) -> 
     return None if checkpoint is None else load_checkpoint(engine, ranks, checkpoint)
 
 
-def newest_valid(folder: RunFolder, ranks: Ranks) -> Path | None:
+def newest_valid(folder: RunFolder, ranks: Ranks) -> Checkpoint | None:
     """The newest checkpoint that holds; damaged ones are named and set aside. Every rank verifies its share."""
     # Rank 0 alone looks at the folder: others may see it late on a network's file system.
     candidates = ranks.on_main(lambda: checkpoint_files.readable_checkpoints(folder.checkpoints))
     found = None
-    damaged: dict[Path, list[str]] = {}
-    for path, problem in candidates:
-        damage = [problem] if problem else _verify(path, ranks)
+    damaged: dict[Checkpoint, list[str]] = {}
+    for checkpoint, problem in candidates:
+        damage = [problem] if problem else _verify(checkpoint, ranks)
         if not damage:
-            found = path
+            found = checkpoint
             break
-        damaged[path] = damage
+        damaged[checkpoint] = damage
 
     def report() -> None:
         if found is None and damaged:
             raise UserError(f"no checkpoint of {folder.path} is whole: {next(iter(damaged.values()))[0]}")
-        for path, damage in damaged.items():
+        for checkpoint, damage in damaged.items():
             for sentence in damage:
                 logger.error("damaged checkpoint left out: %s", sentence)
-            logger.error("%s was set aside as %s", path.name, checkpoint_files.set_aside(path).name)
+            logger.error("%s was set aside as %s", checkpoint.name, checkpoint_files.set_aside(checkpoint).name)
         if found is not None:
             checkpoint_files.point_latest(found)  # a kill may have come between the rename and this
 
@@ -52,14 +54,14 @@ def newest_valid(folder: RunFolder, ranks: Ranks) -> Path | None:
     return found
 
 
-def _verify(checkpoint: Path, ranks: Ranks) -> list[str]:
-    share = checkpoint_files.verify_checkpoint(checkpoint, share=ranks.rank, num_shares=ranks.world_size)
+def _verify(checkpoint: Checkpoint, ranks: Ranks) -> list[str]:
+    share = checkpoint.damage(share=ranks.rank, num_shares=ranks.world_size)
     return sorted({sentence for sentences in ranks.gather(share) for sentence in sentences})
 
 
-def _asked_for(config: RunConfig, ranks: Ranks) -> Path:
+def _asked_for(config: RunConfig, ranks: Ranks) -> Checkpoint:
     """The checkpoint that ``--resume`` names, of this run or another; every byte of it is right."""
-    chosen = Path(config.resume).resolve()
+    chosen = Checkpoint(Path(config.resume).resolve())
     damage = _verify(chosen, ranks)
     if damage:
         raise SharedError(f"--resume {config.resume}: {damage[0]}")
@@ -78,7 +80,7 @@ def leave_later(config: RunConfig, folder: RunFolder, ranks: Ranks, restored: Ru
 
     def set_aside() -> None:
         for later in checkpoint_files.checkpoint_folders(folder.checkpoints):
-            if checkpoint_files.step_of(later) >= step and later.resolve() != chosen:
+            if later.step >= step and later.path.resolve() != chosen:
                 logger.warning("%s was set aside as %s", later.name, checkpoint_files.set_aside(later).name)
 
     ranks.on_main(set_aside)

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from codeparrot_ds.checkpoint import folders as checkpoint_files
 from codeparrot_ds.checkpoint.export import run_export
+from codeparrot_ds.checkpoint.folders import readable_checkpoints
 from codeparrot_ds.checkpoint.run_folder import RunFolder
-from codeparrot_ds.checkpoint.saver import CheckpointSaver, RunState, SaveOutcome
+from codeparrot_ds.checkpoint.saver import CheckpointSaver, SaveOutcome
+from codeparrot_ds.checkpoint.state import RunState
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.datasets import StreamStart, data_account, saved_stream
 from codeparrot_ds.data.loader import TrainingLoader, token_ids
@@ -25,6 +26,7 @@ from codeparrot_ds.engine.ranks import Ranks, SharedError
 from codeparrot_ds.evaluation.perplexity import evaluate_batches, token_losses
 from codeparrot_ds.hub.commands import SETTLE_SECONDS, settle
 from codeparrot_ds.hub.places import is_remote
+from codeparrot_ds.metrics import EvaluationRow
 from codeparrot_ds.model.attention import document_inputs
 from codeparrot_ds.resolved_run import ResolvedRun
 from codeparrot_ds.supervision.heartbeat import beat
@@ -65,7 +67,7 @@ class Session:
     """Optimizer steps done before this start."""
     data: RunData
     stream_start: StreamStart
-    evaluations: list[dict[str, Any]]
+    evaluations: list[EvaluationRow]
     sampler: Sampler | None = None
     """Of completions at each evaluation."""
     profiler: StepProfiler | None = None
@@ -89,18 +91,12 @@ class Session:
     def config(self) -> RunConfig:
         return self.run.config
 
-    @property
-    def last_evaluation(self) -> dict[str, Any]:
-        """The newest evaluation row; empty before the first."""
-        return self.evaluations[-1] if self.evaluations else {}
-
     def is_healthy(self, step: int) -> bool:
         """False if the last step was skipped or its evaluation loss is not finite.
 
         Older checkpoints make room for newer ones, so weights that are past help must not push out good ones.
         """
-        evaluation = self.last_evaluation
-        evaluated_well = evaluation.get("step") != step or math.isfinite(evaluation["eval_loss"])
+        evaluated_well = all(math.isfinite(row.eval_loss) for row in self.evaluations[-1:] if row.step == step)
         return self.bad_steps.in_a_row == 0 and evaluated_well
 
     @property
@@ -172,15 +168,15 @@ class Session:
         )
         samples = None if self.sampler is None else self.sampler(self.engine)
         self.engine.train()
-        row = {
-            "step": step,
-            "tokens": self.meter.tokens_at(step),
-            "eval_loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "eval_tokens": result.eval_tokens,
+        row = EvaluationRow(
+            step=step,
+            tokens=self.meter.tokens_at(step),
+            eval_loss=result.loss,
+            perplexity=result.perplexity,
+            bits_per_byte=result.bits_per_byte,
+            eval_tokens=result.eval_tokens,
             **(samples.figures if samples else {}),
-        }
+        )
         self.evaluations.append(row)
         self.tracker.evaluation(row)
         if samples is not None:
@@ -208,31 +204,23 @@ class Session:
         beat("save", step=step)
         lanes = {lane: state for table in self.ranks.gather(self.loader.state()) for lane, state in table.items()}
         rows = self.stream_start.row + (step - self.step) * self.config.global_batch_size
-        tokens = self.meter.tokens_at(step)
         state = RunState(
             step=step,
-            tokens=tokens,
+            tokens=self.meter.tokens_at(step),
             data=saved_stream(self.data.fingerprint, StreamStart(row=rows, lane_states=lanes)),
             layout=self.run.layout,
-            extra={
-                # Copies: they are written while the run goes on.
-                "evaluations": [dict(row) for row in self.evaluations],
-                "config": dataclasses.asdict(self.config),
-                "ds_config": self.run.ds_config,
-            },
+            evaluations=list(self.evaluations),  # a copy: it is written while the run continues
+            config=dataclasses.asdict(self.config),
+            ds_config=self.run.ds_config,
         )
         export = run_export(
             self.config,
-            self.run.ds_config,
+            state,
             model_config=self.engine.module.config,
             name=self.folder.name,
             num_parameters=self.run.parameters,
-            step=step,
-            tokens=tokens,
-            evaluations=self.evaluations,
             versions=self.folder.record["versions"],
             losses=self.tracker.metrics.losses(CURVE_POINTS) if self.ranks.is_main else [],
-            fingerprint=self.data.fingerprint,
             hub_name=self.folder.record.get("hub") if is_remote(self.config.hub) else None,
         )
         self.saver.save(state, export)
@@ -242,9 +230,8 @@ class Session:
         """Records that the run has diverged and finds its newest checkpoint that is whole (rank 0)."""
         self.saver.wait()
         self.folder.update(outcome={"status": "diverged", "step": step, "run": str(self.folder.path)})
-        candidates = checkpoint_files.readable_checkpoints(self.folder.checkpoints)
-        whole = (path for path, problem in candidates if not problem and not checkpoint_files.verify_checkpoint(path))
-        return next(whole, None)
+        candidates = readable_checkpoints(self.folder.checkpoints)
+        return next((each.path for each, problem in candidates if not problem and not each.damage()), None)
 
     def _report_save(self, outcome: SaveOutcome) -> None:
         """Says what became of a save (rank 0, from the thread that wrote)."""
@@ -255,7 +242,7 @@ class Session:
         self.progress.say(
             "checkpoint at step %d: %s (%s in %.1f s, training waited %.2f s)",
             outcome.step,
-            outcome.path,
+            outcome.checkpoint,
             size_text(outcome.num_bytes),
             outcome.seconds,
             outcome.stall_seconds,

@@ -84,7 +84,7 @@ def start_session(given: RunConfig | ResolvedRun, *, peak_flops: float | None = 
         step=step,
         data=data,
         stream_start=stream_start,
-        evaluations=list(restored.extra["evaluations"]) if restored else [],
+        evaluations=restored.evaluations if restored else [],
         sampler=sampler,
         profiler=open_profiler(run, ranks, folder, engine, meter, progress, step),
     )

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from codeparrot_ds.checkpoint import folders as checkpoint_files
+from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.training import publish
 from tests.torture.tiny_run import TinyRun
 
@@ -44,7 +44,7 @@ def run(only_rank, tokenizer_dir, tmp_path_factory):
 @pytest.fixture
 def damaged(run, tmp_path):
     """Its newest checkpoint, to be damaged; whole again afterwards."""
-    newest = checkpoint_files.step_folder(run.checkpoints, 20)
+    newest = Checkpoint.of_step(run.checkpoints, 20).path
     shutil.copytree(newest, tmp_path / "whole")
     yield newest
     for aside in run.checkpoints.glob("aside-*"):
@@ -89,13 +89,13 @@ def test_damage_at_any_place_is_found_and_named(damaged, kind, damage):
     for _ in range(KINDS[kind]):
         content = damage(whole, draw)
         path.write_bytes(content)
-        problems = checkpoint_files.verify_checkpoint(damaged)
+        problems = Checkpoint(damaged).damage()
         assert len(problems) == 1 and path.name in problems[0] and str(damaged) in problems[0], problems
         # Each rank verifies a share of the files; one of three finds it (each of them, for the manifest).
-        shares = [checkpoint_files.verify_checkpoint(damaged, share=share, num_shares=3) for share in range(3)]
+        shares = [Checkpoint(damaged).damage(share=share, num_shares=3) for share in range(3)]
         assert {problem for share in shares for problem in share} == set(problems)
     path.write_bytes(whole)
-    assert checkpoint_files.verify_checkpoint(damaged) == []
+    assert Checkpoint(damaged).damage() == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +108,7 @@ def test_a_start_uses_the_checkpoint_before(run, damaged, kind, damage, caplog, 
         path.write_bytes(damage(path.read_bytes(), random.Random(f"{SEED} {kind}")))
     monkeypatch.setattr(logging.getLogger("codeparrot_ds"), "propagate", True)
     found = run.newest()
-    assert found == checkpoint_files.step_folder(run.checkpoints, 10)
+    assert found == Checkpoint.of_step(run.checkpoints, 10)
     assert run.load(found).state.step == 10
     said = [record.getMessage() for record in caplog.records]
     assert any("damaged checkpoint left out" in line and path.name in line for line in said), said
@@ -121,5 +121,5 @@ def test_the_pointer_is_for_people(run, damaged, content):
     """A start looks at the folders: nothing hangs on ``latest``, and it is put right."""
     latest = run.checkpoints / "latest"
     latest.write_text(content)
-    assert run.newest() == damaged
+    assert run.newest() == Checkpoint(damaged)
     assert json.loads(latest.read_text()) == {"checkpoint": "step-00000020", "step": 20}

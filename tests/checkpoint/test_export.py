@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from codeparrot_ds.checkpoint.export import TRAINING_STATE, Export, write_export
+from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
 
@@ -43,7 +44,7 @@ def export(tmp_path, tokenizer_dir):
         assert sorted(entries) == sorted(path.name for path in folder.iterdir())
         for name, entry in entries.items():
             content = (folder / name).read_bytes()
-            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            assert entry == WrittenFile(len(content), hashlib.sha256(content).hexdigest())
         return model, folder
 
     return make

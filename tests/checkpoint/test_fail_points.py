@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from codeparrot_ds import durable
-from codeparrot_ds.checkpoint import folders as checkpoint_files
+from codeparrot_ds.checkpoint.folders import Checkpoint, readable_checkpoints, recover
 from codeparrot_ds.hub import queue
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.training import publish
@@ -53,7 +53,7 @@ class Case:
 
     def wanted(self, run: TinyRun, calls: list[Call], *, power_cut: bool = False) -> Content | None:
         """What must be found after these calls: the switch was among them, or a power cut would undo it."""
-        switch = Call("rename", checkpoint_files.step_folder(run.checkpoints, self.step))
+        switch = Call("rename", Checkpoint.of_step(run.checkpoints, self.step).path)
         made = switch in calls
         if made and power_cut:
             made = Call("fsync", run.checkpoints) in calls[calls.index(switch) :]
@@ -84,7 +84,7 @@ class Bench:
             assert run.save(step).error is None
         newest = run.newest()
         assert newest is not None and run.load(newest).equals(new)
-        shutil.copytree(newest, after)
+        shutil.copytree(newest.path, after)
         replace(run.path, before)
         return Case(before=before, after=after, step=step, old=old, new=new, calls=disk.calls)
 
@@ -103,15 +103,15 @@ class Bench:
 
     def newest(self) -> Content | None:
         """What the newest complete checkpoint brings back; none of them is damaged."""
-        for folder, problem in checkpoint_files.readable_checkpoints(self.run.checkpoints):
-            assert problem is None and checkpoint_files.verify_checkpoint(folder) == []
-            return self.run.load(folder)
+        for checkpoint, problem in readable_checkpoints(self.run.checkpoints):
+            assert problem is None and checkpoint.damage() == []
+            return self.run.load(checkpoint)
         return None
 
     def restart(self) -> Content | None:
         """What a start of the run goes on with."""
         run = self.run
-        checkpoint_files.recover(run.checkpoints)
+        recover(run.checkpoints)
         found = run.newest()
         assert not list(run.checkpoints.glob("aside-*")) and leftovers(run.checkpoints) == []
         if found is None:
@@ -125,8 +125,7 @@ class Bench:
     def check_queue(self, checkpoint: Path) -> None:
         """The checkpoint's export waits for the branch, once, and nothing that waits is damaged."""
         pending = PushQueue(self.run.path).pending()
-        files = checkpoint_files.read_manifest(checkpoint)["files"]
-        exported = {name[7:]: entry["sha256"] for name, entry in files.items() if name.startswith("export/")}
+        exported = {name: file.sha256 for name, file in checkpoint.manifest().exported().items()}
         assert [entry.sha256 for entry in pending].count(exported) == 1
         assert [queue.damage(entry) for entry in pending] == [None] * len(pending)
 
@@ -155,7 +154,7 @@ def bench(only_rank, tokenizer_dir):
 def case(bench, request):
     """One of the saves, with the training engine where it is to be saved."""
     case = bench.cases[request.param]
-    bench.run.become(case.after)
+    bench.run.become(Checkpoint(case.after))
     yield case
     replace(bench.run.path, case.before)
 
@@ -225,7 +224,7 @@ def test_any_call_is_answered_with_an_error(bench, case):
         if outcome.error is not None:
             check_sentence(bench.run, outcome.error)
             told += 1
-        removing = call.kind in ("open", "unlink", "rmdir") and outcome.path is not None
+        removing = call.kind in ("open", "unlink", "rmdir") and outcome.checkpoint is not None
         assert removing or leftovers(bench.run.checkpoints) == [], call
         check_next_save(bench, case)
     assert told >= 70
@@ -275,8 +274,8 @@ def check_next_save(bench: Bench, case: Case) -> None:
 def test_killed_at_any_call_of_the_recovery(bench):
     """After a kill between the two renames of a replacement, and one in the removal of what was replaced."""
     case, run = bench.cases["again"], bench.run
-    run.become(case.after)
-    final = checkpoint_files.step_folder(run.checkpoints, case.step)
+    run.become(Checkpoint(case.after))
+    final = Checkpoint.of_step(run.checkpoints, case.step).path
     switch = case.calls.index(Call("rename", final))
     removal = case.calls.index(Call("rename", final.with_name(f".staging-replaced-{final.name}")))
     for kill in (switch, removal, removal + 3):
@@ -284,12 +283,12 @@ def test_killed_at_any_call_of_the_recovery(bench):
         killed = bench.room / f"killed-at-{kill}"
         shutil.copytree(run.path, killed)
         with Disk(run.path).watching() as disk:
-            checkpoint_files.recover(run.checkpoints)
+            recover(run.checkpoints)
         assert len(disk.calls) > 10
         for number in range(len(disk.calls)):
             replace(run.path, killed)
             with Disk(run.path, Fault(at=number)).watching(), pytest.raises(Died):
-                checkpoint_files.recover(run.checkpoints)
+                recover(run.checkpoints)
             assert is_content(bench.restart(), case.wanted(run, case.calls[:kill])), (kill, disk.calls[number])
     replace(run.path, case.before)
 
@@ -323,5 +322,5 @@ def test_nothing_but_durable_writes_below_the_checkpoints(bench, case):
     assert in_a_fork(save_and_report) == 0
     seen, past = json.loads(report.read_text())
     assert past == []
-    saved = checkpoint_files.step_folder(bench.run.checkpoints, case.step)
+    saved = Checkpoint.of_step(bench.run.checkpoints, case.step).path
     assert {path.name for path in saved.rglob("*") if path.is_file()} <= set(seen)

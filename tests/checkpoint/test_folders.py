@@ -11,20 +11,19 @@ from codeparrot_ds.checkpoint.folders import (
     LATEST,
     MANIFEST,
     SEAL,
+    Checkpoint,
+    CheckpointRow,
     NewerFormatError,
     checkpoint_folders,
     list_checkpoints,
     newest_export,
     publish,
-    read_manifest,
     readable_checkpoints,
     recover,
     remove_old,
     sealed,
     set_aside,
     staging_folder,
-    step_folder,
-    verify_checkpoint,
 )
 from codeparrot_ds.durable import write_file, write_json
 from codeparrot_ds.errors import UserError
@@ -45,18 +44,18 @@ def stage(checkpoints: Path, step: int, content: str = "weights") -> tuple[Path,
     return staging, {name: write_file(staging / name, [text.encode()]) for name, text in contents.items()}
 
 
-def save(checkpoints: Path, step: int, content: str = "weights") -> Path:
+def save(checkpoints: Path, step: int, content: str = "weights") -> Checkpoint:
     staging, files = stage(checkpoints, step, content)
     return publish(staging, step, files)
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     """What a start of the run looks for: the newest checkpoint that holds, and what is wrong with the newer ones."""
     problems: list[str] = []
-    for path, problem in readable_checkpoints(checkpoints):
-        damage = [problem] if problem else verify_checkpoint(path)
+    for checkpoint, problem in readable_checkpoints(checkpoints):
+        damage = [problem] if problem else checkpoint.damage()
         if not damage:
-            return path, problems
+            return checkpoint, problems
         problems += damage
     return None, problems
 
@@ -64,20 +63,20 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def test_a_published_checkpoint_is_whole_and_pointed_to(checkpoints):
     final = save(checkpoints, 50)
     assert final.name == "step-00000050"
-    assert verify_checkpoint(final) == []
+    assert final.damage() == []
     assert newest_valid(checkpoints) == (final, [])
     assert json.loads((checkpoints / LATEST).read_text()) == {"checkpoint": "step-00000050", "step": 50}
     assert not staging_folder(checkpoints, 50).exists()
-    manifest = read_manifest(final)
-    assert manifest["step"] == 50 and sorted(manifest["files"]) == ["export/model.safetensors", "state.json"]
+    assert final.step == final.read_json(MANIFEST)["step"] == 50
+    assert sorted(final.manifest().files) == ["export/model.safetensors", "state.json"]
 
 
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-def write_manifest(checkpoint: Path, content: dict) -> None:
-    write_json(checkpoint / MANIFEST, sealed({key: value for key, value in content.items() if key != SEAL}))
+def write_manifest(checkpoint: Checkpoint, content: dict) -> None:
+    write_json(checkpoint.path / MANIFEST, sealed({key: value for key, value in content.items() if key != SEAL}))
 
 
 def flip_a_bit(path: Path) -> None:
@@ -90,9 +89,10 @@ def make_unreadable(path: Path) -> None:
     """Reading it fails with EIO, as from a bad sector, whoever reads."""
     path.unlink()
     path.symlink_to("/proc/self/mem")
-    content = read_manifest(path.parents[1])
+    checkpoint = Checkpoint(path.parents[1])
+    content = checkpoint.read_json(MANIFEST)
     content["files"]["export/model.safetensors"]["bytes"] = 0
-    write_manifest(path.parents[1], content)
+    write_manifest(checkpoint, content)
 
 
 @pytest.mark.parametrize(
@@ -107,23 +107,23 @@ def make_unreadable(path: Path) -> None:
 def test_damage_is_named_and_the_next_older_one_is_used(checkpoints, damage, words):
     older = save(checkpoints, 9)
     newer = save(checkpoints, 10)
-    broken = newer / "export" / "model.safetensors"
+    broken = newer.export / "model.safetensors"
     damage(broken)
-    problems = verify_checkpoint(newer)
+    problems = newer.damage()
     assert len(problems) == 1 and str(broken) in problems[0] and words in problems[0]
     assert newest_valid(checkpoints) == (older, problems)
 
 
 def test_every_damaged_file_is_named(checkpoints):
     final = save(checkpoints, 10)
-    truncate(final / "state.json")
-    (final / "export" / "model.safetensors").unlink()
-    assert len(verify_checkpoint(final)) == 2
+    truncate(final.path / "state.json")
+    (final.export / "model.safetensors").unlink()
+    assert len(final.damage()) == 2
 
 
 def test_none_is_valid(checkpoints):
     for step in (10, 20):
-        truncate(save(checkpoints, step) / "state.json")
+        truncate(save(checkpoints, step).path / "state.json")
     found, problems = newest_valid(checkpoints)
     assert found is None and ["step-00000020" in problem for problem in problems] == [True, False]
     assert newest_valid(checkpoints.parent / "nowhere") == (None, [])
@@ -133,9 +133,9 @@ def test_none_is_valid(checkpoints):
 def test_a_manifest_that_is_none(checkpoints, content):
     older, newer = save(checkpoints, 10), save(checkpoints, 20)
     if content is None:
-        (newer / MANIFEST).unlink()
+        (newer.path / MANIFEST).unlink()
     else:
-        (newer / MANIFEST).write_text(content, encoding="latin-1")
+        (newer.path / MANIFEST).write_text(content, encoding="latin-1")
     found, problems = newest_valid(checkpoints)
     assert found == older
     assert len(problems) == 1 and "step-00000020" in problems[0] and MANIFEST in problems[0]
@@ -143,26 +143,25 @@ def test_a_manifest_that_is_none(checkpoints, content):
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_found(checkpoints):
     final = save(checkpoints, 10)
-    manifest = final / MANIFEST
+    manifest = final.path / MANIFEST
     whole = manifest.read_bytes()
     for position in range(len(whole)):
         flipped = whole[position] ^ 1 << position % 8
         manifest.write_bytes(whole[:position] + bytes([flipped]) + whole[position + 1 :])
-        (problem,) = verify_checkpoint(final)
+        (problem,) = final.damage()
         assert str(manifest) in problem or f"{final} is not a complete checkpoint: {MANIFEST}" in problem
-        assert [row["complete"] for row in list_checkpoints_of(final)] == [False]
+        assert [row.complete for row in list_checkpoints_of(final)] == [False]
 
 
-def list_checkpoints_of(checkpoint: Path) -> list[dict]:
-    run = checkpoint.parents[1]
-    (run / "run.json").write_text("{}")
-    return list_checkpoints(run)
+def list_checkpoints_of(checkpoint: Checkpoint) -> list[CheckpointRow]:
+    (checkpoint.run / "run.json").write_text("{}")
+    return list_checkpoints(checkpoint.run)
 
 
 def test_a_newer_format_is_refused_by_name(checkpoints):
     final = save(checkpoints, 10)
-    write_manifest(final, read_manifest(final) | {"format": 2})
-    (problem,) = verify_checkpoint(final)
+    write_manifest(final, final.read_json(MANIFEST) | {"format": 2})
+    (problem,) = final.damage()
     assert "step-00000010 has format 2" in problem and "update codeparrot-ds" in problem
     with pytest.raises(NewerFormatError, match="update codeparrot-ds"):
         readable_checkpoints(checkpoints)
@@ -172,11 +171,12 @@ def test_a_half_written_checkpoint_is_never_seen(checkpoints):
     older = save(checkpoints, 10)
     staging, files = stage(checkpoints, 20)
     assert newest_valid(checkpoints) == (older, [])
-    write_json(staging / MANIFEST, {"format": 1, "step": 20, "created": "", "files": files})  # killed before the rename
+    table = {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in files.items()}
+    write_json(staging / MANIFEST, {"format": 1, "step": 20, "created": "", "files": table})  # killed before the rename
     assert newest_valid(checkpoints) == (older, [])
     assert checkpoint_folders(checkpoints) == [older]
-    assert [row["step"] for row in list_checkpoints_of(older)] == [10]
-    assert newest_export(checkpoints.parent) == older / "export"
+    assert [row.step for row in list_checkpoints_of(older)] == [10]
+    assert newest_export(checkpoints.parent) == older.export
 
 
 @pytest.mark.parametrize("same_step", [False, True])
@@ -198,7 +198,8 @@ def test_a_kill_at_any_call_of_publish_leaves_a_whole_checkpoint(checkpoints, mo
             recover(checkpoints)
             found, problems = newest_valid(checkpoints)
             # A step that was there before is there after, in one version or the other.
-            allowed = (step_folder(checkpoints, 20),) if same_step else (older, step_folder(checkpoints, 20))
+            saved = Checkpoint.of_step(checkpoints, 20)
+            allowed = (saved,) if same_step else (older, saved)
             assert found in allowed and problems == [], (name, number)
             names = {path.name for path in checkpoints.iterdir()}
             assert not [path for path in names if path.startswith((".staging", ".replaced"))]
@@ -232,8 +233,8 @@ def dies_at(monkeypatch, owner, name, number, work) -> bool:
 def test_saving_the_same_step_again_replaces_it(checkpoints):
     save(checkpoints, 20, "first")
     final = save(checkpoints, 20, "second")
-    assert (final / "export" / "model.safetensors").read_text().startswith("second")
-    assert verify_checkpoint(final) == []
+    assert (final.export / "model.safetensors").read_text().startswith("second")
+    assert final.damage() == []
     assert [path.name for path in checkpoints.iterdir() if path.is_dir()] == ["step-00000020"]
 
 
@@ -242,8 +243,8 @@ def test_retention_keeps_the_newest(checkpoints):
     for step in (5, 100, 123_456_789, 99_999_999):
         save(checkpoints, step)
     removed = remove_old(checkpoints, newest=2)
-    assert [path.name for path in removed] == ["step-00000100", "step-00000005"]
-    assert [path.name for path in checkpoint_folders(checkpoints)] == ["step-123456789", "step-99999999"]
+    assert [checkpoint.name for checkpoint in removed] == ["step-00000100", "step-00000005"]
+    assert [checkpoint.name for checkpoint in checkpoint_folders(checkpoints)] == ["step-123456789", "step-99999999"]
     assert sorted(path.name for path in checkpoints.iterdir()) == [LATEST, "step-123456789", "step-99999999"]
 
 
@@ -251,16 +252,16 @@ def test_retention_keeps_each_mth_and_the_best(checkpoints):
     for step in range(10, 110, 10):
         save(checkpoints, step)
     remove_old(checkpoints, newest=2, every=40, best=[30])
-    assert [int(path.name[5:]) for path in checkpoint_folders(checkpoints)] == [100, 90, 80, 40, 30]
+    assert [checkpoint.step for checkpoint in checkpoint_folders(checkpoints)] == [100, 90, 80, 40, 30]
     remove_old(checkpoints, newest=1)
-    assert [int(path.name[5:]) for path in checkpoint_folders(checkpoints)] == [100]
+    assert [checkpoint.step for checkpoint in checkpoint_folders(checkpoints)] == [100]
 
 
 def test_a_kill_while_removing_leaves_no_half_checkpoint(checkpoints, monkeypatch):
     for step in (10, 20):
         save(checkpoints, step)
     assert dies_at(monkeypatch, os, "rmdir", 0, lambda: remove_old(checkpoints, newest=1))
-    assert [path.name for path in checkpoint_folders(checkpoints)] == ["step-00000020"]
+    assert [checkpoint.name for checkpoint in checkpoint_folders(checkpoints)] == ["step-00000020"]
     recover(checkpoints)
     assert sorted(path.name for path in checkpoints.iterdir()) == [LATEST, "step-00000020"]
 
@@ -269,36 +270,36 @@ def test_what_is_set_aside_is_out_of_the_row_and_whole(checkpoints):
     first = set_aside(save(checkpoints, 20))
     second = set_aside(save(checkpoints, 20, "again"))
     assert (first.name, second.name) == ("aside-step-00000020", "aside-step-00000020.2")
-    assert verify_checkpoint(first) == verify_checkpoint(second) == []
+    assert first.damage() == second.damage() == []
     assert checkpoint_folders(checkpoints) == []
     recover(checkpoints)
-    assert first.is_dir() and second.is_dir()
+    assert first.path.is_dir() and second.path.is_dir() and first.step == second.step == 20
 
 
 def test_shares_cover_every_file_once(checkpoints):
     final = save(checkpoints, 10)
-    truncate(final / "state.json")
-    flip_a_bit(final / "export" / "model.safetensors")
-    shares = [verify_checkpoint(final, share=share, num_shares=2) for share in range(2)]
+    truncate(final.path / "state.json")
+    flip_a_bit(final.export / "model.safetensors")
+    shares = [final.damage(share=share, num_shares=2) for share in range(2)]
     assert [len(damage) for damage in shares] == [1, 1]
-    assert sorted(shares[0] + shares[1]) == verify_checkpoint(final)
+    assert sorted(shares[0] + shares[1]) == final.damage()
 
 
 def test_list_checkpoints(checkpoints):
     with pytest.raises(UserError, match="is not a run"):
         list_checkpoints(checkpoints.parent)
     save(checkpoints, 10)
-    (save(checkpoints, 9) / MANIFEST).unlink()
+    (save(checkpoints, 9).path / MANIFEST).unlink()
     (checkpoints / "step-notes").mkdir()
-    rows = list_checkpoints_of(checkpoints / "step-00000010")
-    assert [(row["step"], row["complete"], row["files"]) for row in rows] == [(9, False, 0), (10, True, 2)]
-    assert rows[1]["bytes"] == 1000 + len('{"step": 10}') and rows[1]["path"].endswith("step-00000010")
+    rows = list_checkpoints_of(Checkpoint.of_step(checkpoints, 10))
+    assert [(row.step, row.complete, row.files) for row in rows] == [(9, False, 0), (10, True, 2)]
+    assert rows[1].bytes == 1000 + len('{"step": 10}') and rows[1].path.endswith("step-00000010")
 
 
 def test_newest_export(checkpoints):
     with pytest.raises(UserError, match="no checkpoint yet"):
         newest_export(checkpoints.parent)
     first, second = save(checkpoints, 10), save(checkpoints, 20)
-    assert newest_export(checkpoints.parent) == second / "export"
-    (second / MANIFEST).unlink()
-    assert newest_export(checkpoints.parent) == first / "export"
+    assert newest_export(checkpoints.parent) == second.export
+    (second.path / MANIFEST).unlink()
+    assert newest_export(checkpoints.parent) == first.export

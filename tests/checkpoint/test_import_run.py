@@ -1,6 +1,6 @@
 """Runs that begin from a checkpoint of DeepSpeed's own: what is taken, and what is refused in one sentence.
 
-Every layout is imported and continued in ``test_checkpoint_matrix.py``, a whole run in ``tests/story``.
+Every layout is imported and continued in ``test_matrix.py``, a whole run in ``tests/story``.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from torch import nn
 from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.deepspeed_checkpoint import read_deepspeed_checkpoint
 from codeparrot_ds.checkpoint.deepspeed_files import load_file
-from codeparrot_ds.checkpoint.folders import verify_checkpoint
+from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
@@ -30,7 +30,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_run
 from codeparrot_ds.model.gpt2 import build_model, get_grouped_params
 from codeparrot_ds.model.shapes import GPT2Shape, parameter_shapes
-from tests.checkpoint.layouts import assembled, differing_state, gathered_state
+from tests.checkpoint.layout_ranks import assembled, differing_state, gathered_state
 
 SHAPE = GPT2Shape(n_layer=1, n_embd=16, n_head=2, vocab_size=257, n_positions=32)
 SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -107,12 +107,12 @@ def test_a_run_begins_from_a_deepspeed_checkpoint(saved, options, tmp_path, caps
     said = capsys.readouterr().out
     assert f"imported {saved[0]}/global_step4 (DeepSpeed 0." in said and "ZeRO-2 fp32 on 1 rank(s)" in said
     assert "Adam's step 4" in said and "step 4, skipped steps 0, 16 rows" in said
-    assert "place in the data: the run goes on with row 0" in said and "8 a step where DeepSpeed had 4" in said
+    assert "place in the data: the run continues with row 0" in said and "8 per step where DeepSpeed had 4" in said
     assert "the config's at step 4, learning rate 0.0005 (it was 0.001 in DeepSpeed's)" in said
-    assert said.endswith(f"go on with: codeparrot-ds train --config {run}/config.yaml\n")
-    checkpoint = run / "checkpoints" / "step-00000004"
-    assert verify_checkpoint(checkpoint) == []
-    state = json.loads((checkpoint / "state.json").read_text())
+    assert said.endswith(f"continue with: codeparrot-ds train --config {run}/config.yaml\n")
+    checkpoint = Checkpoint(run / "checkpoints" / "step-00000004")
+    assert checkpoint.damage() == []
+    state = checkpoint.read_json("state.json")
     assert state["extra"]["imported"]["tag"] == "global_step4" and state["tokens"] == 16 * 32
     assert json.loads((run / "run.json").read_text())["imported"] == state["extra"]["imported"]
     # What a start of the run looks at before any rank: it may go on, at another stage.

@@ -128,9 +128,10 @@ def test_what_does_not_fit_is_refused(make_config, repository, exported, tmp_pat
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text + " ")
     refuse("is not the one that --init-from", tokenizer=str(other))
-    for content, words in ((b"", "no safetensors file"), (b"\xff" * 100, "no safetensors file")):
+    weights = (other / "model.safetensors").read_bytes()
+    for content in (b"", b"\xff" * 100, weights[:100], weights[:-1], weights + b"x"):
         (other / "model.safetensors").write_bytes(content)
-        refuse(words, init_from=str(other))
+        refuse("model.safetensors cannot be read: it is no safetensors file, or damaged", init_from=str(other))
     (other / "model.safetensors").unlink()
     refuse("model.safetensors cannot be read: No such file", init_from=str(other))
     (other / "tokenizer.json").unlink()

@@ -2,7 +2,9 @@
 
 Every stage in both precisions is saved by two and by three ranks and reopened by three and by two; the rest of the list
 has offloading, other classes of optimizer, other precisions of its state, one rank, the disk, and what DeepSpeed itself
-wrote. What is compared, and with what, is told in ``layouts.py``.
+wrote. What is compared, and with what, is said in ``layouts.py``. One case alone runs the engines of that case:
+
+    pytest "tests/checkpoint/test_matrix.py::test_resumes[zero1-on-2 -> zero3-on-3]"
 """
 
 import itertools
@@ -20,11 +22,13 @@ from tests.checkpoint.layouts import (
     exact_job,
     failing_job,
     native_job,
+    pair_jobs,
     plain_job,
     plans_of,
     run_plans,
     save_job,
 )
+from tests.needs import needed, needs
 
 # Neighbours have another stage, another world size and mostly the same precision: each is reopened at the next.
 ORDER = sorted(STAGES, key=lambda name: (name.endswith("_fp32"), "0213".index(name[4])))
@@ -89,46 +93,58 @@ DAMAGED = (Layout("zero3_fp32", 2), Layout("zero2", 3))
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """All jobs, on the ranks of all three world sizes at once."""
-    others = [exact_job(layout) for layout in EXACT] + [failing_job(ON_DISK)]
-    others += [native_job(layout) for layout in NATIVE]
-    others += [plain_job(source, source, control) for source in DAMAGED for control in ("", *CONTROLS)]
-    return run_plans(plans_of(PAIRS, others), tmp_path_factory.mktemp("matrix"), timeout=540)
+def results(request, tmp_path_factory):
+    """All jobs that the chosen cases need, on the ranks of all three world sizes at once."""
+    return run_plans(plans_of(needed(request, "results")), tmp_path_factory.mktemp("matrix"), timeout=540)
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda layout: str(layout))
-def test_a_checkpoint_reopens_at_another_layout(results, source, target):
+def title(layout: Layout) -> str:
+    return layout.title
+
+
+PAIR_TITLES = [f"{source.title} -> {target.title}" for source, target in PAIRS]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=PAIR_TITLES)
+@needs(results=pair_jobs)
+def test_resumes(results, source, target):
+    """State bit for bit, counters exactly, the next losses to rounding."""
     assert results.problems_of_pair(source, target) == []
 
 
-@pytest.mark.parametrize("source", dict.fromkeys(source for source, _ in PAIRS), ids=str)
+@pytest.mark.parametrize("source", dict.fromkeys(source for source, _ in PAIRS), ids=title)
+@needs(results=lambda source: [save_job(source)])
 def test_an_export_is_the_model_in_plain_transformers(results, source):
     assert results.problems_of_source(source) == []
 
 
-@pytest.mark.parametrize("layout", NATIVE, ids=str)
+@pytest.mark.parametrize("layout", NATIVE, ids=title)
+@needs(results=lambda layout: [native_job(layout)])
 def test_what_deepspeed_saved_is_read_bit_for_bit(results, layout):
     assert results.of(native_job(layout))["differing"] == []
 
 
-@pytest.mark.parametrize("layout", EXACT, ids=str)
-def test_a_run_goes_on_bit_for_bit_at_the_same_layout(results, layout):
+@pytest.mark.parametrize("layout", EXACT, ids=title)
+@needs(results=lambda layout: [exact_job(layout)])
+def test_a_run_resumes_bit_for_bit_at_the_same_layout(results, layout):
     assert results.problems_of_exact(layout) == []
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("source", DAMAGED, ids=str)
+@pytest.mark.parametrize("source", DAMAGED, ids=title)
+@needs(results=lambda source, control: [save_job(source), *(plain_job(source, source, name) for name in ("", control))])
 def test_a_lost_piece_of_state_would_show(results, source, control):
     """The losses of a run that lost it are off by far more than what is allowed."""
     limit = FP32_TOLERANCE if source.precision == "fp32" else BF16_BAND
     assert results.control_difference(source, source, control) > 10 * limit
 
 
+@needs(results=[save_job(ON_DISK)])
 def test_state_on_the_disk_is_a_file_a_group(results):
     assert results.of(save_job(ON_DISK))["parts"] == 3  # two groups on the disk, and what stays in memory
 
 
+@needs(results=[save_job(ON_DISK), failing_job(ON_DISK)])
 def test_a_save_that_fails_leaves_state_on_the_disk_as_it_was(results):
     result = results.of(failing_job(ON_DISK))
     assert "No space left on device" in result["error"] and result["left"] == []

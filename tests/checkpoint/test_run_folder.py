@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.checkpoint.folders import publish, staging_folder
+from codeparrot_ds.checkpoint.folders import Checkpoint, publish, staging_folder
 from codeparrot_ds.checkpoint.run_folder import (
     ADJECTIVES,
     IDENTITY,
@@ -236,7 +236,7 @@ def checkpoint(run, step, parameters=None):
         staging,
         step,
         {"state.json": write_file(staging / "state.json", [json.dumps({"parameters": parameters}).encode()])},
-    )
+    ).path
 
 
 SHAPE = GPT2Shape(n_layer=1, n_embd=4, n_head=1, vocab_size=7, n_positions=8)
@@ -261,15 +261,15 @@ def test_the_checkpoint_of_a_start_is_looked_at(run, make_config):
     assert check_checkpoint(make_config(), run.path, SHAPE) is None
     first = checkpoint(run, 10, parameter_shapes(SHAPE))
     second = checkpoint(run, 20, parameter_shapes(SHAPE))
-    assert check_checkpoint(make_config(), run.path, SHAPE) == second
-    assert check_checkpoint(make_config(resume=str(first)), run.path, SHAPE) == first
+    assert check_checkpoint(make_config(), run.path, SHAPE) == Checkpoint(second)
+    assert check_checkpoint(make_config(resume=str(first)), run.path, SHAPE) == Checkpoint(first)
     assert check_checkpoint(make_config(resume="never"), run.path, SHAPE) is None
     with pytest.raises(
         UserError, match="step-00000020 belongs to another model: transformer.wte.weight has shape .7, 4"
     ):
         check_checkpoint(make_config(), run.path, dataclasses.replace(SHAPE, vocab_size=9))
     (second / "state.json").unlink()
-    assert check_checkpoint(make_config(), run.path, SHAPE) == first  # as the ranks would
+    assert check_checkpoint(make_config(), run.path, SHAPE) == Checkpoint(first)  # as the ranks would
     with pytest.raises(UserError, match="--resume .*step-00000020: .*state.json is missing"):
         check_checkpoint(make_config(resume=str(second)), run.path, SHAPE)
     (first / "manifest.json").write_text("{}")

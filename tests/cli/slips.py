@@ -284,8 +284,10 @@ def _write_model(folder: Path) -> None:
     write_tokenizer(folder)
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 512}
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
-    header = json.dumps({"transformer.wte.weight": {"dtype": "F32", "shape": [257, 16]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    header = json.dumps(
+        {"transformer.wte.weight": {"dtype": "F32", "shape": [257, 16], "data_offsets": [0, 16448]}}
+    ).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16448))
 
 
 def _write_run(run: Path, parameters: dict[str, list[int]]) -> None:

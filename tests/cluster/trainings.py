@@ -172,8 +172,8 @@ def newest_valid_step(run: Path) -> int:
     folders = checkpoint_files.checkpoint_folders(run / "checkpoints")
     if not folders:
         return 0
-    assert checkpoint_files.verify_checkpoint(folders[0]) == []
-    return int(folders[0].name[5:])
+    assert folders[0].damage() == []
+    return folders[0].step
 
 
 def outcome(run: Path) -> dict[str, Any]:

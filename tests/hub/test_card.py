@@ -4,7 +4,20 @@ import math
 
 from huggingface_hub import ModelCard
 
-from codeparrot_ds.hub.card import model_card
+from codeparrot_ds.hub.card import Card, model_card
+from codeparrot_ds.metrics import EvaluationRow
+
+
+def evaluation(step: int, loss: float) -> EvaluationRow:
+    return EvaluationRow(
+        step=step,
+        tokens=196_608 * step,
+        eval_loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=0.4 * loss,
+        eval_tokens=1_000_000,
+    )
+
 
 INFO = {
     "name": "brave-fox-1",
@@ -13,12 +26,7 @@ INFO = {
     "dtype": "bfloat16",
     "step": 15_000,
     "tokens": 2_949_120_000,
-    "loss": 1.25,
-    "eval_loss": 1.3,
-    "perplexity": math.exp(1.3),
-    "bits_per_byte": 0.52,
-    "eval_tokens": 1_000_000,
-    "history": [{"step": 7500, "eval_loss": 1.5, "perplexity": math.exp(1.5)}],
+    "evaluations": [evaluation(7500, 1.5), evaluation(15_000, 1.3)],
     "config": {"model": "gpt2", "learning_rate": 5e-4, "num_warmup_steps": 2000, "output_dir": "/home/me/secret-place"},
     "ds_config": {
         "zero_optimization": {"stage": 2, "nvme_path": "/home/me/secret-place/nvme"},
@@ -54,7 +62,7 @@ INFO = {
 
 
 def test_metadata_is_what_the_hub_reads():
-    data = ModelCard(model_card(INFO)).data
+    data = ModelCard(model_card(Card(**INFO))).data
     assert (data.language, data.license, data.library_name) == ("code", "apache-2.0", "transformers")
     assert {"deepspeed", "gpt2", "code-generation"} <= set(data.tags)
     assert data.metrics == ["perplexity"] and data.datasets == ["org/data"]
@@ -63,7 +71,7 @@ def test_metadata_is_what_the_hub_reads():
 
 
 def test_the_body_holds_every_figure_and_no_local_path():
-    text = model_card(INFO)
+    text = model_card(Card(**INFO))
     for shown in (
         "111,008,256", "15,000", "2,949,120,000", "1.2500", "1.3000", "3.6693", "0.5200", "| 7,500 | 1.5000 | 4.4817 |",
         "`learning_rate` | 0.0005", '"stage": 2', "| exact_duplicates | 90 | 80 | 8 |", "| mit | 50 |",
@@ -76,8 +84,8 @@ def test_the_body_holds_every_figure_and_no_local_path():
 
 
 def test_a_card_of_little_knowledge_is_still_valid():
-    for perplexity in (None, math.inf):
-        text = model_card({"name": "x", "perplexity": perplexity})
+    for evaluations in ([], [evaluation(0, 1e4)]):
+        text = model_card(Card(name="x", evaluations=evaluations))
         data = ModelCard(text).data
         assert data.license == "other" and data.datasets is None and data.eval_results is None
     assert "## Data" not in text and "Hyperparameters" not in text and "| inf |" in text
@@ -85,16 +93,15 @@ def test_a_card_of_little_knowledge_is_still_valid():
 
 
 def test_a_model_named_by_a_path_shows_no_path():
-    text = model_card(
-        INFO | {"model": "/home/me/secret-place/config.json", "config": {"model": "./secret-place/x.json"}}
-    )
+    named = {"model": "/home/me/secret-place/config.json", "config": {"model": "./secret-place/x.json"}}
+    text = model_card(Card(**INFO | named))
     assert "shape `config.json`" in text and "| x.json |" in text and "secret-place" not in text
 
 
 def test_the_fingerprint_changes_with_the_data_and_not_with_its_place():
     def digest(**changes) -> str:
         parts = [INFO["fingerprint"]["datasets"][0] | changes]
-        text = model_card(INFO | {"fingerprint": INFO["fingerprint"] | {"datasets": parts}})
+        text = model_card(Card(**INFO | {"fingerprint": INFO["fingerprint"] | {"datasets": parts}}))
         return next(line for line in text.splitlines() if line.startswith("| stream"))
 
     assert digest() == digest(name="/elsewhere")

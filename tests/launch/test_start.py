@@ -482,7 +482,7 @@ def save_run(config, step: int, **record) -> Path:
     outcome = {"status": "finished", "step": step, "run": str(run)}
     record = {"name": run.name, "id": f"{run.name}-1", "hub": None, "starts": [{}], "outcome": outcome} | record
     (run / "run.json").write_text(json.dumps(record))
-    return publish(staging, step, files)
+    return publish(staging, step, files).path
 
 
 def contents(folder: Path) -> dict[str, bytes]:

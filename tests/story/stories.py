@@ -64,7 +64,7 @@ class Workshop:
 def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu", **variables: str) -> list[dict]:
     """Trains runs one after the other in one launch of ``train_in_turn.py``; most of a small run is its start.
 
-    Each run passes the front door's checks first.
+    Each run passes the command's checks first. Without a run nothing is launched.
 
     Args:
         runs: the options of each; their paths are relative to the working folder.
@@ -75,6 +75,8 @@ def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu", **v
     Returns:
         What ``train`` returns for each.
     """
+    if not runs:
+        return []
     parser = ArgumentParser()
     add_config_arguments(parser)
     for options in runs:

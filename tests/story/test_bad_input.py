@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.checkpoint.folders import list_checkpoints, verify_checkpoint
+from codeparrot_ds.checkpoint.folders import Checkpoint, list_checkpoints
 from codeparrot_ds.corpus.tokenizer import train_tokenizer
+from tests.needs import needs
 from tests.story.stories import log, losses, run_command, run_here
 
 
@@ -133,8 +135,8 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before(workshop, small_disk
     assert process.returncode == 2, process.stderr[-2000:]
     assert "checkpoint of step 6 could not be written" in process.stderr and "Traceback" not in process.stderr
     rows = list_checkpoints(disk / "full")
-    assert [row["step"] for row in rows] == [2, 4]
-    assert not [problem for row in rows for problem in verify_checkpoint(row["path"])]
+    assert [row.step for row in rows] == [2, 4]
+    assert not [problem for row in rows for problem in Checkpoint(Path(row.path)).damage()]
 
 
 @pytest.fixture
@@ -143,6 +145,7 @@ def finished(on_two_ranks):
     return on_two_ranks["zero2"]
 
 
+@needs(on_two_ranks=["zero2"])
 def test_a_run_folder_of_another_config(workshop, finished):
     before = contents(finished)
     for arguments, words in (
@@ -157,6 +160,7 @@ def test_a_run_folder_of_another_config(workshop, finished):
     assert contents(finished) == before
 
 
+@needs(on_two_ranks=["zero2"])
 def test_resuming_with_another_tokenizer(workshop, finished, tmp_path):
     train_tokenizer(workshop.corpus, tmp_path / "other", vocab_size=1024, max_documents=20)
     before = contents(finished)
@@ -168,6 +172,7 @@ def test_resuming_with_another_tokenizer(workshop, finished, tmp_path):
     assert contents(finished) == before
 
 
+@needs(on_two_ranks=["zero2"])
 def test_resuming_on_changed_data(workshop, finished, tmp_path):
     shutil.copytree(workshop.corpus, tmp_path / "corpus")
     shard = next((tmp_path / "corpus" / "train").iterdir())
@@ -178,6 +183,7 @@ def test_resuming_on_changed_data(workshop, finished, tmp_path):
     assert contents(finished) == before
 
 
+@needs(continued=["new data"])
 def test_changed_data_can_begin_a_new_epoch(continued):
     run = continued["new data"]
     assert "the data begins a new epoch: num_lanes is 4" in log(run) and "shard part-00000.jsonl has" in log(run)

@@ -14,6 +14,7 @@ from codeparrot_ds.evaluation.models import load_model
 from codeparrot_ds.evaluation.problems import load_problems
 from codeparrot_ds.report.run_report import write_report
 from codeparrot_ds.training.samples import parses
+from tests.needs import needed, needs
 from tests.story.stories import REPOSITORY, losses, train_in_turn
 
 PROBLEMS = REPOSITORY / "tests" / "evaluation" / "problems.jsonl"
@@ -31,15 +32,18 @@ SAMPLING = (
 CHOSEN = ("--profile", "1", "--micro-batch-size", "auto", "--chunked-loss")
 
 
+RUNS = {
+    "told-2": ("--deepspeed", "zero2", *SAMPLING, *CHOSEN),
+    "told-3": ("--deepspeed", "zero3_fp32", *SAMPLING, "--wandb", "offline"),
+    "untold-3": ("--deepspeed", "zero3_fp32"),
+}
+
+
 @pytest.fixture(scope="module")
-def runs(workshop):
+def runs(request, workshop):
     """Stages 2 and 3 with completions, stage 3 without; stage 2 also profiled, with what is chosen for it."""
-    chosen = {
-        "told-2": ("--deepspeed", "zero2", *SAMPLING, *CHOSEN),
-        "told-3": ("--deepspeed", "zero3_fp32", *SAMPLING, "--wandb", "offline"),
-        "untold-3": ("--deepspeed", "zero3_fp32"),
-    }
-    options = [workshop.options("--run-name", name, *SHORT, *some) for name, some in chosen.items()]
+    chosen = needed(request, "runs")
+    options = [workshop.options("--run-name", name, *SHORT, *RUNS[name]) for name in chosen]
     train_in_turn(options, ranks=2)
     return {name: workshop.runs / name for name in chosen}
 
@@ -48,6 +52,7 @@ def samples(run):
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
+@needs(runs=["told-3"])
 def test_completions_are_those_of_the_weights_that_are_saved(runs):
     model, tokenizer = load_model(runs["told-3"], device="cpu")
     problems = load_problems(PROBLEMS)
@@ -63,6 +68,7 @@ def test_completions_are_those_of_the_weights_that_are_saved(runs):
 
 
 @pytest.mark.parametrize("name", ["told-2", "told-3"])
+@needs(runs=lambda name: [name])
 def test_each_evaluation_is_logged_with_its_shares(runs, name):
     rows = [json.loads(line) for line in (runs[name] / "metrics.jsonl").read_text().splitlines()]
     evaluated = {row["step"]: row for row in rows if "eval_loss" in row}
@@ -77,10 +83,12 @@ def test_each_evaluation_is_logged_with_its_shares(runs, name):
             assert sample["log_probability"] <= 0 and sample["tokens"] <= 12
 
 
+@needs(runs=["told-3", "untold-3"])
 def test_training_is_as_without_them(runs):
     assert losses(runs["told-3"]) == losses(runs["untold-3"])
 
 
+@needs(runs=["told-3", "untold-3"])
 def test_reports_and_trackers_show_them(runs, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -111,6 +119,7 @@ def test_what_cannot_be_completed_is_said_before_anything_starts(workshop, tmp_p
     shutil.rmtree(tmp_path)
 
 
+@needs(runs=["told-2", "told-3"])
 def test_a_profiled_run_tells_where_its_fourth_step_went(runs):
     profile = json.loads((runs["told-2"] / "profile" / "profile.json").read_text())
     parts = {(part["phase"], part["kind"]): part["host_seconds"] for part in profile["parts"]}
@@ -123,6 +132,7 @@ def test_a_profiled_run_tells_where_its_fourth_step_went(runs):
     assert (runs["told-2"] / "profile" / "trace.json.gz").is_file() and not (runs["told-3"] / "profile").exists()
 
 
+@needs(runs=["told-2"])
 def test_a_micro_batch_that_was_chosen_is_kept_as_a_number(runs):
     config = load_config(runs["told-2"] / "config.yaml")
     assert config.micro_batch_size == config.global_batch_size // 2 and config.chunked_loss

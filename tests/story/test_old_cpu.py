@@ -9,6 +9,7 @@ import pytest
 
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.cpu import cpu_precisions
+from tests.needs import needs
 from tests.old_cpu import OLD_CPU
 from tests.story.stories import log, losses, run_here
 
@@ -20,6 +21,7 @@ def furthest(run, other):
     return max(abs(ours[step] - theirs[step]) for step in ours)
 
 
+@needs(on_an_old_cpu=["default"], on_two_ranks=["zero2_fp32"])
 def test_a_run_that_names_no_config_trains_in_fp32_there(on_an_old_cpu, on_two_ranks):
     run = on_an_old_cpu["default"]
     assert "ZeRO-2 fp32 on 2 rank(s)" in log(run)
@@ -27,6 +29,7 @@ def test_a_run_that_names_no_config_trains_in_fp32_there(on_an_old_cpu, on_two_r
     assert furthest(run, on_two_ranks["zero2_fp32"]) <= 5e-6  # other instructions add up in another order
 
 
+@needs(on_an_old_cpu=["default"], continued=["default"])
 def test_it_goes_on_in_fp32_on_any_cpu(continued, on_an_old_cpu):
     run = continued["default"]
     assert "resumed from step 10" in log(run)
@@ -34,6 +37,7 @@ def test_it_goes_on_in_fp32_on_any_cpu(continued, on_an_old_cpu):
     assert furthest(run, on_an_old_cpu["default"]) <= 5e-6
 
 
+@needs(on_an_old_cpu=["zero2"], on_two_ranks=["zero2"])
 def test_bf16_by_name_learns_as_it_does_on_a_newer_cpu(on_an_old_cpu, on_two_ranks):
     assert "ZeRO-2 bf16" in log(on_an_old_cpu["zero2"])
     assert furthest(on_an_old_cpu["zero2"], on_two_ranks["zero2"]) <= 1e-3  # as between stages

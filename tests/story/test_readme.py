@@ -14,6 +14,7 @@ import pytest
 
 from codeparrot_ds.cli.main import build_parser
 from codeparrot_ds.engine.operators import operators_folder
+from tests.needs import needs
 from tests.story.stories import REPOSITORY, run_here
 
 # The README's paths and names, and what a user has in their places. The home has a space in its name too.
@@ -88,6 +89,7 @@ def home(tmp_path, monkeypatch, on_two_ranks):
     return home
 
 
+@needs(on_two_ranks=["zero3_fp32"])
 def test_the_commands_of_the_readme_from_anywhere_with_any_path(home, tmp_path):
     for command in readme_commands():
         words = as_typed(command)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from codeparrot_ds.checkpoint.folders import list_checkpoints
+from tests.needs import needs
 from tests.story.stories import REPOSITORY, STEPS, clean_environment, evaluations, log, losses, metrics, run_command
 
 
@@ -22,6 +23,7 @@ def with_dropout(on_two_ranks):
     return on_two_ranks["dropout"]
 
 
+@needs(on_two_ranks=["dropout"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with_dropout, tmp_path):
     run = tmp_path / "dropout"
     shutil.copytree(with_dropout, run)
@@ -42,6 +44,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(workshop, with
     assert evaluations(run) == evaluations(with_dropout)
 
 
+@needs(on_two_ranks=["dropout"])
 def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_dropout, tmp_path):
     """SIGINT; ``test_demo.py`` stops a demo with SIGTERM."""
     arguments = ("--run-name", "dropout", "--dropout", "0.1", "--deepspeed", "zero2", "--num-gpus", "2", *STEPS)
@@ -69,6 +72,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_drop
     assert losses(run) == losses(with_dropout)
 
 
+@needs(on_two_ranks=["zero3_fp32"], on_one_rank=["imported"])
 def test_a_checkpoint_of_deepspeeds_own_goes_on_at_another_stage_and_world_size(on_two_ranks, on_one_rank):
     """Saved by the engine at stage 3 on two ranks, imported, trained at stage 1 on one: the next rows and losses."""
     whole, imported = losses(on_two_ranks["zero3_fp32"]), losses(on_one_rank["imported"])
@@ -78,14 +82,16 @@ def test_a_checkpoint_of_deepspeeds_own_goes_on_at_another_stage_and_world_size(
     assert json.loads((on_one_rank["imported"] / "run.json").read_text())["outcome"]["status"] == "finished"
 
 
+@needs(on_two_ranks=["zero3_fp32"], continued=["back"])
 def test_a_run_that_goes_back_to_an_older_checkpoint_sets_the_later_one_aside(on_two_ranks, continued):
     run = continued["back"]
     assert "step-00000020 was set aside as aside-step-00000020" in log(run)
     assert losses(run) == losses(on_two_ranks["zero3_fp32"])
-    rows = [(row["step"], row["aside"]) for row in list_checkpoints(run)]
+    rows = [(row.step, row.aside) for row in list_checkpoints(run)]
     assert rows == [(10, False), (20, True), (20, False)]
 
 
+@needs(on_two_ranks=["zero2"], continued=["new batch"])
 def test_another_batch_size_goes_on_with_the_next_rows(workshop, on_two_ranks, continued):
     whole, run = on_two_ranks["zero2"], continued["new batch"]
     assert "warning: the learning rate jumps from 0 to 4.77e-05" in log(run)  # it had finished at step 20

@@ -1,4 +1,4 @@
-"""DeepSpeed configs through the real launcher: equal data gives equal losses, and a run goes on as if never stopped.
+"""DeepSpeed configs through the real launcher: equal data gives equal losses, and a run continues as if never stopped.
 
 ``ds_config/test_shipped.py`` trains every shipped file; here are the stages and precisions, and where Adam's states
 may lie. The runs of ``conftest.py`` are trained in turn by one pair of ranks; single ones here have a launch of their
@@ -13,6 +13,7 @@ import shutil
 
 import pytest
 
+from tests.needs import needs
 from tests.story.stories import (
     COMPARED,
     OTHERS,
@@ -28,6 +29,7 @@ from tools.ds_configs import catalogue
 
 
 @pytest.mark.parametrize("name", COMPARED + OTHERS)
+@needs(on_two_ranks=lambda name: [name])
 def test_config_trains(on_two_ranks, name):
     run = on_two_ranks[name]
     steps = 20 if name in COMPARED else 5
@@ -44,6 +46,10 @@ def test_config_trains(on_two_ranks, name):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", range(4))
+@needs(
+    on_two_ranks=lambda stage, ranks: ["zero0_fp32", *([f"zero{stage}_fp32"] if ranks == 2 else [])],
+    on_one_rank=lambda stage, ranks: [f"zero{stage}_fp32"] if ranks == 1 else [],
+)
 def test_fp32_losses_agree(on_one_rank, on_two_ranks, stage, ranks):
     reference = losses(on_two_ranks["zero0_fp32"])
     other = losses((on_one_rank, on_two_ranks)[ranks - 1][f"zero{stage}_fp32"])
@@ -52,17 +58,20 @@ def test_fp32_losses_agree(on_one_rank, on_two_ranks, stage, ranks):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
+@needs(on_two_ranks=lambda stage: ["zero1", f"zero{stage}"])
 def test_bf16_losses_agree(on_two_ranks, stage):
     reference, other = losses(on_two_ranks["zero1"]), losses(on_two_ranks[f"zero{stage}"])
     assert max(abs(reference[step] - other[step]) for step in reference) <= 1e-3
 
 
+@needs(on_two_ranks=["zero1_fp32"], on_one_rank=["zero1_fp32"])
 def test_validation_loss_is_the_same_at_any_world_size(on_one_rank, on_two_ranks):
     for step, loss in evaluations(on_one_rank["zero1_fp32"]).items():
         assert evaluations(on_two_ranks["zero1_fp32"])[step] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero0_fp32"])
+@needs(on_two_ranks=lambda name: [name], continued=lambda name: [name])
 def test_resume_is_exact(on_two_ranks, continued, name):
     """A run that stopped after step 10 has the losses of steps 11 to 20 of the one that never stopped.
 
@@ -73,6 +82,7 @@ def test_resume_is_exact(on_two_ranks, continued, name):
     assert evaluations(continued[name]) == evaluations(on_two_ranks[name])
 
 
+@needs(on_two_ranks=["zero2"])
 def test_every_checkpoint_is_a_commit_on_the_runs_branch(on_two_ranks):
     run = on_two_ranks["zero2"]
     hub = json.loads((run / "run.json").read_text())["hub"]
@@ -81,6 +91,7 @@ def test_every_checkpoint_is_a_commit_on_the_runs_branch(on_two_ranks):
     assert [title.split(",")[0] for title in titles if title.startswith("Step")] == wanted and len(wanted) == 2
 
 
+@needs(on_two_ranks=["zero2"], continued=["zero2"])
 def test_a_finished_run_has_nothing_left_to_do(on_two_ranks, continued):
     assert "resumed from step 20" in log(continued["zero2"])
     assert metrics(continued["zero2"]) == metrics(on_two_ranks["zero2"])
@@ -93,7 +104,8 @@ def from_step_10(run, folder):
     return folder / run.name
 
 
-def test_the_front_door_goes_on_where_another_launch_stopped(workshop, on_two_ranks, tmp_path):
+@needs(on_two_ranks=["zero3"])
+def test_the_command_continues_where_another_launch_stopped(workshop, on_two_ranks, tmp_path):
     """Bit for bit: that the first ten steps shared their processes with other runs is not to be seen."""
     whole = on_two_ranks["zero3"]
     run = from_step_10(whole, tmp_path)
@@ -105,7 +117,8 @@ def test_the_front_door_goes_on_where_another_launch_stopped(workshop, on_two_ra
     assert evaluations(run) == evaluations(whole)
 
 
-def test_a_run_goes_on_at_another_layout(workshop, on_two_ranks, tmp_path):
+@needs(on_two_ranks=["zero3_fp32", "zero1_fp32"])
+def test_a_run_continues_at_another_layout(workshop, on_two_ranks, tmp_path):
     """Two ranks at stage 3 until step 10, then one rank at stage 1: the losses are those of a run that never moved."""
     moved = from_step_10(on_two_ranks["zero3_fp32"], tmp_path)
     process = workshop.train(
@@ -117,6 +130,7 @@ def test_a_run_goes_on_at_another_layout(workshop, on_two_ranks, tmp_path):
     assert max(abs(loss - whole[step]) for step, loss in losses(moved).items()) <= 2e-6
 
 
+@needs(on_two_ranks=["zero2"])
 def test_the_launcher_itself_gives_the_same_run(workshop, on_two_ranks, tmp_path):
     """`deepspeed --module codeparrot_ds.train` in processes of its own, bit for bit."""
     options = workshop.options("--run-name", "bare", "--deepspeed", "zero2", *STEPS, output_dir=tmp_path)

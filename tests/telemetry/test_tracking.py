@@ -1,5 +1,6 @@
 """What a run writes down."""
 
+import dataclasses
 import glob
 import json
 import logging
@@ -17,6 +18,7 @@ import pytest
 import wandb
 
 from codeparrot_ds.checkpoint.run_folder import RunFolder
+from codeparrot_ds.metrics import EvaluationRow, TrainingRow
 from codeparrot_ds.supervision import supervise
 from codeparrot_ds.telemetry import tracking
 from codeparrot_ds.telemetry.tracking import Metrics, Progress, Tracker, set_up_logging
@@ -120,8 +122,22 @@ def test_a_log_a_rank(tmp_path, loggers, capsys):
         assert f"deprecated on rank {rank}" in text and f"rank {1 - rank}" not in text
 
 
-TRAINING_ROW = {"step": 5, "tokens": 640, "loss": 3.5, "learning_rate": 1e-3, "grad_norm": None, "mfu": math.nan}
-EVALUATION_ROW = {"step": 5, "tokens": 640, "eval_loss": 3.25, "perplexity": 25.8, "bits_per_byte": None}
+TRAINING_ROW = TrainingRow(
+    step=5,
+    tokens=640,
+    epoch=0,
+    loss=3.5,
+    learning_rate=1e-3,
+    grad_norm=None,
+    tokens_per_second=12345.6,
+    mfu=math.nan,
+    step_seconds=0.1,
+    data_wait_seconds=0.0,
+    memory_bytes=10**9,
+    skipped_steps=0,
+    loss_scale=1.0,
+)
+EVALUATION_ROW = EvaluationRow(step=5, tokens=640, eval_loss=3.25, perplexity=25.8, bits_per_byte=None, eval_tokens=252)
 
 
 def test_tensorboard_is_read_back(folder, loggers):
@@ -150,6 +166,8 @@ def test_tensorboard_is_read_back(folder, loggers):
     assert "eval_steps" not in start
 
     first, second = rows(tracker.metrics)
+    assert list(second) == "step tokens eval_loss perplexity bits_per_byte eval_tokens time".split()
+    assert list(first)[-2:] == ["loss_scale", "time"]  # a single rank compares none
     assert first["loss"] == 3.5 and first["mfu"] == "nan" and first["time"] > 0
     assert second["eval_loss"] == 3.25 and second["bits_per_byte"] is None
 
@@ -222,18 +240,18 @@ def test_training_does_not_wait_for_wandb_and_hears_of_its_faults(folder, monkey
     run = SlowRun()
     monkeypatch.setattr(tracking, "_start_wandb", run.start)
     tracker = Tracker(folder, active=True, mode="auto", hyperparameters={})
-    tracker.evaluation({"step": 0, "eval_loss": 9.0})
+    tracker.evaluation(dataclasses.replace(EVALUATION_ROW, step=0))
     for step in (1, 2, 4):
-        tracker.train({**TRAINING_ROW, "step": step})
+        tracker.train(dataclasses.replace(TRAINING_ROW, step=step))
     assert run.told == []
     run.may_start.set()
     tracker.close()
     assert run.told == [0, 1, 2, 4, "finish"]
     tracker = Tracker(folder, active=True, mode="auto", hyperparameters={})
-    tracker.train({**TRAINING_ROW, "step": 3})
+    tracker.train(dataclasses.replace(TRAINING_ROW, step=3))
     tracker._told_wandb[0].exception(timeout=20)
     with pytest.raises(OSError, match="disk is full"):
-        tracker.train({**TRAINING_ROW, "step": 4})
+        tracker.train(dataclasses.replace(TRAINING_ROW, step=4))
     tracker.close()
 
 
@@ -243,11 +261,13 @@ def test_a_run_that_fails_before_its_first_step_ends(tmp_path):
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from codeparrot_ds.metrics import EvaluationRow
 from codeparrot_ds.supervision.process_end import end_process
 from codeparrot_ds.telemetry.tracking import Tracker
 folder = SimpleNamespace(path=Path(sys.argv[1]), name="brave-otter-7", record={"id": "brave-otter-7-abc123"})
 tracker = Tracker(folder, active=True, mode="offline", hyperparameters={})
-tracker.evaluation({"step": 0, "eval_loss": 9.0})
+row = EvaluationRow(step=0, tokens=0, eval_loss=9.0, perplexity=8.0, bits_per_byte=None, eval_tokens=9)
+tracker.evaluation(row)
 end_process(4)
 """
     end = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60, check=False)
@@ -295,11 +315,11 @@ def test_who_is_logged_in_to_wandb(tmp_path, monkeypatch, stranger, machine, ser
 def test_progress_in_lines(caplog, capsys):
     caplog.set_level(logging.INFO, "codeparrot_ds")
     progress = Progress(active=True, start=0, total=100)
-    progress.show({"step": 5, "loss": 3.5, "learning_rate": 1e-3, "tokens_per_second": 12345.6}, 185)
+    progress.show(TRAINING_ROW, 185)
     progress.say("evaluation at step %d", 5)
     progress.close()
     silent = Progress(active=False, start=0, total=100)
-    silent.show({"step": 6}, 1)
+    silent.show(TRAINING_ROW, 1)
     silent.say("nothing")
     silent.close()
     assert [record.getMessage() for record in caplog.records] == [
@@ -309,7 +329,9 @@ def test_progress_in_lines(caplog, capsys):
 
 
 # A long run on a fast machine: no figure is wider.
-SHOWN = {"loss": 10.8251, "learning_rate": 4.87e-4, "tokens_per_second": 1_304_567.8, "grad_norm": 1.25}
+SHOWN = dataclasses.replace(
+    TRAINING_ROW, loss=10.8251, learning_rate=4.87e-4, tokens_per_second=1_304_567.8, grad_norm=1.25
+)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +341,7 @@ SHOWN = {"loss": 10.8251, "learning_rate": 4.87e-4, "tokens_per_second": 1_304_5
 def test_the_bar_fits_the_terminal(columns, least, more):
     with standard_error_on(columns) as screen:
         progress = Progress(active=True, start=0, total=150_000)
-        progress.show(SHOWN | {"step": 75_000}, 23 * 3600 + 59 * 60)
+        progress.show(dataclasses.replace(SHOWN, step=75_000), 23 * 3600 + 59 * 60)
         (line,) = screen.lines()
         progress.close()
     fields = ["loss 10.8251", "1,304,568 tokens/s", "23 h 59 min left"]
@@ -334,15 +356,15 @@ def test_what_is_said_while_the_bar_is_shown_stands_above_it(tmp_path, loggers, 
     with standard_error_on(columns) as screen:
         set_up_logging(tmp_path, 0)
         progress = Progress(active=True, start=0, total=300)
-        progress.show(SHOWN | {"step": 10}, 60)
+        progress.show(dataclasses.replace(SHOWN, step=10), 60)
         progress.say("evaluation at step %d", 10)
         thread = threading.Thread(target=lambda: logging.getLogger("codeparrot_ds").info("wandb: offline"))
         thread.start()
         thread.join()
-        progress.show(SHOWN | {"step": 20}, 55)
+        progress.show(dataclasses.replace(SHOWN, step=20), 55)
         logging.getLogger("DeepSpeed").error("a word of a library")
         supervise.say("stopping: the ranks save")  # another process on the same terminal, which has no bar of its own
-        progress.show(SHOWN | {"step": 30}, 50)
+        progress.show(dataclasses.replace(SHOWN, step=30), 50)
         lines = screen.lines()
         progress.close()
         supervise.say("the end")

@@ -2,7 +2,7 @@
 
 A reference run trains once without interruption. Then the same command is started in another folder, killed with
 SIGKILL at a random moment, and started again, until the run has finished: its losses, its checkpoints and its exported
-weights must be the reference's, bit for bit. Real processes all the way: the front door, DeepSpeed's launcher, two
+weights must be the reference's, bit for bit. Real processes all the way: the command, DeepSpeed's launcher, two
 ranks on gloo.
 """
 
@@ -20,21 +20,21 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 from safetensors.torch import load_file
 
-from codeparrot_ds.checkpoint import folders as checkpoint_files
+from codeparrot_ds.checkpoint.folders import MANIFEST, REPLACED, Checkpoint, checkpoint_folders
 from codeparrot_ds.corpus.tokenizer import train_tokenizer
 from codeparrot_ds.hub.local_git import LocalRepository
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "brave-otter-7"
-STEPS, SAVE_EVERY = 40, 4
-TARGETS = ("one rank", "all ranks", "launcher", "front door")
+SAVE_EVERY = 4
+TARGETS = ("one rank", "all ranks", "launcher", "command")
 MOMENTS = ("saving", "training", "starting")
 MARK = "CODEPARROT_DS_TORTURE"
 """Environment variable by which every process of a start is found, whoever its parent is by then."""
@@ -46,26 +46,31 @@ HUNG_SECONDS = 300
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Course:
-    """What every run trains on, and how: dropout, several epochs, a checkpoint every few steps.
-
-    Attributes:
-        folder: with corpus, tokenizer and the model's shape.
-        deepspeed: the DeepSpeed config.
-        hub: ``local``, with a branch that must get every checkpoint once, or ``off``.
-    """
+    """What every run trains on, and how: dropout, several epochs, a checkpoint every few steps."""
 
     folder: Path
+    """With corpus, tokenizer and the model's shape."""
     deepspeed: str = "zero2"
     hub: str = "off"
+    """``local``, with a branch that must get every checkpoint once, or ``off``."""
+    steps: int = 40
+    """Of each run: room for some kills."""
 
-    def command(self, output_dir: Path) -> list[str]:
+    def typed(self, output_dir: Path) -> list[str]:
         return [
             *(sys.executable, "-m", "codeparrot_ds", "train", "demo", "--num-gpus", "2"),
             *("--model", str(self.folder / "config.json"), "--data", str(self.folder / "corpus")),
             *("--tokenizer", str(self.folder / "tokenizer"), "--deepspeed", self.deepspeed, "--dropout", "0.1"),
             *("--seq-length", "32", "--global-batch-size", "8", "--micro-batch-size", "2", "--num-lanes", "4"),
             *("--shuffle-buffer", "8", "--num-workers", "1", "--learning-rate", "5e-4", "--num-warmup-steps", "4"),
-            *("--max-train-steps", str(STEPS), "--save-checkpoint-steps", str(SAVE_EVERY), "--keep-checkpoints", "2"),
+            *(
+                "--max-train-steps",
+                str(self.steps),
+                "--save-checkpoint-steps",
+                str(SAVE_EVERY),
+                "--keep-checkpoints",
+                "2",
+            ),
             *("--max-eval-steps", "2", "--log-steps", "1", "--wandb", "off", "--hub", self.hub),
             *("--output-dir", str(output_dir), "--run-name", NAME),
         ]
@@ -87,32 +92,29 @@ def lay_course(folder: Path, *, validation_documents: int = 4) -> Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ending:
-    """What a finished run is compared by.
-
-    Attributes:
-        rows: of ``metrics.jsonl``, without the times.
-        files: SHA-256 of every file of the last checkpoint but two that quote the config, which names folders; of the
-            tensors alone in those of the random number generators, for Python's own is nobody's here.
-        startup_seconds: from the command to the first step.
-    """
+    """What a finished run is compared by."""
 
     rows: list[dict[str, Any]]
+    """Of ``metrics.jsonl``, without the times."""
     files: dict[str, str]
+    """SHA-256 of every file of the last checkpoint but two that quote the config, which names folders; of the tensors
+    alone in those of the random number generators, for Python's own is nobody's here."""
     startup_seconds: float
+    """From the command to the first step."""
 
 
-def ending(run: Path) -> Ending:
+def ending(run: Path, steps: int) -> Ending:
     """Reads how a run ended; a UserError or an AssertionError where its last checkpoint is not whole."""
     of_the_clock = {"time", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "memory_bytes"}
     of_the_clock |= {"rank_seconds_median", "rank_seconds_max", "slowest_rank"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = checkpoint_files.step_folder(run / "checkpoints", STEPS)
-    assert checkpoint_files.verify_checkpoint(last) == []
-    entries = checkpoint_files.read_manifest(last)["files"]
+    last = Checkpoint.of_step(run / "checkpoints", steps)
+    assert last.damage() == []
+    written = last.manifest().files
     record = json.loads((run / "run.json").read_text())
-    files = {name: entry["sha256"] for name, entry in entries.items() if name not in ("state.json", "export/README.md")}
+    files = {name: file.sha256 for name, file in written.items() if name not in ("state.json", "export/README.md")}
     for name in [name for name in files if name.startswith("rng-")]:
-        tensors = load_file(last / name)
+        tensors = load_file(last.path / name)
         files[name] = hashlib.sha256(b"".join(bytes(tensors[key].numpy()) for key in sorted(tensors))).hexdigest()
     return Ending(
         rows=[{key: value for key, value in row.items() if key not in of_the_clock} for row in rows],
@@ -123,27 +125,26 @@ def ending(run: Path) -> Ending:
 
 @dataclasses.dataclass(kw_only=True)
 class Kill:
-    """One kill, and what came of it.
-
-    Attributes:
-        moment: what was waited for: ``saving``, ``training`` or ``starting``.
-        target: who was killed.
-        seconds: from the command to the kill.
-        in_a_save: whether a checkpoint was being written then.
-        torn: whether it was left half-written.
-        exit_code: of the front door.
-        gone_seconds: until every process of the start had ended and the run's lock was free.
-        newest_step: of the newest checkpoint that it left; None for none.
-    """
+    """One kill, and what came of it."""
 
     moment: str
+    """What was waited for: ``saving``, ``training`` or ``starting``."""
     target: str
+    """Who was killed."""
     seconds: float = 0.0
+    """From the command to the kill."""
     in_a_save: bool = False
+    """Whether a checkpoint was being written then."""
     torn: bool = False
+    """Whether it was left half-written."""
     exit_code: int = 0
+    """Of the command."""
     gone_seconds: float = 0.0
+    """Until every process of the start had ended and the run's lock was free."""
     newest_step: int | None = None
+    """Of the newest checkpoint that it left; None for none."""
+    problems: list[str] = dataclasses.field(default_factory=list)
+    """What was not as it must be in its run from then on, in sentences."""
 
 
 class Start:
@@ -164,8 +165,8 @@ class Start:
         kept = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
         self.began = time.monotonic()
         with output.open("wb") as file:
-            self.front_door = subprocess.Popen(
-                course.command(output_dir),
+            self.command = subprocess.Popen(
+                course.typed(output_dir),
                 cwd=REPOSITORY,
                 env=kept | {"PYTHONPATH": str(REPOSITORY), MARK: self._mark},
                 stdin=subprocess.DEVNULL,
@@ -174,11 +175,11 @@ class Start:
             )
 
     def ended(self) -> bool:
-        return self.front_door.poll() is not None
+        return self.command.poll() is not None
 
     def wait(self) -> int:
         """Waits for the end of a start that nobody kills; returns the exit code."""
-        return self.front_door.wait(timeout=HUNG_SECONDS)
+        return self.command.wait(timeout=HUNG_SECONDS)
 
     def said(self) -> str:
         return self.output.read_text(errors="replace")
@@ -186,10 +187,10 @@ class Start:
     def processes(self, target: str) -> list[psutil.Process]:
         """The living processes that a target is; fewer than there will be while the start is under way."""
         try:
-            front_door = psutil.Process(self.front_door.pid)
-            if target == "front door":
-                return [front_door]
-            launchers = [one for one in front_door.children() if "deepspeed.launcher.launch" in one.cmdline()]
+            command = psutil.Process(self.command.pid)
+            if target == "command":
+                return [command]
+            launchers = [one for one in command.children() if "deepspeed.launcher.launch" in one.cmdline()]
             if target == "launcher":
                 return launchers
             return [
@@ -254,8 +255,8 @@ class Start:
         for process in self.alive():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.front_door.kill()
-        self.front_door.wait()
+        self.command.kill()
+        self.command.wait()
 
 
 class Torture:
@@ -265,6 +266,7 @@ class Torture:
         course: of all runs.
         room: folder for the runs.
         seed: of the moments and targets.
+        plan: moments and targets in their order, before those that are drawn.
 
     Attributes:
         kills: those that hit, in order.
@@ -272,13 +274,13 @@ class Torture:
         problems: everything that was not as it must be, in sentences.
     """
 
-    def __init__(self, course: Course, room: Path, seed: int) -> None:
+    def __init__(self, course: Course, room: Path, seed: int, plan: Sequence[tuple[str, str]] = ()) -> None:
         self.course, self.room = course, room
         self.kills: list[Kill] = []
         self.runs = 0
         self.problems: list[str] = []
         self._draw = random.Random(seed)
-        self._plan: list[tuple[str, str]] = []
+        self._plan = list(plan)[::-1]
         self._starts = 0
         (room / "output").mkdir(parents=True)
         start = self._start(room / "reference")
@@ -286,7 +288,7 @@ class Torture:
             assert start.wait() == 0, start.said()[-3000:]
         finally:
             start.end_all()
-        self.reference = ending(start.run)
+        self.reference = ending(start.run, course.steps)
 
     def _start(self, output_dir: Path) -> Start:
         self._starts += 1
@@ -299,9 +301,10 @@ class Torture:
             output_dir = self.room / f"run-{self.runs}"
             newest: int | None = None
             finished = False
+            of_this_run: list[Kill] = []
             while not finished:
                 kill = self._next_kill() if len(self.kills) < aim else None
-                start = self._start(output_dir)
+                start, known = self._start(output_dir), len(self.problems)
                 try:
                     hit = kill is not None and self._kill(start, kill)
                     if not hit:
@@ -310,14 +313,24 @@ class Torture:
                 finally:
                     start.end_all()
                 newest = newest_checkpoint(start.run)
-                if hit and kill is not None:
+                if kill is not None and hit:
                     kill.newest_step = newest
                     self.kills.append(kill)
+                    of_this_run.append(kill)
                     yield kill
-                elif not finished:
+                elif kill is not None:  # the start had ended before: the next one is for it
+                    self._plan.append((kill.moment, kill.target))
+                self._blame(of_this_run, known)
+                if not hit and not finished:
                     return  # the problem is on the list
+            known = len(self.problems)
             self._compare(output_dir / NAME)
+            self._blame(of_this_run, known)
             self.runs += 1
+
+    def _blame(self, kills: list[Kill], known: int) -> None:
+        for kill in kills:
+            kill.problems += self.problems[known:]
 
     def _next_kill(self) -> Kill:
         """Moments and targets in a random order: two of any five kills come in a save, two before any step.
@@ -336,7 +349,7 @@ class Torture:
         """Waits for the moment and kills; False when the start ended before."""
         if not self._moment_comes(start, kill):
             return False
-        # A kill while the front door is alone waits for whom it is meant for.
+        # A kill while the command is alone waits for whom it is meant for.
         count = 2 if kill.target in ("one rank", "all ranks") else 1
         while len(victims := start.processes(kill.target)) < count:
             if start.ended():
@@ -390,9 +403,9 @@ class Torture:
         """Waits until everything of the start is gone."""
         kill.gone_seconds = self._wait_until_gone(start)
         kill.torn = bool(start.stagings())
-        kill.exit_code = start.front_door.wait()
+        kill.exit_code = start.command.wait()
         if kill.exit_code == 0:
-            self._problem(start, f"the front door says 0 after a kill of {kill.target}")
+            self._problem(start, f"the command exits with 0 after a kill of {kill.target}")
 
     def _wait_until_gone(self, start: Start) -> float:
         began = time.monotonic()
@@ -423,7 +436,7 @@ class Torture:
 
     def _compare(self, run: Path) -> None:
         """A run that finished is the reference, but for the clock."""
-        found = ending(run)
+        found = ending(run, self.course.steps)
         wrong = [row for row, wanted in zip(found.rows, self.reference.rows, strict=False) if row != wanted]
         if wrong or len(found.rows) != len(self.reference.rows):
             self.problems.append(f"{run}: {len(wrong)} of {len(found.rows)} rows differ, the first is {wrong[:1]}")
@@ -444,7 +457,7 @@ class Torture:
         """Every checkpoint is on the branch, none twice; a run that was stopped has more of them."""
         steps = [commit.trailer("Step") for commit in LocalRepository(run.parent / "hub.git").commits(NAME)]
         pushed = sorted(int(step) for step in steps if step)
-        missing = set(range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)) - set(pushed)
+        missing = set(range(SAVE_EVERY, self.course.steps + 1, SAVE_EVERY)) - set(pushed)
         if missing or len(pushed) != len(set(pushed)):
             self.problems.append(f"{run}: the branch has the steps {pushed}")
 
@@ -454,9 +467,9 @@ class Torture:
 
 def newest_checkpoint(run: Path) -> int | None:
     """The step of the newest whole checkpoint; one whose place another was to take counts."""
-    folders = checkpoint_files.checkpoint_folders(run / "checkpoints")
-    steps = [checkpoint_files.step_of(folder) for folder in folders if (folder / checkpoint_files.MANIFEST).is_file()]
-    steps += [int(path.name[-8:]) for path in (run / "checkpoints").glob(f"{checkpoint_files.REPLACED}*")]
+    found = checkpoint_folders(run / "checkpoints")
+    steps = [checkpoint.step for checkpoint in found if (checkpoint.path / MANIFEST).is_file()]
+    steps += [int(path.name[-8:]) for path in (run / "checkpoints").glob(f"{REPLACED}*")]
     return max(steps, default=None)
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 
-from codeparrot_ds.checkpoint import folders as checkpoint_files
 from codeparrot_ds.checkpoint.export import Export
+from codeparrot_ds.checkpoint.folders import Checkpoint, checkpoint_folders
 from codeparrot_ds.checkpoint.run_folder import RunFolder
-from codeparrot_ds.checkpoint.saver import CheckpointSaver, RunState, SaveOutcome, load_checkpoint
+from codeparrot_ds.checkpoint.saver import CheckpointSaver, SaveOutcome, load_checkpoint
+from codeparrot_ds.checkpoint.state import RunState
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.engine import create_engine
 from codeparrot_ds.engine.fragments import owned_fragments
 from codeparrot_ds.engine.ranks import Ranks
+from codeparrot_ds.metrics import EvaluationRow
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape
 from codeparrot_ds.training.publish import Publisher
@@ -112,10 +113,17 @@ class TinyRun:
         engine.step()
 
     def state(self, step: int) -> RunState:
-        row = {"step": step, "eval_loss": 5.0 - step / 100, "perplexity": 100.0}
         lanes = {"lanes": {"0": step}}
         layout = {"world_size": 1, "zero_stage": 2, "precision": "bf16"}
-        return RunState(step=step, tokens=step * 128, data=lanes, layout=layout, extra={"evaluations": [row]})
+        return RunState(
+            step=step,
+            tokens=step * 128,
+            data=lanes,
+            layout=layout,
+            evaluations=[evaluation(step, 5.0 - step / 100)],
+            config={},
+            ds_config={},
+        )
 
     def export(self, step: int) -> Export:
         return Export(
@@ -134,7 +142,7 @@ class TinyRun:
         assert outcome is not None and outcome.step == step
         return outcome
 
-    def become(self, checkpoint: Path) -> None:
+    def become(self, checkpoint: Checkpoint) -> None:
         """Brings the training engine to where it was when the checkpoint was saved."""
         load_checkpoint(self.engine, self.ranks, checkpoint)
 
@@ -142,18 +150,18 @@ class TinyRun:
         """What a checkpoint of now must bring back."""
         return self._content(self.engine, self.state(step))
 
-    def newest(self) -> Path | None:
+    def newest(self) -> Checkpoint | None:
         """The checkpoint that a start would choose; damaged ones are set aside and logged."""
         return newest_valid(self.folder, self.ranks)
 
-    def load(self, checkpoint: Path) -> Content:
+    def load(self, checkpoint: Checkpoint) -> Content:
         """Brings a checkpoint back, into an engine that holds nothing of it; its export has the same weights."""
         (fragments,) = owned_fragments(self.restored)
         with torch.no_grad():
             for tensor in (*(t for f in fragments for t in f.tensors.values()), *self.restored.module.parameters()):
                 tensor.fill_(float("nan"))
         state = load_checkpoint(self.restored, self.ranks, checkpoint)
-        exported = load_file(checkpoint / "export" / "model.safetensors")
+        exported = load_file(checkpoint.export / "model.safetensors")
         for name, weight in self.restored.module.named_parameters():
             assert torch.equal(weight, exported[name]), f"{checkpoint}: {name} in the export"
         return self._content(self.restored, state)
@@ -168,9 +176,13 @@ class TinyRun:
         weights = torch.cat([weight.detach().flatten() for weight in engine.module.parameters()])
         tensors |= {"weights": weights.clone(), "rng": torch.get_rng_state()}
         counters = (engine.global_steps, engine.global_samples, engine.skipped_steps, engine.lr_scheduler.last_epoch)
-        # As JSON brings it back.
-        plain = RunState(**json.loads(json.dumps(dataclasses.asdict(state))))
-        return Content(state=plain, counters=counters, tensors=tensors)
+        return Content(state=state, counters=counters, tensors=tensors)
+
+
+def evaluation(step: int, loss: float) -> EvaluationRow:
+    return EvaluationRow(
+        step=step, tokens=step * 128, eval_loss=loss, perplexity=100.0, bits_per_byte=None, eval_tokens=9
+    )
 
 
 def leftovers(checkpoints: Path) -> list[str]:
@@ -179,4 +191,4 @@ def leftovers(checkpoints: Path) -> list[str]:
 
 
 def checkpoint_steps(checkpoints: Path) -> list[int]:
-    return [checkpoint_files.step_of(path) for path in checkpoint_files.checkpoint_folders(checkpoints)]
+    return [checkpoint.step for checkpoint in checkpoint_folders(checkpoints)]

@@ -1,26 +1,108 @@
-"""The files that hold a checkpoint's optimizer fragments: one or more a rank, read by any slice of any parameter.
+"""The safetensors files of a checkpoint: written straight from memory and hashed on the way, read by slices.
 
-A tensor's name in a file is ``parameter|kind|start``: the parameter, ``fp32``, ``exp_avg`` or ``exp_avg_sq``, and the
-offset inside the flattened parameter. Which file holds what does not matter: whoever reads looks at all of them.
+The library's own writer copies every tensor once more before it writes, and its files would have to be read again for
+their SHA-256: at the size of an optimizer's state both are too much. The format is a header in JSON and the bytes
+(https://github.com/huggingface/safetensors#format). Reading is the library's.
+
+A rank's optimizer fragments are one file or more. A tensor's name in there is ``parameter|kind|start``: the parameter,
+``fp32``, ``exp_avg`` or ``exp_avg_sq``, and the offset inside the flattened parameter. Which file holds what does not
+matter: whoever reads looks at all of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from codeparrot_ds.checkpoint.tensor_file import TensorEntry
+from codeparrot_ds import durable
+from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.engine.fragments import MASTER, MOMENTS, Fragment
 from codeparrot_ds.errors import UserError
 
-PATTERN = "fragments-*.safetensors"
+FRAGMENT_FILES = "fragments-*.safetensors"
 PIECE = 1 << 20
 """Values of a parameter that are exported at a time: an embedding as a whole would be the largest thing in memory."""
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a file, before its values are there."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensor_file(
+    path: Path,
+    entries: Sequence[TensorEntry],
+    values: Iterable[torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> WrittenFile:
+    """Writes a safetensors file and waits until the disk has it.
+
+    Args:
+        entries: every tensor in the file's order.
+        values: the bytes of all of them in that order, as contiguous CPU tensors of any dtype and any cut; each is let
+            go before the next one is taken.
+        metadata: strings that the format keeps in its header.
+
+    Raises:
+        OSError: the system refused.
+        ValueError: the values are not as many bytes as the entries say.
+    """
+    expected = sum(entry.num_bytes for entry in entries)
+
+    def content() -> Iterable[Any]:
+        yield _header(entries, metadata or {})
+        found = 0
+        for value in values:
+            found += value.nbytes
+            yield value.reshape(-1).view(torch.uint8).numpy()
+        if found != expected:
+            raise ValueError(f"{path}: {found} bytes of values where the header says {expected}")
+
+    return durable.write_file(path, content())
+
+
+def _header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.num_bytes
+        table[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the values begin where every dtype is aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> WrittenFile:
+    """``write_tensor_file`` for tensors that are all there."""
+    entries = [TensorEntry(name=name, dtype=value.dtype, shape=tuple(value.shape)) for name, value in tensors.items()]
+    return write_tensor_file(path, entries, (value.contiguous() for value in tensors.values()), metadata)
 
 
 def fragment_file_name(rank: int, part: int) -> str:
@@ -53,12 +135,10 @@ class FragmentReader:
     """
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        from safetensors import safe_open
-
         self._folder = folder
         # (start, file, name in it) of every piece, by parameter and kind
         self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
-        for fragment_file in sorted(fnmatch.filter(names, PATTERN)):
+        for fragment_file in sorted(fnmatch.filter(names, FRAGMENT_FILES)):
             file = safe_open(folder / fragment_file, "pt")
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 name, kind, start = key.rsplit("|", 2)
