@@ -97,7 +97,7 @@ class Session:
         return self.evaluations[-1] if self.evaluations else {}
 
     def looks_well(self, step: int) -> bool:
-        """Whether the weights after ``step`` are worth a checkpoint: neither it nor its evaluation gave a NaN.
+        """False if ``step`` was skipped or its evaluation loss is not finite: then its weights get no checkpoint.
 
         Older checkpoints make room for newer ones, so those of weights that are past help must not push out good ones.
         """

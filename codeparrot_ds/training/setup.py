@@ -170,7 +170,7 @@ def start_session(config: RunConfig, *, peak_flops: float | None = None) -> Sess
 
 
 def _share_the_cores() -> None:
-    """Without OMP_NUM_THREADS every rank would take every core, and they would push each other off."""
+    """Without OMP_NUM_THREADS every rank would use all cores and oversubscribe the machine."""
     if "OMP_NUM_THREADS" not in os.environ:
         cores = usable_cores()
         torch.set_num_threads(
