@@ -1,8 +1,8 @@
-"""What a rank on another host needs of the front door's environment, in a file that only its user can read. No torch.
+"""What a rank on another host needs of the command's environment, in a file that only its user can read. No torch.
 
 DeepSpeed writes the variables that it knows of into the command line that it gives to ssh, where every user of a host
 sees them, prints them in its log, and forgets ``HF_*`` and ``WANDB_*``. Here they travel through ssh's standard input
-into a file of mode 0600 on each host; its ranks read it and take it away.
+into a file of mode 0600 on each host; its ranks read it and remove it.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ def write_private(path: Path, content: dict[str, Any]) -> None:
 
 
 def file_of_this_host(environment: MutableMapping[str, str]) -> Path | None:
-    """The file that was brought to this host; None where none was."""
+    """The file that was forwarded to this host; None where none was."""
     base = environment.get(FILE)
     return None if base is None else Path(f"{base}.{environment.get('CROSS_RANK', '0')}")
 
 
 def take_carried(environment: MutableMapping[str, str]) -> list[str] | None:
-    """Puts what was carried into a rank's environment; returns the arguments that came along, None without a file.
+    """Puts the forwarded variables into a rank's environment; returns the forwarded arguments, None without a file.
 
     Raises:
         UserError: the file is missing, or another user could have written it.
@@ -101,7 +101,7 @@ def take_carried(environment: MutableMapping[str, str]) -> list[str] | None:
                 raise UserError(f"{path} is not this user's alone: the environment of the run is not taken from it")
             content = json.load(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"the environment that the front door brought here cannot be read: {error}") from error
+        raise UserError(f"the environment that the launcher forwarded to this host cannot be read: {error}") from error
     environment.update(content["variables"])
     return list(content["arguments"])
 
