@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-# The run config's fields that tell how the model came to be; paths and places of one machine stay out of a public card.
+# The run config's fields that say how the model was trained; paths and places of one machine stay out of a public card.
 _HYPERPARAMETERS = (
     "model",
     "seq_length",
@@ -40,7 +40,7 @@ def model_card(info: Mapping[str, Any]) -> str:
 
     Args:
         info: ``name`` of the run (required); ``model`` (shape) and ``num_parameters``; ``dtype`` of the weights;
-            ``step``, ``tokens``, ``loss`` (training, nats a token), ``eval_loss``, ``perplexity``, ``bits_per_byte``,
+            ``step``, ``tokens``, ``loss`` (training, nats per token), ``eval_loss``, ``perplexity``, ``bits_per_byte``,
             ``eval_tokens``; ``history``, rows of ``step``, ``eval_loss``, ``perplexity``; ``losses``, pairs of step and
             training loss; ``config``, the run config's fields; ``ds_config``, the resolved DeepSpeed config;
             ``corpus``, the contents of corpus.json; ``fingerprint`` of the training stream; ``hub_name``, the model's
@@ -120,10 +120,10 @@ def _figures(info: Mapping[str, Any]) -> str:
     rows = [
         ("optimizer steps", _whole(info.get("step"))),
         ("training tokens", _whole(info.get("tokens"))),
-        ("training loss (nats a token)", _real(info.get("loss"))),
-        ("validation loss (nats a token)", _real(info.get("eval_loss"))),
+        ("training loss (nats per token)", _real(info.get("loss"))),
+        ("validation loss (nats per token)", _real(info.get("eval_loss"))),
         ("validation perplexity", _real(info.get("perplexity"))),
-        ("validation bits a byte", _real(info.get("bits_per_byte"))),
+        ("validation bits per byte", _real(info.get("bits_per_byte"))),
         ("validation tokens", _whole(info.get("eval_tokens"))),
         ("precision of these weights", info.get("dtype")),
     ]
@@ -202,7 +202,7 @@ def _license(info: Mapping[str, Any]) -> str:
 
 
 def _without_path(value: Any) -> Any:
-    """The value with the place on one machine cut off every path in it: it tells about its user and nothing else."""
+    """The value with the place on one machine cut off every path in it, which would say something about its user only."""
     if isinstance(value, Mapping):
         return {key: _without_path(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
