@@ -202,7 +202,7 @@ def _license(info: Mapping[str, Any]) -> str:
 
 
 def _without_path(value: Any) -> Any:
-    """The value with the place on one machine cut off every path in it, which would say something about its user only."""
+    """The value with the place on one machine cut off every path in it, which says something about its user only."""
     if isinstance(value, Mapping):
         return {key: _without_path(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
