@@ -188,7 +188,7 @@ def _serve(
         # A signal to all of a job is the rank's to answer: it needs rows until it has saved; then it ends this process.
         for each in (*STOP_SIGNALS, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)
-        # One core's worth of work; and the tokenizers library warns of a fork unless it is told so.
+        # One core's worth of work; and the tokenizers library warns of a fork unless this is set.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         maker = make()
         while True:
