@@ -1,6 +1,6 @@
 """The documents of a corpus as arrays: what deciding needs, and no text.
 
-Memory: 46 bytes a document that was read, twice that while exact duplicates are sorted out, and about 200 bytes for
+Memory: 46 bytes per document that was read, twice that while exact duplicates are sorted out, and about 200 bytes for
 each document that has an exact duplicate while the one that stays is chosen.
 """
 
@@ -16,7 +16,7 @@ from codeparrot_ds.corpus.units import LoadedUnit, load_unit, read_paths, read_t
 
 @dataclass(kw_only=True)
 class Documents:
-    """One element a document in each array."""
+    """One element per document in each array."""
 
     unit: np.ndarray
     record: np.ndarray

@@ -3,7 +3,7 @@
 A unit's folder appears under its final name when it is complete, so a kill at any instant leaves whole units only:
 
 - ``texts.bin``: the texts one after another, UTF-8; ``paths.bin``: the paths likewise
-- ``index.bin``: one ``INDEX`` record a document
+- ``index.bin``: one ``INDEX`` record per document
 - ``account.json``: the tables that records point into, what was left out, and the sizes of the other files
 """
 
