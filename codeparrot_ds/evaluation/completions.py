@@ -65,7 +65,7 @@ def run_complete(
         source: as for ``load_model``.
         prompts: texts, as ``gather_prompts`` reads them.
         interactive: asks for prompts, also after those given.
-        as_json: an object a line: ``prompt``, ``completion``, ``log_probability`` (nats), ``tokens``, ``finish``.
+        as_json: one object per line: ``prompt``, ``completion``, ``log_probability`` (nats), ``tokens``, ``finish``.
         colour: whether standard output is a terminal: completions grow there in colour, with their log-probabilities.
 
     Raises ``UserError`` before the first completion when a prompt does not fit.
@@ -210,7 +210,7 @@ def _converse(writer: _Writer, lines: TextIO) -> None:
             else:
                 last = block
                 writer.write([last])
-        except UserError as error:  # the session goes on
+        except UserError as error:  # the session continues
             print(f"error: {error}")
 
 
@@ -254,7 +254,7 @@ def coloured(text: str, before: str = "") -> str:
 
     Args:
         text: any part of a source.
-        before: what it follows: a string or comment that begins there goes on here.
+        before: what it follows: a string or comment that begins there continues here.
     """
     start = before.encode("utf-8", "replace")
     data = text.encode("utf-8", "replace")
