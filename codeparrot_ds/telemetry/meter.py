@@ -15,31 +15,26 @@ from codeparrot_ds.telemetry.rank_times import RankTimes
 
 @dataclasses.dataclass(kw_only=True)
 class Meter:
-    """Turns the clock into a training row.
-
-    Attributes:
-        loader: the training loader, for the time that the rank waited for it and the epoch.
-        tokens_per_step: tokens of one optimizer step over all ranks.
-        flops_per_token: forward and backward FLOPs a token (6N + 12·L·d·s).
-        peak_flops: of all ranks' devices together, FLOP/s.
-        device: this rank's.
-        tokens: tokens trained on before the first step of this start.
-        step: the step that this start begins after.
-        max_train_steps: the run's last step.
-        memory_check: told of every logged step on rank 0 of a GPU run.
-        rank_times: compares the ranks; None on a single one.
-    """
+    """Turns the clock into a training row."""
 
     loader: Any
+    """The training loader, for the time that the rank waited for it and the epoch."""
     tokens_per_step: int
+    """Of all ranks."""
     flops_per_token: float
+    """Forward and backward (6N + 12·L·d·s)."""
     peak_flops: float
+    """Of all ranks' devices together, FLOP/s."""
     device: Any
     tokens: int
+    """Trained on so far."""
     step: int
+    """That the last row was for; at first the step that this start begins after."""
     max_train_steps: int
     memory_check: MemoryCheck | None = None
+    """On rank 0 of a GPU run."""
     rank_times: RankTimes | None = None
+    """Compares the ranks; None on a single one."""
 
     def __post_init__(self) -> None:
         self._mark = time.perf_counter()

@@ -6,7 +6,7 @@ import os
 import time
 
 LAUNCHED_AT = "CODEPARROT_DS_LAUNCHED_AT"
-"""Environment variable: when the front door was entered, seconds since the epoch."""
+"""Environment variable: when the command began, seconds since the epoch."""
 
 
 class Startup:
