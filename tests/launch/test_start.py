@@ -573,10 +573,10 @@ def test_a_larger_max_train_steps_warns_of_the_jump(make_config, front, capsys):
 @pytest.mark.parametrize(
     ("end", "status", "has_checkpoint", "words"),
     [
-        (End(code=0, asked=True), "stopped", True, "Stopped and saved. Go on with:"),
-        (End(code=0), "stopped", True, "Stopped and saved. Go on with:"),  # by --max-hours
-        (End(code=0, asked=True), "stopped", False, "Stopped before anything was saved. Go on with:"),
-        (End(code=137, asked=True), "running", True, "step-00000010. Go on with:"),
+        (End(code=0, asked=True), "stopped", True, "Stopped and saved. Continue with:"),
+        (End(code=0), "stopped", True, "Stopped and saved. Continue with:"),  # by --max-hours
+        (End(code=0, asked=True), "stopped", False, "Stopped before anything was saved. Continue with:"),
+        (End(code=137, asked=True), "running", True, "step-00000010. Continue with:"),
         (End(code=0), "finished", True, None),
         (End(code=2), "running", True, None),
     ],
@@ -599,7 +599,7 @@ def test_a_run_that_was_stopped_says_how_to_go_on(make_config, front, capsys, en
 def test_a_name_that_was_made_up_is_in_the_command_that_goes_on(make_config, front, capsys):
     config = dataclasses.replace(make_config(), run_name=None)
     assert front(config, "small", end=End(code=0, asked=True), outcome={"status": "stopped", "step": 0}) == 0
-    command = lines_after(capsys.readouterr().out, "Go on with:")
+    command = lines_after(capsys.readouterr().out, "Continue with:")
     assert command[:-1] == ["codeparrot-ds", "train", "small", "--run-name"] and command[-1] in " ".join(
         front.started[0]
     )
