@@ -86,6 +86,12 @@ class Pauses:
                 time.sleep(pause)
 
 
+def say_retry(error: UnavailableError, pause: float | None, say: Callable[[str], None]) -> None:
+    """Says what failed and when it is tried again; nothing for the last failure, which is raised."""
+    if pause is not None:
+        say(f"{error}; trying again in {pause:.1f} s")
+
+
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that an answer asks to wait: its ``Retry-After``, a number or a date (RFC 9110), or its ``RateLimit``."""
     value = headers.get("Retry-After", "").strip()

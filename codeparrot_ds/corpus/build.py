@@ -224,6 +224,7 @@ class _Build:
     def drop_near_duplicates(self, index: CorpusIndex, documents: Documents, threshold: float) -> Documents:
         """Those that stay; of two alike the one with more copies does, being the one that people chose to copy."""
         place = self.folder / "sketches"
+        # Sketches number documents by unit and record; `number` below says which of those each document has.
         by_place = np.lexsort((documents.record, documents.unit))
         tasks = []
         for unit, members in group_by(documents.unit):

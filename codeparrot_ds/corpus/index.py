@@ -80,6 +80,7 @@ def group_by(values: np.ndarray) -> list[tuple[int, np.ndarray]]:
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(order) else order
+    # Not strict: NumPy splits an empty array into one empty part.
     return [(int(ordered[start]), part) for start, part in zip(starts, np.split(order, starts[1:]), strict=False)]
 
 

@@ -160,6 +160,7 @@ class _RankRows:
 
     def _start_workers(self, shares: Sequence[Sequence[int]], states: Mapping[int, LaneStates]) -> None:
         rank_rows = self._rounds * len(self._lanes)
+        # At most 255: a block's number crosses the pipe in one byte.
         num_blocks = min(255, max(BLOCKS_AHEAD, 1 + math.ceil(2 * self._micro_batch_size / rank_rows)))
         for shard in {dataset.shards[0] for dataset in self._config.datasets if dataset.shards[0].remote}:
             open_shard(shard)  # imports what reading from the Hub needs: not for a child forked beside threads to do

@@ -138,6 +138,7 @@ def lane_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piec
 def _dealt_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piece]:
     total = sum(shard.bytes for shard in shards)
     piece_bytes = min(max(total // num_lanes // PIECES_PER_LANE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
+    # Whole rounds: every lane gets equally many pieces, of nearly equal size.
     rounds = max(1, round(total / num_lanes / piece_bytes))
     count = rounds * num_lanes
     pieces = []

@@ -105,6 +105,7 @@ class _Writer:
                 longest = max(max_lengths[place], tokens + EXAMPLE_ROOM)
             self._check_fits(prompt, tokens, longest)
             for sample in range(number):
+                # Far apart: the samples of seed n + 1 are none of those of seed n.
                 seed = self.settings.seed * 1_000_003 + sample
                 room = longest - max(tokens, 1)
                 requests.append(Request(prompt=prompt, seed=seed, ends=BLOCK_STARTS, max_new_tokens=room))

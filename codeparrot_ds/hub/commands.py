@@ -14,7 +14,7 @@ from codeparrot_ds.hub.places import is_remote, open_repository
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import MAIN, Commit, Repository
 from codeparrot_ds.hub.worker import Destination, check_owner, drain, read_destination, start_drain
-from codeparrot_ds.retry import Answer, Pauses, UnavailableError
+from codeparrot_ds.retry import Answer, Pauses, UnavailableError, say_retry
 from codeparrot_ds.shell import pasteable
 
 PATIENCE_SECONDS = 300.0
@@ -134,12 +134,8 @@ def hub_publish(
     pauses = pauses or Pauses(PATIENCE_SECONDS)
     said = hub_push(run_dir, pauses=pauses, say=say)
 
-    def failed(error: UnavailableError, pause: float | None) -> None:
-        if pause is not None:
-            say(f"{error}; trying again in {pause:.1f} s")
-
     def patiently(ask: Callable[[], Answer]) -> Answer:
-        return pauses.patiently(ask, failed)
+        return pauses.patiently(ask, lambda error, pause: say_retry(error, pause, say))
 
     if not PushQueue(run_dir).pushed():
         raise _nothing_yet(destination)

@@ -80,7 +80,7 @@ class LocalRepository:
                 staging._git("config", key, value)
             staging._git("symbolic-ref", "HEAD", f"refs/heads/{MAIN}")
             staging._first_commit(self.path)
-            staging.path.chmod(0o755)
+            staging.path.chmod(0o755)  # mkdtemp's is for this user alone, but others may clone
             # Complete or absent: two runs that start at once make one repository, and the loser of the race uses it.
             try:
                 staging.path.rename(self.path)

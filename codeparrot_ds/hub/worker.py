@@ -29,7 +29,7 @@ from codeparrot_ds.hub.places import open_repository
 from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
 from codeparrot_ds.hub.repository import Commit, Repository
 from codeparrot_ds.paths import not_a_run
-from codeparrot_ds.retry import Answer, Pauses, UnavailableError
+from codeparrot_ds.retry import Answer, Pauses, UnavailableError, say_retry
 
 WORKER_PATIENCE_SECONDS = 6 * 3600.0
 """Without one success; the next checkpoint starts another worker anyway."""
@@ -109,8 +109,7 @@ class _Drain:
 
     def _failed(self, error: UnavailableError, pause: float | None) -> None:
         self.queue.note_problem(str(error), None if pause is None else time.time() + pause)
-        if pause is not None:
-            self.say(f"{error}; trying again in {pause:.1f} s")
+        say_retry(error, pause, self.say)
 
     def _push_one(self, path: Path) -> None:
         queue, entry = self.queue, read_entry(path)

@@ -101,6 +101,7 @@ class Metrics:
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(json.loads, lines) if "loss" in row and math.isfinite(float(row["loss"]))]
+        # Counted from the end, so that the last one is among them.
         chosen = rows[:: -max(1, math.ceil(len(rows) / points))][::-1]
         return [(row["step"], float(row["loss"])) for row in chosen]
 
