@@ -364,12 +364,11 @@ def first_batches(workdir: Path) -> dict[str, dict[str, float]]:
 
 MEMORY = """
 import itertools, json, sys
-sys.path.insert(0, "benchmarks")
+sys.path[:0] = [".", "benchmarks"]
 from pathlib import Path
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.datasets import open_stream
-from codeparrot_ds.data.stream import TrainingStream
+from tests.data.streams import RowStream, open_stream
 def peak():  # not getrusage, whose peak a process inherits from the one that started it
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 workdir, corpus, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -378,7 +377,7 @@ encoder.prove_fast_encoding(())
 before = peak()
 config = RunConfig(data=str(workdir / corpus), tokenizer=str(workdir / "tokenizer"))
 marks = []
-for number, row in enumerate(itertools.islice(TrainingStream(open_stream(config, encoder)), rows)):
+for number, row in enumerate(itertools.islice(RowStream(open_stream(config, encoder)), rows)):
     if number % (rows // 8) == rows // 8 - 1:
         marks.append(peak())
 print(json.dumps({"before": before * 1024, "peaks": [mark * 1024 for mark in marks]}))

@@ -25,7 +25,8 @@ sys.path[:0] = [str(REPOSITORY)]
 from codeparrot_ds.errors import UserError  # noqa: E402
 from codeparrot_ds.hub.local_git import LocalRepository  # noqa: E402
 from codeparrot_ds.hub.queue import PushQueue  # noqa: E402
-from codeparrot_ds.hub.worker import Pauses, drain, read_destination, start_drain  # noqa: E402
+from codeparrot_ds.hub.worker import drain, read_destination, start_drain  # noqa: E402
+from codeparrot_ds.retry import Pauses  # noqa: E402
 from tests.hub.model_hub import TOKEN, ModelHub, running_hub  # noqa: E402
 from tests.hub.pushing import REPO, TEMPORARY, branch_problems, chaos, enqueue, export_of, make_run  # noqa: E402
 

@@ -39,7 +39,7 @@ HANG_SECONDS = 10
 FAULTS = {
     "killed": ("rank lost: ", r"rank {rank} on {host} \(process {pid}\) was killed by SIGKILL", 4, 5),
     "stopped": ("hang: ", r"rank {rank} on {host} \(process {pid}\) is a stopped process", 5, HANG_SECONDS + 5),
-    "cut": ("rank lost: ", r"host {host} \(rank {rank}\) has not been heard of", 4, HANG_SECONDS + 5),
+    "cut": ("rank lost: ", r"host {host} \(rank {rank}\) has not responded", 4, HANG_SECONDS + 5),
 }
 """Of each: how the line begins, the rest of it, the exit code, and the seconds within which it must be said."""
 PATIENCE_SECONDS = 900.0

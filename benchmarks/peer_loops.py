@@ -104,7 +104,8 @@ def corpus_rows(options: argparse.Namespace, num_rows: int) -> np.ndarray:
     from codeparrot_ds.config.run_config import RunConfig
     from codeparrot_ds.data.encoder import load_encoder
     from codeparrot_ds.data.shards import find_shards
-    from codeparrot_ds.data.stream import Dataset, StreamConfig, TrainingStream
+    from codeparrot_ds.data.stream import Dataset, StreamConfig
+    from tests.data.streams import RowStream
 
     encoder, defaults = load_encoder(options.tokenizer), RunConfig()
     options.vocab_size = encoder.vocab_size
@@ -116,7 +117,7 @@ def corpus_rows(options: argparse.Namespace, num_rows: int) -> np.ndarray:
         shuffle_buffer=defaults.shuffle_buffer,
         seed=options.seed,
     )
-    return np.stack([row.ids for row in itertools.islice(TrainingStream(config), num_rows)])
+    return np.stack([row.ids for row in itertools.islice(RowStream(config), num_rows)])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 python benchmarks/resume_time.py --data CORPUS --tokenizer TOKENIZER
 
-An engine trains two steps and saves; ``checkpoint import`` makes three runs of that, whose data goes on at three places
-of the first epoch. Each is resumed, a fresh copy each time.
+An engine trains two steps and saves; ``checkpoint import`` makes three runs of that, whose data continues at three
+places of the first epoch. Each is resumed, a fresh copy each time.
 """
 
 from __future__ import annotations
@@ -115,13 +115,14 @@ def save_engine(options: argparse.Namespace) -> None:
 
 def rows_of_an_epoch(options: argparse.Namespace) -> int:
     """Rows of the run before one of its lanes begins anew."""
-    from codeparrot_ds.data.datasets import open_stream
     from codeparrot_ds.data.encoder import load_encoder
-    from codeparrot_ds.data.stream import TrainingStream
+
+    sys.path[:0] = [str(REPOSITORY)]
+    from tests.data.streams import RowStream, open_stream
 
     config = run_config(options)
     stream = open_stream(config, load_encoder(config.tokenizer))
-    return next(number for number, row in enumerate(TrainingStream(stream)) if row.states[0].epoch)
+    return next(number for number, row in enumerate(RowStream(stream)) if row.states[0].epoch)
 
 
 def resume(run: Path, folder: Path, ranks: int) -> dict[str, float]:

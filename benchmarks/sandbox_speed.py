@@ -12,7 +12,7 @@ import time
 
 from record import record_parser, write_record
 
-from codeparrot_ds.sandbox.judge import Check, Limits, bare_command, check_sandbox, judge_all
+from codeparrot_ds.sandbox.judge import Check, Limits, _bubblewrap, _interpreter, check_sandbox, judge_all
 
 PROGRAM = "def add(a, b):\n    return a + b\n"
 CHECK = Check(tests=("assert add(1, 2) == 3\nassert add(-1, 1) == 0\nassert add('a', 'b') == 'ab'",), entry_point="add")
@@ -51,7 +51,7 @@ def main() -> None:
         raw[f"verdicts_per_second_{workers}_workers"] = rates
         lines.append(f"| {workers} | {statistics.median(rates):.0f} | {min(rates):.0f} - {max(rates):.0f} |")
     lines += ["", "| a process that does nothing | ms |", "|---|---|"]
-    bubblewrap, python = bare_command(Limits())
+    bubblewrap, python = _bubblewrap(Limits().scratch_bytes), _interpreter()
     nothing = ["-c", "import posix;posix._exit(0)"]
     for name, command in (
         ("/bin/true", ["/bin/true"]),

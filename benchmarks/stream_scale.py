@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -16,15 +17,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from record import write_record
+from record import REPOSITORY, write_record
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.corpus.build import build_corpus
 from codeparrot_ds.corpus.tokenizer import train_tokenizer
-from codeparrot_ds.data.datasets import StreamStart, open_stream, saved_stream
+from codeparrot_ds.data.datasets import StreamStart, saved_stream
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.shards import BadDocuments, LocalFile, find_shards, read_documents
-from codeparrot_ds.data.stream import StreamConfig, TrainingStream, lane_pieces, stream_fingerprint
+from codeparrot_ds.data.stream import StreamConfig, lane_pieces, stream_fingerprint
+
+sys.path[:0] = [str(REPOSITORY)]
+
+from tests.data.streams import RowStream, open_stream  # noqa: E402
 
 NUM_RANKS = NUM_LANES = 1024
 NUM_SHARDS = 54
@@ -86,7 +91,7 @@ def measure(stream: StreamConfig) -> dict[str, Any]:
         for rank in range(NUM_RANKS):
             counted.reset()
             started = time.perf_counter()
-            row = next(iter(TrainingStream(stream, rank=rank, world_size=NUM_RANKS)))
+            row = next(iter(RowStream(stream, rank=rank, world_size=NUM_RANKS)))
             start_seconds.append(time.perf_counter() - started)
             start_bytes.append(counted.bytes)
             start_reads.append(counted.reads)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 """The folder of the package: a checkout, or an environment's site-packages."""
@@ -15,6 +16,12 @@ PACKAGE_PARENT = Path(__file__).resolve().parents[1]
 def python_path(environment: Mapping[str, str] = os.environ) -> str:
     """``PYTHONPATH`` with which another interpreter imports this very package, wherever it was imported from."""
     return os.pathsep.join(filter(None, [str(PACKAGE_PARENT), environment.get("PYTHONPATH")]))
+
+
+def start_module(module: str, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    """Starts ``python -m module``, which imports this same package; the options are those of ``Popen``."""
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], env=environment, **options)
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

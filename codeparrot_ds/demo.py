@@ -41,7 +41,7 @@ def run_demo(
     Args:
         workdir: folder for everything; created.
         max_train_steps: optimizer steps, the preset's by default.
-        num_gpus: ranks; one a GPU, or one on a CPU, by default.
+        num_gpus: ranks; one per GPU, or one on a CPU, by default.
         deepspeed: DeepSpeed JSON, the preset's by default.
         hub: place of the branch, a git repository beside the runs by default.
         overwrite: start afresh in a folder that holds a demo.
@@ -57,7 +57,7 @@ def run_demo(
             _make_data(corpus, tokenizer)
     except KeyboardInterrupt:
         steps = [] if max_train_steps is None else ["--max-train-steps", max_train_steps]
-        print(f"\nGo on with:\n  {pasteable(*again, *steps)}", flush=True)
+        print(f"\nContinue with:\n  {pasteable(*again, *steps)}", flush=True)
         raise
 
     overrides = demo_schedule(max_train_steps) | {"deepspeed": deepspeed, "hub": hub}
@@ -77,7 +77,7 @@ def run_demo(
     ]
     code = front_door(config, LaunchOptions(num_gpus=num_gpus), typed=typed)
     if code != 0 or recorded_outcome(run).get("status") != "finished":
-        return code  # with what goes on with the run, where it was stopped
+        return code  # the command that resumes it, where it was stopped, has been printed
     _finish(run, started)
     print(f"  {pasteable(*again, '--max-train-steps', 3 * config.max_train_steps)}     # a longer run beside this one")
     return 0
@@ -90,7 +90,7 @@ def _make_data(corpus: Path, tokenizer: Path) -> None:
     documents = {split: part["documents"] for split, part in card["splits"].items()}
     print(f"{documents['train']} files to train on, {documents['validation']} held out, in {corpus}")
     _say(2, f"tokenizer: byte-level BPE with {VOCAB_SIZE:,} tokens")
-    print(f"{_tokenizer(corpus, tokenizer):.2f} characters a token, in {tokenizer}")
+    print(f"{_tokenizer(corpus, tokenizer):.2f} characters per token, in {tokenizer}")
 
 
 def demo_schedule(max_train_steps: int | None) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _corpus(corpus: Path) -> dict:
 
 
 def _tokenizer(corpus: Path, tokenizer: Path) -> float:
-    """Characters a token of the demo's tokenizer, trained when it is not there yet."""
+    """Characters per token of the demo's tokenizer, trained when it is not there yet."""
     record = tokenizer / "training.json"
     if not record.is_file():
         figures = train_tokenizer(corpus, tokenizer, vocab_size=VOCAB_SIZE)

@@ -30,7 +30,7 @@ def local_devices(device: str) -> list[int | str]:
 
 
 def local_ranks(device: str) -> int:
-    """How many ranks a run has on this machine unless told: one a visible GPU, or one on a CPU, on all its cores.
+    """How many ranks a run has on this machine by default: one per visible GPU, or one on a CPU, on all its cores.
 
     More ranks on a CPU only add what they say to each other: two of one core are slower than one of two
     (``docs/performance.md``).

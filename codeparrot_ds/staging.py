@@ -57,7 +57,7 @@ def resumable_folder(out: Path, *, marker: str, overwrite: bool) -> Iterator[Pat
     out = Path(os.path.abspath(out))
     refuse_existing(out, marker=marker, overwrite=overwrite)
     folder = working_folder(out)
-    kept = f"finished work is kept in {folder}, and the same command goes on from there"
+    kept = f"finished work is kept in {folder}, and the same command continues from there"
     try:
         with _lock(folder, out):
             try:

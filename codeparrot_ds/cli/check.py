@@ -242,7 +242,7 @@ def add_plan(commands: Any) -> None:
     )
     group.add_argument(
         "--calibrate", type=name_argument, metavar="RUN",
-        help="take what a run needs beside its tensors from this GPU run, and keep it for later plans (default: none)",
+        help="measure the overhead per rank, in addition to tensors, in this GPU run, for later plans (default: none)",
     )  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--trace", action="store_true", help="trace every row that is shown: exact, minutes")
@@ -276,7 +276,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     if arguments.calibrate is not None:
         overhead, measured = device_memory.calibrate(find_run(arguments.calibrate))
         path = device_memory.save_overhead(overhead, measured)
-        said = f"calibrated: beside its tensors a rank takes {overhead}; kept in {path}, remove it to go back"
+        said = f"calibrated: overhead per rank, in addition to tensors: {overhead}; kept in {path}, remove to undo"
         print(said, file=sys.stderr if arguments.json else sys.stdout)
     if arguments.model is None:
         if arguments.calibrate is not None:

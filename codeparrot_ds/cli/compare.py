@@ -129,5 +129,5 @@ def _run_compare(arguments: argparse.Namespace) -> int:
                 say=say,
             )
     except KeyboardInterrupt:
-        say(f"Go on with:\n  {pasteable('compare', *arguments.arguments)}")
+        say(f"Continue with:\n  {pasteable('compare', *arguments.arguments)}")
         raise

@@ -50,7 +50,7 @@ def add_corpus(commands: Any) -> None:
         "--tokenizer",
         type=name_argument,
         metavar="DIR",
-        help="also drop files under 1.5 characters a token (default: off)",
+        help="also drop files under 1.5 characters per token (default: off)",
     )
     group.add_argument(
         "--near-duplicates", action=argparse.BooleanOptionalAction, default=True,
@@ -107,7 +107,7 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
             )
     except KeyboardInterrupt:
         if (folder := working_folder(arguments.out)).is_dir():
-            print(f"\nfinished work is kept in {folder}, and the same command goes on from there", file=sys.stderr)
+            print(f"\nfinished work is kept in {folder}, and the same command continues from there", file=sys.stderr)
         raise
     lines, warnings = describe(card)
     for warning in warnings:
@@ -151,7 +151,7 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
         )
     print(
         f"{result['vocab_size']:,} tokens from {result['documents']:,} documents, "
-        f"{result['chars_per_token']:.2f} characters a token, in {arguments.out}"
+        f"{result['chars_per_token']:.2f} characters per token, in {arguments.out}"
     )
     return 0
 

@@ -115,7 +115,7 @@ class RunConfig:
     )
     dropout: float = _setting(0.0, "model", "probability of residual, embedding and attention dropout", minimum=0.0)
     intra_document_masking: bool = _setting(
-        False, "model", "attend inside a document only, with positions that restart; costs a dense mask"
+        False, "model", "restrict attention to the same document and restart position ids; costs a dense mask"
     )
     chunked_loss: bool = _setting(
         False, "model", "never hold the softmax of all tokens in fp32: less memory for the logits, the same loss"

@@ -1,1 +1,1 @@
-"""From source trees to cleaned shards and a tokenizer."""
+"""Building a corpus: from source trees and files of rows to cleaned, deduplicated shards and a tokenizer."""

@@ -1,14 +1,14 @@
 """Builds a corpus: cleaned, deduplicated shards of rows with CodeParrot's columns, split by repository.
 
 ``build_corpus`` cleans as the published scripts do: exact duplicates → filters → near duplicates → split → shards.
-The work is cut into units that worker processes read into a hidden folder beside the corpus (``corpus_plan``,
-``corpus_units``); this process decides on arrays (``corpus_index``, ``dedup``, ``corpus_split``); workers write the
-shards (``corpus_shards``). Every piece appears when it is complete and under a name that says what it depends on, so
-a build that was killed goes on from its finished pieces and gives the same bytes.
+The work is cut into units that worker processes read into a hidden folder beside the corpus (``plan``,
+``units``); this process decides on arrays (``index``, ``dedup``, ``split``); workers write the shards
+(``write_shards``). Every piece appears when it is complete and under a name that says what it depends on, so
+a build that was killed continues from its finished pieces and gives the same bytes.
 
-Memory: about 300 bytes a document in this process (220 MB at the peak for 600,000 rows), more only where documents
-have duplicates (``corpus_index``, ``dedup``); in each worker a shard's rows. Disk, until the end: the text that was
-read, and with near duplicates 512 bytes and 8 a distinct token a document.
+Memory: about 300 bytes per document in this process (220 MB at the peak for 600,000 rows), more only where documents
+have duplicates (``index``, ``dedup``); in each worker a shard's rows. Disk, until the end: the text that was
+read, and with near duplicates, per document, 512 bytes and 8 per distinct token.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def build_corpus(
 
     Args:
         sources: Source trees (folders; git checkouts inside them count as repositories of their own), row files
-            (``ROW_SUFFIXES`` of ``corpus_plan``), and names of data sets for the ``datasets`` library
+            (``ROW_SUFFIXES`` of ``plan``), and names of data sets for the ``datasets`` library
             (``org/name`` or ``org/name:split``), which are streamed.
         validation_fraction: Share of the bytes that is held out, met as nearly as whole groups allow.
         compress: ``none``, ``gz`` or ``zst``; the last two in pieces of about 1 MiB that can be read alone.
@@ -94,7 +94,7 @@ def build_corpus(
             where documents suffice.
         seed: Decides the split, the order of documents and the filters that act with a probability.
         filters: Names out of ``FILTER_NAMES``.
-        tokenizer: A tokenizer folder; with it, files under 1.5 characters a token are dropped as well.
+        tokenizer: A tokenizer folder; with it, files under 1.5 characters per token are dropped as well.
         near_duplicates: Drop documents that are nearly equal to one that stays (``dedup``).
         near_duplicate_threshold: Jaccard similarity of the sets of tokens from which on two are nearly equal.
         redact: Replace e-mail addresses, public IP addresses and secret keys by placeholders (``redaction``).
@@ -224,6 +224,7 @@ class _Build:
     def drop_near_duplicates(self, index: CorpusIndex, documents: Documents, threshold: float) -> Documents:
         """Those that stay; of two alike the one with more copies does, being the one that people chose to copy."""
         place = self.folder / "sketches"
+        # Sketches number documents by unit and record; `number` below says which of those each document has.
         by_place = np.lexsort((documents.record, documents.unit))
         tasks = []
         for unit, members in group_by(documents.unit):
@@ -368,7 +369,7 @@ def _row_bases(units: Sequence, loaded: Sequence[LoadedUnit]) -> list[int]:
 
 
 def _account_for(sources: Sequence[Source], loaded: Sequence[LoadedUnit], bases: Sequence[int]) -> list[dict]:
-    """One account a source, for the card; an unusable source is an error, damage alone is not while others give."""
+    """One account per source, for the card; an unusable source is an error, damage alone is not while others give."""
     cards = []
     position = 0
     for source in sources:

@@ -7,16 +7,16 @@ document has its like in the corpus and nothing disappears through a chain A~B~C
 
 The sketches are rensa's (Rust): it takes whole batches with hashed tokens through the buffer protocol, and its
 signatures agree as often as the sets (bias under 0.003, standard deviation at or below that of 256 permutations,
-measured on sets of 12 to 2000 tokens at Jaccard 0.5 to 0.9). datasketch, the older library, is a pure Python class a
+measured on sets of 12 to 2000 tokens at Jaccard 0.5 to 0.9). datasketch, the older library, is a pure Python class per
 document: with 256 permutations it sketches 19 MB/s of Python code on a core, where rensa takes 3 GB/s and splitting
 into tokens becomes the cost; it would bring SciPy along. Both are deterministic and have releases of 2026 with wheels
 for Python 3.10 and newer; rensa's has one author and changed its signatures in 0.5, so a sketch on disk is keyed by
 the version and never outlives a build. Its ``RMinHashLSH`` is not used: it holds every document in memory, and does
 not verify by the sets.
 
-Memory: one band at a time, 24 bytes a document that is compared; then 16 bytes for each time that a document shares a
+Memory: one band at a time, 24 bytes per document that is compared; then 16 bytes for each time that a document shares a
 band's bucket with another (512 at most, were every document to share all 32), and the buckets' lists of kept ones.
-Signatures and token hashes stay on disk: 512 bytes and 8 a distinct token a document.
+Signatures and token hashes stay on disk: per document, 512 bytes and 8 per distinct token.
 """
 
 from __future__ import annotations

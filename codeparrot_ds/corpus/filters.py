@@ -49,7 +49,7 @@ def text_statistics(text: str) -> TextStatistics:
 
 def alphanumeric_fraction(text: str) -> float:
     """Share of characters for which ``str.isalnum`` is true; 0 for an empty text."""
-    # One call a character costs more than all other filters together: ASCII is counted by deleting the rest in C.
+    # One call per character costs more than all other filters together: ASCII is counted by deleting the rest in C.
     count = len(text.encode("utf-8").translate(None, _NOT_ASCII_ALPHANUMERIC))
     if not text.isascii():
         count += sum(character.isalnum() for character in _NOT_ASCII.findall(text))

@@ -1,6 +1,6 @@
 """The documents of a corpus as arrays: what deciding needs, and no text.
 
-Memory: 46 bytes a document that was read, twice that while exact duplicates are sorted out, and about 200 bytes for
+Memory: 46 bytes per document that was read, twice that while exact duplicates are sorted out, and about 200 bytes for
 each document that has an exact duplicate while the one that stays is chosen.
 """
 
@@ -16,7 +16,7 @@ from codeparrot_ds.corpus.units import LoadedUnit, load_unit, read_paths, read_t
 
 @dataclass(kw_only=True)
 class Documents:
-    """One element a document in each array."""
+    """One element per document in each array."""
 
     unit: np.ndarray
     record: np.ndarray
@@ -80,6 +80,7 @@ def group_by(values: np.ndarray) -> list[tuple[int, np.ndarray]]:
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(order) else order
+    # Not strict: NumPy splits an empty array into one empty part.
     return [(int(ordered[start]), part) for start, part in zip(starts, np.split(order, starts[1:]), strict=False)]
 
 

@@ -4,7 +4,7 @@ A unit is a few megabytes of a tree's files, a byte range of a plain file of JSO
 text can only be reached from its start), some row groups of a Parquet file, or one shard of a streamed data set. Its
 ``key`` names everything that its result depends on, so a finished unit is reused exactly where it is still true.
 
-Memory: about 300 bytes a file of a source tree, until all units are read.
+Memory: about 300 bytes per file of a source tree, until all units are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import orjson
 
 from codeparrot_ds.corpus.readers import ReadAccount, TreeFile, detect_license, open_dataset, repository_name
 from codeparrot_ds.data.hub_files import first_look
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.paths import did_you_mean_path
 
 UNIT_BYTES = 8 << 20
@@ -50,7 +50,7 @@ class Unit:
     start: int = 0
     stop: int | None = None
     state: tuple[Any, ...] = ()
-    """What tells a changed source: size and time of a row file, the origin of a data set's files."""
+    """What shows that a source changed: size and time of a row file, the origin of a data set's files."""
 
     def key(self, settings: Sequence[Any]) -> str:
         """Name of the result: equal for equal sources read with equal settings."""
@@ -196,7 +196,7 @@ def _dataset_units(source: int, name: str) -> Iterator[Unit]:
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds: no such name, no such split, no network
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(f"source {name} is no path here, and no data set that can be opened: {reason}") from error
+        reason = f"source {name} is no path here, and no data set that can be opened: {first_line(error)}"
+        raise UserError(reason) from error
     for shard in range(dataset.num_shards):
         yield Unit(source=source, kind="dataset", name=name, start=shard, stop=dataset.num_shards, state=tuple(state))

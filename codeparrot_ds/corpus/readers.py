@@ -56,7 +56,7 @@ _BYTE_ORDER_MARKS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TreeFile:
-    """A file of a source tree as planning found it; size and time tell a later build whether it changed."""
+    """A file of a source tree as planning found it; size and time show a later build whether it changed."""
 
     file: str
     path: str

@@ -1,1 +1,1 @@
-"""The data path: corpus and tokenizer building, and the stream of packed rows that training and validation read."""
+"""From shards to micro-batches: finding and reading data sets, and packing the rows of training and validation."""

@@ -1,4 +1,4 @@
-"""From a run config to its data: the training stream, the validation shards, and where a resumed run goes on."""
+"""From a run config to its data: the training stream, the validation shards, and where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import exists, may_be_on_hub
 from codeparrot_ds.terminal import size_text
 
-_PROOF_DOCUMENTS_A_LANE = 4
+_PROOF_DOCUMENTS_PER_LANE = 4
 
 
 def parse_mixture(data: str) -> list[tuple[str, float]]:
@@ -104,11 +104,6 @@ def stream_of(config: RunConfig, datasets: Sequence[Dataset], encoder: Encoder) 
     )
 
 
-def open_stream(config: RunConfig, encoder: Encoder) -> StreamConfig:
-    """The training stream of a run config, its data sets opened as they are now."""
-    return stream_of(config, open_datasets(config), encoder)
-
-
 def check_datasets(config: RunConfig, datasets: Sequence[Dataset]) -> None:
     """Raises a UserError when a lane of a local data set has no document or there is nothing to evaluate on."""
     validation_shards(config)
@@ -124,7 +119,7 @@ def proof_texts(stream: StreamConfig) -> Iterator[str]:
     for dataset in stream.datasets:
         for lane in range(stream.num_lanes):
             for piece in lane_pieces(dataset.shards, stream.num_lanes, lane)[:1]:
-                for text, _ in islice(read_documents(piece, bad=bad), _PROOF_DOCUMENTS_A_LANE):
+                for text, _ in islice(read_documents(piece, bad=bad), _PROOF_DOCUMENTS_PER_LANE):
                     yield text
 
 
@@ -151,7 +146,7 @@ def saved_stream(fingerprint: Mapping[str, Any], start: StreamStart) -> dict[str
 def resume_stream(
     saved: Mapping[str, Any], fingerprint: Mapping[str, Any], *, on_data_change: str
 ) -> tuple[StreamStart, list[str]]:
-    """Where a stream with this fingerprint goes on, and what differs from the saved one.
+    """Where a stream with this fingerprint continues, and what differs from the saved one.
 
     Raises a UserError when anything differs, unless ``on_data_change`` is ``restart``: then the stream begins anew.
     """
@@ -178,11 +173,8 @@ def data_account(
 ) -> dict[str, Any]:
     """What a run has read since its stream began, as JSON with a ``summary`` in words.
 
-    Args:
-        counters: ``TrainingLoader.counters()`` of every rank.
-        bad_documents: where each was lost and why, in this start of the run.
-        rows_per_lane: of every lane.
-        encoder: the library that encoded.
+    ``counters`` are ``TrainingLoader.counters()`` of every rank; ``bad_documents`` say where each was lost and why, in
+    this start of the run; ``encoder`` names the library that encoded.
     """
     names = ("documents", "characters", "bytes", "tokens", "tokens_of_documents")
     totals = {name: sum(each[name] for each in counters) for name in names}
@@ -193,7 +185,7 @@ def data_account(
         tokens_per_document = totals["tokens_of_documents"] / totals["documents"]
         chars_per_token = totals["characters"] / totals["tokens_of_documents"]
         summary += f", {totals['documents']:,} documents finished ({size_text(totals['bytes'])}, "
-        summary += f"{tokens_per_document:,.0f} tokens a document, {chars_per_token:.2f} characters a token)"
+        summary += f"{tokens_per_document:,.0f} tokens per document, {chars_per_token:.2f} characters per token)"
     elif totals["tokens"]:
         summary += ", no document read to its end yet"
     if bad_documents:

@@ -105,7 +105,7 @@ class Encoder:
             text = text[:PROOF_CHARACTERS]
             [expected] = self._encode([text], add_special_tokens=False)
             if fast_encode(text).tolist() != expected.ids:
-                return f"gigatoken encodes {text[:40]!r}… otherwise than the tokenizers library"
+                return f"gigatoken encodes {text[:40]!r}… differently from the tokenizers library"
             num_characters += len(text)
             if num_characters >= PROOF_CHARACTERS:
                 break
@@ -198,7 +198,7 @@ def _eos_token(folder: Path) -> str:
 
 
 def estimate_chars_per_token(dataset: Iterable[dict[str, Any]], tokenizer: Any, num_documents: int = 500) -> float:
-    """Characters a token over the first ``num_documents`` of ``dataset``, as the recipe estimates it.
+    """Characters per token over the first ``num_documents`` of ``dataset``, as the recipe estimates it.
 
     ``dataset`` yields ``{"content": str}``; ``tokenizer`` is a Hugging Face tokenizer. Raises a UserError when there
     is no text to count.

@@ -1,7 +1,7 @@
 """Files of Hugging Face Hub datasets: found through ``datasets``, pinned at a commit, read by byte ranges.
 
 Nothing but the dataset's card is ever downloaded whole. A reader waits out long outages of the Hub or the network, and
-says so once.
+logs that once per outage.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import random
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from typing import Any
 
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
+from codeparrot_ds.retry import Pauses, UnavailableError, retry_after
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst
 PATIENCE_SECONDS = 2 * 3600.0
 MAX_WAIT_SECONDS = 60.0
 
-# org/name, org/name:config, either with @revision; a revision may be refs/convert/parquet, so it takes all that follows
+# org/name or org/name:config, either with @revision, which takes the rest: it may hold slashes (refs/convert/parquet)
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<config>[^@]+))?(@(?P<revision>\S+))?")
 _PATHS_PER_REQUEST = 500
 _RETRIED_STATUSES = (408, 425, 429)  # and 5xx
@@ -91,7 +89,7 @@ def _pin(repo: str, revision: str | None) -> str:
 
     info = HfApi().dataset_info(repo, revision=revision, timeout=30)
     if info.gated:
-        # The Hub tells anybody about a gated dataset: ask whether its files may be read before reading any.
+        # The Hub describes a gated dataset to anybody: ask whether its files may be read before reading any.
         HfApi().auth_check(repo, repo_type="dataset")
     if info.sha is None:
         raise UserError(f"The Hub dataset {repo} has no commit yet: nothing was uploaded.")
@@ -191,8 +189,8 @@ def _user_errors(name: str, repo: str) -> Iterator[None]:
         ) from error
     except (httpx.HTTPError, ConnectionError, errors.LocalEntryNotFoundError) as error:
         raise UserError(
-            f"The Hub dataset {name} cannot be looked up: {_endpoint()} cannot be reached ({_cause(error)}); check the "
-            f"network or train from a local folder."
+            f"The Hub dataset {name} cannot be looked up: {_endpoint()} cannot be reached ({first_line(error)}); check "
+            "the network or train from a local folder."
         ) from error
     except (ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(_listing_problem(repo, error)) from error
@@ -213,10 +211,6 @@ def _endpoint() -> str:
     from huggingface_hub import constants
 
     return constants.ENDPOINT
-
-
-def _cause(error: BaseException) -> str:
-    return str(error) or type(error).__name__
 
 
 class HubReader:
@@ -244,7 +238,7 @@ class HubReader:
         raises, but sleeps on after a handler that only takes note."""
         # What a read imports is imported here: a child that is forked while another thread imports waits for ever.
         from huggingface_hub import constants, hf_hub_url, is_offline_mode  # noqa: F401
-        from huggingface_hub.utils import build_hf_headers, httpx, parse_ratelimit_headers  # noqa: F401
+        from huggingface_hub.utils import build_hf_headers, httpx  # noqa: F401
 
         self.file = file
         self._patience_seconds = patience_seconds
@@ -262,61 +256,38 @@ class HubReader:
         size = min(size, self.file.bytes - offset)
         if size <= 0:
             return b""
-        outage = None
-        while True:
+        try:
+            return _fetch(self.file, offset, size)
+        except UnavailableError as error:
+            return self._wait_out(error, offset, size)
+
+    def _wait_out(self, error: UnavailableError, offset: int, size: int) -> bytes:
+        """Tries again after a failure, with a line in the log at the first pause and at the end of the outage."""
+        # To the end of patience: a run that has waited for hours had better try once more than stop early.
+        began, pauses = (
+            time.monotonic(),
+            Pauses(self._patience_seconds, longest_seconds=MAX_WAIT_SECONDS, to_the_end=True),
+        )
+        warned = False
+        while (pause := pauses.next(error)) is not None:
+            if not warned:
+                again = (_duration(pause), _duration(self._patience_seconds))
+                logger.warning(
+                    "%s cannot be read (%s); trying again in %s, then for up to %s", self.file, error, *again
+                )
+                warned = True
+            self._sleep(pause)
             try:
                 data = _fetch(self.file, offset, size)
-            except _PassingTrouble as trouble:
-                outage = outage or _Outage(self.file, self._patience_seconds)
-                self._sleep(outage.next_wait_seconds(trouble))
+            except UnavailableError as newest:
+                error = newest
             else:
-                if outage:
-                    outage.end()
+                logger.info("%s can be read again after %s", self.file, _duration(time.monotonic() - began))
                 return data
-
-
-class _PassingTrouble(Exception):
-    """A request failed in a way that may be over soon; ``retry_after_seconds`` is the server's own word."""
-
-    def __init__(self, cause: str, retry_after_seconds: float = 0.0) -> None:
-        super().__init__(cause)
-        self.retry_after_seconds = retry_after_seconds
-
-
-class _Outage:
-    """The time from a failed request to the next one that succeeds: how long to wait, and what the log says."""
-
-    def __init__(self, file: HubFile, patience_seconds: float) -> None:
-        self._file = file
-        self._patience_seconds = patience_seconds
-        self._start = time.monotonic()
-        self._tries = 0
-
-    def next_wait_seconds(self, trouble: _PassingTrouble) -> float:
-        """Seconds until the next try. Raises a UserError when patience is at its end."""
-        elapsed = time.monotonic() - self._start
-        left = self._patience_seconds - elapsed
-        if left <= 0:
-            raise UserError(
-                f"{self._file} could not be read for {_duration(elapsed)} ({trouble}); start again when "
-                f"{_endpoint()} can be reached."
-            ) from trouble
-        # The system's random numbers: the run's own must not move, and forked workers would share a generator's state.
-        wait = min(MAX_WAIT_SECONDS, 2.0**self._tries) * random.SystemRandom().uniform(0.5, 1.0)
-        wait = min(max(wait, trouble.retry_after_seconds), left)
-        if self._tries == 0:
-            logger.warning(
-                "%s cannot be read (%s); trying again in %s, then for up to %s",
-                self._file,
-                trouble,
-                _duration(wait),
-                _duration(self._patience_seconds),
-            )
-        self._tries = min(self._tries + 1, 10)
-        return wait
-
-    def end(self) -> None:
-        logger.info("%s can be read again after %s", self._file, _duration(time.monotonic() - self._start))
+        raise UserError(
+            f"{self.file} could not be read for {_duration(time.monotonic() - began)} ({error}); start again when "
+            f"{_endpoint()} can be reached."
+        ) from error
 
 
 def _duration(seconds: float) -> str:
@@ -326,7 +297,7 @@ def _duration(seconds: float) -> str:
 
 
 def _fetch(file: HubFile, offset: int, size: int) -> bytes:
-    """One request for bytes that the file has. Raises _PassingTrouble or a UserError."""
+    """One request for bytes that the file has. Raises an UnavailableError, or another UserError for a refusal."""
     from huggingface_hub import constants, hf_hub_url, is_offline_mode
     from huggingface_hub.utils import build_hf_headers, httpx
 
@@ -347,9 +318,9 @@ def _fetch(file: HubFile, offset: int, size: int) -> bytes:
                 if len(body) > length:  # leaving the block closes the connection: the rest is not read
                     break
     except httpx.HTTPError as error:
-        raise _PassingTrouble(_cause(error)) from error
+        raise UnavailableError(str(error) or type(error).__name__) from error
     if len(body) != length:
-        raise _PassingTrouble(f"{'more' if len(body) > length else len(body)} bytes came instead of {length}")
+        raise UnavailableError(f"{'more' if len(body) > length else len(body)} bytes came instead of {length}")
     return bytes(body[offset - first : offset - first + size])
 
 
@@ -369,19 +340,19 @@ def _client(process: int) -> Any:
 def _body_span(response: Any, file: HubFile, offset: int, size: int) -> tuple[int, int]:
     """Where in the file the body of an answer begins and how long it must be.
 
-    Raises _PassingTrouble or a UserError when it is not the body asked for.
+    Raises an UnavailableError, or another UserError for a refusal, when it is not the body asked for.
     """
     status = response.status_code
     asked = f"bytes {offset}-{offset + size - 1}/"
     if status == 206:
         answered = response.headers.get("Content-Range", "")
         if answered not in (f"{asked}{file.bytes}", f"{asked}*"):
-            raise _PassingTrouble(f"the answer has {answered!r} instead of '{asked}{file.bytes}'")
+            raise UnavailableError(f"the answer has {answered!r} instead of '{asked}{file.bytes}'")
         return offset, size
     if status == 200 and file.bytes <= _MAX_WHOLE_BYTES:
         return 0, file.bytes
     if status in _RETRIED_STATUSES or status >= 500:
-        raise _PassingTrouble(f"HTTP {status}", _retry_after_seconds(response.headers))
+        raise UnavailableError(f"HTTP {status}", retry_after(response.headers))
     if status in (401, 403):
         raise UserError(f"{file} may not be read (HTTP {status}); log in with `hf auth login` as a user who may.")
     if status == 404:
@@ -390,18 +361,4 @@ def _body_span(response: Any, file: HubFile, offset: int, size: int) -> tuple[in
         raise UserError(f"{file} does not have the {asked}{file.bytes} that the Hub said it has (HTTP 416).")
     if 400 <= status < 500:
         raise UserError(f"{file} cannot be read: the Hub refuses the request (HTTP {status}).")
-    raise _PassingTrouble(f"HTTP {status} in answer to a byte range")
-
-
-def _retry_after_seconds(headers: Any) -> float:
-    """How long the server asks to wait, 0 when it does not say."""
-    from huggingface_hub.utils import parse_ratelimit_headers
-
-    value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        return (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
-    except (TypeError, ValueError):  # neither form (RFC 9110, 10.2.3), or a date without a zone
-        limit = parse_ratelimit_headers(headers)
-        return float(limit.reset_in_seconds) if limit and limit.remaining == 0 else 0.0
+    raise UnavailableError(f"HTTP {status} in answer to a byte range")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TIMEOUT_SECONDS = 10.0
@@ -70,7 +70,7 @@ def first_look(name: str, remedy: str) -> Iterator[None]:
     """Within, ``datasets`` takes a data set from the Hub that answers, else from its cache, and never waits for it.
 
     The library asks a Hub that does not answer for minutes. Here it is asked once, and where it does not answer the
-    library is told to stay offline for this look.
+    library is made to stay offline for this look.
 
     Args:
         name: ``org/name``; nothing is asked about a folder.
@@ -102,17 +102,13 @@ def first_look(name: str, remedy: str) -> Iterator[None]:
                 raise UserError(
                     f"{here} is not asked offline (HF_HUB_OFFLINE): {remedy}"
                     if before[1]
-                    else f"{here} at {_endpoint()} cannot be reached ({_told(error)}): {remedy}, or try again"
+                    else f"{here} at {_endpoint()} cannot be reached ({first_line(error)}): {remedy}, or try again"
                 ) from error
             finally:
                 for place, value in zip(places, before, strict=True):
                     setattr(*place, value)
             return
     yield
-
-
-def _told(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _ask(repo: str, file: str, revision: str) -> None:
@@ -167,5 +163,5 @@ def _user_errors(name: str, file: str, what: str) -> Iterator[None]:
         raise UserError(f"there is no folder {name} here, and no model on the Hub can be named so") from error
     except (OSError, _http_error()) as error:
         raise UserError(
-            f"{here} at {_endpoint()} cannot be reached ({_told(error)}): name a folder, or try again"
+            f"{here} at {_endpoint()} cannot be reached ({first_line(error)}): name a folder, or try again"
         ) from error

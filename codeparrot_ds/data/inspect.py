@@ -88,12 +88,7 @@ class RowReader:
 
     Args:
         split: one of SPLITS.
-        pins: what the run found under the names of its data: see ``opening.open_datasets``.
-
-    Attributes:
-        encoder: the one in use; gigatoken where it is proved, as in training.
-        slow_reason: why gigatoken is not used; None where it is.
-        bad_documents: documents that could not be read.
+        pins: what the run found under the names of its data: see ``datasets.open_datasets``.
     """
 
     def __init__(self, config: RunConfig, split: str, pins: Mapping[str, str] | None = None) -> None:
@@ -111,6 +106,7 @@ class RowReader:
             self._shards = split_shards(self._data, split)
             texts = read_texts(self._shards, BadDocuments(limit=None))
         self.slow_reason = self.encoder.prove_fast_encoding(texts)
+        """Why gigatoken is not used; None where it is."""
 
     def rows(self, start_row: int, count: int, progress: Progress | None = None) -> Iterator[InspectedRow]:
         """Up to ``count`` rows from ``start_row`` on; all that lies before is read at once, in this call.
@@ -216,7 +212,7 @@ class RowPrinter:
         self._rows = self._tokens = self._characters = 0
 
     def row(self, row: InspectedRow) -> str:
-        """The row's header, its text with the documents' borders, and where they go on."""
+        """The row's header, its text with the documents' borders, and where they continue."""
         eos_token_id = self._reader.encoder.eos_token_id
         documents = row.documents(eos_token_id)
         lines = [self._header(row, documents)]
@@ -229,7 +225,7 @@ class RowPrinter:
             lines.append(visible(text).removesuffix("\n"))
             if self._ids:
                 lines.append(self._styled(DIM, self._wrapped(ids)))
-            lines.append(self._rule("end of document" if ends else "end of the row: this document goes on"))
+            lines.append(self._rule("end of document" if ends else "end of the row: this document continues"))
         if row.padding:
             lines.append(self._rule(f"{row.padding:,} tokens of padding"))
         self._rows, self._tokens = self._rows + 1, self._tokens + len(row.ids)
@@ -253,11 +249,11 @@ class RowPrinter:
         return f"{style}{text}{PLAIN}" if self._colour else text
 
     def summary(self) -> str:
-        """One line about the rows written so far: encoder, characters a token, unreadable documents."""
+        """One line about the rows written so far: encoder, characters per token, unreadable documents."""
         reader = self._reader
         text = f"{self._rows:,} row{'s' * (self._rows != 1)}, {self._tokens:,} tokens"
         if self._tokens:
-            text += f", {self._characters / self._tokens:.2f} characters a token"
+            text += f", {self._characters / self._tokens:.2f} characters per token"
         text += f"; encoded by {reader.encoder.name}"
         if reader.slow_reason:
             text += f" ({reader.slow_reason})"

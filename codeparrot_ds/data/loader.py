@@ -36,14 +36,9 @@ class TrainingLoader:
 
     Each is a tensor of token ids of shape (micro_batch_size, seq_length) on the CPU, pinned when there is a GPU, in the
     integers that ``token_ids`` widens on the device: a quarter of the bytes of torch.long. The rank's lanes are shared
-    by ``num_workers`` processes (at most one a lane; 0 reads when a micro-batch is asked for), and a thread puts their
-    rows together ahead of the rank. Raises a UserError for whatever is wrong with the data, also when a worker meets
-    it.
-
-    Attributes:
-        wait_seconds: time spent waiting for micro-batches so far.
-        bad_documents: the documents that this rank could not read.
-        num_workers: worker processes.
+    by ``num_workers`` processes (at most one per lane; 0: this process reads when a micro-batch is asked for), and a
+    thread puts their rows together ahead of the rank. Raises a UserError for whatever is wrong with the data, also when
+    a worker meets it.
     """
 
     def __init__(
@@ -65,6 +60,7 @@ class TrainingLoader:
         self.bad_documents = BadDocuments(config.max_bad_documents)
         self.num_workers = min(num_workers, len(self._lanes))
         self.wait_seconds = 0.0
+        """Spent waiting for micro-batches so far."""
         self._failure: Exception | None = None
         rows = _RankRows(config, self._lanes, states, self.bad_documents, self.num_workers, micro_batch_size)
         self._batches = _BatchesAhead(rows) if self.num_workers else rows
@@ -164,6 +160,7 @@ class _RankRows:
 
     def _start_workers(self, shares: Sequence[Sequence[int]], states: Mapping[int, LaneStates]) -> None:
         rank_rows = self._rounds * len(self._lanes)
+        # At most 255: a block's number crosses the pipe in one byte.
         num_blocks = min(255, max(BLOCKS_AHEAD, 1 + math.ceil(2 * self._micro_batch_size / rank_rows)))
         for shard in {dataset.shards[0] for dataset in self._config.datasets if dataset.shards[0].remote}:
             open_shard(shard)  # imports what reading from the Hub needs: not for a child forked beside threads to do

@@ -2,8 +2,8 @@
 
 A row of a shard is a JSON object (or a parquet row) whose ``content`` is the text of one document. Lanes read pieces of
 shards: a range of bytes where a reader can start anywhere (JSON lines, parquet), every n-th line where it cannot
-(compressed files). The position after a document travels with it, so that a reader can stop anywhere and go on later
-without reading the past again.
+(compressed files). The position after a document travels with it, so that a reader can stop anywhere and continue
+later without reading the past again.
 
 All reading goes through ``read_at``, so a shard may lie on a disk or on the Hugging Face Hub.
 """
@@ -33,7 +33,7 @@ FORMATS = {
     ".parquet": "parquet",
 }
 READ_BYTES = 1 << 18
-"""Bytes that a reader asks the disk for at once; one open piece a lane holds about so much."""
+"""Bytes that a reader asks the disk for at once; one open piece per lane holds about so much."""
 REMOTE_READ_BYTES = 1 << 21
 """The same on the Hub, where each request costs a round trip."""
 
@@ -137,8 +137,8 @@ class BadDocuments:
 def find_shards(data: str | Path, split: str) -> list[Shard]:
     """The shards of a split, sorted by name. Raises a UserError when there is nothing to read.
 
-    ``data`` is a folder with a folder a split, a folder of shards or one shard (which then are its split, whatever it
-    is called), or the name of a Hub dataset (``org/name``, with ``:config`` and ``@revision`` where wanted).
+    ``data`` is a folder with one folder per split, a folder of shards or one shard (which then are the split, whatever
+    its name is), or the name of a Hub dataset (``org/name``, with ``:config`` and ``@revision`` where wanted).
     """
     folder = Path(data)
     if not exists(folder):

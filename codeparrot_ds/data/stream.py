@@ -2,7 +2,7 @@
 
 The stream is ``num_lanes`` independent lanes. A lane shuffles, tokenizes and packs its own share of the documents for
 ever; row k of the run is the next row of lane ``k % num_lanes``. Whoever serves a lane (any rank, any worker, before or
-after a restart) gets the same rows, and the few integers of its LaneStates are all that it takes to go on.
+after a restart) gets the same rows, and the few integers of its LaneStates are all that it takes to continue.
 
 Several data sets are mixed row by row: each lane has a place in each of them, and takes its next row from the one that
 is furthest behind its weight.
@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from codeparrot_ds.errors import UserError
 ORDER_VERSION = 1
 """Changes with whatever makes the same data give other rows: pieces, windows, permutations, packing."""
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 15, 1 << 24
-PIECES_A_LANE = 16
+PIECES_PER_LANE = 16
 """Each epoch takes a lane's pieces in another order, which mixes further than a window does."""
 
 
@@ -78,7 +78,7 @@ class LaneState:
     piece: int = 0
     """Place, in this epoch's order of the lane's pieces, of the one in which the window starts."""
     offset: int = 0
-    """Position in that piece at which the window starts: see sources.Position."""
+    """Position in that piece at which the window starts: see shards.Position."""
     line: int = 0
     frame: int = 0
     window: int = 0
@@ -128,7 +128,7 @@ def lane_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piec
     """The lane's share of a data set; every document is in exactly one piece of one lane.
 
     Shards in which a reader can start anywhere are laid end to end and cut into pieces of one size, dealt to the lanes
-    in turn: the lanes' shares differ by a document a piece at most. Compressed shards go whole to the lane that has
+    in turn: the lanes' shares differ by one document per piece at most. Compressed shards go whole to the lane that has
     least so far or, when there are fewer than lanes, line by line to several lanes, each of which decompresses it all.
     """
     pieces = _dealt_pieces(list(filter(is_splittable, shards)), num_lanes, lane)
@@ -137,7 +137,8 @@ def lane_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piec
 
 def _dealt_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piece]:
     total = sum(shard.bytes for shard in shards)
-    piece_bytes = min(max(total // num_lanes // PIECES_A_LANE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
+    piece_bytes = min(max(total // num_lanes // PIECES_PER_LANE, MIN_PIECE_BYTES), MAX_PIECE_BYTES)
+    # Whole rounds: every lane gets equally many pieces, of nearly equal size.
     rounds = max(1, round(total / num_lanes / piece_bytes))
     count = rounds * num_lanes
     pieces = []
@@ -337,50 +338,6 @@ def _permutation(length: int, *key: int) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------------------------
 # The lanes of a rank
-
-
-class Row(NamedTuple):
-    """One packed row."""
-
-    ids: np.ndarray
-    """Shape (seq_length,), the encoder's dtype."""
-    lane: int
-    states: LaneStates
-    """The lane right after the row's last token."""
-
-
-class TrainingStream:
-    """The rows of one rank in the order of the run, for ever, one by one; ``loader.TrainingLoader`` is the fast way.
-
-    Args:
-        start_row: global index of the first row, a multiple of the world size.
-        lane_states: the states after the rows before ``start_row``, of this rank's lanes at least.
-    """
-
-    def __init__(
-        self,
-        config: StreamConfig,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        start_row: int = 0,
-        lane_states: Mapping[int, LaneStates] | None = None,
-        bad: BadDocuments | None = None,
-    ) -> None:
-        self._config = config
-        self._bad = BadDocuments(config.max_bad_documents) if bad is None else bad
-        self._lanes = lanes_in_turn(config, rank=rank, world_size=world_size, start_row=start_row)
-        self._states = resume_states(config, self._lanes, start_row, lane_states or {})
-
-    def __iter__(self) -> Iterator[Row]:
-        config = self._config
-        lanes = [(lane, Lane(config, lane, self._states[lane], self._bad)) for lane in self._lanes]
-        while True:
-            for number, lane in lanes:
-                ids = np.empty((1, config.seq_length), config.encoder.dtype)
-                states = np.empty((1, *lane.states.shape), np.int64)
-                lane.take(ids, states)
-                yield Row(ids[0], number, tuple(map(LaneState.from_array, states[0])))
 
 
 def lanes_in_turn(config: StreamConfig, *, rank: int, world_size: int, start_row: int) -> list[int]:

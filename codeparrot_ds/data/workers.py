@@ -24,6 +24,7 @@ import numpy as np
 from codeparrot_ds.data.shards import BadDocument, BadDocuments
 from codeparrot_ds.data.stream import STATE_FIELDS, Lane, LaneStates, StreamConfig
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.supervision.process_end import STOP_SIGNALS
 
 START_SECONDS = 20.0
 """What a worker may take to run its first line; it takes milliseconds, also on a busy machine."""
@@ -185,9 +186,9 @@ def _serve(
     try:
         finished.send_bytes(b"here")
         # A signal to all of a job is the rank's to answer: it needs rows until it has saved; then it ends this process.
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        for each in (*STOP_SIGNALS, signal.SIGHUP):
             signal.signal(each, signal.SIG_IGN)
-        # One core's worth of work; and the tokenizers library warns of a fork unless it is told so.
+        # One core's worth of work; and the tokenizers library warns of a fork unless this is set.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         maker = make()
         while True:

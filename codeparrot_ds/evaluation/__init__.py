@@ -1,1 +1,1 @@
-"""Judging a model: perplexity, completions, problems that it solves, contamination of its corpus."""
+"""Evaluating a model: perplexity, completions, pass@k on programming problems, contamination of its corpus."""

@@ -65,7 +65,7 @@ def run_complete(
         source: as for ``load_model``.
         prompts: texts, as ``gather_prompts`` reads them.
         interactive: asks for prompts, also after those given.
-        as_json: an object a line: ``prompt``, ``completion``, ``log_probability`` (nats), ``tokens``, ``finish``.
+        as_json: one object per line: ``prompt``, ``completion``, ``log_probability`` (nats), ``tokens``, ``finish``.
         colour: whether standard output is a terminal: completions grow there in colour, with their log-probabilities.
 
     Raises ``UserError`` before the first completion when a prompt does not fit.
@@ -105,6 +105,7 @@ class _Writer:
                 longest = max(max_lengths[place], tokens + EXAMPLE_ROOM)
             self._check_fits(prompt, tokens, longest)
             for sample in range(number):
+                # Far apart: the samples of seed n + 1 are none of those of seed n.
                 seed = self.settings.seed * 1_000_003 + sample
                 room = longest - max(tokens, 1)
                 requests.append(Request(prompt=prompt, seed=seed, ends=BLOCK_STARTS, max_new_tokens=room))
@@ -210,7 +211,7 @@ def _converse(writer: _Writer, lines: TextIO) -> None:
             else:
                 last = block
                 writer.write([last])
-        except UserError as error:  # the session goes on
+        except UserError as error:  # the session continues
             print(f"error: {error}")
 
 
@@ -254,7 +255,7 @@ def coloured(text: str, before: str = "") -> str:
 
     Args:
         text: any part of a source.
-        before: what it follows: a string or comment that begins there goes on here.
+        before: what it follows: a string or comment that begins there continues here.
     """
     start = before.encode("utf-8", "replace")
     data = text.encode("utf-8", "replace")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -15,6 +15,7 @@ import numpy as np
 from codeparrot_ds.data.shards import BadDocuments, Piece, Shard, read_documents
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.problems import Problem
+from codeparrot_ds.terminal import Progress
 
 NGRAM_TOKENS = 10
 THRESHOLD = 0.5
@@ -51,7 +52,7 @@ def find_contamination(
     *,
     ngram_tokens: int = NGRAM_TOKENS,
     num_workers: int = 1,
-    progress: Callable[[str, int, int | None], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> list[Contamination]:
     """Returns for each problem what one document of the shards holds of its solution; reads each shard once.
 

@@ -47,7 +47,7 @@ class Details:
     def result(self) -> dict[str, Any]:
         """Returns ``top_1_accuracy`` and ``top_5_accuracy``, ``loss_by_position`` (``first`` and ``last`` number of
         tokens before the target, each range twice as long as the one before) and, for a byte-level tokenizer,
-        ``loss_by_class``; loss in nats a token."""
+        ``loss_by_class``; loss in nats per token."""
         positions, classes = self.sums.cpu().split([self.seq_length, len(TOKEN_CLASSES)])
         everything = positions.sum(dim=0)
         by_position = []

@@ -83,7 +83,7 @@ def generate(
         tokenizer: the model's.
         requests: a prompt that leaves no room in the context is completed with nothing.
         batch_size: rows at once.
-        on_token: told a request's number and all its text so far, whenever that grows.
+        on_token: gets a request's number and all its text so far, whenever that grows.
         agree: makes the next tokens, (rows,), the same on all ranks, where a forward pass needs them all.
     """
     prompts = list(dict.fromkeys(request.prompt for request in requests))
@@ -118,7 +118,7 @@ class _Row:
 
 
 class _Batch:
-    """Rows that advance together, a token a step."""
+    """Rows that advance together, one token per step."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class _Batch:
         if self.mask is not None:
             arguments["attention_mask"] = self.mask[:, : self.seen]
         if self.takes_positions:
-            # Rows that are through go on until the batch is made smaller, also past the context.
+            # Rows that have finished keep running until the batch is made smaller, also past the context.
             arguments["position_ids"] = positions if self.context is None else positions.clamp(max=self.context - 1)
         if self.keeps_logits:
             arguments["logits_to_keep"] = 1

@@ -1,8 +1,8 @@
 """pass@k on programming problems: completions at several temperatures, kept and resumed, then judged in the sandbox.
 
 A result folder holds ``settings.json`` (what was asked of which model), ``generations-t<T>.jsonl`` and
-``verdicts-t<T>.jsonl`` (a line a sample, appended as they come), and ``results.json`` (as lm-evaluation-harness writes
-it, with this project's own figures beside). Docs: ``docs/judging.md``.
+``verdicts-t<T>.jsonl`` (one line per sample, appended as they come), and ``results.json`` (as lm-evaluation-harness
+writes it, with this project's own figures beside). Docs: ``docs/judging.md``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from codeparrot_ds.evaluation.pass_at_k import PassAtK, estimate
 from codeparrot_ds.evaluation.problems import Problem, load_problems
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
 from codeparrot_ds.sandbox.judge import Limits, check_sandbox, judge_all
+from codeparrot_ds.terminal import Progress
 from codeparrot_ds.version import __version__
 
-Progress = Callable[[str, int, int | None], None]
 Key = tuple[str, int]
 """Of a sample: the problem's ``task_id`` and the sample's number."""
 
@@ -90,9 +90,9 @@ def humaneval(
         k: those over the number of samples are left out.
         judge: whether the programs are run. They never run outside the sandbox.
         num_workers: programs that are judged at once; see ``judge_all``.
-        num_processes: that generate, each with a model of its own; None: one a GPU, or one.
+        num_processes: that generate, each with a model of its own; None: one per GPU, or one.
         share: ``(i, n)`` generates every n-th problem from the i-th on, and does nothing else: such a process's part.
-        say: told of what takes long before it begins.
+        say: gets a line before what takes long begins.
 
     Raises ``UserError`` before anything is generated where no sandbox can be had or the folder is another model's.
     """
@@ -188,7 +188,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> 
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file that a kill may have cut, which is mended."""
+    """The whole lines of a file; a line that a kill cut short is removed from it."""
     if not path.is_file():
         return
     data = path.read_bytes()

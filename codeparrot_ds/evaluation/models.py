@@ -13,7 +13,7 @@ from codeparrot_ds.checkpoint.folders import find_model, find_run
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.data.datasets import check_local_data
 from codeparrot_ds.data.hub_files import hub_file
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.paths import exists, in_runs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -99,12 +99,12 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = 
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{place}: the model cannot be loaded: {_first_sentence(error)}") from error
+        raise UserError(f"{place}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         if shows_bars:
             transformers.utils.logging.enable_progress_bar()
     model, report = loaded
-    if report["missing_keys"]:  # transformers would go on with random values
+    if report["missing_keys"]:  # transformers would continue with random values
         raise UserError(f"{place}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
@@ -114,15 +114,10 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = 
     try:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:  # an unknown name, no such device, or too little memory on it
-        raise UserError(f"{place}: the model cannot go to device '{device}': {_first_sentence(error)}") from error
+        raise UserError(f"{place}: the model cannot go to device '{device}': {first_line(error)}") from error
     return model.eval(), tokenizer
 
 
 def context_length(model: Any) -> int | None:
     """Returns the most tokens that the model reads at once, None when its config does not say."""
     return getattr(model.config, "max_position_embeddings", None)
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits a byte: one exact pass, on any number of ranks, from sums over tokens.
+"""Loss, perplexity and bits per byte: one exact pass, on any number of ranks, from sums over tokens.
 
 ``evaluate_batches`` is what training calls on every rank; ``evaluate_model`` is the command line's, with plain
 ``transformers``.
@@ -20,13 +20,13 @@ import torch
 from torch.nn import functional as F
 
 from codeparrot_ds.checkpoint.folders import find_model
+from codeparrot_ds.data.validation import IGNORED_LABEL, ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.details import Details, TokenClasses
 from codeparrot_ds.evaluation.models import check_seq_length, context_length, data_of, load_model
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
 from codeparrot_ds.model.attention import document_inputs
 
-IGNORED_LABEL = -100
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -37,11 +37,11 @@ class EvaluationResult:
     """The figures of one evaluation; each is over all tokens of all ranks."""
 
     loss: float
-    """Nats a token, NaN without any token."""
+    """Nats per token, NaN without any token."""
     perplexity: float
     """exp(loss), infinity on overflow."""
     bits_per_byte: float | None
-    """Bits a byte of text, comparable across tokenizers; None where the bytes of a token are not known."""
+    """Bits per byte of text, comparable across tokenizers; None where the bytes of a token are not known."""
     eval_tokens: int
     """Tokens that were predicted: all but the first of each row, and no padding."""
 
@@ -109,8 +109,8 @@ def evaluate_batches(
 ) -> EvaluationResult:
     """Evaluates this rank's batches and returns the figures over all ranks, the same on each.
 
-    Ranks may have different numbers of batches, even none: those that are through go on with a row without targets, so
-    that every rank calls ``loss_fn``, and ZeRO-3 its collectives, the same number of times.
+    Ranks may have different numbers of batches, even none: those that have finished run a row without targets, so that
+    every rank calls ``loss_fn``, and ZeRO-3 its collectives, the same number of times.
 
     Args:
         loss_fn: takes input ids and labels, both (batch, tokens) on ``device``, and returns the losses of the tokens in
@@ -118,7 +118,7 @@ def evaluate_batches(
         batches: pairs of input ids and labels; labels are not shifted, ``IGNORED_LABEL`` is left out.
         token_bytes: bytes of text that each token id stands for, (vocabulary,).
         reduce: sums a float64 tensor over the ranks in place; ``torch.distributed.all_reduce`` by default where that is
-            initialised. Called once a batch and once at the end, twice with details.
+            initialised. Called once per batch and once at the end, twice with details.
         details: what ``loss_fn`` adds to, summed over the ranks at the end.
     """
     if reduce is None and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -182,7 +182,7 @@ def evaluate_model(
         source: as for ``load_model``.
         data: corpus folder, a run's own by default.
         split: ``validation`` or ``train``.
-        seq_length: tokens a row; by default the model's context, at most 1024.
+        seq_length: tokens per row; by default the model's context, at most 1024.
         batch_size: rows at once; 8 for a model that says nothing.
         max_eval_steps: batches at most; -1 for all, also for a model that says nothing.
         num_lanes: see ``ValidationLoader``.
@@ -197,7 +197,6 @@ def evaluate_model(
     from codeparrot_ds.config.run_config import RunConfig
     from codeparrot_ds.data.datasets import split_shards
     from codeparrot_ds.data.shards import BadDocuments, read_texts
-    from codeparrot_ds.data.validation import ValidationLoader
 
     as_trained = _evaluated_with(source)
     batch_size = as_trained.get("batch_size", 8) if batch_size is None else batch_size
@@ -274,7 +273,7 @@ def _sum_on_host(tensor: torch.Tensor) -> None:
 def evaluate_in_processes(
     source: str | Path, *, num_processes: int | None = None, device: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """``evaluate_model`` on several processes of this machine: one a GPU by default, and a single one without."""
+    """``evaluate_model`` on several processes of this machine: one per GPU by default, and a single one without."""
     number = number_of_processes(num_processes, device)
     if number == 1:
         return evaluate_model(source, device=device, **options)

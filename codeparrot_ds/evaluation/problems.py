@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.data.hub_files import first_look
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.paths import did_you_mean_path, exists, expand, may_be_on_hub
 from codeparrot_ds.sandbox.judge import Check
@@ -54,7 +54,7 @@ def load_problems(source: str | Path, say: Callable[[str], None] = lambda line: 
     Args:
         source: a ``.jsonl`` or ``.jsonl.gz`` file; ``humaneval`` or ``mbpp``; or ``org/name[:split]`` for ``datasets``,
             split ``test`` by default.
-        say: told of what takes long before it begins.
+        say: gets a line before what takes long begins.
 
     Raises ``UserError`` with the line and the key of what is no problem in either schema.
     """
@@ -103,8 +103,7 @@ def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, 
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds, and each says what is wrong
-        first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        raise UserError(f"{name} is no file here, and cannot be loaded as a data set: {first}") from error
+        raise UserError(f"{name} is no file here, and cannot be loaded as a data set: {first_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from codeparrot_ds.child_process import start_module
 from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.errors import UserError
 
@@ -16,7 +17,7 @@ _POLL_SECONDS = 0.05
 
 
 def number_of_processes(wanted: int | None, device: str | None) -> int:
-    """Returns how many processes share the work: what is wanted, or one a GPU where no device is named."""
+    """Returns how many processes share the work: what is wanted, or one per GPU where no device is named."""
     if wanted is not None:
         return wanted
     if device is not None:
@@ -39,7 +40,7 @@ def run_processes(module: str, tasks: list[dict[str, Any]], *, device: str | Non
     try:
         for rank, task in enumerate(tasks):
             own = {"device": device or (f"cuda:{rank % gpus}" if gpus else "cpu"), "threads": threads}
-            processes.append(subprocess.Popen([sys.executable, "-m", module, json.dumps(task | own)]))
+            processes.append(start_module(module, json.dumps(task | own)))
         while any(process.poll() is None for process in processes):
             _check(processes)
             time.sleep(_POLL_SECONDS)

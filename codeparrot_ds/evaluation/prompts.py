@@ -19,8 +19,8 @@ EXAMPLES = "examples"
 
 
 def read_prompts(path: str | Path, words: Sequence[str] = ()) -> list[str]:
-    """Returns the prompts of a file: its text, or where its name ends in ``.jsonl`` one a line, as a text or an object
-    with one under ``prompt``.
+    """Returns the prompts of a file: its text, or where its name ends in ``.jsonl`` one per line, as a text or an
+    object with one under ``prompt``.
 
     A file that is not there may be one of ``words`` mistyped.
     """

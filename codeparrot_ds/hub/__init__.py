@@ -1,1 +1,1 @@
-"""Branches of checkpoints: a local git repository or the Hugging Face Hub, behind a queue on disk."""
+"""Publishing checkpoints as commits of a branch: a local git repository or the Hugging Face Hub, behind a queue."""

@@ -150,10 +150,10 @@ def _figures(card: Card) -> str:
     rows = [
         ("optimizer steps", _whole(card.step)),
         ("training tokens", _whole(card.tokens)),
-        ("training loss (nats a token)", _real(card.losses[-1][1] if card.losses else None)),
-        ("validation loss (nats a token)", _real(evaluation.eval_loss if evaluation else None)),
+        ("training loss (nats per token)", _real(card.losses[-1][1] if card.losses else None)),
+        ("validation loss (nats per token)", _real(evaluation.eval_loss if evaluation else None)),
         ("validation perplexity", _real(evaluation.perplexity if evaluation else None)),
-        ("validation bits a byte", _real(evaluation.bits_per_byte if evaluation else None)),
+        ("validation bits per byte", _real(evaluation.bits_per_byte if evaluation else None)),
         ("validation tokens", _whole(evaluation.eval_tokens if evaluation else None)),
         ("precision of these weights", card.dtype),
     ]
@@ -230,7 +230,7 @@ def _license(card: Card) -> str:
 
 
 def _without_path(value: Any) -> Any:
-    """The value with the place on one machine cut off every path in it: it tells about its user and nothing else."""
+    """The value with the place on one machine cut off every path in it, which says something about its user only."""
     if isinstance(value, Mapping):
         return {key: _without_path(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -12,31 +12,27 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository, require_token
 from codeparrot_ds.hub.places import is_remote, open_repository
 from codeparrot_ds.hub.queue import PushQueue
-from codeparrot_ds.hub.repository import MAIN, Commit, Repository, UnavailableError
-from codeparrot_ds.hub.worker import Answer, Destination, Pauses, check_owner, drain, read_destination, start_drain
+from codeparrot_ds.hub.repository import MAIN, Commit, Repository
+from codeparrot_ds.hub.worker import Destination, check_owner, drain, read_destination, start_drain
+from codeparrot_ds.retry import Answer, Pauses, UnavailableError, say_retry
 from codeparrot_ds.shell import pasteable
 
 PATIENCE_SECONDS = 300.0
-"""How long a command goes on without a success while the place is not available."""
+"""How long a command keeps trying without a success while the place is not available."""
 START_SECONDS = 15.0
-"""Of silence that a start of a run bears with the Hub."""
+"""Of silence on a connection to the Hub after which the start of a run does not wait for it."""
 SETTLE_SECONDS = 60.0
-"""That the end of a run waits for the Hub; the worker goes on after that."""
+"""That the end of a run waits for the Hub; the worker continues after that."""
 
 
 def prepare_branch(hub: str, output_dir: str | os.PathLike[str], name: str) -> str | None:
     """Makes the repository and the branch of a run that is about to start, and checks that it may have the branch.
 
-    Args:
-        hub: the run config's field, not ``off``.
-        output_dir: the run config's field.
-        name: of the run.
-
     Returns:
-        Why the place is not available, where it is none that a run should wait for; its worker makes up for it.
+        Why the place is not available, None where it is: a run does not wait for it, its worker tries again later.
 
     Raises:
-        UserError: what the user must mend before a checkpoint can be pushed: the token, its rights, the branch's owner.
+        UserError: what the user must fix before a checkpoint can be pushed: the token, its rights, the branch's owner.
     """
     if is_remote(hub):
         require_token(hub)
@@ -60,7 +56,7 @@ def prepare_branch(hub: str, output_dir: str | os.PathLike[str], name: str) -> s
 
 
 def hub_status(run_dir: str | os.PathLike[str]) -> str:
-    """Returns what of a run is pushed, waiting, dropped and refused, as lines of text; asks nobody."""
+    """Returns what of a run is pushed, waiting, dropped and refused, as lines of text, without asking the place."""
     destination, queue = read_destination(run_dir), PushQueue(run_dir)
     pushed, pending, refused, dropped = queue.pushed(), queue.pending(), queue.refused(), queue.dropped()
     lines = [f"branch {destination.branch} of {destination.repository}", f"pushed   {len(pushed)}"]
@@ -102,14 +98,14 @@ def hub_push(
 
 
 def _wait_for_another(queue: PushQueue, patience_seconds: float, say: Callable[[str], None]) -> None:
-    """Waits for a worker that drains the queue already; one that gets nowhere is reported as it reports itself."""
-    end, told = time.monotonic() + patience_seconds, False
+    """Waits for a worker that drains the queue already; raises its own problem when patience ends before it does."""
+    end, said = time.monotonic() + patience_seconds, False
     while queue.is_draining() and queue.entry_folders():
-        if not told:
+        if not said:
             say("the run's own worker is pushing; waiting for it")
-        told = True
+        said = True
         if time.monotonic() > end:
-            problem = (queue.problem() or {}).get("problem", "no word of why")
+            problem = (queue.problem() or {}).get("problem", "it has not said why")
             raise UserError(f"the run's own worker is pushing and has not come through: {problem}")
         time.sleep(0.1)
 
@@ -126,12 +122,9 @@ def hub_publish(
     """Drains a run's queue, makes main show one of its checkpoints, tags it, and returns what was done.
 
     Args:
-        run_dir: folder of the run.
         checkpoint: ``last``, or ``best`` for the lowest evaluation loss.
         tag: name of the release; ``<run>-step-<step>`` by default.
         overwrite: publish although main has commits of others, which then show in its history only.
-        pauses: between attempts while the place is not available.
-        say: takes a line whenever an attempt fails.
 
     Raises:
         UserError: the branch has no checkpoint, main moved on, or the tag names another commit.
@@ -141,12 +134,8 @@ def hub_publish(
     pauses = pauses or Pauses(PATIENCE_SECONDS)
     said = hub_push(run_dir, pauses=pauses, say=say)
 
-    def failed(error: UnavailableError, pause: float | None) -> None:
-        if pause is not None:
-            say(f"{error}; trying again in {pause:.1f} s")
-
     def patiently(ask: Callable[[], Answer]) -> Answer:
-        return pauses.patiently(ask, failed)
+        return pauses.patiently(ask, lambda error, pause: say_retry(error, pause, say))
 
     if not PushQueue(run_dir).pushed():
         raise _nothing_yet(destination)
@@ -188,13 +177,13 @@ def _choose(history: list[Commit], destination: Destination, checkpoint: str) ->
 def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float) -> str:
     """Starts a worker on what waits in a run's queue, waits for it, and says how things stand.
 
-    The worker goes on where it takes longer.
+    The worker continues where it takes longer.
 
     Returns:
         One line where everything is pushed, and otherwise what is left, why, and what to do.
 
     Raises:
-        UserError: exports were refused, or the place wants something that only the user can mend.
+        UserError: exports were refused, or the place wants something that only the user can fix.
     """
     destination, queue = read_destination(run_dir), PushQueue(run_dir)
     if queue.entry_folders():
@@ -207,10 +196,10 @@ def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float) -> str:
     lines = queue.refused() + [f"not pushed: {drop}" for drop in dropped]
     if left:
         steps = ", ".join(str(entry.step) for entry in left)
-        goes_on = "a process goes on with that; " if queue.is_draining() else ""
+        working = "a process is still pushing them; " if queue.is_draining() else ""
         why = f" ({problem['problem']})" if problem else ""
         lines.append(
-            f"{len(left)} checkpoint(s) still wait to be pushed to {place}: step {steps}{why}; {goes_on}see them with "
+            f"{len(left)} checkpoint(s) still wait to be pushed to {place}: step {steps}{why}; {working}see them with "
             f"`{pasteable('hub', 'status', run_dir)}`, push them with `{pasteable('hub', 'push', run_dir)}`"
         )
     if queue.refused() or (left and problem and problem["retry_at"] is None and not queue.is_draining()):

@@ -10,13 +10,11 @@ the making of repositories and branches. Each method here may be called again af
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import json
 import os
 import re
 import shlex
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +22,8 @@ from typing import Any
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.local_git import folder_files
-from codeparrot_ds.hub.repository import MAIN, NEEDED, PUBLISHED, PUBLISHED_COMMIT, Commit, UnavailableError
+from codeparrot_ds.hub.repository import MAIN, NEEDED, PUBLISHED, PUBLISHED_COMMIT, Commit, check_branch_name
+from codeparrot_ds.retry import UnavailableError, retry_after
 
 TOKEN_VARIABLE = "HF_TOKEN"
 TIMEOUT_SECONDS = 60.0
@@ -32,8 +31,8 @@ TIMEOUT_SECONDS = 60.0
 TIMEOUT_VARIABLE = "CODEPARROT_HUB_TIMEOUT_SECONDS"
 ATTRIBUTES = ".gitattributes"  # the Hub's own, without which git shows pointers
 # Worth another attempt: timeouts, conflicts with another writer, a moved parent, rate limits.
-_last_request = ""
 _TEMPORARY = {408, 409, 412, 423, 425, 429}
+_last_request = ""  # of this process: the library's errors do not say which request of a call failed
 
 
 class HubRepository:
@@ -64,18 +63,19 @@ class HubRepository:
                     raise UserError(f"hub: {self.repo_id} is a {kind} on the Hub, not a model; choose another name")
             api.create_repo(self.repo_id, private=True, exist_ok=True)
 
-    def create_branch(self, name: str, *, exist_ok: bool = True) -> None:
-        """Starts a branch at main's tip; the name must be one that git accepts and no look-alike of a commit id."""
-        _check_branch_name(name)
+    def create_branch(self, name: str) -> None:
+        check_branch_name(name)
+        if (
+            not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII)
+            or ".." in name
+            or name.endswith((".", ".lock"))
+        ):
+            raise UserError(f"'{name}' is not a branch name that git accepts; use letters, digits and '-'")
         with self._asking(f"making branch '{name}'") as api:
-            if name in self._heads(api):
-                if exist_ok:
-                    return
-                raise UserError(f"{self}: branch '{name}' exists already; choose another run name")
-            api.create_branch(self.repo_id, branch=name)  # a 409 means that another process was faster
+            if name not in self._heads(api):
+                api.create_branch(self.repo_id, branch=name)  # a 409 means that another process was faster
 
     def head(self, branch: str) -> str:
-        """Returns the id of a branch's newest commit."""
         with self._asking(f"looking at branch '{branch}'") as api:
             heads = self._heads(api)
         if branch not in heads:
@@ -92,10 +92,7 @@ class HubRepository:
         parent: str | None = None,
         sha256: Mapping[str, str] | None = None,
     ) -> str:
-        """Uploads what the Hub lacks and commits the folder in one commit on ``parent``; returns the commit's id.
-
-        Known SHA-256 hashes are what the Hub is told: a file that is not what its hash says is refused there.
-        """
+        """Uploads what the Hub lacks; a file that does not match its known SHA-256 is refused there."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         names = folder_files(folder)
@@ -121,13 +118,7 @@ class HubRepository:
             )
             return str(commit.oid)
 
-    def branches(self) -> list[str]:
-        """Returns the names of the branches, main among them."""
-        with self._asking("listing branches") as api:
-            return sorted(self._heads(api))
-
     def commits(self, branch: str) -> list[Commit]:
-        """Returns a branch's commits, newest first, down to the repository's first."""
         with self._asking(f"listing the commits of branch '{branch}'") as api:
             return [
                 Commit(
@@ -139,18 +130,12 @@ class HubRepository:
                 for commit in api.list_repo_commits(self.repo_id, revision=branch)
             ]
 
-    def read_file(self, revision: str, path: str) -> bytes:
-        """Returns a file's bytes at a revision: a branch, a tag or a commit id. It comes into the library's cache."""
-        with self._asking(f"reading '{path}' at '{revision}'") as api:
-            return Path(api.hf_hub_download(self.repo_id, path, revision=revision)).read_bytes()
-
     def download(self, revision: str, folder: Path, *, only: Sequence[str] = NEEDED) -> Path:
-        """Returns the library's cached folder with files of a revision."""
+        """Returns the library's cached folder; ``folder`` stays empty."""
         with self._asking(f"downloading '{revision}'") as api:
             return Path(api.snapshot_download(self.repo_id, revision=revision, allow_patterns=list(only)))
 
     def resolve(self, revision: str) -> str:
-        """Returns the commit id of a branch, a tag or a commit."""
         with self._asking(f"looking at '{revision}'") as api:
             return str(api.model_info(self.repo_id, revision=revision).sha)
 
@@ -158,7 +143,7 @@ class HubRepository:
         """Makes main show a commit of a branch, by a commit on main that names both; returns its id.
 
         The Hub merges no branches: the same contents are committed again, without an upload. A commit on main that
-        neither the branch contains nor this method made is refused by name, or overwritten when told so.
+        neither the branch contains nor this method made is refused by name, or overwritten with ``overwrite``.
         """
         from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 
@@ -197,7 +182,6 @@ class HubRepository:
             return str(published.oid)
 
     def tag(self, name: str, commit: str) -> None:
-        """Makes a tag; the same again changes nothing."""
         with self._asking(f"making tag '{name}'") as api:
             tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(self.repo_id).tags}
             if name not in tags:
@@ -223,12 +207,12 @@ class HubRepository:
             except UserError:
                 raise
             except Exception as error:
-                told = self._explain(error, doing)
-                if told is None:
+                explained = self._explain(error, doing)
+                if explained is None:
                     raise
-                if isinstance(told, UnavailableError):
-                    told.request = _last_request
-                raise told from error
+                if isinstance(explained, UnavailableError):
+                    explained.request = _last_request
+                raise explained from error
 
     def _explain(self, error: Exception, doing: str) -> UserError | None:
         """The sentence for an error of the library or of its transport; None for a mistake of ours."""
@@ -257,7 +241,7 @@ class HubRepository:
     def _judge(self, response: Any, doing: str, uploading: bool) -> UserError:
         status, code = response.status_code, response.headers.get("X-Error-Code")
         if uploading or status in _TEMPORARY or status >= 500:
-            return UnavailableError(f"{self}: answer {status} while {doing}", _retry_after(response.headers))
+            return UnavailableError(f"{self}: answer {status} while {doing}", retry_after(response.headers))
         if status == 401 or (code == "RepoNotFound" and not access_token()):
             asked = "does not accept the token of" if access_token() else "wants a token: set"
             return UserError(f"{self}: the Hub {asked} {TOKEN_VARIABLE} in the environment")
@@ -280,21 +264,12 @@ def access_token() -> str | bool:
 
 
 def require_token(repo_id: str) -> None:
-    """Refuses to go on without a token, in the words of what to do."""
+    """Raises a ``UserError`` that says how to set a token, where there is none."""
     if not access_token():
         raise UserError(
             f"hub {repo_id}: {TOKEN_VARIABLE} is not set; make a token that may write at "
             f"https://huggingface.co/settings/tokens and `export {TOKEN_VARIABLE}=…`"
         )
-
-
-def _check_branch_name(name: str) -> None:
-    if name == MAIN:
-        raise UserError(f"a run cannot be named '{MAIN}': that is the branch which runs are merged into")
-    if re.fullmatch(r"[0-9a-fA-F]{7,64}", name):
-        raise UserError(f"'{name}' looks like a commit id, so it cannot name a branch; choose another run name")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII) or ".." in name or name.endswith((".", ".lock")):
-        raise UserError(f"'{name}' is not a branch name that git accepts; use letters, digits and '-'")
 
 
 def _set_timeouts(seconds: float) -> None:
@@ -346,18 +321,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that an answer asks to wait: its ``Retry-After``, a number or a date, or its ``RateLimit``."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    if value:
-        with contextlib.suppress(ValueError):
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    window = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("RateLimit", ""))
-    return float(window[1]) if window else None
 
 
 def _one_line(text: str) -> str:

@@ -1,10 +1,13 @@
-"""The branch of checkpoints in a local bare git repository."""
+"""The branch of checkpoints in a local bare git repository.
+
+It is written through git's plumbing: no work tree, no index and no copy of the weights beside git's own object.
+``git clone -b BRANCH PATH`` gives a folder that ``transformers`` loads.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -14,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.hub.repository import MAIN, NEEDED, PUBLISHED, PUBLISHED_COMMIT, Commit
+from codeparrot_ds.hub.repository import MAIN, NEEDED, PUBLISHED, PUBLISHED_COMMIT, Commit, check_branch_name
 from codeparrot_ds.paths import did_you_mean_path, expand
 
 MARKER = "codeparrot-ds.repository"
@@ -77,7 +80,7 @@ class LocalRepository:
                 staging._git("config", key, value)
             staging._git("symbolic-ref", "HEAD", f"refs/heads/{MAIN}")
             staging._first_commit(self.path)
-            staging.path.chmod(0o755)
+            staging.path.chmod(0o755)  # mkdtemp's is for this user alone, but others may clone
             # Complete or absent: two runs that start at once make one repository, and the loser of the race uses it.
             try:
                 staging.path.rename(self.path)
@@ -86,22 +89,22 @@ class LocalRepository:
         finally:
             shutil.rmtree(staging.path, ignore_errors=True)
 
-    def create_branch(self, name: str, *, exist_ok: bool = True) -> None:
-        """Starts a branch at main's tip; the name must be one that git accepts and no look-alike of a commit id."""
+    def create_branch(self, name: str) -> None:
         self._check()
-        self._check_branch_name(name)
+        check_branch_name(name)
+        accepted = self._run("check-ref-format", "--branch", name)
+        # git expands "-" and "@{-1}" to a branch of before, so acceptance alone is not enough.
+        if accepted.returncode or accepted.stdout.decode(errors="replace").rstrip("\n") != name:
+            raise UserError(f"'{name}' is not a branch name that git accepts; use letters, digits and '-'")
         if self._find(f"refs/heads/{name}") is not None:
-            if exist_ok:
-                return
-            raise UserError(f"{self}: branch '{name}' exists already; choose another run name")
+            return
         try:
-            self._git("update-ref", f"refs/heads/{name}", self.head(MAIN), "0" * 40)
+            self._git("update-ref", f"refs/heads/{name}", self.head(MAIN), "0" * 40)  # only if it is not there yet
         except UserError:  # another process was faster, or the disk is full
-            if not exist_ok or self._find(f"refs/heads/{name}") is None:
+            if self._find(f"refs/heads/{name}") is None:
                 raise
 
     def head(self, branch: str) -> str:
-        """Returns the id of a branch's newest commit."""
         self._check()
         commit = self._find(f"refs/heads/{branch}")
         if commit is None:
@@ -118,37 +121,21 @@ class LocalRepository:
         parent: str | None = None,
         sha256: Mapping[str, str] | None = None,
     ) -> str:
-        """Commits exactly the files of a folder (recursively) on top of a branch and returns the commit's id.
-
-        Raises ``UserError`` for a folder without files, for links in it, and when another writer moved the branch.
-        """
         parent = parent or self.head(branch)
         tree = self._write_tree(Path(folder))
         return self._commit(branch, tree, [parent], title, body)
 
     def branches(self) -> list[str]:
-        """Returns the names of the branches, main among them."""
+        """Their names, main among them."""
         self._check()
         return self._git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads").split()
 
     def commits(self, branch: str) -> list[Commit]:
-        """Returns a branch's commits, newest first, down to the repository's first."""
         return self._log(self.head(branch))
 
-    def read_file(self, revision: str, path: str) -> bytes:
-        """Returns a file's bytes at a revision: a branch, a tag or a commit id."""
-        self._check()
-        commit = self._resolve(revision)
-        found = self._run("cat-file", "blob", f"{commit}:{path}")
-        if found.returncode:
-            files = self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0")
-            raise UserError(f"{self} has no file '{path}' at '{revision}'; it has {', '.join(filter(None, files))}")
-        return found.stdout
-
     def download(self, revision: str, folder: Path, *, only: Sequence[str] = NEEDED) -> Path:
-        """Writes files of a revision into a folder, streamed; returns it."""
-        self._check()
-        commit = self._resolve(revision)
+        """Writes into ``folder``, streamed: weights are never whole in memory."""
+        commit = self.resolve(revision)
         names = filter(None, self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0"))
         for name in (name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in only)):
             target = folder / name
@@ -160,11 +147,7 @@ class LocalRepository:
         return folder
 
     def resolve(self, revision: str) -> str:
-        """Returns the commit id of a branch, a tag or a commit."""
         self._check()
-        return self._resolve(revision)
-
-    def _resolve(self, revision: str) -> str:
         commit = self._find(f"refs/heads/{revision}") or self._find(f"refs/tags/{revision}") or self._find(revision)
         if commit is None:
             raise UserError(
@@ -177,7 +160,7 @@ class LocalRepository:
 
         Main shows the run published last: the merge commit has both tips as parents and the commit's tree. That is
         safe as long as main holds nothing but what the branch grew from and earlier merges by this method; a commit
-        that somebody else made there would vanish from view, so it is refused by name, or overwritten when told so.
+        that somebody else made there would vanish from view, so it is refused by name, except with ``overwrite``.
         A commit that main shows already is left alone.
         """
         chosen, target = commit or self.head(branch), self.head(MAIN)
@@ -199,7 +182,6 @@ class LocalRepository:
         return self._commit(MAIN, tree, parents, f"Merge {branch}: {tip.title}", body)
 
     def tag(self, name: str, commit: str) -> None:
-        """Makes a tag; the same again changes nothing."""
         self._check()
         if self._run("check-ref-format", f"refs/tags/{name}").returncode or name.startswith("-"):
             raise UserError(f"'{name}' is not a tag that git accepts; use letters, digits, '.' and '-'")
@@ -272,16 +254,6 @@ class LocalRepository:
                 f"{self} is a git repository that codeparrot-ds did not make; give another path, or let it be used by "
                 f"`git --git-dir {self} config {MARKER} 1`"
             )
-
-    def _check_branch_name(self, name: str) -> None:
-        if name == MAIN:
-            raise UserError(f"a run cannot be named '{MAIN}': that is the branch which runs are merged into")
-        if re.fullmatch(r"[0-9a-fA-F]{7,64}", name):
-            raise UserError(f"'{name}' looks like a commit id, so it cannot name a branch; choose another run name")
-        accepted = self._run("check-ref-format", "--branch", name)
-        # git expands "-" and "@{-1}" to a branch of before, so acceptance alone is not enough.
-        if accepted.returncode or accepted.stdout.decode(errors="replace").rstrip("\n") != name:
-            raise UserError(f"'{name}' is not a branch name that git accepts; use letters, digits and '-'")
 
     def _find(self, revision: str) -> str | None:
         found = self._run("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")

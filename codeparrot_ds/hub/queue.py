@@ -1,11 +1,11 @@
-"""A run's push queue on disk: training leaves finished exports here and goes on; a worker commits each once, in order.
+"""A run's push queue on disk: training leaves finished exports here; a worker commits each once, in order.
 
 On disk, below ``<run>/hub/``::
 
     queue/000001-step-00000500/entry.json   step, title, body, {path: SHA-256} of the files, their digest
     queue/000001-step-00000500/files/       the export, hard-linked where the file system allows it
-    pushed.jsonl     one object a push: step, digest, commit, branch, title, time
-    dropped.jsonl    one object an export that will not be pushed, with the reason
+    pushed.jsonl     one object per push: step, digest, commit, branch, title, time
+    dropped.jsonl    one object per export that will not be pushed, with the reason
     refused/         entries whose files no longer match their hashes, each with a reason.txt
     problem.json     why the last attempt failed, and when the next one is; absent while all is well
     push.log         what the workers said
@@ -13,7 +13,7 @@ On disk, below ``<run>/hub/``::
 
 Disk use is bounded: hard links take nothing as long as the checkpoint keeps its export. Where the exports that the
 queue alone keeps exceed its limit, the oldest ones go, but neither the newest nor the one with the lowest evaluation
-loss, and each is recorded in ``dropped.jsonl`` and told.
+loss, and each is recorded in ``dropped.jsonl`` and reported.
 """
 
 from __future__ import annotations
@@ -124,12 +124,8 @@ class PushQueue:
         hundreds of MB takes a second.
 
         Args:
-            step: optimizer step.
-            export_dir: a Hugging Face folder.
-            title: the commit's first line.
-            body: the rest of its message.
-            sha256: of files by relative path.
-            eval_loss: nats a token, where the run was evaluated at this step.
+            title, body: the commit's message.
+            eval_loss: nats per token, where the run was evaluated at this step.
             max_bytes: that the exports which the queue alone keeps may take; None for no limit.
 
         Returns:
@@ -199,7 +195,7 @@ class PushQueue:
             return None
 
     def note_problem(self, problem: str | None, retry_at: float | None = None) -> None:
-        """Records why an attempt failed, for whoever asks; None when one has succeeded."""
+        """Records why an attempt failed, for `problem` in any process; None when one has succeeded."""
         if problem is not None:
             durable.write_json(self._problem, {"problem": problem, "time": time.time(), "retry_at": retry_at})
         else:

@@ -1,9 +1,7 @@
-"""The places that a run's checkpoints are pushed to: a branch a run, a commit a checkpoint.
+"""The interface of the places that a run's checkpoints are pushed to: one branch per run, one commit per checkpoint.
 
-Both have one interface, :class:`Repository`: a bare git repository on this machine, in this module, and a model
-repository on the Hugging Face Hub, in :mod:`codeparrot_ds.hub.hugging_face`. The local one is written through git's
-plumbing: no work tree, no index and no copy of the weights beside git's own object. ``git clone -b BRANCH PATH`` gives
-a folder that ``transformers`` loads.
+There are two: a bare git repository on this machine (:mod:`codeparrot_ds.hub.local_git`) and a model repository on the
+Hugging Face Hub (:mod:`codeparrot_ds.hub.hugging_face`).
 """
 
 from __future__ import annotations
@@ -40,22 +38,18 @@ class Commit:
         return values[-1].strip() if values else None
 
 
-class UnavailableError(UserError):
-    """The place does not answer, or asks for another attempt; nothing is known to be wrong with what was asked.
-
-    ``retry_after`` is what the place asked to wait, in seconds; ``request`` names what it did not answer, so that
-    two failures of one request can be told from an outage's end.
-    """
-
-    def __init__(self, message: str, retry_after: float | None = None, request: str = ""):
-        super().__init__(message)
-        self.retry_after, self.request = retry_after, request
+def check_branch_name(name: str) -> None:
+    """Refuses a run's name that is taken by main or that commands would read as a commit id."""
+    if name == MAIN:
+        raise UserError(f"a run cannot be named '{MAIN}': that is the branch which runs are merged into")
+    if re.fullmatch(r"[0-9a-fA-F]{7,64}", name):
+        raise UserError(f"'{name}' looks like a commit id, so it cannot name a branch; choose another run name")
 
 
 class Repository(Protocol):
     """A place for branches of checkpoints.
 
-    Every method raises ``UserError`` for what the user must mend, and ``UnavailableError`` where the same call may
+    Every method raises ``UserError`` for what the user must fix, and ``UnavailableError`` where the same call may
     succeed later; a method that was interrupted, or whose answer was lost, may be called again.
     """
 
@@ -66,8 +60,8 @@ class Repository(Protocol):
     def create(self) -> None:
         """Makes the repository with a branch main; does nothing where it exists."""
 
-    def create_branch(self, name: str, *, exist_ok: bool = True) -> None:
-        """Starts a branch at main's tip."""
+    def create_branch(self, name: str) -> None:
+        """Starts a branch at main's tip, or leaves it as it is; refuses a name that git or `check_branch_name` does."""
 
     def head(self, branch: str) -> str:
         """Returns the id of a branch's newest commit."""
@@ -84,23 +78,12 @@ class Repository(Protocol):
     ) -> str:
         """Makes the folder's files the content of a branch, all of them or none, and returns the commit's id.
 
-        Args:
-            branch: exists.
-            folder: plain files, also in folders below it.
-            title: the commit's first line.
-            body: the rest of its message.
-            parent: the commit that the branch must still be at; its tip by default.
-            sha256: of the files by relative path, as far as they are known.
+        ``parent`` is the commit that the branch must still be at, its tip by default; ``sha256`` has the hashes of
+        files by relative path, as far as they are known. Refuses links and a folder without files.
         """
-
-    def branches(self) -> list[str]:
-        """Returns the names of the branches, main among them."""
 
     def commits(self, branch: str) -> list[Commit]:
         """Returns a branch's commits, newest first, down to the repository's first."""
-
-    def read_file(self, revision: str, path: str) -> bytes:
-        """Returns a file's bytes at a revision: a branch, a tag or a commit id."""
 
     def resolve(self, revision: str) -> str:
         """Returns the commit id of a branch, a tag or a commit."""
@@ -114,11 +97,11 @@ class Repository(Protocol):
     def merge(self, branch: str, *, commit: str | None = None, overwrite: bool = False) -> str:
         """Makes main show a commit of a branch, its tip by default, and returns the id of main's commit.
 
-        Refuses to hide what others committed on main, unless told to ``overwrite`` it.
+        Refuses to hide what others committed on main, except with ``overwrite``.
         """
 
     def tag(self, name: str, commit: str) -> None:
-        """Names a commit for good; refuses a name that another commit has."""
+        """Names a commit for good; the same again changes nothing, a name that another commit has is refused."""
 
     def how_to_get(self, revision: str) -> str:
         """Returns the command that gives a folder with the files of a branch or tag."""

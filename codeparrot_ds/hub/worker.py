@@ -2,8 +2,8 @@
 
 ``python -m codeparrot_ds.hub.worker RUN`` is the process that training starts with ``start_drain`` after each
 checkpoint, so that a push never blocks a step. It tries again while the place does not answer, with growing pauses;
-what only the user can mend ends it, is recorded in the queue and told when the run ends. A later start, or
-``codeparrot-ds hub push``, goes on from what is there.
+what only the user can fix ends it, is recorded in the queue and reported when the run ends. A later start, or
+``codeparrot-ds hub push``, continues from what is there.
 
 A push may have succeeded although its answer was lost, or its process was killed before the record was written: its
 commit is then found on the branch by the trailers of its message. A commit names its parent, so that an attempt that
@@ -16,30 +16,24 @@ import contextlib
 import datetime
 import json
 import os
-import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-from codeparrot_ds.child_process import python_path
+from codeparrot_ds.child_process import start_module
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.places import open_repository
 from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
-from codeparrot_ds.hub.repository import Commit, Repository, UnavailableError
+from codeparrot_ds.hub.repository import Commit, Repository
 from codeparrot_ds.paths import not_a_run
+from codeparrot_ds.retry import Answer, Pauses, UnavailableError, say_retry
 
-FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 300.0
 WORKER_PATIENCE_SECONDS = 6 * 3600.0
-NICENESS = 10
 """Without one success; the next checkpoint starts another worker anyway."""
-
-
-Answer = TypeVar("Answer")
+NICENESS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,55 +53,6 @@ class DrainResult:
     refused: list[str] = field(default_factory=list)
 
 
-class Pauses:
-    """The pauses between attempts: longer with each failure of the same request, and random to a half.
-
-    A failure of another request than before shows that the place is up: the pauses begin small again. Randomness keeps
-    many runs from coming in step.
-    """
-
-    def __init__(
-        self,
-        patience_seconds: float,
-        *,
-        first_seconds: float = FIRST_PAUSE_SECONDS,
-        longest_seconds: float = LONGEST_PAUSE_SECONDS,
-    ):
-        self.patience_seconds, self._first, self._longest = patience_seconds, first_seconds, longest_seconds
-        self.reset()
-
-    def reset(self) -> None:
-        """Begins anew after a success."""
-        self._next, self._request, self._end = self._first, "", time.monotonic() + self.patience_seconds
-
-    def next(self, error: UnavailableError) -> float | None:
-        """Returns the seconds to wait, not less than what the place asked for; None when patience is at its end."""
-        if error.request != self._request:
-            self._next, self._request = self._first, error.request
-        pause = max(self._next * random.uniform(0.5, 1.0), error.retry_after or 0.0)
-        self._next = min(2 * self._next, self._longest)
-        return None if time.monotonic() + pause > self._end else pause
-
-    def patiently(self, ask: Callable[[], Answer], failed: Callable[[UnavailableError, float | None], None]) -> Answer:
-        """Calls until there is an answer, with pauses; raises the last failure when patience is at its end.
-
-        Args:
-            ask: may be called again after a failure.
-            failed: is told each failure and the seconds until the next attempt, None without one.
-        """
-        while True:
-            try:
-                answer = ask()
-            except UnavailableError as error:
-                pause = self.next(error)
-                failed(error, pause)
-                if pause is None:
-                    raise
-                time.sleep(pause)
-            else:
-                return answer
-
-
 def drain(
     queue: PushQueue,
     destination: Destination,
@@ -118,23 +63,18 @@ def drain(
     """Commits every waiting entry to the branch until none is left, and returns what was done.
 
     Waits while another process drains, or leaves it to the one that waits already. Damaged entries move to
-    ``refused/`` and the others go on.
-
-    Args:
-        queue: of the run.
-        destination: of the run.
-        pauses: between attempts while the place is not available; none without, the first failure is raised.
-        say: takes a line whenever an attempt fails.
+    ``refused/``; the others are still pushed. Without ``pauses`` the first failure is raised; ``say`` takes a line
+    whenever an attempt fails.
 
     Raises:
-        UserError: something that the user must mend, or patience is at its end; the entries stay in the queue.
+        UserError: something that the user must fix, or patience is at its end; the entries stay in the queue.
     """
     work = _Drain(queue, destination, pauses or Pauses(0.0), say)
     with queue.lock() as mine:
         try:
             if mine:
                 work.run()
-        except UnavailableError:
+        except UnavailableError:  # noted already, with the time of the next attempt, by `_Drain._failed`
             raise
         except UserError as error:
             queue.note_problem(str(error))
@@ -169,8 +109,7 @@ class _Drain:
 
     def _failed(self, error: UnavailableError, pause: float | None) -> None:
         self.queue.note_problem(str(error), None if pause is None else time.time() + pause)
-        if pause is not None:
-            self.say(f"{error}; trying again in {pause:.1f} s")
+        say_retry(error, pause, self.say)
 
     def _push_one(self, path: Path) -> None:
         queue, entry = self.queue, read_entry(path)
@@ -215,11 +154,7 @@ class _Drain:
 
 
 def check_owner(history: list[Commit], destination: Destination) -> None:
-    """Refuses a branch that has checkpoints of another run with this name.
-
-    Raises:
-        UserError: it says which.
-    """
+    """Raises a ``UserError`` that names a checkpoint of another run with this name, where the branch has one."""
     for commit in history:
         if commit.trailer("Run") == destination.branch and commit.trailer("Run-Id") != destination.run_id:
             raise UserError(
@@ -249,20 +184,19 @@ def read_destination(run_dir: str | os.PathLike[str]) -> Destination:
 
 
 def start_drain(run_dir: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
-    """Starts a process that drains the run's queue and returns it; its words go to ``<run>/hub/push.log``.
+    """Starts a process that drains the run's queue and returns it; its output goes to ``<run>/hub/push.log``.
 
     It has a session of its own, so Ctrl-C and signals to the training's process group do not reach it.
     """
     log = Path(run_dir) / "hub" / "push.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as handle:
-        return subprocess.Popen(
-            [sys.executable, "-m", "codeparrot_ds.hub.worker", str(run_dir)],
+        return start_module(
+            *("codeparrot_ds.hub.worker", str(run_dir)),
             stdin=subprocess.DEVNULL,
             stdout=handle,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": python_path()},
         )
 
 

@@ -94,7 +94,7 @@ def _say_how_to_go_on(job: Job, end: End) -> None:
         what = "Stopped before anything was saved."
     elif not stopped:
         what += f" The newest checkpoint is {newest}."
-    print(f"\n{what} Go on with:\n  {pasteable('train', *job.going_on)}", flush=True)
+    print(f"\n{what} Continue with:\n  {pasteable('train', *job.going_on)}", flush=True)
 
 
 def _start(job: Job, *, again: bool) -> tuple[End, Job]:

@@ -1,7 +1,7 @@
-"""Sizes of memory: as a user writes them, as a GPU has them, and what a run takes beside its tensors.
+"""Sizes of memory: as a user writes them, as a GPU has them, and the overhead per rank in addition to tensors.
 
-Nothing here imports torch. What a run takes beside its tensors (the allocator's rounding, the CUDA context, the
-libraries of communication) is assumed until one measured run calibrates it.
+Nothing here imports torch. The overhead (the allocator's rounding, the CUDA context, the libraries of communication)
+is assumed until one measured run calibrates it.
 """
 
 from __future__ import annotations

@@ -359,7 +359,7 @@ def describe(plan: Plan) -> str:
         f"{request.model}: {parameters:,} parameters ({gigabytes(2 * parameters)} in 16 bits, "
         f"{gigabytes(4 * parameters)} in fp32), {config.seq_length:,} tokens a row, vocabulary "
         f"{plan.shape.vocab_size:,}, {config.global_batch_size:,} rows a step{device}",
-        f"beside its tensors a rank takes {plan.overhead}",
+        f"overhead per rank, in addition to tensors: {plan.overhead}",
     ]
     for world_size in request.world_sizes:
         rows = plan.shown(world_size)

@@ -59,15 +59,15 @@ def causal_attention(
 
 
 def document_inputs(input_ids: torch.Tensor, eos_token_id: int) -> dict[str, torch.Tensor]:
-    """What keeps attention inside the documents of packed rows: positions that restart, and a mask.
+    """Restricts attention in packed rows to the same document: restarted position ids, and a mask.
 
     Args:
         input_ids: (batch, tokens); a document ends with its end-of-sequence token.
 
     Returns:
         ``position_ids`` (batch, tokens), counted from each document's first token in the row, and ``attention_mask``
-        (batch, 1, tokens, tokens), boolean: tokens squared bytes a row, 1 MiB for 1024, where no mask is needed without
-        it; the fused kernels that take a mask are slower than those that know causality.
+        (batch, 1, tokens, tokens), boolean: tokens squared bytes per row, 1 MiB for 1024, where otherwise no mask is
+        needed; the fused kernels that take a mask are slower than those that know causality.
     """
     tokens = input_ids.shape[1]
     places = torch.arange(tokens, device=input_ids.device)

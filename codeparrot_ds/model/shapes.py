@@ -133,5 +133,5 @@ def chunk_of_tokens(seq_length: int, vocab_size: int) -> int:
 
 
 def flops_per_token(shape: GPT2Shape, seq_length: int) -> float:
-    """Forward and backward FLOPs a token: 6N + 12·L·d·s (PaLM, arXiv:2204.02311, appendix B, with all parameters)."""
+    """Forward and backward FLOPs per token: 6N + 12·L·d·s (PaLM, arXiv:2204.02311, appendix B, with all parameters)."""
     return 6.0 * num_parameters(shape) + 12.0 * shape.n_layer * shape.n_embd * seq_length

@@ -1,4 +1,4 @@
-"""What runs inside a sandbox: the candidate's side and the checker's side of a verdict. See ``sandbox``.
+"""What runs inside a sandbox: the candidate's side and the checker's side of a verdict. See ``judge.py``.
 
 The host compiles this file and hands the code over; nothing of the package can be imported inside, and little of the
 standard library is, because every verdict starts an interpreter. Values cross as JSON lists of strings, which are

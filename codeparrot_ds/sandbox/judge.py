@@ -262,7 +262,7 @@ def _check_reply(reply: bytes) -> None:
     for start, kind, detail in _ENDS:
         if reply.startswith(start):
             raise _Ended(kind, detail)
-    if not reply.startswith(_REPLIES):  # such as what only this process may tell the checker
+    if not reply.startswith(_REPLIES):  # such as what only this process may send the checker
         raise _Ended("error", "no reply")
 
 
@@ -275,7 +275,7 @@ def _name_of(reply: bytes) -> str:
 
 
 def _stops(checker: _Inside) -> bool:
-    """Tells a problem's tests, which wait for an answer, to end; whether they do, and the checker can go on."""
+    """Tells a problem's tests, which wait for an answer, to end; whether they do, and the checker can continue."""
     soon = time.monotonic() + _STOP_SECONDS
     try:
         checker.send(b'["stop"]', soon)
@@ -486,8 +486,3 @@ def _read_only(path: Path) -> list[str]:
 def _interpreter() -> tuple[str, ...]:
     executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     return (str(executable), "-I", "-S", "-E", "-B")
-
-
-def bare_command(limits: Limits) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The commands that make a sandbox and start the interpreter in it: what a verdict costs at least."""
-    return _bubblewrap(limits.scratch_bytes), _interpreter()

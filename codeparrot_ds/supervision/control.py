@@ -1,8 +1,8 @@
-"""The line between the front door and the guards of its ranks: one JSON object a line over TCP. No torch here.
+"""The connection between the command (``codeparrot-ds train``) and the guards of its ranks. No torch here.
 
-A guard says where its rank is once a second and how it ended; the front door says ``stop``, ``dump`` and ``kill``, and
-lets each guard know once a second that it is still there. Whoever hears nothing for `SILENCE_SECONDS` knows that the
-other host, or the way to it, is gone.
+One JSON object per line over TCP. A guard reports once per second where its rank is, and at the end how it ended; the
+command sends ``stop``, ``dump`` and ``kill``, and once per second a sign of life. Whoever receives nothing for
+`SILENCE_SECONDS` takes the other host, or the network to it, for lost.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 from codeparrot_ds.supervision.heartbeat import Place
 
 ADDRESS = "CODEPARROT_DS_CONTROL"
-"""Environment variable: ``host:port`` of the front door."""
+"""Environment variable: ``host:port`` of the command."""
 TOKEN = "CODEPARROT_DS_CONTROL_TOKEN"
-"""Environment variable: what a guard proves with that it belongs to this start."""
+"""Environment variable: the secret by which a guard shows that it belongs to this start."""
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 15.0
-MAX_LINE = 1 << 16
+MAX_LINE = 1 << 16  # bytes: messages are far shorter, so a longer line is not one of ours
 
 
 class Line:
@@ -40,7 +40,7 @@ class Line:
         self._output = b""
 
     def send(self, message: dict[str, Any]) -> bool:
-        """Sends a message, or as much of it as goes; False when the other end is gone."""
+        """Sends a message, or as much of it as the socket takes now; False when the other end is gone."""
         self._output += json.dumps(message).encode() + b"\n"
         try:
             while self._output:
@@ -77,31 +77,26 @@ class Line:
 
 @dataclasses.dataclass(kw_only=True)
 class RankView:
-    """What the front door knows of a rank.
-
-    Attributes:
-        host: its host's name.
-        pid: of the process that trains.
-        place: where it was when its guard last spoke.
-        state: of the process, as ``/proc`` has it: ``R``, ``S``, ``D``, ``T`` (stopped) …
-        stopped: since when its guard has seen it as a stopped process (``T``); None while it runs or waits.
-        heard: when its guard last spoke.
-        gone: when the connection ended without a word about the rank's end.
-        exit_code: of the rank; negative for a signal; None while it lives.
-    """
+    """What the command knows of a rank from its guard's reports; times are of ``time.monotonic``."""
 
     host: str
     pid: int
+    """Of the process that trains, not of its guard."""
     place: Place | None = None
     state: str = "?"
+    """As ``/proc`` has it: ``R``, ``S``, ``D``, ``T`` (stopped) …"""
     stopped: float | None = None
+    """Since when the reports say ``T``; None while the process runs or waits."""
     heard: float = 0.0
+    """When the last report came."""
     gone: float | None = None
+    """When the connection ended although no exit code had been reported."""
     exit_code: int | None = None
+    """Negative for a signal; None while the rank lives."""
 
 
 class ControlServer:
-    """The front door's end: call :meth:`turn` again and again."""
+    """The command's end: call :meth:`turn` again and again."""
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(16)
@@ -136,7 +131,7 @@ class ControlServer:
         return bool(self._lines)
 
     def turn(self, seconds: float) -> None:
-        """Hears what the guards say, for at most so long if nobody speaks."""
+        """Receives what the guards report; returns after ``seconds`` if nothing comes."""
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._listener:
                 self._accept()
@@ -166,6 +161,7 @@ class ControlServer:
     def _hear(self, line: Line) -> None:
         messages = line.receive()
         for message in messages or ():
+            # Any host of the network can connect: until the token came, nothing else counts.
             if line in self._unknown and not self._greet(line, message):
                 messages = None
                 break
@@ -202,10 +198,10 @@ class ControlServer:
 
 
 def connect(environment: os._Environ[str] | dict[str, str], seconds: float = 10.0) -> Line | None:
-    """A guard's end; None where the front door cannot be reached within so many seconds.
+    """A guard's end; None where the command cannot be reached within so many seconds.
 
     Raises:
-        ConnectionRefusedError: its host answers and nobody listens there: it has ended already.
+        ConnectionRefusedError: its host answers but nobody listens there: the command has ended already.
     """
     host, _, port = environment[ADDRESS].rpartition(":")
     deadline = time.monotonic() + seconds

@@ -1,8 +1,8 @@
-"""What a rank on another host needs of the front door's environment, in a file that only its user can read. No torch.
+"""What a rank on another host needs of the command's environment, in a file that only its user can read. No torch.
 
 DeepSpeed writes the variables that it knows of into the command line that it gives to ssh, where every user of a host
 sees them, prints them in its log, and forgets ``HF_*`` and ``WANDB_*``. Here they travel through ssh's standard input
-into a file of mode 0600 on each host; its ranks read it and take it away.
+into a file of mode 0600 on each host; its ranks read it and remove it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def write_private(path: Path, content: dict[str, Any]) -> None:
 
 
 def file_of_this_host(environment: MutableMapping[str, str]) -> Path | None:
-    """The file that was brought to this host; None where none was."""
+    """The file that was forwarded to this host; None where none was."""
     base = environment.get(FILE)
     return None if base is None else Path(f"{base}.{environment.get('CROSS_RANK', '0')}")
 

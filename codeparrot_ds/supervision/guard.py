@@ -1,8 +1,8 @@
 """A rank's guard: a small process that starts before the rank, watches it, and outlives it. No torch here.
 
-A rank that is stuck in a collective, in C++ or in a stopped process cannot answer; its guard can. It tells the front
-door where the rank is and how it ended, passes signals on, has the rank's Python stacks written, and sees to it that
-no rank is left when the front door, or the way to it, is gone.
+A rank that is stuck in a collective, in C++ or in a stopped process cannot answer; its guard can. It reports to the
+command where the rank is and how it ended, passes signals on, has the rank's Python stacks written, and makes sure that
+no rank is left when the command, or the network to it, is gone.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from typing import Any
 from codeparrot_ds.supervision.control import ADDRESS, BEAT_SECONDS, SILENCE_SECONDS, TOKEN, Line, connect
 from codeparrot_ds.supervision.forwarded_env import file_of_this_host
 from codeparrot_ds.supervision.heartbeat import Beats, set_current
-from codeparrot_ds.supervision.process_end import signal_at_parents_end
+from codeparrot_ds.supervision.process_end import STOP_SIGNALS, signal_at_parents_end
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 DUMP = signal.SIGUSR2
 """Has a rank write its Python stacks to its log, whatever it is doing."""
-PATIENT_PHASES = ("evaluate", "save", "push", "end")
+PATIENT_PHASES = ("evaluate", "save", "push", "end")  # in which a healthy rank may beat rarely
 LEFT_ALONE_SECONDS = {False: 20.0, True: 600.0}
-"""That a rank without a front door may stay in one place before it is ended, and in a patient phase."""
+"""That a rank which lost the command may stay in one place before it is killed; True: in a patient phase."""
 TURN_SECONDS = 0.1
 
 _asked_early = False
@@ -44,7 +43,7 @@ def guard_this_rank() -> None:
     """Becomes two processes: the one that returns trains, the other guards it and never returns."""
     beats = Beats()
     guard = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until either has its handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until both have their handlers: a signal now is kept
     rank = os.fork()
     if rank == 0:
         _begin_as_rank(beats, guard)
@@ -58,16 +57,16 @@ def write_stacks_to(path: Path) -> None:
 
 
 def _begin_as_rank(beats: Beats, guard: int) -> None:
-    signal_at_parents_end(signal.SIGKILL, guard)()  # nobody would speak for it
+    signal_at_parents_end(signal.SIGKILL, guard)()  # without its guard nobody could report or end it
     set_current(beats)
 
     def remember(number: int, frame: object) -> None:
         global _asked_early
         _asked_early = True
 
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         signal.signal(number, remember)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     faulthandler.register(DUMP, file=sys.stderr, all_threads=True)  # until the run has its log
 
 
@@ -89,14 +88,14 @@ class _Guard:
         self.stop_sent = self.stop_sent or time.monotonic()
         self.signal_rank(signal.SIGTERM)
 
-    def lose_front_door(self) -> None:
-        """From now on nobody waits for this rank."""
+    def lose_contact(self) -> None:
+        """Asks the rank to save and stop: the command is gone, so nobody waits for it."""
         if self.line is not None:
             self.line.close()
             self.line = None
         print(
-            f"rank {os.environ.get('RANK')} on {socket.gethostname()}: the front door is gone; the rank saves if the "
-            "others can, and ends",
+            f"rank {os.environ.get('RANK')} on {socket.gethostname()}: lost contact with the launcher; saving at the "
+            "next step boundary if possible, then exiting",
             file=sys.stderr,
         )
         self.stop()
@@ -118,7 +117,7 @@ class _Guard:
 
 
 def forget_environment() -> None:
-    """Takes away the file with the run's environment."""
+    """Removes the file with the run's environment."""
     path = file_of_this_host(os.environ)
     if path is not None:
         path.unlink(missing_ok=True)
@@ -135,17 +134,17 @@ def process_state(pid: int) -> str:
 def _guard(rank: int, beats: Beats) -> int:
     """Guards a rank to its end; returns the exit code for it."""
     guard = _Guard(rank, beats)
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: guard.stop())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     had_line = False
     if ADDRESS in os.environ:
         try:
             guard.line = _report_for_duty(rank)
             had_line = guard.line is not None
-        except ConnectionRefusedError:  # it ended while this rank started
+        except ConnectionRefusedError:  # the command ended while this rank started
             had_line = True
-            guard.lose_front_door()
+            guard.lose_contact()
     while True:
         ended = _ended(rank)
         if ended is not None:
@@ -170,8 +169,8 @@ def _report_for_duty(rank: int) -> Line | None:
     line = connect(os.environ)
     if line is None:
         print(
-            f"rank {os.environ.get('RANK')}: cannot reach the front door at {os.environ[ADDRESS]}: it cannot tell how "
-            "this rank is",
+            f"rank {os.environ.get('RANK')}: cannot reach the launcher at {os.environ[ADDRESS]}: it will not know "
+            "how this rank is",
             file=sys.stderr,
         )
         return None
@@ -193,11 +192,11 @@ def _listen(guard: _Guard) -> None:
         guard.last_report = now
         reachable = line.send(guard.report())
     if not reachable:
-        guard.lose_front_door()
+        guard.lose_contact()
 
 
 def _end_alone(guard: _Guard) -> None:
-    """Ends a rank that nobody waits for, once it gets no further."""
+    """Kills a rank that nobody waits for once it is stuck: the others may be gone, and collectives wait for ever."""
     place = guard.beats.read()
     assert guard.stop_sent is not None
     still = min(place.seconds, time.monotonic() - guard.stop_sent)

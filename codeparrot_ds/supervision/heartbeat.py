@@ -13,32 +13,29 @@ import time
 
 PHASES = ("start", "agree", "data", "forward", "backward", "step", "log", "evaluate", "save", "push", "end")
 STEP_PHASES = ("agree", "data", "forward", "backward", "step", "log")
-"""Those that a training step goes through; the time in them is learned from."""
+"""Those that a training step goes through; the watchdog learns its limits from the time in them."""
 _LAYOUT = struct.Struct("=QqqqQdd")
 _SLOTS = 8  # where the first of two places for a record begins; the byte before them says which one is whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a rank is.
-
-    Attributes:
-        changes: beats so far; ranks do the same ones in the same order, so the least is furthest behind.
-        phase: one of `PHASES`.
-        step: optimizer step that is under way, from 1; 0 before the first.
-        batch: micro-batch of the step, or of the evaluation, from 1; 0 outside of both.
-        steps_done: in this start.
-        seconds: in this place.
-        longest_seconds: in one place of a step, after the first step, which compiles and warms up.
-    """
+    """Where a rank is."""
 
     changes: int
+    """Beats so far; ranks do the same ones in the same order, so the least is furthest behind."""
     phase: str
+    """One of `PHASES`."""
     step: int
+    """Optimizer step that is under way, from 1; 0 before the first."""
     batch: int
+    """Micro-batch of the step, or of the evaluation, from 1; 0 outside of both."""
     steps_done: int
+    """In this start."""
     seconds: float
+    """In this place."""
     longest_seconds: float
+    """In one place of a step, after the first step, which compiles and warms up."""
 
     def __str__(self) -> str:
         if self.phase == "start":

@@ -18,7 +18,8 @@ from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
-
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Each asks a run to save and stop: SIGTERM from launchers and schedulers, SIGINT from Ctrl-C, SIGUSR1 from Slurm."""
 LEADS = "CODEPARROT_DS_LAUNCHER_LEADS"
 """Environment variable of ranks whose parent, the launcher, leads the session that they are in."""
 
@@ -27,11 +28,8 @@ def signal_at_parents_end(number: signal.Signals, parent: int | None = None) -> 
     """Returns a function that makes the kernel send this signal to the process that calls it, at its parent's end.
 
     The function calls into the system alone, so that a forked child may call it before it becomes another program. On
-    other systems than Linux it does nothing.
-
-    Args:
-        number: the signal.
-        parent: the parent's process id where that is known: a process whose parent has ended already ends at once.
+    other systems than Linux it does nothing. Where ``parent`` (a process id) is known, a process whose parent has ended
+    already ends at once.
     """
     if not sys.platform.startswith("linux"):
         return lambda: None
@@ -39,14 +37,14 @@ def signal_at_parents_end(number: signal.Signals, parent: int | None = None) -> 
 
     def ask() -> None:
         prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if parent is not None and os.getppid() != parent:  # it went before it could be asked for
+        if parent is not None and os.getppid() != parent:  # it ended before prctl: no signal will come
             os._exit(1)
 
     return ask
 
 
 def launcher_of_this_rank() -> int | None:
-    """The process id of the launcher that started this rank; None where another than the front door started that."""
+    """The process id of the launcher that started this rank; None where another program started that."""
     return os.getsid(0) if LEADS in os.environ else None
 
 
@@ -61,6 +59,6 @@ def end_process(code: int) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more
+        with contextlib.suppress(BrokenPipeError):  # the reader has closed the pipe, as `head` does
             stream.flush()
     os._exit(code)

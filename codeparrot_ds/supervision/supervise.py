@@ -19,34 +19,30 @@ from pathlib import Path
 
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.supervision.control import ADDRESS, TOKEN, ControlServer
-from codeparrot_ds.supervision.process_end import signal_at_parents_end
+from codeparrot_ds.supervision.process_end import STOP_SIGNALS, signal_at_parents_end
 from codeparrot_ds.supervision.watchdog import HUNG, LOST, Verdict, Watchdog
 
 END_FILE = "CODEPARROT_DS_END"
 """Environment variable: a file that gets the `End` of a start as JSON, for a program that runs the command."""
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 DUMP_SECONDS = 2.0
-"""Until the ranks' stacks are in their logs."""
+"""Time for the ranks to write their stacks into their logs."""
 LAST_WORDS_SECONDS = 1.0
+"""Time for reports that are still on the way when the launcher has ended."""
 KILLED_SECONDS = 10.0
-"""Until the launcher has noticed that its ranks were ended."""
+"""Time for the launcher to notice that its ranks were killed, before it is killed itself."""
 NOTICED_SECONDS = 1.5
-"""The same, where only hosts that do not answer keep it."""
+"""The same, where it waits only for hosts that do not respond."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class End:
-    """How a start ended.
-
-    Attributes:
-        code: exit code.
-        verdict: what the front door found wrong; None where the ranks ended by themselves.
-        asked: whether somebody had asked for the end.
-    """
+    """How a start ended."""
 
     code: int
     verdict: Verdict | None = None
+    """What the watchdog found wrong; None where the ranks ended by themselves."""
     asked: bool = False
+    """Whether a signal had asked for the end."""
 
 
 def run_to_the_end(
@@ -59,15 +55,12 @@ def run_to_the_end(
     num_ranks: int | None = None,
     has_rank_0: bool = True,
 ) -> End:
-    """Runs the launcher in a session of its own, hears its ranks, and ends them all when one is lost or they hang.
+    """Runs the launcher in a session of its own, follows its ranks, and ends them all when one is lost or they hang.
 
     Args:
-        command: of the launcher.
         environment: of the launcher; the address of ``server`` is added where it has none yet.
         run: folder of the run.
-        server: that the guards speak to; its own when there is none.
         hang_seconds: ceiling of the watchdog's limit.
-        num_ranks: that are expected, where it is known.
         has_rank_0: whether rank 0, who keeps the run's record, is among them; else the ranks' own exit codes count.
     """
     server = server or ControlServer()
@@ -77,7 +70,7 @@ def run_to_the_end(
     follow = signal_at_parents_end(signal.SIGKILL, os.getpid())
     asked: list[int] = []
     # Before the launcher is there: a signal that comes while it starts must not end this process alone.
-    previous = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in STOPS}
+    previous = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in STOP_SIGNALS}
     try:
         process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=follow)
         supervisor = _Supervisor(process, server, Watchdog(hang_seconds), run, num_ranks, asked)
@@ -135,7 +128,7 @@ class _Supervisor:
                 self._watch()
 
     def _last_words(self) -> None:
-        """Hears what the guards said before the launcher ended, which may be why it did."""
+        """Receives what the guards reported before the launcher ended, which may be why it did."""
         deadline = time.monotonic() + LAST_WORDS_SECONDS
         while self.server.listening() and time.monotonic() < deadline:
             self.server.turn(0.05)
@@ -160,7 +153,7 @@ class _Supervisor:
 
     def _stop(self, *, first: bool) -> None:
         if first:
-            say("stopping: the ranks save at the next step boundary; again to stop without")
+            say("checkpointing at the next step boundary (Ctrl-C again: exit without saving)")
             self.server.tell({"do": "stop"})
             return
         self.server.tell({"do": "kill", "code": 128 + signal.SIGKILL})
@@ -182,7 +175,7 @@ class _Supervisor:
             self._end_all(verdict)
 
     def _end_all(self, verdict: Verdict) -> None:
-        """Says what is wrong and ends every rank on every host."""
+        """Reports what is wrong and ends every rank on every host."""
         self.verdict = verdict
         stacks = ""
         if verdict.dump:
@@ -200,7 +193,7 @@ class _Supervisor:
         say(f"codeparrot-ds train: {kind}: {verdict.sentence}{stacks}")
 
     def _only_the_lost_are_left(self) -> bool:
-        """Whether every rank but those of hosts that do not answer has ended: the launcher would wait for the rest."""
+        """Whether every rank but those of hosts that do not answer has ended: the launcher would wait for ever."""
         lost = self.verdict.hosts if self.verdict is not None else ()
         return bool(lost) and all(
             view.exit_code is not None or view.gone is not None

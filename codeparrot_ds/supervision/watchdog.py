@@ -1,8 +1,9 @@
-"""What is wrong with the ranks, told from what their guards report: one is lost, or all wait for one. No torch here.
+"""What is wrong with the ranks, judged by their guards' reports: one is lost, or all wait for one. No torch here.
 
 The limits are learned: ten times the longest that any rank stayed in one place of a step (a micro-batch's forward pass,
 say) since its first step, at least `FLOOR_SECONDS` and at most the ceiling. A start, an evaluation, a save and the end
-of a run have a limit of their own. A process that somebody has stopped gets no further by itself: `FLOOR_SECONDS`.
+of a run have a limit of their own. A process that somebody has stopped (SIGSTOP) gets `FLOOR_SECONDS`, for it does not
+continue by itself.
 """
 
 from __future__ import annotations
@@ -21,37 +22,29 @@ START_SECONDS = 1800.0
 """For a start, with its compilations, at least."""
 FACTOR = 10.0
 GONE_SECONDS = 1.0
-"""A guard that is gone without a word: so long its launcher may take to end after it."""
+"""After a guard disappeared without an exit code: its launcher, which knows more, may end within this time."""
 FAILED_SECONDS = 3.0
-"""So long the other ranks have to say what they have to say after one has failed."""
+"""Time for the other ranks to write their own errors after one has failed."""
 OWN_WORDS_SECONDS = 20.0
 """The same after an exit code that every rank comes to by itself: a mistake of the user's, or too many bad steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is wrong.
-
-    Attributes:
-        code: exit code of the run.
-        sentence: names rank, host, phase and step.
-        hosts: those that answer no more.
-        dump: whether the living ranks' stacks say more.
-    """
+    """What is wrong."""
 
     code: int
+    """Exit code of the run."""
     sentence: str
+    """Names rank, host, phase and step."""
     hosts: tuple[str, ...] = ()
+    """Those that have not responded."""
     dump: bool = False
+    """Whether the stacks of the living ranks say more."""
 
 
 class Watchdog:
-    """Judges the ranks.
-
-    Args:
-        ceiling_seconds: the most that a rank may stay in one place of a step, an evaluation or a save; also the most
-            that a rank may be stopped and a guard be silent.
-    """
+    """Judges the ranks; ``ceiling_seconds`` bounds every limit but that of a start."""
 
     def __init__(self, ceiling_seconds: float) -> None:
         self.ceiling_seconds = ceiling_seconds
@@ -96,7 +89,8 @@ class Watchdog:
         }
         if gone:
             rank, view = next(iter(gone.items()))
-            return Verdict(code=LOST, sentence=f"{_who(rank, view)} is gone without a word; it was {view.place}")
+            sentence = f"{_who(rank, view)} disappeared without an exit code; it was {view.place}"
+            return Verdict(code=LOST, sentence=sentence)
         return None
 
     def _stuck(self, ranks: dict[int, RankView], now: float) -> Verdict | None:
@@ -133,11 +127,11 @@ def _silent(ranks: dict[int, RankView], now: float, limit_seconds: float) -> Ver
         numbers = ", ".join(str(rank) for rank, view in silent.items() if view.host in whole)
         return Verdict(
             code=LOST,
-            sentence=f"host {', '.join(whole)} (rank {numbers}) has not been heard of for {seconds:.0f} s, last "
+            sentence=f"host {', '.join(whole)} (rank {numbers}) has not responded for {seconds:.0f} s, last "
             f"{view.place}: it is down, or the network to it is",
             hosts=tuple(whole),
         )
-    sentence = f"the guard of {_who(rank, view)} has not been heard of for {seconds:.0f} s; the rank was {view.place}"
+    sentence = f"the guard of {_who(rank, view)} has not responded for {seconds:.0f} s; the rank was {view.place}"
     return Verdict(code=LOST, sentence=sentence)
 
 

@@ -28,12 +28,12 @@ class Meter:
     """Of all ranks' devices together, FLOP/s."""
     device: Any
     tokens: int
-    """Trained on before the first step of this start."""
+    """Trained on so far."""
     step: int
-    """That this start begins after."""
+    """That the last row was for; at first the step that this start begins after."""
     max_train_steps: int
     memory_check: MemoryCheck | None = None
-    """Gets every logged step on rank 0 of a GPU run."""
+    """On rank 0 of a GPU run."""
     rank_times: RankTimes | None = None
     """Compares the ranks; None on a single one."""
 

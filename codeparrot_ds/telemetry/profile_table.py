@@ -27,7 +27,7 @@ KINDS: dict[str, re.Pattern[str]] = {
     "loss": re.compile(r"cross_?entropy|log_?softmax|nll_?loss", re.I),
     "matrix products": re.compile(r"^aten::(add|b|baddb)?mm$"),
 }
-# What tells which implementation of attention was chosen, and the kernels that it ran.
+# What shows which implementation of attention was chosen, and the kernels that it ran.
 ATTENTION_OPERATOR = re.compile(r"^(?:aten::_)?(scaled_dot_product_\w+|BlockedAttention)$")
 DEVICE_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 LAUNCH_CATEGORIES = {"cuda_runtime", "cuda_driver"}
@@ -39,7 +39,7 @@ Key = tuple[str, str]  # phase and kind
 
 @dataclass(frozen=True)
 class Part:
-    """What one kind of work took in one phase of a step: seconds a step, of the host's thread and of the device."""
+    """What one kind of work took in one phase of a step: seconds per step, of the host's thread and of the device."""
 
     phase: str
     kind: str
@@ -49,27 +49,24 @@ class Part:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """The mean profiled step.
-
-    Attributes:
-        steps: that were profiled.
-        step_seconds: of one, on the host's clock.
-        data_seconds: of those, waiting for the loader.
-        parts: in the order of a step; host seconds add up to the step but for ``other_seconds``.
-        other_seconds: of the host's thread between the phases, without the wait for data.
-        device_idle_seconds: when nothing ran on the device; None where the host is the device.
-        attention: the implementations that PyTorch chose, with the kernels that they ran.
-        top: the operators (or kernels) that took most: name, seconds and calls a step.
-    """
+    """The mean profiled step."""
 
     steps: int
+    """That were profiled."""
     step_seconds: float
+    """On the host's clock."""
     data_seconds: float
+    """Of those, waiting for the loader."""
     parts: list[Part]
+    """In the order of a step; host seconds add up to the step but for ``other_seconds``."""
     other_seconds: float
+    """Of the host's thread between the phases, without the wait for data."""
     device_idle_seconds: float | None
+    """When nothing ran on the device; None where the host is the device."""
     attention: list[str]
+    """The implementations that PyTorch chose, with the kernels that they ran."""
     top: list[tuple[str, float, float]]
+    """The operators (or kernels) that took most: name, seconds and calls per step."""
 
     def as_json(self) -> dict[str, Any]:
         """As it lies in ``profile.json``."""
@@ -282,7 +279,7 @@ def _own_times(events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> Ite
 
 
 def table(profile: StepProfile) -> str:
-    """The profile as lines for a terminal, milliseconds a step."""
+    """The profile as lines for a terminal, milliseconds per step."""
     on_device = profile.device_idle_seconds is not None
     rows = [("data: waiting", profile.data_seconds, 0.0)]
     rows += [(f"{part.phase}: {part.kind}", part.host_seconds, part.device_seconds) for part in profile.parts]

@@ -33,13 +33,10 @@ class StepProfiler:
 
     Args:
         engine: DeepSpeed's; its methods are marked while steps are profiled.
-        loader: whose ``wait_seconds`` tell how long a step waited for data.
-        device: this rank's.
+        loader: whose ``wait_seconds`` say how long a step waited for data.
         folder: the run's; ``profile/`` in it gets ``trace.json.gz`` and ``profile.json``.
-        num_steps: to profile.
         first_step: of this start.
-        say: shows the table.
-        pause: told of the seconds that writing it all took.
+        pause: gets the seconds that writing it all took, which are not training.
     """
 
     def __init__(

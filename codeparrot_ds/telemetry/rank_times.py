@@ -29,13 +29,7 @@ SLOW_ROWS = 10
 
 
 class RankTimes:
-    """Times forward passes on this rank and compares ranks at each logged step.
-
-    Args:
-        ranks: of the run.
-        hosts: host name of every rank.
-        zero_stage: of ZeRO.
-    """
+    """Times forward passes on this rank and compares ranks at each logged step; ``hosts`` names every rank's."""
 
     def __init__(self, ranks: Ranks, hosts: list[str], zero_stage: int) -> None:
         self._ranks, self._hosts = ranks, hosts
@@ -69,11 +63,11 @@ class RankTimes:
 
         Args:
             steps: since the last row.
-            data_wait: this rank's wait for data, in seconds a step.
+            data_wait: this rank's wait for data, in seconds per step.
             step_seconds: of a step.
 
         Returns:
-            ``rank_seconds_median``, ``rank_seconds_max`` (own seconds a step) and ``slowest_rank``.
+            ``rank_seconds_median``, ``rank_seconds_max`` (own seconds per step) and ``slowest_rank``.
         """
         self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
         own = torch.tensor(data_wait + self._seconds / steps, dtype=torch.float64)
@@ -89,14 +83,14 @@ class RankTimes:
         return {"rank_seconds_median": median, "rank_seconds_max": seconds[slowest], "slowest_rank": slowest}
 
     def _judge(self, rank: int, seconds: float, median: float, step_seconds: float) -> None:
-        """Names a rank that is the slowest again and again; on rank 0, once a rank."""
+        """Names a rank that is the slowest again and again; on rank 0, once per rank."""
         slow = seconds > SLOW_FACTOR * median and seconds - median > SLOW_SHARE * step_seconds
         self._slow_rows = (self._slow_rows + 1 if rank == self._slow_rank else 1) if slow else 0
         self._slow_rank = rank if slow else None
         if self._slow_rows >= SLOW_ROWS and rank not in self._named and self._ranks.is_main:
             self._named.add(rank)
             logger.warning(
-                "rank %d on %s is slow: it takes %.3f s a step for its data and forward passes, the median rank "
+                "rank %d on %s is slow: it takes %.3f s per step for its data and forward passes, the median rank "
                 "%.3f s; the others wait for it",
                 *(rank, self._hosts[rank], seconds, median),
             )

@@ -6,7 +6,7 @@ import os
 import time
 
 LAUNCHED_AT = "CODEPARROT_DS_LAUNCHED_AT"
-"""Environment variable: when the front door was entered, seconds since the epoch."""
+"""Environment variable: when the command began, seconds since the epoch."""
 
 
 class Startup:
@@ -19,6 +19,7 @@ class Startup:
         self.laps: dict[str, float] = {}
         self._last = process_began
         if LAUNCHED_AT in os.environ:
+            # The name is in the run.json of older runs, too: it stays.
             self.laps["front door and launcher"] = round(process_began - float(os.environ[LAUNCHED_AT]), 3)
 
     def lap(self, name: str) -> None:

@@ -21,14 +21,7 @@ PARTS = ("data", "forward", "backward", "communication", "optimizer")
 
 
 class Communication:
-    """Counts and times the collectives that DeepSpeed calls while it is installed, each made to finish at once.
-
-    Attributes:
-        seconds: spent in them on this rank.
-        calls: by name.
-        payload_bytes: of the largest side of each collective (what is reduced, gathered or scattered), by name.
-        sent_bytes: what a rank sends where each collective is a ring; counted from the tensors, not on the wire.
-    """
+    """Counts and times the collectives that DeepSpeed calls while it is installed, each made to finish at once."""
 
     def __init__(self, backend: Any, wait: Callable[[], None]) -> None:
         self._backend, self._wait = backend, wait
@@ -36,7 +29,9 @@ class Communication:
         self.seconds = 0.0
         self.calls: dict[str, int] = {}
         self.payload_bytes: dict[str, int] = {}
+        """Of the largest side of each collective (what is reduced, gathered or scattered), by name."""
         self.sent_bytes = 0.0
+        """What a rank sends where each collective is a ring; counted from the tensors, not on the wire."""
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -87,8 +82,7 @@ def _group_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 class StepParts:
     """The seconds of each of `PARTS`, added up over steps on this rank; collectives inside a part belong to their own.
 
-    Args:
-        device: this rank's; a GPU is waited for around each part.
+    A GPU is waited for around each part.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -125,7 +119,7 @@ class StepParts:
         self.steps += 1
 
     def as_json(self) -> dict[str, Any]:
-        """Means a step on this rank: seconds by part, and what was communicated."""
+        """Means per step on this rank: seconds by part, and what was communicated."""
         steps, communication = max(1, self.steps), self.communication
         return {
             "steps": self.steps,

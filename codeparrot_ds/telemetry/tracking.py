@@ -1,4 +1,4 @@
-"""What a run writes down: a log a rank, metrics.jsonl, TensorBoard, Weights & Biases, and the console.
+"""What a run writes down: a log per rank, metrics.jsonl, TensorBoard, Weights & Biases, and the console.
 
 ``metrics.jsonl`` is the source of truth; the others repeat it. Rank 0 alone writes them; the other ranks log to their
 own file and speak on the console only of errors.
@@ -77,7 +77,7 @@ def set_up_logging(folder: Path, rank: int) -> Path:
 
 
 class Metrics:
-    """``metrics.jsonl``: one JSON object a line, appended and flushed at once."""
+    """``metrics.jsonl``: one JSON object per line, appended and flushed at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -102,6 +102,7 @@ class Metrics:
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(json.loads, lines) if "loss" in row and math.isfinite(float(row["loss"]))]
+        # Counted from the end, so that the last one is among them.
         chosen = rows[:: -max(1, math.ceil(len(rows) / points))][::-1]
         return [(row["step"], float(row["loss"])) for row in chosen]
 
@@ -119,11 +120,9 @@ class Tracker:
     """Rank 0's record of a run; on the other ranks every method does nothing."""
 
     def __init__(self, folder: RunFolder, *, active: bool, mode: str, hyperparameters: dict[str, Any]) -> None:
-        """Opens TensorBoard and wandb.
+        """Opens TensorBoard and wandb, where ``active`` (on rank 0).
 
         Args:
-            folder: the run's folder.
-            active: whether this is rank 0.
             mode: ``auto``, ``online``, ``offline`` or ``off`` for wandb.
             hyperparameters: the run config and derived figures, flat.
         """
@@ -140,7 +139,7 @@ class Tracker:
 
             self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"))
             # wandb takes seconds to start, longer without an answer from its server: training does not wait, nor for
-            # what is told to it, and it starts beside the second step. One thread keeps the order.
+            # what it is sent, and it starts beside the second step. One thread keeps the order.
             self._wandb_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="wandb")
             self._start = functools.partial(_start_wandb, folder, mode, self.hyperparameters)
 
@@ -265,7 +264,7 @@ def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) 
     except (wandb.Error, TimeoutError) as error:
         if mode != "online":
             raise
-        logger.warning("wandb: cannot reach the server (%s); going on offline", error)
+        logger.warning("wandb: cannot reach the server (%s); continuing offline", error)
         wandb.teardown()  # Its service still holds the run's id and would refuse it.
         mode = "offline"
         run = wandb.init(mode=mode, **options)

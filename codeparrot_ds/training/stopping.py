@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from codeparrot_ds.engine.ranks import Ranks
 from codeparrot_ds.supervision.guard import asked_early
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from codeparrot_ds.supervision.process_end import STOP_SIGNALS
 
 
 class StopSignal:
@@ -27,7 +26,7 @@ class StopSignal:
         self._asked = asked_early()
         self._deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: object) -> None:

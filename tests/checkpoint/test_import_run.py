@@ -23,7 +23,7 @@ from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.data.datasets import open_stream, resume_stream
+from codeparrot_ds.data.datasets import resume_stream
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.errors import UserError
@@ -31,6 +31,7 @@ from codeparrot_ds.launch.preflight import check_run
 from codeparrot_ds.model.gpt2 import build_model, get_grouped_params
 from codeparrot_ds.model.shapes import GPT2Shape, parameter_shapes
 from tests.checkpoint.layout_ranks import assembled, differing_state, gathered_state
+from tests.data.streams import open_stream
 
 SHAPE = GPT2Shape(n_layer=1, n_embd=16, n_head=2, vocab_size=257, n_positions=32)
 SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"

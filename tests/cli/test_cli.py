@@ -441,5 +441,5 @@ def test_an_interrupted_command_says_how_to_go_on(arguments, where, what, number
     monkeypatch.setattr(importlib.import_module(where), what, interrupted)
     assert main(arguments) == 128 + number
     said = capsys.readouterr()
-    assert said.out.endswith(f"Go on with:\n  {shlex.join(['codeparrot-ds', *arguments])}\n")
+    assert said.out.endswith(f"Continue with:\n  {shlex.join(['codeparrot-ds', *arguments])}\n")
     assert said.err == "codeparrot-ds: interrupted\n"

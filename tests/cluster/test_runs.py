@@ -40,7 +40,7 @@ def test_two_hosts_lose_one_another_and_stop(cluster, train, on_one_host):
         line = training.until_said("rank lost: ")
     finally:
         cluster.mend("beta")
-    assert "host beta (rank 1) has not been heard of" in line
+    assert "host beta (rank 1) has not responded" in line
     assert "restart 1 of 1" in training.until_said("restart")
     training.until_said("resumed from step 10")
 
@@ -66,7 +66,7 @@ def test_a_host_that_stays_away_is_gone_on_without(cluster, train, on_one_host):
     training.until_step(13)
     cluster.cut("gamma")
     try:
-        assert "host gamma (rank 2) has not been heard of" in training.until_said("rank lost: ")
+        assert "host gamma (rank 2) has not responded" in training.until_said("rank lost: ")
         assert "gamma" in training.until_said("going on without ")
         training.until_said("resumed from step 10")
         assert training.wait() == 0, training.said()

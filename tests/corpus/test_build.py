@@ -640,7 +640,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, large_tree, whole_g
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert f"finished work is kept in {place.parent}, and the same command goes on from there" in errors
+    assert f"finished work is kept in {place.parent}, and the same command continues from there" in errors
     assert "Traceback" not in errors
     wait_for(lambda: not any(map(alive, workers)), seconds=5)
 

@@ -19,7 +19,6 @@ from codeparrot_ds.data.datasets import (
     check_datasets,
     data_account,
     open_datasets,
-    open_stream,
     parse_mixture,
     pinned_names,
     proof_texts,
@@ -35,6 +34,7 @@ from codeparrot_ds.data.stream import stream_fingerprint
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents, write_shard
 from tests.data.hub_server import Fault, HubServer, client_process, running_hub
+from tests.data.streams import open_stream
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_the_encoder_is_proved_on_the_corpus(
         other, "_encode", lambda some, **kwargs: encode(["x" if t == texts[3] else t for t in some], **kwargs)
     )
     reason = other.prove_fast_encoding(texts)
-    assert reason is not None and "otherwise than the tokenizers library" in reason and other.name == "tokenizers"
+    assert reason is not None and "differently from the tokenizers library" in reason and other.name == "tokenizers"
 
 
 def test_a_stream_goes_on_or_begins_anew(
@@ -135,7 +135,7 @@ def test_the_account_adds_up_over_ranks() -> None:
     account = data_account(counters, bad_documents=["x.jsonl, line 3: broken"], rows_per_lane={1: 5, 0: 4}, encoder="e")
     assert account["epoch"] == 0 and account["bytes"] == 920 and account["rows_per_lane"] == [4, 5]
     assert account["summary"] == (
-        "epoch 0, 200 tokens, 30 documents finished (920 bytes, 6 tokens a document, 5.00 characters a token); "
+        "epoch 0, 200 tokens, 30 documents finished (920 bytes, 6 tokens per document, 5.00 characters per token); "
         "1 unreadable documents skipped, the first: x.jsonl, line 3: broken"
     )
     nothing_but_tokens = dict.fromkeys(counters[0], 0) | {"tokens": 64}

@@ -16,8 +16,9 @@ import torch
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import BLOCK_ROWS, TrainingLoader, token_ids
 from codeparrot_ds.data.shards import LocalFile, find_shards
-from codeparrot_ds.data.stream import Dataset, LaneStates, StreamConfig, TrainingStream
+from codeparrot_ds.data.stream import Dataset, LaneStates, StreamConfig
 from tests.data.conftest import make_documents, write_shard
+from tests.data.streams import RowStream
 
 STEPS, GLOBAL_BATCH = 300, 48
 
@@ -48,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> Stream
 @pytest.fixture(scope="module")
 def expected(config: StreamConfig) -> np.ndarray:
     """The rows of all steps, shape (STEPS, GLOBAL_BATCH, 32); every lane crosses the border of an epoch."""
-    stream, rows = iter(TrainingStream(config)), []
+    stream, rows = iter(RowStream(config)), []
     for _ in range(STEPS * GLOBAL_BATCH):
         row = next(stream)
         rows.append(row.ids)

@@ -18,11 +18,11 @@ from codeparrot_ds.data.datasets import open_datasets, stream_of
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.inspect import InspectedRow, RowPrinter, RowReader, inspection_config
 from codeparrot_ds.data.shards import find_shards
-from codeparrot_ds.data.stream import TrainingStream
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.terminal import uses_colour
 from tests.data.conftest import make_documents, write_shard
+from tests.data.streams import RowStream
 
 DOCUMENTS = make_documents(60)
 
@@ -38,7 +38,7 @@ def config(make_corpus: Callable[..., Path], tokenizer_dir: Path) -> RunConfig:
 
 def training_rows(config: RunConfig, encoder: Encoder) -> Iterator[tuple[int, np.ndarray, int]]:
     """Lane, ids and epoch of the run's rows, as training reads them."""
-    for row in TrainingStream(stream_of(config, open_datasets(config), encoder)):
+    for row in RowStream(stream_of(config, open_datasets(config), encoder)):
         yield row.lane, row.ids, row.states[0].epoch
 
 
@@ -133,7 +133,7 @@ def test_borders_are_marked(config: RunConfig, encoder: Encoder) -> None:
     shown = page(reader, encoder, ["x = 1\n", "y = 2\n\n", ""], tail="z = ", continued=True)
     lines = shown.splitlines()
     assert re.fullmatch(r"row 70 · lane 6 · epoch 1 · \d+ tokens · documents begun 3, ended 3 · corpus", lines[0])
-    end, on = "end of document", "end of the row: this document goes on"
+    end, on = "end of document", "end of the row: this document continues"
     assert rules(shown) == ["continued: this document began in an earlier row", end, end, end, on]
     assert [line for line in lines[1:] if "────" not in line] == ["x = 1", "y = 2", "", "", "z = "]
     assert all(len(line) == 80 for line in lines if "────" in line)
@@ -172,7 +172,7 @@ def test_summary_of_what_was_shown(config: RunConfig, encoder: Encoder) -> None:
     for row in reader.rows(0, 4):
         printer.row(row)
     found = re.fullmatch(
-        r"4 rows, 128 tokens, (\S+) characters a token; encoded by gigatoken; 1 unreadable documents skipped, "
+        r"4 rows, 128 tokens, (\S+) characters per token; encoded by gigatoken; 1 unreadable documents skipped, "
         r"the first: \S+part-00000.jsonl, line 1: broken JSON .*",
         printer.summary(),
     )

@@ -17,9 +17,10 @@ from codeparrot_ds.data import workers
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.loader import BATCHES_AHEAD, TrainingLoader, token_ids
 from codeparrot_ds.data.shards import find_shards
-from codeparrot_ds.data.stream import Dataset, LaneState, LaneStates, StreamConfig, TrainingStream
+from codeparrot_ds.data.stream import Dataset, LaneState, LaneStates, StreamConfig
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents
+from tests.data.streams import RowStream
 
 ROWS = 24 * 48
 
@@ -42,7 +43,7 @@ def spoil(config: StreamConfig) -> StreamConfig:
 @pytest.fixture
 def rows(config: StreamConfig) -> torch.Tensor:
     """The first rows of the run, over two epoch borders at least, shape (ROWS, seq_length)."""
-    stream = list(islice(TrainingStream(config), ROWS))
+    stream = list(islice(RowStream(config), ROWS))
     assert min(row.states[0].epoch for row in stream[-24:]) >= 2
     return torch.tensor([row.ids.tolist() for row in stream])
 

@@ -19,9 +19,7 @@ from codeparrot_ds.data.stream import (
     Dataset,
     LaneState,
     LaneStates,
-    Row,
     StreamConfig,
-    TrainingStream,
     check_lanes,
     check_world_size,
     describe_place,
@@ -31,6 +29,7 @@ from codeparrot_ds.data.stream import (
 )
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import EOS, make_documents, write_shard
+from tests.data.streams import Row, RowStream
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
 ConfigMaker = Callable[..., StreamConfig]
@@ -81,7 +80,7 @@ def documents_of_lane(rows: list[Row], lane: int, eos_token_id: int) -> list[tup
 
 def test_row_k_comes_from_lane_k_modulo_num_lanes(make_config: ConfigMaker) -> None:
     config = make_config(make_documents(100))
-    rows = take(TrainingStream(config), 50)
+    rows = take(RowStream(config), 50)
     assert [row.lane for row in rows] == [k % 8 for k in range(50)]
     assert all(row.ids.shape == (32,) and row.ids.dtype == np.uint16 for row in rows)
 
@@ -97,7 +96,7 @@ def test_a_rows_place_is_the_window_that_it_ends_in(
     shards = {shard.name: shard for shard in config.datasets[0].shards}
     before = {lane: np.zeros((1, 12), np.int64) for lane in range(3)}
     places = set()
-    for row in take(TrainingStream(config), 90):
+    for row in take(RowStream(config), 90):
         after = np.stack([state.to_array() for state in row.states])
         place = describe_place(config, row.lane, before[row.lane], after)
         before[row.lane] = after
@@ -120,7 +119,7 @@ def test_a_rows_place_in_a_mixture_is_in_the_data_set_that_it_comes_from(make_co
     other = replace(dataset, name="other", shards=[replace(dataset.shards[0], name="other.jsonl")])
     config = replace(config, datasets=[dataset, other])
     before, named = np.zeros((2, 12), np.int64), Counter()
-    for row in take(TrainingStream(config), 20):
+    for row in take(RowStream(config), 20):
         after = np.stack([state.to_array() for state in row.states])
         chosen = int(np.flatnonzero((after != before).any(axis=1))[0])
         assert describe_place(config, 0, before, after).startswith(("part-00000.jsonl ", "other.jsonl ")[chosen])
@@ -133,11 +132,11 @@ def test_a_rows_place_in_a_mixture_is_in_the_data_set_that_it_comes_from(make_co
 def test_the_order_is_the_same_at_every_world_size(make_config: ConfigMaker, world_size: int) -> None:
     config = make_config(make_documents(80), num_lanes=8)
     num_rows = 8 * 60
-    expected = take(TrainingStream(config), num_rows)
+    expected = take(RowStream(config), num_rows)
     assert min(row.states[0].epoch for row in expected[-8:]) >= 2  # epoch borders are crossed
     rows: list[Any] = [None] * num_rows
     for rank in range(world_size):
-        stream = TrainingStream(config, rank=rank, world_size=world_size)
+        stream = RowStream(config, rank=rank, world_size=world_size)
         rows[rank::world_size] = take(stream, num_rows // world_size)
     assert_same_rows(rows, expected)
 
@@ -146,7 +145,7 @@ def test_the_order_is_the_same_at_every_world_size(make_config: ConfigMaker, wor
 def test_resumes_anywhere_at_any_world_size(make_config: ConfigMaker, suffix: str) -> None:
     config = make_config(make_documents(120), suffix=suffix, num_lanes=8)
     num_rows = 8 * 80
-    expected = take(TrainingStream(config), num_rows)
+    expected = take(RowStream(config), num_rows)
     assert min(row.states[0].epoch for row in expected[-8:]) >= 3
     rng = random.Random(0)
     for _ in range(15):
@@ -155,7 +154,7 @@ def test_resumes_anywhere_at_any_world_size(make_config: ConfigMaker, suffix: st
         states = saved_states(expected[:start_row])
         rows: list[Any] = [None] * (num_rows - start_row)
         for rank in range(world_size):
-            stream = TrainingStream(config, rank=rank, world_size=world_size, start_row=start_row, lane_states=states)
+            stream = RowStream(config, rank=rank, world_size=world_size, start_row=start_row, lane_states=states)
             rows[rank::world_size] = take(stream, len(rows[rank::world_size]))
         assert_same_rows(rows, expected[start_row:])
 
@@ -163,8 +162,8 @@ def test_resumes_anywhere_at_any_world_size(make_config: ConfigMaker, suffix: st
 @pytest.mark.parametrize("start_row", [4, 12, 20])
 def test_resumes_inside_a_round_of_lanes(make_config: ConfigMaker, start_row: int) -> None:
     config = make_config(make_documents(100), num_lanes=8)
-    expected = take(TrainingStream(config), 60)
-    stream = TrainingStream(config, start_row=start_row, lane_states=saved_states(expected[:start_row]))
+    expected = take(RowStream(config), 60)
+    stream = RowStream(config, start_row=start_row, lane_states=saved_states(expected[:start_row]))
     assert_same_rows(take(stream, 60 - start_row), expected[start_row:])
 
 
@@ -174,7 +173,7 @@ def test_every_document_once_an_epoch_over_resumes(make_config: ConfigMaker, num
     corpus: Counter[tuple[int, ...]] = Counter()
     rows: list[Row] = []
     for _ in range(4):  # stopped and resumed four times
-        rows += take(TrainingStream(config, start_row=len(rows), lane_states=saved_states(rows)), 5 * 30)
+        rows += take(RowStream(config, start_row=len(rows), lane_states=saved_states(rows)), 5 * 30)
     for lane in range(5):
         texts = texts_of_lane(config, lane)
         owned = Counter(tuple(ids.tolist()) for ids in config.encoder.encode_batch(texts))
@@ -193,7 +192,7 @@ def test_every_document_once_an_epoch_over_resumes(make_config: ConfigMaker, num
 def test_counters_are_of_finished_documents(make_config: ConfigMaker) -> None:
     texts = make_documents(50)
     config = make_config(texts, num_shards=1, num_lanes=1, seq_length=8)
-    rows = take(TrainingStream(config), 2000)
+    rows = take(RowStream(config), 2000)
     assert rows[-1].states[0].epoch > 2
     all_ids = config.encoder.encode_batch(texts)
     sizes = {tuple(ids.tolist()): len(text.encode()) for text, ids in zip(texts, all_ids, strict=True)}
@@ -207,7 +206,7 @@ def test_counters_are_of_finished_documents(make_config: ConfigMaker) -> None:
 
 def test_each_epoch_has_its_own_order_of_shards(make_config: ConfigMaker) -> None:
     config = make_config(make_documents(26), num_shards=13, num_lanes=1, shuffle_buffer=1)
-    rows = take(TrainingStream(config), 300)
+    rows = take(RowStream(config), 300)
     seen = documents_of_lane(rows, 0, config.encoder.eos_token_id)
     epochs = {tuple(seen[start : start + 26]) for start in range(0, 26 * 4, 26)}
     assert len(epochs) == 4
@@ -215,15 +214,15 @@ def test_each_epoch_has_its_own_order_of_shards(make_config: ConfigMaker) -> Non
 
 def test_seed_and_buffer_change_the_order(make_config: ConfigMaker) -> None:
     config = make_config(make_documents(100))
-    first = np.stack([row.ids for row in take(TrainingStream(config), 40)])
+    first = np.stack([row.ids for row in take(RowStream(config), 40)])
     for other in (replace(config, seed=2), replace(config, shuffle_buffer=80), replace(config, shuffle_buffer=1)):
-        assert not np.array_equal(first, np.stack([row.ids for row in take(TrainingStream(other), 40)]))
+        assert not np.array_equal(first, np.stack([row.ids for row in take(RowStream(other), 40)]))
 
 
 def test_the_order_is_pinned(make_config: ConfigMaker) -> None:
     """A checkpoint resumed with another version of NumPy or of this project must go on with the same rows."""
     config = make_config([f"{number}" for number in range(12)], num_shards=1, num_lanes=1, shuffle_buffer=5)
-    rows = take(TrainingStream(config), 10)
+    rows = take(RowStream(config), 10)
     ids = np.concatenate([row.ids for row in rows])
     pieces = np.split(ids, np.flatnonzero(ids == config.encoder.eos_token_id) + 1)
     digits = {tuple(e.tolist()): n for n, e in enumerate(config.encoder.encode_batch([f"{n}" for n in range(12)]))}
@@ -243,13 +242,13 @@ def test_resume_reads_a_window_a_lane_wherever_it_stands(
     monkeypatch.setattr(sources, "READ_BYTES", 4096)
     texts = [f"# {number}\n" + "x = 1\n" * 200 for number in range(800)]  # 1.2 kB each, 1 MB in all
     config = make_config(texts, num_shards=2, num_lanes=4, shuffle_buffer=16, seq_length=256)
-    rows = [row for row in take(TrainingStream(config), 6000) if row.states[0].epoch == 0]
+    rows = [row for row in take(RowStream(config), 6000) if row.states[0].epoch == 0]
     window_bytes = 4 * 2 * 1300  # 4 documents of a lane, and those of the other lane in between
     for share in (0.01, 0.5, 0.99):
         start_row = int(len(rows) * share) // 4 * 4
         states = saved_states(rows[:start_row])
         before = bytes_read()
-        resumed = take(TrainingStream(config, start_row=start_row, lane_states=states), 4)
+        resumed = take(RowStream(config, start_row=start_row, lane_states=states), 4)
         assert bytes_read() - before < 4 * (2 * window_bytes + 2 * 4096) < 0.15 * sum(map(len, texts))
         assert_same_rows(resumed, rows[start_row : start_row + 4])
 
@@ -292,9 +291,9 @@ def test_an_empty_lane_names_a_number_that_works(
     with pytest.raises(UserError, match=message):
         check_lanes(config.datasets[0], 24)
     with pytest.raises(UserError, match=message):
-        take(TrainingStream(config), 24)
+        take(RowStream(config), 24)
     check_lanes(config.datasets[0], fitting)
-    take(TrainingStream(replace(config, num_lanes=fitting)), 3 * fitting)
+    take(RowStream(replace(config, num_lanes=fitting)), 3 * fitting)
 
 
 def test_empty_shards_count(tmp_path: Path) -> None:
@@ -317,11 +316,11 @@ def test_bad_documents_are_counted_once_however_many_epochs(make_config: ConfigM
     shards = find_shards(config.datasets[0].name, "train")
     config = replace(config, datasets=[replace(config.datasets[0], shards=shards)])
     bad = BadDocuments(2)
-    rows = take(TrainingStream(config, bad=bad), 200)
+    rows = take(RowStream(config, bad=bad), 200)
     assert rows[-1].states[0].epoch > 3
     assert sorted(found.line for found in bad) == [11, 12]
     with pytest.raises(UserError, match="max_bad_documents=1"):
-        take(TrainingStream(replace(config, max_bad_documents=1)), 200)
+        take(RowStream(replace(config, max_bad_documents=1)), 200)
 
 
 def test_world_size_must_divide_the_lanes() -> None:
@@ -335,13 +334,13 @@ def test_world_size_must_divide_the_lanes() -> None:
 
 def test_states_of_another_row_are_refused(make_config: ConfigMaker) -> None:
     config = make_config(make_documents(50))
-    states = saved_states(take(TrainingStream(config), 16))
+    states = saved_states(take(RowStream(config), 16))
     with pytest.raises(UserError, match="does not belong to row 24 of the run: lane 0 stands after 64 tokens, not 96"):
-        TrainingStream(config, start_row=24, lane_states=states)
+        RowStream(config, start_row=24, lane_states=states)
     with pytest.raises(UserError, match="lane 0 stands after 0 tokens"):
-        TrainingStream(config, start_row=16)
+        RowStream(config, start_row=16)
     with pytest.raises(UserError, match="lane 0 stands after 64 tokens, not 0"):
-        TrainingStream(config, lane_states=states)
+        RowStream(config, lane_states=states)
     with pytest.raises(UserError, match="saved lane state must hold the counts .*epoch"):
         LaneState.from_json({"epoch": 1})
 
@@ -390,7 +389,7 @@ def mixture(make_config: ConfigMaker, tmp_path: Path) -> StreamConfig:
 
 
 def test_a_mixture_keeps_its_weights_from_the_first_rows_on(mixture: StreamConfig) -> None:
-    rows = take(TrainingStream(mixture), 8 * 200)
+    rows = take(RowStream(mixture), 8 * 200)
     for count in (8 * 8, 8 * 50, 8 * 200):
         last = {row.lane: row.states for row in rows[:count]}
         tokens = [sum(states[number].tokens for states in last.values()) for number in range(3)]
@@ -405,7 +404,7 @@ def test_a_mixture_keeps_its_weights_from_the_first_rows_on(mixture: StreamConfi
 
 def test_a_mixture_is_elastic_and_resumes_exactly(mixture: StreamConfig) -> None:
     num_rows = 8 * 150
-    expected = take(TrainingStream(mixture), num_rows)
+    expected = take(RowStream(mixture), num_rows)
     assert min(states.epoch for row in expected[-8:] for states in row.states) >= 1
     rng = random.Random(0)
     for _ in range(8):
@@ -415,7 +414,7 @@ def test_a_mixture_is_elastic_and_resumes_exactly(mixture: StreamConfig) -> None
         rows: list[Any] = [None] * (num_rows - start_row)
         for rank in range(world_size):
             place = {"rank": rank, "world_size": world_size, "start_row": start_row, "lane_states": states}
-            rows[rank::world_size] = take(TrainingStream(mixture, **place), len(rows[rank::world_size]))
+            rows[rank::world_size] = take(RowStream(mixture, **place), len(rows[rank::world_size]))
         assert_same_rows(rows, expected[start_row:])
 
 

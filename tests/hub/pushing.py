@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from codeparrot_ds.hub.queue import PushQueue
+from codeparrot_ds.hub.repository import Repository
 from tests.hub.model_hub import Fault, ModelHub
 
 REPO = "org/model"
@@ -25,6 +27,12 @@ def export(folder: Path, **files: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
+
+
+def read_file(repository: Repository, revision: str, name: str) -> bytes:
+    """A file's content at a revision, as a download has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return (repository.download(revision, Path(folder), only=["*"]) / name).read_bytes()
 
 
 def make_run(runs: Path, name: str, run_id: str | None = None) -> Path:

@@ -17,6 +17,7 @@ from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status
 from codeparrot_ds.hub.local_git import LocalRepository
 from codeparrot_ds.hub.queue import PushQueue, file_sha256
 from codeparrot_ds.hub.worker import NICENESS, drain, read_destination, start_drain
+from tests.hub.pushing import read_file
 
 NAME = "brave-fox-1"
 
@@ -75,7 +76,7 @@ def test_the_queue_takes_no_space_and_outlives_the_checkpoint(run, repository):
     assert (entry.files / "model.safetensors").stat().st_ino == (export / "model.safetensors").stat().st_ino
     shutil.rmtree(run / "checkpoints")
     drain(queue, read_destination(run))
-    assert repository.read_file(NAME, "model.safetensors") == b"weights 500 "
+    assert read_file(repository, NAME, "model.safetensors") == b"weights 500 "
 
 
 def test_files_are_copied_where_links_cannot_be_made(run, monkeypatch):
@@ -198,7 +199,7 @@ def test_status_and_publish_tell_what_is_where(run, repository):
     assert "waiting  2" in hub_status(run) and "codeparrot-ds hub push" in hub_status(run)
     said = hub_publish(run)
     assert "pushed step 500" in said and "at step 1000 (step 1000: loss 3.21)" in said
-    assert repository.read_file("main", "model.safetensors") == b"weights 1000 "
+    assert read_file(repository, "main", "model.safetensors") == b"weights 1000 "
     assert "pushed   2" in hub_status(run) and "waiting  0" in hub_status(run)
     assert "up to date" in hub_push(run)
 
@@ -279,7 +280,7 @@ def test_the_local_place_needs_no_network(run, repository, tmp_path):
             spent.append(json.loads(done.stdout.split("]")[0] + "]"))
         delays.append(max(without - usual for without, usual in zip(*spent, strict=True)))
     assert delays[-1] < 1, delays
-    assert repository.read_file("main", "config.json") == b"{}"
+    assert read_file(repository, "main", "config.json") == b"{}"
     assert [commit.title for commit in repository.commits(NAME)][:2] == ["Step 2", "Step 1"]
 
 

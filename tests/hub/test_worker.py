@@ -15,8 +15,8 @@ import pytest
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status, prepare_branch, settle
 from codeparrot_ds.hub.queue import PushQueue, file_sha256
-from codeparrot_ds.hub.repository import UnavailableError
-from codeparrot_ds.hub.worker import Pauses, drain, read_destination, start_drain
+from codeparrot_ds.hub.worker import drain, read_destination, start_drain
+from codeparrot_ds.retry import Pauses, UnavailableError
 from tests.hub.model_hub import READER, TOKEN, Fault, ModelHub
 from tests.hub.pushing import REPO, branch_problems, chaos, enqueue, make_run
 
@@ -135,7 +135,7 @@ def test_the_end_of_a_run_says_what_is_left_and_a_worker_goes_on(hub, run):
     enqueue(run, 500)
     hub.faults = [Fault("status", status=502)]
     said = settle(run, wait_seconds=2.5)
-    assert "1 checkpoint(s) still wait to be pushed" in said and "a process goes on with that" in said
+    assert "1 checkpoint(s) still wait to be pushed" in said and "a process is still pushing them" in said
     assert "a worker is at it" in hub_status(run)
     hub.faults = []
     assert settle(run, wait_seconds=30) == f"branch {NAME} of {hub.endpoint}/{REPO} has every checkpoint"

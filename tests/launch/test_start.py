@@ -379,7 +379,7 @@ def test_a_second_signal_stops_without_saving(tmp_path, capfd):
     started = time.time()
     assert run_to_the_end(command, dict(os.environ), tmp_path / "run").code == 128 + 9
     assert time.time() - started < 30
-    assert "the ranks save at the next step boundary" in capfd.readouterr().err
+    assert "checkpointing at the next step boundary" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
@@ -576,10 +576,10 @@ def test_a_larger_max_train_steps_warns_of_the_jump(make_config, front, capsys):
 @pytest.mark.parametrize(
     ("end", "status", "has_checkpoint", "words"),
     [
-        (End(code=0, asked=True), "stopped", True, "Stopped and saved. Go on with:"),
-        (End(code=0), "stopped", True, "Stopped and saved. Go on with:"),  # by --max-hours
-        (End(code=0, asked=True), "stopped", False, "Stopped before anything was saved. Go on with:"),
-        (End(code=137, asked=True), "running", True, "step-00000010. Go on with:"),
+        (End(code=0, asked=True), "stopped", True, "Stopped and saved. Continue with:"),
+        (End(code=0), "stopped", True, "Stopped and saved. Continue with:"),  # by --max-hours
+        (End(code=0, asked=True), "stopped", False, "Stopped before anything was saved. Continue with:"),
+        (End(code=137, asked=True), "running", True, "step-00000010. Continue with:"),
         (End(code=0), "finished", True, None),
         (End(code=2), "running", True, None),
     ],
@@ -602,6 +602,6 @@ def test_a_run_that_was_stopped_says_how_to_go_on(make_config, front, capsys, en
 def test_a_name_that_was_made_up_is_in_the_command_that_goes_on(make_config, front, capsys):
     config = dataclasses.replace(make_config(), run_name=None)
     assert front(config, "small", end=End(code=0, asked=True), outcome={"status": "stopped", "step": 0}) == 0
-    command = lines_after(capsys.readouterr().out, "Go on with:")
+    command = lines_after(capsys.readouterr().out, "Continue with:")
     assert command[:-1] == ["codeparrot-ds", "train", "small", "--run-name"]
     assert command[-1] == front.started[0].config.run_name

@@ -121,7 +121,7 @@ def test_a_second_demo_keeps_corpus_and_first_run_and_can_be_stopped(demo):
     assert not [child for child in ranks if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     (second,) = (path.parent for path in ours if path.parent != run)
     assert json.loads((second / "run.json").read_text())["outcome"]["status"] == "stopped"
-    assert "Stopped and saved. Go on with:" in said and f"--run-name {second.name}" in said
+    assert "Stopped and saved. Continue with:" in said and f"--run-name {second.name}" in said
     assert {path: path.stat().st_mtime_ns for path in (workdir / "corpus").rglob("*.jsonl")} == shards
     assert json.loads((run / "run.json").read_text())["outcome"]["status"] == "finished"
 

@@ -64,7 +64,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on(workshop, with_drop
     outcome = json.loads((run / "run.json").read_text())["outcome"]
     assert outcome["status"] == "stopped" and 0 < outcome["step"] < 20
     assert (run / "checkpoints" / f"step-{outcome['step']:08d}" / "manifest.json").is_file()
-    proposed = shlex.split(told.partition("Stopped and saved. Go on with:")[2])
+    proposed = shlex.split(told.partition("Stopped and saved. Continue with:")[2])
     assert proposed == ["codeparrot-ds", *command[3:]]
     process = run_command([*command[:3], *proposed[1:]])
     assert process.returncode == 0, process.stderr[-3000:]

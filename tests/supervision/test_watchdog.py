@@ -70,7 +70,7 @@ def test_a_process_that_somebody_stopped_has_no_patient_phases():
 def test_a_silent_host_is_lost():
     found = judge({0: view("a"), 1: view("b", heard=NOW - 16), 2: view("b", heard=NOW - 17)})
     assert found.code == LOST and found.hosts == ("b",)
-    assert "host b (rank 1, 2) has not been heard of for 16 s, last in backward of micro-batch 2" in found.sentence
+    assert "host b (rank 1, 2) has not responded for 16 s, last in backward of micro-batch 2" in found.sentence
     assert judge({0: view("a"), 1: view("b", heard=NOW - 14)}) is None
     assert judge({0: view("a"), 1: view("b", heard=NOW - 14)}, ceiling=10).code == LOST
 

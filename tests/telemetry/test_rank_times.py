@@ -45,7 +45,7 @@ def test_a_rank_that_is_slow_all_the_time_is_named_once(said):
     assert said() == []
     judge(times, *[(2, 1.5, 1.0)] * (3 * SLOW_ROWS))
     assert said() == [
-        "rank 2 on b is slow: it takes 1.500 s a step for its data and forward passes, the median rank 1.000 s; "
+        "rank 2 on b is slow: it takes 1.500 s per step for its data and forward passes, the median rank 1.000 s; "
         "the others wait for it"
     ]
 

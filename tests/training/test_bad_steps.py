@@ -97,12 +97,13 @@ def test_a_bad_step_is_told_with_its_rows(poisoned, name):
 def test_the_rows_that_are_quoted_are_the_poisoned_ones(poisoned, make_config):
     from codeparrot_ds.data.encoder import load_encoder
     from codeparrot_ds.data.shards import find_shards
-    from codeparrot_ds.data.stream import Dataset, StreamConfig, TrainingStream
+    from codeparrot_ds.data.stream import Dataset, StreamConfig
+    from tests.data.streams import RowStream
 
     config = make_config()
     encoder = load_encoder(config.tokenizer)
     datasets = [Dataset(name=config.data, shards=find_shards(config.data, "train"))]
-    stream = TrainingStream(
+    stream = RowStream(
         StreamConfig(datasets=datasets, encoder=encoder, seq_length=32, num_lanes=4, shuffle_buffer=8, seed=1)
     )
     rows = [encoder.decode(row.ids) for row, _ in zip(stream, range(24), strict=False)]
