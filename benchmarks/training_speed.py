@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder")
     parser.add_argument("--model", default="gpt2")
     parser.add_argument("--seq-length", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=2, help="rows a step of each")
+    parser.add_argument("--rows", type=int, default=2, help="rows per step of each")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of ours and of the Trainer's")
     parser.add_argument("--deepspeed", default="zero2")
     parser.add_argument("--dropout", type=float, help="of the recipe's loop and the Trainer's (default: GPT-2's 0.1)")

@@ -216,12 +216,12 @@ def add_plan(commands: Any) -> None:
         "--micro-batch-sizes",
         type=types.counts,
         metavar="N,...",
-        help="rows a rank a forward pass (default: the preset's)",
+        help="rows per rank and forward pass (default: the preset's)",
     )
     group.add_argument(
-        "--global-batch-size", type=types.count, metavar="N", help="rows a step over all ranks (default: the preset's)"
+        "--global-batch-size", type=types.count, metavar="N", help="rows per step of all ranks (default: the preset's)"
     )
-    group.add_argument("--seq-length", type=types.count, metavar="N", help="tokens a row (default: the preset's)")
+    group.add_argument("--seq-length", type=types.count, metavar="N", help="tokens per row (default: the preset's)")
     group.add_argument(
         "--vocab-size", type=types.count, metavar="N", help=default_of("tokens of the vocabulary", 32768)
     )

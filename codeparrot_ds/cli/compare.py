@@ -26,8 +26,8 @@ def add_compare(commands: Any) -> None:
         _run_compare,
         "trains several DeepSpeed configs on the same weights and rows, and says which serves best",
         usage=f"{PROGRAM} compare DS_JSON[,FIELD=VALUE ...] ... [--preset NAME] [options]",
-        epilog="Each config runs in fresh processes through the deepspeed launcher. The same command goes on where an "
-        "interrupted one stopped. The report is DIR/report.html, .md and .json.",
+        epilog="Each config runs in fresh processes through the deepspeed launcher. The same command continues where "
+        "an interrupted one stopped. The report is DIR/report.html, .md and .json.",
     )
     parser.add_argument(
         "ds_configs", nargs="*", type=name_argument, metavar="DS_JSON",
@@ -44,7 +44,7 @@ def add_compare(commands: Any) -> None:
         "--micro-batches",
         type=types.counts,
         metavar="N,...",
-        help="rows a rank a forward pass (default: each config's own)",
+        help="rows per rank and forward pass (default: each config's own)",
     )
     group.add_argument(
         "--steps", type=types.count, default=30, metavar="N", help=default_of("optimizer steps a trial", 30)
@@ -65,7 +65,7 @@ def add_compare(commands: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--search", action="store_true",
-        help="go on to other stages, micro-batches, buckets, checkpointing and offloading as long as that is faster",
+        help="continue to other stages, micro-batches, buckets, checkpointing and offloading as long as that is faster",
     )  # fmt: skip
     group.add_argument(
         "--minutes", type=types.count, default=60, metavar="N", help=default_of("of trials that a search may take", 60)
@@ -74,7 +74,7 @@ def add_compare(commands: Any) -> None:
         "--hang-limit", type=types.count, default=300, metavar="SECONDS",
         help=default_of("the most that a rank of a trial may stay in one place", 300),
     )  # fmt: skip
-    group.add_argument("--retry-failed", action="store_true", help="when going on, run again what did not finish")
+    group.add_argument("--retry-failed", action="store_true", help="when continuing, run again what did not finish")
     group.add_argument(
         "--out",
         type=path_argument,

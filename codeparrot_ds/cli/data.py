@@ -73,7 +73,7 @@ def add_corpus(commands: Any) -> None:
         "--compress", choices=("none", "gz", "zst"), default="none", help=default_of("of shards", "none")
     )
     group.add_argument(
-        "--shard-bytes", type=types.count, default=128 << 20, metavar="N", help=default_of("bytes a shard", "134217728")
+        "--shard-bytes", type=types.count, default=128 << 20, metavar="N", help=default_of("bytes of each", "134217728")
     )
     group.add_argument("--seed", type=SEED, default=1, metavar="N", help=default_of("of split, order and filters", 1))
     group.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
@@ -184,7 +184,7 @@ def add_data(commands: Any) -> None:
     action.add_argument("--ids", action="store_true", help="show the token ids as well")
     group = action.add_argument_group("stream")
     for name, text in (
-        ("seq_length", "tokens a row"),
+        ("seq_length", "tokens per row"),
         ("num_lanes", "lanes that fix the rows"),
         ("shuffle_buffer", "documents a shuffle window holds"),
         ("seed", "seed of the order"),

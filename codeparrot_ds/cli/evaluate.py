@@ -32,7 +32,7 @@ def add_evaluate(commands: Any) -> None:
         "--split", choices=("validation", "train"), default="validation", help=default_of("part of it", "validation")
     )
     group.add_argument(
-        "--seq-length", type=types.count, metavar="N", help="tokens a row (default: the run's, or the model's)"
+        "--seq-length", type=types.count, metavar="N", help="tokens per row (default: the run's, or the model's)"
     )
     group.add_argument(
         "--num-lanes", type=types.count, metavar="N", help="lanes that fix the rows (default: the run's, or 64)"
@@ -215,7 +215,7 @@ def add_humaneval(commands: Any) -> None:
     group = parser.add_argument_group("results")
     group.add_argument(
         "--out", type=path_argument, metavar="DIR",
-        help="folder, where the same command goes on (default: RUN/humaneval/CHECKPOINT-PROBLEMS)",
+        help="folder, where the same command continues (default: RUN/humaneval/CHECKPOINT-PROBLEMS)",
     )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="begin again in a folder that holds completions")
     group.add_argument("--json", action="store_true", help="print one JSON object")

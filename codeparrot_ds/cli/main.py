@@ -23,7 +23,7 @@ from codeparrot_ds.version import __version__
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 TERMINATED = 143  # 128 + SIGTERM
 BROKEN_PIPE = 141  # 128 + SIGPIPE
-# What the user can mend when the operating system refuses; anything else is a fault of ours and keeps its traceback.
+# What the user can fix when the operating system refuses; anything else is a fault of ours and keeps its traceback.
 REFUSALS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",

@@ -64,7 +64,7 @@ def _add_checkpoint_import(actions: Any) -> None:
     action.add_argument("--tag", metavar="TAG", help="which checkpoint, as global_step500 (default: the latest)")
     action.add_argument(
         "--first-row", type=types.index, default=0, metavar="K",
-        help=default_of("row of the run's data to go on with; those before are read once to find it", 0),
+        help=default_of("row of the run's data to resume at; those before are read once to find it", 0),
     )  # fmt: skip
     add_config_arguments(action)
 

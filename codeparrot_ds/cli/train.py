@@ -31,7 +31,7 @@ def add_demo(commands: Any) -> None:
     )
     parser.add_argument(
         "--num-gpus", "--num-ranks", type=types.count, dest="num_gpus", metavar="N",
-        help="ranks (default: one a GPU, or one without)",
+        help="ranks (default: one per GPU, or one without)",
     )  # fmt: skip
     parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed JSON (default: the preset's)")
     parser.add_argument(

@@ -57,7 +57,7 @@ def _title(findings: Findings) -> str:
 def _subtitle(findings: Findings) -> str:
     request = findings.request
     config = request.config
-    rows = f"{config.global_batch_size} × {config.seq_length:,} tokens a step"
+    rows = f"{config.global_batch_size} × {config.seq_length:,} tokens per step"
     trials = f"{request.repeats} trial{'s' * (request.repeats != 1)} of {request.steps} steps each"
     facts = [Path(config.model).stem, rows, trials, f"{request.warmup_steps} of them warm-up", findings.device]
     return " · ".join(fact for fact in facts if fact)
@@ -83,7 +83,7 @@ def _ranking_notes(findings: Findings) -> list[str]:
 
 
 def _ranking(findings: Findings) -> Table:
-    head = ["", "config", "tokens/s", "not told apart from", "losses", "step, s", "MFU", "memory of a rank"]
+    head = ["", "config", "tokens/s", "not told apart from", "losses", "step, s", "MFU", "memory per rank"]
     rows: list[list[str | Cell]] = []
     places = {name: place for place, (name, _) in enumerate(findings.ranking, 1)}
     for place, (name, ties) in enumerate(findings.ranking, 1):
@@ -202,7 +202,7 @@ _PARTS_NOTE = (
     "made to finish at once. What a config overlaps shows as the difference to a scored step."
 )
 _COSTS_NOTE = (
-    "Sent: bytes a rank sends in a step, counted from the tensors of DeepSpeed's collectives as rings, not measured on "
+    "Sent: bytes per rank and step, counted from the tensors of DeepSpeed's collectives as rings, not measured on "
     "the wire. Start: from the command to the first step. The checkpoint is of all ranks, with its export."
 )
 

@@ -1,4 +1,4 @@
-"""How far a comparison is: a bar on a terminal, a line a trial elsewhere, with the time that is left."""
+"""How far a comparison is: a bar on a terminal, a line per trial elsewhere, with the time that is left."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TrialProgress:
             self._bar = Bar(start=0, total=self._total_steps)
             self.steps_done(0)
         if self._done and self._left:
-            self._tell(f"{self._done} of {self._done + len(self._left)} trials are done; going on with the others")
+            self._tell(f"{self._done} of {self._done + len(self._left)} trials are done; continuing with the others")
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -18,7 +18,7 @@ LAUNCHERS = ("pdsh", "openmpi", "mpich", "impi", "mvapich", "slurm")
 class LaunchOptions:
     """Where the ranks run; handed to the ``deepspeed`` launcher."""
 
-    num_gpus: int | None = None  # ranks on this machine, with or without GPUs; None: one a GPU, or one
+    num_gpus: int | None = None  # ranks on this machine, with or without GPUs; None: one per GPU, or one
     hostfile: str | None = None
     include: str | None = None
     exclude: str | None = None
@@ -29,7 +29,7 @@ class LaunchOptions:
     node_rank: int | None = None  # of this host, with no_ssh
     bind_cores: bool = False
     max_restarts: int = 0  # after a lost rank, a hang or a failure
-    min_hosts: int | None = None  # go on with so many when others do not answer; None: all
+    min_hosts: int | None = None  # continue with so many when others do not answer; None: all
     hang_seconds: float = 600.0  # the most that a rank may stay in one place of a step, an evaluation or a save
     ignore_memory_plan: bool = False  # start a run that the memory plan says does not fit
 
@@ -39,7 +39,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("launch")
     group.add_argument(
         "--num-gpus", "--num_gpus", "--num-ranks", "--num_ranks", type=option_types.count, metavar="N", dest="num_gpus",
-        help="ranks on this machine (default: one a GPU, or one on a machine without)",
+        help="ranks on this machine (default: one per GPU, or one on a machine without)",
     )  # fmt: skip
     group.add_argument(
         "--hostfile", type=name_argument, metavar="FILE", help="lines of `host slots=N` (default: this machine alone)"
@@ -76,7 +76,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--min-hosts", "--min_hosts", type=option_types.count, metavar="N", dest="min_hosts",
-        help="go on with so many hosts when others do not answer (default: all of them)",
+        help="continue with so many hosts when others do not answer (default: all of them)",
     )  # fmt: skip
     group.add_argument(
         "--hang-seconds", "--hang_seconds", type=_seconds, default=600.0, metavar="SECONDS", dest="hang_seconds",

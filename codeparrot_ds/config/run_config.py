@@ -81,7 +81,7 @@ class RunConfig:
         "brings its own",
         is_path=os.path.exists,
     )
-    seq_length: int = _setting(1024, "data", "tokens a row", minimum=2)
+    seq_length: int = _setting(1024, "data", "tokens per row", minimum=2)
     shuffle_buffer: int = _setting(1000, "data", "documents a shuffle window holds", minimum=1)
     num_lanes: int = _setting(64, "data", "logical streams that fix the order of rows at any world size", minimum=1)
     num_workers: int = _setting(1, "data", "loader processes a rank (0: load in the rank's own process)", minimum=0)
@@ -128,11 +128,11 @@ class RunConfig:
         is_path=os.path.isfile,
     )
 
-    global_batch_size: int = _setting(192, "batch and schedule", "rows a step over all ranks", minimum=1)
+    global_batch_size: int = _setting(192, "batch and schedule", "rows per step over all ranks", minimum=1)
     micro_batch_size: int | Literal["auto"] = _setting(
         12,
         "batch and schedule",
-        "rows a rank a forward pass; auto: as many as the memory plan says fit",
+        "rows per rank and forward pass; auto: as many as the memory plan says fit",
         minimum=1,
         words=("auto",),
     )
@@ -176,7 +176,7 @@ class RunConfig:
     run_name: str | None = _setting(None, "saving", "name of the run, its folder and branch (none: made up)")
     save_checkpoint_steps: int = _setting(15_000, "saving", "optimizer steps between checkpoints", minimum=1)
     save_in_background: bool = _setting(
-        True, "saving", "go on training while a checkpoint is written (takes host memory for a copy of it)"
+        True, "saving", "continue training while a checkpoint is written (takes host memory for a copy of it)"
     )
     keep_checkpoints: int = _setting(3, "saving", "newest checkpoints to keep", minimum=1)
     keep_checkpoint_every: int | None = _setting(
@@ -436,5 +436,5 @@ def what_for_preset(text: str) -> str:
         return f"; to read a file write --config {text}"
     for path in (Path(text, "config.yaml"), Path(RUNS, text, "config.yaml")):
         if path.is_file():
-            return f"; to go on with a run write --config {path}"
+            return f"; to continue a run write --config {path}"
     return did_you_mean(text, PRESETS)

@@ -1,6 +1,6 @@
 """What of a run config can hardly be meant: legal values that do what they say, and not what anybody wants.
 
-``check``, ``train``, ``compare`` and ``checkpoint import`` print what `config_warnings` returns, and go on. Its rules
+``check``, ``train``, ``compare`` and ``checkpoint import`` print what `config_warnings` returns and continue. Its rules
 are about what costs the user the run or a part that was asked for; taste is none of them. No file is read here.
 """
 
@@ -28,7 +28,7 @@ SMALL_GRAD_NORM = 0.01
 LARGE_DROPOUT = 0.5
 FEW_EVAL_TOKENS = 4096
 JUMP, SETTLED = 2.0, 0.01
-"""A learning rate that grows by more than the first where a run goes on, and to more than the second of its peak."""
+"""A learning rate that grows by more than the first where a run resumes, and to more than the second of its peak."""
 PROFILED_FROM = 4
 """The step of a start that is profiled first."""
 
@@ -43,7 +43,7 @@ class ConfigWarning:
 
 @dataclass(frozen=True, kw_only=True)
 class Continued:
-    """The checkpoint that a run goes on from.
+    """The checkpoint that a run resumes from.
 
     Attributes:
         name: of the run or the folder, for the reader.
@@ -75,7 +75,7 @@ def config_warnings(
 
     Args:
         config: the run config.
-        continued: what the run goes on from, where it does.
+        continued: what the run resumes from, where it does.
         groups: of the fields that matter (``FIELDS``); None for all.
     """
     rules = (_beyond_end, _schedule, _intervals, _evaluation, _optimizer)
@@ -249,7 +249,7 @@ def _optimizer(config: RunConfig) -> Found:
 
 
 def _jump(config: RunConfig, continued: Continued) -> Found:
-    """A learning rate that rises where the run goes on, which undoes what its decay had settled."""
+    """A learning rate that rises where the run resumes, which undoes what its decay had settled."""
     before, now = continued.learning_rate, learning_rate_at(config, continued.schedule_step)
     if before is None or now <= max(JUMP * before, SETTLED * config.learning_rate):
         return
@@ -263,7 +263,7 @@ def _jump(config: RunConfig, continued: Continued) -> Found:
     values = ", ".join(f"{field} was {getattr(then, field)} and is {getattr(config, field)}" for field in changed)
     yield ConfigWarning(
         field=changed[-1] if changed else "learning_rate",
-        sentence=f"the learning rate jumps from {before:.3g} to {now:.3g} where {continued.name} goes on, at step "
+        sentence=f"the learning rate jumps from {before:.3g} to {now:.3g} where {continued.name} resumes, at step "
         f"{continued.step}{f' ({values})' if values else ''}, and unsettles what its decay had settled: train longer "
         "from the start under another --run-name, or begin a run with its weights (--init-from) and a schedule of its "
         "own",

@@ -46,7 +46,7 @@ def field_origins(
 
 
 def explain(resolved: Resolved) -> list[str]:
-    """One line a value: key, value, and where it came from, in columns."""
+    """One line per value: key, value, and where it came from, in columns."""
     rows = [(".".join(path), json.dumps(value), resolved.sources[path]) for path, value in leaves(resolved.config)]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return [f"{key:{widths[0]}}  {value:{widths[1]}}  {source}" for key, value, source in rows]

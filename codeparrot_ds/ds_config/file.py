@@ -88,7 +88,7 @@ class DsFile:
     """A DeepSpeed JSON as read: what it says, the line of each key, and what it is read for.
 
     ``precisions`` are those that the device trains in, the fastest first; None is any device. ``began`` is the
-    precision of the run that goes on, which ``"enabled": "auto"`` follows before the device's.
+    precision of the run that resumes, which ``"enabled": "auto"`` follows before the device's.
     """
 
     path: Path
@@ -117,7 +117,7 @@ def open_ds_config(
     Args:
         name_or_path: as in the run config.
         precisions: that the device trains in, the fastest first.
-        began: the precision of a run that goes on.
+        began: the precision of a run that resumes.
     """
     file = read_ds_config(find_ds_config(name_in(name_or_path, began or precisions[0])))
     return dataclasses.replace(file, precisions=precisions, began=began)

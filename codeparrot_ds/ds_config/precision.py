@@ -30,7 +30,7 @@ def device_precisions(device: str) -> tuple[str, ...]:
 
 
 def began_with(config: RunConfig) -> str | None:
-    """The precision of the run that this config goes on with, or whose checkpoint it begins from; None for a new one.
+    """The precision of the run that this config continues, or whose checkpoint it begins from; None for a new one.
 
     ``auto`` follows it: another machine may be faster in another precision, but the losses of a run that changes it
     would part.

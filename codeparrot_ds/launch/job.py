@@ -38,7 +38,7 @@ from codeparrot_ds.supervision.watchdog import FAILED, HUNG, LOST
 from codeparrot_ds.telemetry.startup import LAUNCHED_AT
 
 RETURN_SECONDS = 120.0
-"""That a restart waits for a host that does not answer, unless ``--min-hosts`` lets it go on without."""
+"""That a restart waits for a host that does not answer, unless ``--min-hosts`` lets it continue without."""
 ASK_AGAIN_SECONDS = 1.0
 
 
@@ -84,7 +84,7 @@ def run_job(job: Job) -> int:
 
 
 def _say_how_to_go_on(job: Job, end: End) -> None:
-    """The command that goes on with a run which was stopped, by somebody or by ``max_hours``."""
+    """The command that continues a run which was stopped, by somebody or by ``max_hours``."""
     stopped = end.code == 0 and recorded_outcome(job.folder).get("status") == "stopped"
     if not stopped and not (end.asked and end.code):
         return
@@ -179,7 +179,7 @@ def _ask_hosts(job: Job, server: ControlServer, base: str, patience_seconds: flo
     if missing and launch.min_hosts is not None and len(hosts) - len(missing) >= launch.min_hosts:
         for finding in errors:
             if finding.host in missing:
-                print(f"warning: going on without {finding}", file=sys.stderr)
+                print(f"warning: continuing without {finding}", file=sys.stderr)
         _forget(left)
         return _ask_hosts(_without(job, missing), server, base)
     if errors:

@@ -53,7 +53,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if "environment" in request:
         content = request["environment"]["content"]
         if reply["ssh_connection"] and "control_port" in request["environment"]:
-            # By the address that this host knows the front door by.
+            # By the address that this host knows the launching host by.
             peer, port = reply["ssh_connection"][0], request["environment"]["control_port"]
             content["variables"]["CODEPARROT_DS_CONTROL"] = f"{peer}:{port}"
             reply["front_door_problem"] = _cannot_connect(peer, port)

@@ -1,4 +1,4 @@
-"""The front door of training: checks what needs no rank, then starts the ``deepspeed`` launcher. No torch here.
+"""The command `train`: checks what needs no rank, then starts the ``deepspeed`` launcher. No torch here.
 
 The launcher is DeepSpeed's own; what is added is that mistakes are found before any process starts, that operators are
 built once, that signals reach the ranks, and that the exit code tells what became of the run.
@@ -68,9 +68,9 @@ def front_door(
     Args:
         config: the run config.
         launch: where the ranks run.
-        typed: the options of ``train`` with the launcher's own, for the command that goes on with the run.
+        typed: the options of ``train`` with the launcher's own, for the command that continues the run.
         module: what a rank runs.
-        say: told which run this is, and where its log will be, once nothing is wrong at first sight.
+        say: gets which run this is, and where its log will be, once nothing is wrong at first sight.
 
     Raises:
         UserError: anything that can be known to be wrong before a rank starts.
@@ -123,7 +123,7 @@ def front_door(
 
 
 def _going_on(typed: Sequence[str], config: RunConfig, name: str) -> list[str]:
-    """The options of ``train`` that go on with a run which was started with those typed."""
+    """The options of ``train`` that continue a run which was started with those typed."""
     named = list(typed) if config.run_name else with_field(typed, "run_name", name)
     return named if config.resume == "auto" else with_field(named, "resume", "auto")
 
@@ -153,11 +153,11 @@ def _how_to_train_on(config: RunConfig, run: Path, going_on: list[str]) -> str:
     """What to type after a run's end: a larger ``max_train_steps`` is right only where the learning rate stays."""
     longer = with_field(going_on, "max_train_steps", 2 * config.max_train_steps)
     if config.lr_scheduler_type == "constant":
-        return f"To go on:\n  {pasteable('train', *longer)}"
+        return f"To continue:\n  {pasteable('train', *longer)}"
     name = new_run_name(run.parent)
     begun = pasteable("train", "--config", run / "config.yaml", "--init-from", run, "--run-name", name)
     return (
-        "Its learning rate has come down to 0, and more steps would make it jump. To go on with its weights and a "
+        "Its learning rate has come down to 0, and more steps would make it jump. To continue with its weights and a "
         f"schedule of their own:\n  {begun}\nTo train longer from the start:\n  "
         f"{pasteable('train', *with_field(longer, 'run_name', name))}"
     )

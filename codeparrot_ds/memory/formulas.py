@@ -178,7 +178,7 @@ class QuickPlan:
         return FP32 * (self.numel + self.largest)
 
     def at(self, micro_batch_size: int, accumulation_steps: int) -> Memory:
-        """The memory of a rank that runs ``accumulation_steps`` micro-batches of ``micro_batch_size`` rows a step."""
+        """The memory of a rank that runs ``accumulation_steps`` micro-batches of ``micro_batch_size`` rows per step."""
         engine = self.engine
         later = accumulation_steps > 1
         sizes = self._sizes[later]

@@ -289,7 +289,7 @@ def predict(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What a run is told
+# What a run reports
 
 
 def why_too_large(
@@ -357,14 +357,14 @@ def describe(plan: Plan) -> str:
     device = "" if request.device_memory is None else f"; {gigabytes(request.device_memory)} a device"
     lines = [
         f"{request.model}: {parameters:,} parameters ({gigabytes(2 * parameters)} in 16 bits, "
-        f"{gigabytes(4 * parameters)} in fp32), {config.seq_length:,} tokens a row, vocabulary "
-        f"{plan.shape.vocab_size:,}, {config.global_batch_size:,} rows a step{device}",
+        f"{gigabytes(4 * parameters)} in fp32), {config.seq_length:,} tokens per row, vocabulary "
+        f"{plan.shape.vocab_size:,}, {config.global_batch_size:,} rows per step{device}",
         f"overhead per rank, in addition to tensors: {plan.overhead}",
     ]
     for world_size in request.world_sizes:
         rows = plan.shown(world_size)
         sizes = sorted({row.micro_batch_size for row in rows})
-        lines += ["", f"{world_size} rank(s), GB of 10^9 bytes a rank, at the peak of a step", _table(plan, rows)]
+        lines += ["", f"{world_size} rank(s), GB of 10^9 bytes per rank, at the peak of a step", _table(plan, rows)]
         lines += [activation_line(plan, size) for size in sizes]
         reasons = {name: why for (name, ranks), why in plan.impossible.items() if ranks == world_size}
         lines += [f"not on {world_size} rank(s): {name}: {why}" for name, why in reasons.items()]

@@ -29,7 +29,7 @@ class Workload:
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows a rank a forward."""
+        """Rows per rank and forward pass."""
         return int(self.ds_config["train_micro_batch_size_per_gpu"])
 
     @property

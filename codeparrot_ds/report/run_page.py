@@ -51,9 +51,9 @@ _DATA_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("text of those", lambda data: _text_size(data.get("characters"), data.get("bytes"))),
     ("tokens", lambda data: whole(data.get("tokens"))),
     # Neither is known before a document is finished: then one is missing and the other 0.
-    ("tokens a document", lambda data: short(data.get("tokens_per_document"))),
-    ("characters a token", lambda data: short(data.get("chars_per_token"))),
-    ("rows a lane", lambda data: _span(data.get("rows_per_lane"))),
+    ("tokens per document", lambda data: short(data.get("tokens_per_document"))),
+    ("characters per token", lambda data: short(data.get("chars_per_token"))),
+    ("rows per lane", lambda data: _span(data.get("rows_per_lane"))),
     ("encoder", lambda data: str(data.get("encoder") or NOTHING)),
     ("unreadable documents", lambda data: whole(len(data.get("bad_documents") or ()) if data else None)),
 )

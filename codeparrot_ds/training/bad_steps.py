@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is NaN or infinite: left out by every engine, told with their rows, few in a row.
+"""Steps whose loss or gradient is NaN or infinite: skipped by every engine, reported with their rows, few in a row.
 
 DeepSpeed leaves a step out when the norm of its gradient, which all ranks share, is not finite; ``engine/`` fixes where
 it does not. A loss can be infinite while its gradient is finite, so :meth:`BadSteps.watch` makes the gradient of such a
@@ -62,7 +62,7 @@ class BadSteps:
         ranks: this process among the others.
         stream: where the rows come from.
         loader: the training loader, for the places of its lanes.
-        global_batch_size: rows a step over all ranks.
+        global_batch_size: rows per step over all ranks.
         start_step: optimizer steps of the run before this start.
         start_row: rows of the stream before this start.
         limit: so many bad steps in a row end the run.

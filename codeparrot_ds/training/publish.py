@@ -49,7 +49,7 @@ class Publisher:
         try:
             self._queue_export(checkpoint, restored)
         except UserError as error:
-            self.say("error: %s; training goes on", error)
+            self.say("error: %s; training continues", error)
 
     def _queue_export(self, checkpoint: Checkpoint, state: RunState) -> None:
         """Queues a checkpoint's export for the run's branch and starts pushing; one that is known changes nothing."""

@@ -236,7 +236,7 @@ class Session:
     def _report_save(self, outcome: SaveOutcome) -> None:
         """Says what became of a save (rank 0, from the thread that wrote)."""
         if outcome.error is not None:
-            self.progress.say("error: %s; training goes on", outcome.error)
+            self.progress.say("error: %s; training continues", outcome.error)
             logger.error("%s", outcome.error)
             return
         self.progress.say(

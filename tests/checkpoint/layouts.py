@@ -138,7 +138,7 @@ def ds_config_of(name: str) -> dict[str, Any]:
 
 
 def run_config(world_size: int, *, dropout: float = 0.0, accumulation: int | None = None) -> RunConfig:
-    """12 rows a step, cut differently at each world size; or ``accumulation`` micro-batches of 2 rows a rank."""
+    """12 rows per step, cut differently at each world size; or ``accumulation`` micro-batches of 2 rows a rank."""
     micro = 2 if accumulation else {1: 4, 2: 3, 3: 2}[world_size]
     return RunConfig(
         global_batch_size=micro * world_size * accumulation if accumulation else 12,

@@ -135,7 +135,7 @@ def test_the_tag_and_the_first_row_can_be_told(saved, options, tmp_path, capsys)
     assert main(["checkpoint", "import", str(saved[0]), str(run), *options, *arguments]) == 0
     said = capsys.readouterr().err
     assert "warning: save_checkpoint_steps 15000 is beyond max_train_steps 20" in said
-    assert f"warning: the learning rate jumps from 0.001 to 0.00976 where {saved[0]}/global_step2 goes on" in said
+    assert f"warning: the learning rate jumps from 0.001 to 0.00976 where {saved[0]}/global_step2 resumes" in said
     config = load_config(run / "config.yaml")
     stream = open_stream(config, load_encoder(config.tokenizer))
     data = json.loads((run / "checkpoints" / "step-00000002" / "data.json").read_text())

@@ -180,7 +180,7 @@ OPTIONS = [
     Slip("a source behind one", "corpus src --out new --num-workers 1 more", "source more does not exist"),
     Slip("a run behind one", "report first --out new runs/x", "there is no run runs/x"),
     Slip("a preset behind one", "train --seed 2 lrge", "did you mean 'large'?"),
-    Slip("a run for a preset", "train first", "to go on with a run write --config runs/first/config.yaml"),
+    Slip("a run for a preset", "train first", "to continue a run write --config runs/first/config.yaml"),
     Slip("in a fast precision", TRAIN + " --deepspeed zro2:auto", "did you mean 'zero2:auto'?"),
     Slip("auto without a name", TRAIN + " --deepspeed auto", "write NAME:auto, such as zero2:auto"),
     Slip("a word for prompts", TRAIN + " --eval-prompts exampels", "did you mean 'examples'?"),

@@ -118,8 +118,8 @@ def test_hosts_that_do_not_answer(doctor, cluster, course, tmp_path):
     assert "beta: ssh: ssh refuses this user's key" in last and "gamma: ssh: not reachable by ssh" in last
     # Two hosts would do, but three lanes cannot be shared by two ranks.
     few = cluster.codeparrot("train", *options(course, *where, "--num-lanes", "3", "--min-hosts", "2"))
-    assert few.returncode == 2 and "warning: going on without beta: ssh: ssh refuses this user's key" in few.stderr
-    assert "the run cannot go on with alpha, gamma alone: num_lanes=3 cannot be shared by 2 ranks" in few.stderr
+    assert few.returncode == 2 and "warning: continuing without beta: ssh: ssh refuses this user's key" in few.stderr
+    assert "the run cannot continue with alpha, gamma alone: num_lanes=3 cannot be shared by 2 ranks" in few.stderr
 
 
 LISTEN = """

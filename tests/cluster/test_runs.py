@@ -67,7 +67,7 @@ def test_a_host_that_stays_away_is_gone_on_without(cluster, train, on_one_host):
     cluster.cut("gamma")
     try:
         assert "host gamma (rank 2) has not responded" in training.until_said("rank lost: ")
-        assert "gamma" in training.until_said("going on without ")
+        assert "gamma" in training.until_said("continuing without ")
         training.until_said("resumed from step 10")
         assert training.wait() == 0, training.said()
     finally:

@@ -102,7 +102,7 @@ def test_the_bar_fits_the_terminal_and_has_one_time_that_is_left(start, columns,
     with standard_error_on(columns) as screen, TrialProgress(start.request, candidates, results, print) as progress:
         progress.steps_done(3)
         done, bar = screen.lines()
-    assert done == "1 of 2 trials are done; going on with the others"
+    assert done == "1 of 2 trials are done; continuing with the others"
     assert re.fullmatch(rf" 50%\|█+ +\| 3/6, about 23 h 53 min left, {re.escape(name)}", bar), bar
     assert columns - 2 <= len(bar) < columns
 
@@ -171,7 +171,7 @@ def test_ctrl_c_leaves_a_partial_report_and_the_same_command_goes_on(start):
     result = start.folder / "trials" / "a-on-1-0" / "result.json"
     kept = result.stat().st_mtime_ns
     findings, said = start({})
-    assert said[0] == "2 of 5 trials are done; going on with the others" and len(said) == 4
+    assert said[0] == "2 of 5 trials are done; continuing with the others" and len(said) == 4
     assert findings.complete and outcomes(start.folder)["b on 1"] == ("finished", None)
     assert result.stat().st_mtime_ns == kept
 

@@ -148,7 +148,7 @@ def continued(step: int, **changes) -> Continued:
 @pytest.mark.parametrize(
     ("then", "step", "now", "words"),
     [
-        ({}, 300, {"max_train_steps": 500}, "jumps from 0 to 0.000741 where runs/one goes on, at step 300 (max_train"),
+        ({}, 300, {"max_train_steps": 500}, "jumps from 0 to 0.000741 where runs/one resumes, at step 300 (max_train"),
         ({}, 290, {"max_train_steps": 500}, "(max_train_steps was 300 and is 500), and unsettles what its decay had"),
         ({"lr_scheduler_type": "linear"}, 300, {"max_train_steps": 400}, "lr_scheduler_type was linear and is cosine"),
         ({}, 300, {"max_train_steps": 500, "lr_scheduler_type": "constant"}, "jumps from 0 to 0.002"),
@@ -184,7 +184,7 @@ def test_a_run_that_may_well_go_on_so(then, step, now):
 def test_a_checkpoint_of_deepspeeds_own_has_a_learning_rate_and_no_config():
     place = dataclasses.replace(continued(100), name="ckpt/global_step100", learning_rate=1e-5, config=None)
     (warning,) = config_warnings(RunConfig(**DEMO), place)
-    assert "jumps from 1e-05 to 0.00" in warning.sentence and "ckpt/global_step100 goes on, at step 100, and" in (
+    assert "jumps from 1e-05 to 0.00" in warning.sentence and "ckpt/global_step100 resumes, at step 100, and" in (
         warning.sentence
     )
     assert config_warnings(RunConfig(**DEMO), dataclasses.replace(place, learning_rate=None)) == []

@@ -322,7 +322,7 @@ def test_nothing_is_said_of_unreadable_documents_where_there_are_none(tmp_path):
     path = with_data(write_run(tmp_path / "run"), rows_per_lane=[7, 7])
     page, markdown = Page(write_report([path])), (path / "report" / "report.md").read_text()
     assert "li" not in {tag for tag, _ in page.tags} and "which were skipped" not in page.text + markdown
-    assert "| rows a lane | 7 |" in markdown and "| unreadable documents | 0 |" in markdown
+    assert "| rows per lane | 7 |" in markdown and "| unreadable documents | 0 |" in markdown
 
 
 @pytest.mark.parametrize("data", [None, {"documents": 5, "epoch": 0}, "text"])
@@ -344,7 +344,7 @@ def test_the_account_of_a_run_without_a_finished_document(tmp_path):
     with_data(path, **zeros | {"tokens": 640}, tokens_per_document=None, chars_per_token=None, rows_per_lane=[])
     write_report([path])
     markdown = (path / "report" / "report.md").read_text()
-    assert "| tokens a document | – |" in markdown and "| characters a token | – |" in markdown
+    assert "| tokens per document | – |" in markdown and "| characters per token | – |" in markdown
 
 
 def test_metrics_alone_make_a_report(tmp_path):

@@ -81,7 +81,7 @@ def test_rows_of_metrics(demo):
     log = (run / "log" / "debug_0.log").read_text()
     peak = float(re.search(r"peak of this rank: (\S+) FLOP/s", log)[1])
     settings = json.loads((run / "run.json").read_text())
-    flops = 6 * settings["parameters"] + 12 * 4 * 256 * 256  # layers, width, tokens a row
+    flops = 6 * settings["parameters"] + 12 * 4 * 256 * 256  # layers, width, tokens per row
     assert all(row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / peak, rel=0.02) for row in training)
 
 
