@@ -127,12 +127,13 @@ def version_notice() -> str | None:
     return f"checked against DeepSpeed {DEEPSPEED_VERSION}, but {installed} is installed: its keys may differ"
 
 
-def libaio_installed() -> bool:
-    """Whether libaio's header, which DeepSpeed builds its NVMe reader with, is on this machine."""
-    folders = [Path("/usr/include"), Path("/usr/local/include")]
-    folders += [
-        Path(part) for name in ("CPATH", "C_INCLUDE_PATH") for part in os.environ.get(name, "").split(":") if part
-    ]
+SYSTEM_HEADERS = (Path("/usr/include"), Path("/usr/local/include"))
+
+
+def libaio_installed(system: Sequence[Path] = SYSTEM_HEADERS) -> bool:
+    """Whether libaio's header, which DeepSpeed builds its NVMe reader with, is where a compiler looks."""
+    paths = [os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")]
+    folders = [*system, *(Path(part) for path in paths for part in path.split(":") if part)]
     if "CONDA_PREFIX" in os.environ:
         folders.append(Path(os.environ["CONDA_PREFIX"], "include"))
     return any((folder / "libaio.h").is_file() for folder in folders)

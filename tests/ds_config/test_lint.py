@@ -282,10 +282,19 @@ def test_what_needs_this_machine():
 
 
 def test_libaio_is_found_by_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr("codeparrot_ds.ds_config.lint.Path", lambda *parts: tmp_path.joinpath(*parts[1:]))
-    assert not libaio_installed()
-    (tmp_path / "libaio.h").touch()
-    assert libaio_installed()
+    for name in ("CPATH", "C_INCLUDE_PATH", "CONDA_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    system, own = tmp_path / "system", tmp_path / "own"
+    for folder in (system, own):
+        folder.mkdir()
+    assert not libaio_installed([system])
+    (own / "libaio.h").touch()
+    assert not libaio_installed([system])
+    monkeypatch.setenv("CPATH", f"/nowhere:{own}")
+    assert libaio_installed([system])
+    monkeypatch.delenv("CPATH")
+    (system / "libaio.h").touch()
+    assert libaio_installed([system])
 
 
 def test_ranks_that_a_secondary_partition_does_not_divide():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.errors import UserError
@@ -12,15 +13,13 @@ from codeparrot_ds.memory.micro_batch import config_fitting, memory_budget, micr
 GB = 10**9
 
 
-@pytest.fixture
-def tokenizer(tmp_path, monkeypatch):
-    """A folder whose encoder has the recipe's vocabulary."""
-
-    class Encoder:
-        vocab_size = 32_768
-
-    monkeypatch.setattr(micro_batch, "load_encoder", lambda folder: Encoder)
-    return str(tmp_path)
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizer with as many tokens as the recipe's vocabulary has."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    vocabulary = {"<|endoftext|>": 0} | {f"token{number}": number for number in range(1, 32_768)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>")).save(str(folder / "tokenizer.json"))
+    return str(folder)
 
 
 @pytest.fixture
