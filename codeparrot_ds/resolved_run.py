@@ -35,6 +35,8 @@ class ResolvedRun:
     """``cpu`` or ``cuda``."""
     precisions: tuple[str, ...]
     """What the device was taken to train in, the fastest first: what an ``"auto"`` in the DeepSpeed JSON became."""
+    file: DsFile | None = None
+    """The DeepSpeed JSON as it was read; None on the ranks, which need no more than ``ds``."""
 
     @property
     def ds_config(self) -> dict[str, Any]:
@@ -139,4 +141,5 @@ def resolve_run(
         world_size=world_size,
         device=device,
         precisions=tuple(file.precisions or ()),
+        file=file,
     )

@@ -96,7 +96,8 @@ def front_door(
     run = preflight(config, device=device, world_size=ranks)
     if (finished := finished_checkpoint(run.config)) is not None and _is_at_its_end(run.config, finished, going_on):
         return 0
-    if (said := describe_choice(config.deepspeed, open_for(run.config, device), device=device)) is not None:
+    assert run.file is not None
+    if (said := describe_choice(config.deepspeed, run.file, device=device)) is not None:
         print(said, file=sys.stderr)
     for warning in config_warnings(run.config, continued_from(run.config)):
         print(f"warning: {warning.sentence}", file=sys.stderr)

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from codeparrot_ds import devices, durable
+from codeparrot_ds import devices, durable, resolved_run
 from codeparrot_ds.checkpoint.folders import STATE, publish
 from codeparrot_ds.checkpoint.run_folder import continued_from
 from codeparrot_ds.cli.main import main
@@ -27,6 +27,7 @@ from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments,
 from codeparrot_ds.config.files import save_config
 from codeparrot_ds.config.launch_options import LaunchOptions
 from codeparrot_ds.devices import local_device, local_devices, local_ranks
+from codeparrot_ds.ds_config import file, lint
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.commands import prepare_branch
 from codeparrot_ds.hub.queue import PushQueue
@@ -459,6 +460,27 @@ def front(make_config, monkeypatch):
 
     enter.started = started
     return enter
+
+
+def test_the_deepspeed_json_is_read_checked_and_resolved_once(make_config, front, monkeypatch):
+    """And not again by the ranks, which are given the result."""
+    calls = collections.Counter()
+
+    def counting(module, name):
+        work = getattr(module, name)
+
+        def count(*args, **kwargs):
+            calls[name] += 1
+            return work(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, count)
+
+    counting(file, "read_ds_config")
+    counting(lint, "lint_file")
+    counting(resolved_run, "resolve")
+    assert front(make_config(deepspeed="zero3_fp32")) == 0
+    assert front.started[0].zero_stage == 3 and front.started[0].file is None
+    assert calls == {"read_ds_config": 1, "lint_file": 1, "resolve": 1}
 
 
 def test_what_can_hardly_be_meant_is_said_and_the_run_goes_on(make_config, front, capsys):
