@@ -1,4 +1,4 @@
-"""check, plan."""
+"""``check`` and ``plan``: what a DeepSpeed config means, and what it takes."""
 
 from __future__ import annotations
 
@@ -186,10 +186,6 @@ def _model_of(config: RunConfig) -> tuple[Any, str]:
         f"model {config.model}: {num_parameters(shape):,} parameters, "
         f"{flops_per_token(shape, config.seq_length) / 1e9:.3f} GFLOP a token (vocabulary {vocab_size:,}: {source})"
     )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# plan
 
 
 def add_plan(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""compare."""
+"""``compare``: several DeepSpeed configs on the same weights and rows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from codeparrot_ds.config.run_config import SET_BY_COMPARE
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import name_argument, path_argument
 from codeparrot_ds.shell import interrupted_by_sigterm, pasteable
-
-# --------------------------------------------------------------------------------------------------------------------
-# compare
 
 
 def add_compare(commands: Any) -> None:

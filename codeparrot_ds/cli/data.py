@@ -1,4 +1,4 @@
-"""corpus, tokenizer, data."""
+"""``corpus``, ``tokenizer`` and ``data``: what a run is trained on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from codeparrot_ds.config.run_config import FIELDS
 from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.paths import in_runs, name_argument, path_argument
 from codeparrot_ds.terminal import progress_line, size_text
-
-# --------------------------------------------------------------------------------------------------------------------
-# corpus and tokenizer
 
 
 def add_corpus(commands: Any) -> None:
@@ -154,10 +151,6 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
         f"{result['chars_per_token']:.2f} characters per token, in {arguments.out}"
     )
     return 0
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# data
 
 
 def add_data(commands: Any) -> None:

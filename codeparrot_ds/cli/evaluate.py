@@ -1,4 +1,4 @@
-"""evaluate, complete, humaneval."""
+"""``evaluate``, ``complete`` and ``humaneval``: how good a model is."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from codeparrot_ds.config import option_types as types
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import name_argument, path_argument
 from codeparrot_ds.terminal import progress_line
-
-# --------------------------------------------------------------------------------------------------------------------
-# evaluate and complete
 
 
 def add_evaluate(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""checkpoint, hub, report: what a run leaves behind."""
+"""``checkpoint``, ``hub`` and ``report``: what a run leaves behind."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from codeparrot_ds.config.arguments import add_config_arguments, config_from_arg
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import find_run, name_argument, not_a_run, path_argument
 from codeparrot_ds.terminal import progress_line, size_text
-
-# --------------------------------------------------------------------------------------------------------------------
-# what a run leaves behind
 
 
 def add_checkpoint(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""demo, train, doctor."""
+"""``demo``, ``train`` and ``doctor``: runs, and what they need of a machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from codeparrot_ds.config.files import read_config_file
 from codeparrot_ds.config.launch_options import LaunchOptions, add_launch_arguments, launch_from_arguments
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.paths import name_argument, path_argument
-
-# --------------------------------------------------------------------------------------------------------------------
-# demo
 
 
 def add_demo(commands: Any) -> None:
@@ -53,10 +50,6 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         hub=arguments.hub,
         overwrite=arguments.overwrite,
     )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# train and check
 
 
 def add_train(commands: Any) -> None:

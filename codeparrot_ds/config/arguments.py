@@ -21,9 +21,6 @@ from codeparrot_ds.config.run_config import (
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import SLIP, did_you_mean, name_argument
 
-# --------------------------------------------------------------------------------------------------------------------
-# The command line
-
 
 class ArgumentParser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, with the nearest option for an unknown one, and exits 2."""

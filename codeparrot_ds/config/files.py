@@ -12,9 +12,6 @@ from codeparrot_ds.config.run_config import FIELDS, Field, RunConfig
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
     """The run config of a YAML or JSON file; fields that it leaves out have their defaults."""

@@ -18,9 +18,6 @@ from codeparrot_ds.config.option_types import whole_number
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import RUNS, did_you_mean, expand
 
-# --------------------------------------------------------------------------------------------------------------------
-# The fields
-
 
 def _setting(
     default: Any,

@@ -21,10 +21,6 @@ def short_dtype(name: str) -> str:
     return _SHORT_DTYPES.get(name, name)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What a config says
-
-
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
     """ZeRO stage 0-3; 0 when the config names none."""
     zero = ds_config.get("zero_optimization")

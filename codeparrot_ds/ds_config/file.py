@@ -21,10 +21,6 @@ GPU_PRECISIONS, CPU_PRECISIONS = ("bf16", "fp16", "fp32"), ("bf16", "fp32")
 """What a device trains in of which nothing is known, the fastest first (``ds_config/precision.py`` asks one)."""
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def ds_configs_folder() -> Path:
     """The folder of the shipped files: the repository's in a checkout, the package's in an installed wheel."""
     package = Path(__file__).resolve().parents[1]

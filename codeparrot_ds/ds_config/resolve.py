@@ -38,10 +38,6 @@ RUN_OWNED_KEYS: Mapping[KeyPath, str] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Resolution
-
-
 @dataclass(frozen=True)
 class Resolved:
     """A config that ``deepspeed.initialize`` can take, and where each value in it came from, in words."""
