@@ -198,7 +198,9 @@ def options_of(config: RunConfig, base: RunConfig) -> list[str]:
         if field.kind == "bool":
             options.append(f"--{dashed}" if value else f"--no-{dashed}")
         else:
-            options.append(f"--{dashed}={'none' if value is None else value}")
+            text = "none" if value is None else str(value)
+            # A value like an option is one only behind "=".
+            options += [f"--{dashed}={text}"] if text.startswith("-") else [f"--{dashed}", text]
     return options
 
 

@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_keeps_what_it_began_with(make_config, repository):
 def test_a_rank_that_was_started_without_the_front_door_keeps_absolute_paths(
     make_config, exported, corpus_dir, tmp_path, monkeypatch
 ):
-    from codeparrot_ds.training.setup import _ready
+    from codeparrot_ds.training.process import agree_on_run
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").symlink_to(corpus_dir)
@@ -86,12 +86,12 @@ def test_a_rank_that_was_started_without_the_front_door_keeps_absolute_paths(
     config = make_config(
         data="corpus", tokenizer="", init_from="first", output_dir="runs", run_name=None, deepspeed="zero2:auto"
     )
-    ready, followed = _ready(config, _OnlyRank())
-    export = tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export"
+    run = agree_on_run(config, _OnlyRank())
+    ready, export = run.config, tmp_path / "runs" / "first" / "checkpoints" / "step-00000004" / "export"
     assert (ready.data, ready.output_dir) == (f"{tmp_path}/corpus", f"{tmp_path}/runs")
     assert ready.init_from == ready.tokenizer == str(export) and ready.run_name
-    assert ready.deepspeed == name_in("zero2:auto", followed)
-    assert _ready(ready, _OnlyRank()) == (ready, followed)
+    assert ready.deepspeed == name_in("zero2:auto", run.precision)
+    assert agree_on_run(ready, _OnlyRank()).as_json() == run.as_json()
 
 
 class _OnlyRank:
@@ -99,6 +99,8 @@ class _OnlyRank:
 
     def on_main(self, ask):
         return ask()
+
+    together = on_main
 
 
 def test_the_weights_are_those_of_the_branch(make_config, repository, exported):

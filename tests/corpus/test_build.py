@@ -426,7 +426,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(corpus.__file__).parents[2])
     assert result.stdout.startswith(f"cannot write {tmp_path / 'out'}: File too large")
-    assert f"kept in {tmp_path / '.out.building'}, and the same command goes on" in result.stdout
+    assert f"kept in {tmp_path / '.out.building'}, and the same command continues" in result.stdout
     build_corpus([str(source)], tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["out", "project"]
 
@@ -653,7 +653,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, large_tree):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 2 and "Traceback" not in errors
     assert "a worker process was killed, most often because memory ran out; use fewer --num-workers" in errors
-    assert "the same command goes on" in errors and place.is_dir()
+    assert "the same command continues" in errors and place.is_dir()
 
 
 def test_two_builds_at_once_are_refused(tmp_path, tree):

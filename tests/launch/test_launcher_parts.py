@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.compare.trial_process import _KILLED
+from codeparrot_ds.compare.trial_process import KILLED_BY_LAUNCHER
 from codeparrot_ds.engine.private_parts import LAUNCHER, PARTS
 from codeparrot_ds.launch.deepspeed_command import LaunchOptions, node_command, runner_command, runner_environment
 from codeparrot_ds.launch.hostfile import Host
@@ -68,7 +68,7 @@ def test_the_launcher_says_which_rank_was_killed_in_the_words_that_are_looked_fo
         if isinstance(node, ast.JoinedStr) and "last_return_code" in ast.unparse(node)
     ]
     (text,) = texts
-    match = _KILLED.search(text)
+    match = KILLED_BY_LAUNCHER.search(text)
     assert (match is not None) == found and (not found or match[1] == "3")
 
 

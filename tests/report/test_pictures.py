@@ -202,7 +202,14 @@ def test_a_value_between_gaps_is_seen_and_many_lines_are_named(theme):
 def with_parts(trial, found):
     """A trial that was taken apart; one without communication."""
     seconds = {"forward": 0.3, "backward": 0.5, "communication": 0.0, "optimizer": 0.1, "data": 0.02}
-    found["parts"] = {"steps": 3, "seconds": seconds, "total_seconds": 0.92, "sent_bytes": 0, "calls": {}}
+    found["parts"] = {
+        "steps": 3,
+        "seconds": seconds,
+        "total_seconds": 0.92,
+        "sent_bytes": 0,
+        "payload_bytes": {},
+        "calls": {},
+    }
     for row in found["rows"]:
         row["loss"] += 1e-6 * row["step"] * (3 if trial.perturbed else trial.candidate.world_size)
 

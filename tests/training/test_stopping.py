@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from codeparrot_ds.engine.ranks import Ranks
-from codeparrot_ds.training.stopping import SIGNALS, StopSignal
+from codeparrot_ds.supervision.process_end import STOP_SIGNALS
+from codeparrot_ds.training.stopping import StopSignal
 
 
 @pytest.fixture
 def stop():
-    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     alone = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), control=None)
     yield StopSignal(alone)
     for number, handler in previous.items():
