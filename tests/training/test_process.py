@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from codeparrot_ds.checkpoint.run_folder import run_path
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_run, for_ranks
-from codeparrot_ds.resolved_run import ResolvedRun
+from codeparrot_ds.resolved_run import ResolvedRun, resolve_run
 from codeparrot_ds.training.process import agree_on_run
 
 
@@ -42,6 +43,15 @@ def test_a_run_for_other_devices_is_resolved_for_these(resolved, only_rank):
     content = resolved.as_json() | {"world_size": 2, "precisions": ["bf16", "fp16", "fp32"]}
     run = agree_on_run(ResolvedRun.from_json(content), only_rank)
     assert run.world_size == 1 and run.layout == resolved.layout and run.ds_config == resolved.ds_config
+
+
+def test_a_folder_that_the_deepspeed_config_names_is_absolute(make_config, tmp_path, monkeypatch):
+    """A rank, or its host, may have another working directory than the command."""
+    monkeypatch.chdir(tmp_path)
+    config = make_config(deepspeed="zero3_nvme", output_dir="runs")
+    run = resolve_run(config, open_ds_config(config.deepspeed), world_size=1, device="cpu")
+    offloaded = run.ds_config["zero_optimization"]["offload_optimizer"]
+    assert offloaded["nvme_path"] == str(tmp_path / "runs" / "brave-otter-7" / "nvme")
 
 
 def test_a_mistake_is_found_by_rank_0_as_by_the_command(make_config, only_rank):
