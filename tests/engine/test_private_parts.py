@@ -136,6 +136,17 @@ def test_a_renamed_part_is_refused_by_the_configs_that_need_it(build, fp16, name
     assert refusal(use, engine) == ""
 
 
+@pytest.mark.parametrize("part", [each for each in PARTS if each.held == "code"], ids=lambda part: part.name)
+def test_a_part_is_missing_where_what_names_it_has_no_code_of_its_own(part):
+    """As of a class whose constructor a release moves into another one."""
+    module = importlib.import_module(f"deepspeed.{part.module}")
+    inside, _, name = part.owner.rpartition(".")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator.attrgetter(inside)(module) if inside else module, name, type(name, (), {}))
+        assert not part.is_there()
+    assert part.is_there()
+
+
 def uses_of(part):
     """What another row of the same part may have otherwise."""
     return {name: getattr(part, name) for name in ("configs", "users", "why", "newer_than")}
