@@ -30,8 +30,10 @@ from codeparrot_ds.engine.private_parts import (
     use_of,
     wrapper_of,
 )
-from codeparrot_ds.engine.ranks import build_no_shared_memory_operator
+from codeparrot_ds.engine.ranks import SharedError, build_no_shared_memory_operator
 from codeparrot_ds.engine.traced import MAKERS, replace_backend, replace_operators, replace_pinning
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.train import is_said_here
 from tools.deepspeed_parts import PAGE, render
 
 PACKAGE = Path(private_parts.__file__).resolve().parents[1]
@@ -202,6 +204,17 @@ def test_the_refusal_names_the_version_and_what_to_do(build):
     assert "DeepSpeedZeroOptimizer.check_overflow" in said and "DeepSpeedZeroOptimizer.update_lp_params" in said
     assert f"DeepSpeed {installed_version()} has no" in said and f"install deepspeed=={VERIFIED[-1]}" in said
     assert refused.value.exit_code == 2 and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "said"),
+    [(0, 0, [True, True, True]), (1, 1, [False, False, True]), (8, 0, [False, True, True])],
+)
+def test_a_refusal_is_said_once_per_host(monkeypatch, rank, local_rank, said):
+    """The ranks of a host all meet it; the hosts may have different versions of DeepSpeed."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert [is_said_here(error("why")) for error in (SharedError, PrivatePartError, UserError)] == said
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero0_fp32", "zero2", "zero3"])
