@@ -130,7 +130,8 @@ def resolve_run(
         config,
         world_size=world_size,
         model_hidden_size=shape.n_embd,
-        nvme_path=Path(config.output_dir) / str(config.run_name) / "nvme",
+        # Absolute as all paths that ranks are given: theirs may be another working directory.
+        nvme_path=(Path(config.output_dir) / str(config.run_name) / "nvme").absolute(),
         origins=origins,
     )
     return ResolvedRun(

@@ -73,7 +73,6 @@ def run_rank(
     from codeparrot_ds.engine.ranks import SharedError, leave_ranks
     from codeparrot_ds.resolved_run import ResolvedRun
 
-    rank = int(os.environ["RANK"])
     try:
         try:
             run = ResolvedRun.from_json(brought) if brought is not None else given_run(arguments)
@@ -82,12 +81,22 @@ def run_rank(
             raise (UserError if os.environ.get("LOCAL_RANK", "0") == "0" else SharedError)(str(error)) from None
         work(run)
     except UserError as error:
-        if rank == 0 or not isinstance(error, SharedError):
+        if is_said_here(error):
             print(f"codeparrot-ds {command}: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     finally:
         leave_ranks()
     return 0
+
+
+def is_said_here(error: UserError) -> bool:
+    """Whether this rank says what ended it: what all ranks know rank 0 says, what DeepSpeed lacks each host's first."""
+    from codeparrot_ds.engine.private_parts import PrivatePartError
+    from codeparrot_ds.engine.ranks import SharedError
+
+    if isinstance(error, SharedError):
+        return os.environ["RANK"] == "0"
+    return not isinstance(error, PrivatePartError) or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def given_run(arguments: list[str]) -> RunConfig | ResolvedRun:

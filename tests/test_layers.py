@@ -34,6 +34,9 @@ LIGHT = {
     "cli",
     "__main__",
 }
+# Of the other folders, what commands import before they know that a rank or a model is needed.
+LIGHT_MODULES = ("resolved_run", "data.datasets", "checkpoint.run_folder", "memory.plan", "memory.trace")
+LIGHT_MODULES += ("report.run_report", "train", "compare.run", "compare.trial")
 
 
 def folder(module):
@@ -90,6 +93,24 @@ def test_imports_point_down(module):
             assert ORDER.index(other) <= own, f"{module} imports {name}, and {other} lies above {folder(module)}"
         elif root in HEAVY and top:
             assert folder(module) not in LIGHT, f"{module} imports {root} when it is imported"
+
+
+def test_nothing_heavy_is_imported_on_the_way():
+    """What answers at once imports nothing heavy, nor does any module that it imports."""
+    at_import = {
+        module: sorted({name for name, top in imports(ast.parse(path.read_text())) if top})
+        for module, path in MODULES.items()
+    }
+    starts = {module for module in MODULES if folder(module) in LIGHT}
+    ways = [[start] for start in sorted(starts | {f"codeparrot_ds.{name}" for name in LIGHT_MODULES})]
+    seen = {way[0] for way in ways}
+    while ways:
+        way = ways.pop()
+        for name in at_import[way[-1]]:
+            assert name.split(".")[0] not in HEAVY, f"{' -> '.join(way)} imports {name} when it is imported"
+            if name.split(".")[0] == "codeparrot_ds" and own_module(name) not in seen:
+                seen.add(own_module(name))
+                ways.append([*way, own_module(name)])
 
 
 def test_no_circles():

@@ -16,7 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -316,6 +316,7 @@ def open_run(
     world_size: int,
     hosts: list[str],
     sources: dict[str, str] | None = None,
+    command: Sequence[str] | None = None,
 ) -> RunFolder:
     """Creates or continues the run's folder and takes its lock (rank 0).
 
@@ -325,6 +326,7 @@ def open_run(
         world_size: number of ranks of this start.
         hosts: host name of every rank.
         sources: where each value of the DeepSpeed config came from.
+        command: that started the run; this process's own without.
 
     Raises:
         UserError: the folder belongs to another config or another process, or cannot be written.
@@ -352,7 +354,8 @@ def open_run(
     folder.record.setdefault("id", f"{folder.name}-{os.urandom(3).hex()}")
     folder.record.setdefault("created", now)
     starts = folder.record.get("starts", [])
-    starts.append({"time": now, "world_size": world_size, "command": shlex.join(sys.argv), "hosts": sorted(set(hosts))})
+    typed = shlex.join(command or sys.argv)
+    starts.append({"time": now, "world_size": world_size, "command": typed, "hosts": sorted(set(hosts))})
     folder.update(
         versions=package_versions(),
         git_commit=_git_commit(),

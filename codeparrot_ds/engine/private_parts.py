@@ -110,7 +110,7 @@ class Part:
                 holder = next(parameter for parameter in engine.module.parameters() if parameter.requires_grad)
             else:
                 holder = functools.reduce(getattr, self.held.split(".")[1:], engine)
-        except (AttributeError, ImportError):  # what has it is missing
+        except (AttributeError, ImportError, KeyError):  # what has it is missing
             return False
         return hasattr(holder, self.attribute)
 

@@ -194,9 +194,8 @@ def _without(job: Job, missing: Collection[str]) -> Job:
     """The job on the hosts that are left: the run is resolved again, since another number of ranks is another run."""
     hosts = [host for host in job.hosts if host.name not in missing]
     ranks = sum(len(host.slots) for host in hosts)
-    config = dataclasses.replace(job.run.config, resume="auto")
     try:
-        run = check_run(config, device=job.run.device, world_size=ranks, precisions=job.run.precisions)
+        run = check_run(job.run.config, device=job.run.device, world_size=ranks, precisions=job.run.precisions)
     except UserError as error:
         names = ", ".join(host.name for host in hosts)
         raise UserError(f"the run cannot continue with {names} alone: {error}") from error

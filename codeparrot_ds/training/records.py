@@ -10,6 +10,8 @@ from pathlib import Path
 
 from codeparrot_ds.checkpoint.run_folder import RunFolder, continued_from, open_run, run_path
 from codeparrot_ds.checkpoint.state import RunState
+from codeparrot_ds.config.arguments import options_of
+from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.warnings import config_warnings
 from codeparrot_ds.ds_config.changes import sources_as_json
 from codeparrot_ds.engine.ranks import Ranks
@@ -33,7 +35,9 @@ def open_folder(run: ResolvedRun, ranks: Ranks) -> RunFolder:
         check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")
         check_for_secrets(json.dumps(run.ds_config), "the DeepSpeed config")
         repository = open_repository(config.hub, Path(config.output_dir))
-        folder = open_run(config, run.ds_config, ranks.world_size, hosts, sources_as_json(run.ds))
+        # A rank that the command started has only the name of a file, which is gone after the start, on its own.
+        command = ["codeparrot-ds", "train", *options_of(config, RunConfig())] if LAUNCHED_AT in os.environ else None
+        folder = open_run(config, run.ds_config, ranks.world_size, hosts, sources_as_json(run.ds), command)
         if repository is not None and not is_remote(config.hub):  # on the Hub its worker does: training waits for none
             repository.create()
             repository.create_branch(folder.name)

@@ -30,8 +30,10 @@ from codeparrot_ds.engine.private_parts import (
     use_of,
     wrapper_of,
 )
-from codeparrot_ds.engine.ranks import build_no_shared_memory_operator
+from codeparrot_ds.engine.ranks import SharedError, build_no_shared_memory_operator
 from codeparrot_ds.engine.traced import MAKERS, replace_backend, replace_operators, replace_pinning
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.train import is_said_here
 from tools.deepspeed_parts import PAGE, render
 
 PACKAGE = Path(private_parts.__file__).resolve().parents[1]
@@ -136,6 +138,17 @@ def test_a_renamed_part_is_refused_by_the_configs_that_need_it(build, fp16, name
     assert refusal(use, engine) == ""
 
 
+@pytest.mark.parametrize("part", [each for each in PARTS if each.held == "code"], ids=lambda part: part.name)
+def test_a_part_is_missing_where_what_names_it_has_no_code_of_its_own(part):
+    """As of a class whose constructor a release moves into another one."""
+    module = importlib.import_module(f"deepspeed.{part.module}")
+    inside, _, name = part.owner.rpartition(".")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator.attrgetter(inside)(module) if inside else module, name, type(name, (), {}))
+        assert not part.is_there()
+    assert part.is_there()
+
+
 def uses_of(part):
     """What another row of the same part may have otherwise."""
     return {name: getattr(part, name) for name in ("configs", "users", "why", "newer_than")}
@@ -191,6 +204,17 @@ def test_the_refusal_names_the_version_and_what_to_do(build):
     assert "DeepSpeedZeroOptimizer.check_overflow" in said and "DeepSpeedZeroOptimizer.update_lp_params" in said
     assert f"DeepSpeed {installed_version()} has no" in said and f"install deepspeed=={VERIFIED[-1]}" in said
     assert refused.value.exit_code == 2 and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "said"),
+    [(0, 0, [True, True, True]), (1, 1, [False, False, True]), (8, 0, [False, True, True])],
+)
+def test_a_refusal_is_said_once_per_host(monkeypatch, rank, local_rank, said):
+    """The ranks of a host all meet it; the hosts may have different versions of DeepSpeed."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert [is_said_here(error("why")) for error in (SharedError, PrivatePartError, UserError)] == said
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero0_fp32", "zero2", "zero3"])

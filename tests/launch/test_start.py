@@ -462,6 +462,16 @@ def front(make_config, monkeypatch):
     return enter
 
 
+def test_a_start_without_a_host_resumes_as_was_asked(make_config):
+    """`--min-hosts` at the first start: from what the user named or anew, and not from the newest checkpoint."""
+    run = check_run(make_config(deepspeed="zero2_fp32", resume="never"), device="cpu", world_size=2)
+    hosts = [Host(name=name, slots=(0,)) for name in ("alpha", "beta")]
+    asked = job.Job(run=run, launch=LaunchOptions(), hosts=hosts, started=0.0, folder=Path("runs"), going_on=[])
+    left = job._without(asked, {"beta"})
+    assert [host.name for host in left.hosts] == ["alpha"] and left.run.world_size == 1
+    assert left.run.config == run.config
+
+
 def test_the_deepspeed_json_is_read_checked_and_resolved_once(make_config, front, monkeypatch):
     """And not again by the ranks, which are given the result."""
     calls = collections.Counter()

@@ -1,14 +1,20 @@
 """Which run the ranks agree on: the one that the command resolved, or the one that rank 0 resolves."""
 
 import dataclasses
+import shlex
+import sys
 
 import pytest
 
 from codeparrot_ds.checkpoint.run_folder import run_path
+from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_run, for_ranks
-from codeparrot_ds.resolved_run import ResolvedRun
+from codeparrot_ds.resolved_run import ResolvedRun, resolve_run
+from codeparrot_ds.telemetry.startup import LAUNCHED_AT
 from codeparrot_ds.training.process import agree_on_run
+from codeparrot_ds.training.records import open_folder
 
 
 @pytest.fixture
@@ -42,6 +48,31 @@ def test_a_run_for_other_devices_is_resolved_for_these(resolved, only_rank):
     content = resolved.as_json() | {"world_size": 2, "precisions": ["bf16", "fp16", "fp32"]}
     run = agree_on_run(ResolvedRun.from_json(content), only_rank)
     assert run.world_size == 1 and run.layout == resolved.layout and run.ds_config == resolved.ds_config
+
+
+def test_a_folder_that_the_deepspeed_config_names_is_absolute(make_config, tmp_path, monkeypatch):
+    """A rank, or its host, may have another working directory than the command."""
+    monkeypatch.chdir(tmp_path)
+    config = make_config(deepspeed="zero3_nvme", output_dir="runs")
+    run = resolve_run(config, open_ds_config(config.deepspeed), world_size=1, device="cpu")
+    offloaded = run.ds_config["zero_optimization"]["offload_optimizer"]
+    assert offloaded["nvme_path"] == str(tmp_path / "runs" / "brave-otter-7" / "nvme")
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_start_is_recorded_with_a_command_that_says_what_it_was(resolved, only_rank, monkeypatch, launched):
+    if launched:
+        monkeypatch.setenv(LAUNCHED_AT, "0.0")
+    folder = open_folder(resolved, only_rank)
+    (start,) = folder.record["starts"]
+    parser = ArgumentParser()
+    add_config_arguments(parser)
+    program, command, *options = shlex.split(start["command"])
+    if launched:
+        assert (program, command) == ("codeparrot-ds", "train")
+        assert config_from_arguments(parser.parse_args(options)) == resolved.config
+    else:
+        assert [program, command, *options] == sys.argv
 
 
 def test_a_mistake_is_found_by_rank_0_as_by_the_command(make_config, only_rank):
