@@ -184,7 +184,7 @@ def _model_of(config: RunConfig) -> tuple[Any, str]:
     shape = find_shape(config.model, vocab_size=vocab_size, seq_length=config.seq_length)
     return shape, (
         f"model {config.model}: {num_parameters(shape):,} parameters, "
-        f"{flops_per_token(shape, config.seq_length) / 1e9:.3f} GFLOP a token (vocabulary {vocab_size:,}: {source})"
+        f"{flops_per_token(shape, config.seq_length) / 1e9:.3f} GFLOP per token (vocabulary {vocab_size:,}: {source})"
     )
 
 

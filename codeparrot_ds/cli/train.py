@@ -98,7 +98,7 @@ def add_doctor(commands: Any) -> None:
     group.add_argument("--tokenizer", metavar="DIR", help="tokenizer that every host must see (default: none)")
     group.add_argument("--output-dir", metavar="DIR", help="folder of runs that hosts share (default: runs)")
     group.add_argument("--deepspeed", metavar="JSON", help="whose operators must be built (default: zero2:auto)")
-    group = parser.add_argument_group("mending")
+    group = parser.add_argument_group("fixes")
     group.add_argument("--build", action="store_true", help="build operators that are missing, on all hosts at once")
     group.add_argument("--clear-locks", action="store_true", help="remove the locks of killed builds")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
