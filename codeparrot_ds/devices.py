@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ def local_device(*, hostfile: bool = False) -> str:
     Args:
         hostfile: other hosts train; this one may have no GPU, and they are taken to have what its torch is made for.
     """
+    import importlib.metadata  # costs a fifth of `--help`, which needs no device
+
     if os.environ.get("DS_ACCELERATOR") == "cpu" or importlib.metadata.version("torch").endswith("+cpu"):
         return "cpu"
     return "cuda" if hostfile or _count_gpus() else "cpu"

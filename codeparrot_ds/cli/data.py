@@ -70,7 +70,7 @@ def add_corpus(commands: Any) -> None:
         "--compress", choices=("none", "gz", "zst"), default="none", help=default_of("of shards", "none")
     )
     group.add_argument(
-        "--shard-bytes", type=types.count, default=128 << 20, metavar="N", help=default_of("bytes per shard", "128 MiB")
+        "--shard-bytes", type=types.count, default=128 << 20, metavar="N", help=default_of("bytes per shard", 134217728)
     )
     group.add_argument("--seed", type=SEED, default=1, metavar="N", help=default_of("of split, order and filters", 1))
     group.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
