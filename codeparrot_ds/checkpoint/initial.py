@@ -147,7 +147,7 @@ def _weights_in(folder: Path, names: Iterable[str], source: str) -> dict[str, St
         else:
             found[name] = tensor
     if lacking:
-        raise UserError(f"--init-from {source} has no weights for {', '.join(lacking[:3])}")
+        raise UserError(f"--init-from {source} has no weights for {', '.join(sorted(lacking)[:3])}")
     if rounded := next((tensor for tensor in found.values() if tensor.dtype not in _FLOATS), None):
         raise UserError(
             f"--init-from {source} has {rounded.name} in {rounded.dtype}: quantized weights cannot be trained, name "

@@ -173,7 +173,7 @@ def test_weights_in_shards_that_are_not_whole(make_config, exported, tmp_path):
         index.write_text(text)
         refuse("index.json cannot be read: it is no index of safetensors files, or damaged")
     index.write_text('{"weight_map": {}}')
-    refuse("has no weights for transformer.wte.weight")
+    refuse("has no weights for transformer.h.0.attn.c_attn.bias")
 
 
 def test_what_does_not_fit_is_refused(make_config, repository, exported, tmp_path, corpus_dir):
