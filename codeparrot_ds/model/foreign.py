@@ -64,7 +64,7 @@ class Kind:
         return Foreign(what=self.what, how=self.how.format(named=named, place=place), made=self.made)
 
 
-_BY_HAND = "load it into the model, and write model and tokenizer with save_pretrained('DIR')"
+_BY_HAND = "load it into the model, write model and tokenizer with save_pretrained('DIR')"
 UNIVERSAL = Kind(
     what="a universal checkpoint of DeepSpeed's",
     marker="zero/*/fp32.pt",

@@ -90,10 +90,10 @@ FOLDERS = {
     "dcp": (
         "{f} holds a checkpoint of PyTorch's Distributed Checkpoint (.distcp), not what engine.save_checkpoint wrote: "
         "write it as one file with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch {f}/step-7 FILE`, "
-        "load it into the model, and write model and tokenizer with save_pretrained('DIR'), and begin a run with the "
+        "load it into the model, write model and tokenizer with save_pretrained('DIR'), and begin a run with the "
         "weights: `train --init-from DIR`",
         "{f} holds a checkpoint of PyTorch's Distributed Checkpoint (.distcp): write it as one file with `python -m "
-        "torch.distributed.checkpoint.format_utils dcp_to_torch {f}/step-7 FILE`, load it into the model, and write "
+        "torch.distributed.checkpoint.format_utils dcp_to_torch {f}/step-7 FILE`, load it into the model, write "
         "model and tokenizer with save_pretrained('DIR'), and name DIR",
     ),
     "fsdp-whole": (
