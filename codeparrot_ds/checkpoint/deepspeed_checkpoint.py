@@ -30,6 +30,11 @@ from codeparrot_ds.checkpoint.import_check import find_tag
 from codeparrot_ds.engine.fragments import MASTER, Fragment
 from codeparrot_ds.errors import UserError
 
+# What is read of the file that all ranks share. Beside it are the scheduler's state and whatever client_state was.
+USED = (
+    *("module", "param_shapes", "shared_params", "buffer_names", "frozen_param_shapes", "optimizer"),
+    *("global_steps", "skipped_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version"),
+)
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -89,7 +94,7 @@ def read_deepspeed_checkpoint(folder: Path, shapes: Shapes, *, tag: str | None =
     if (path / "offloaded_tensors").is_dir():
         raise UserError(f"{path} has its optimizer's state as raw files of NVMe offload, which cannot be imported")
     model_file = model_states_file(path)
-    model = load_file(model_file)
+    model = load_file(model_file, USED)
     _check_kind(model_file, model)
     try:
         return _understand(path, model_file, model, shapes)

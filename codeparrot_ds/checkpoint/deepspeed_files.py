@@ -2,22 +2,23 @@
 
 They are pickles, programs that unpickling runs. Here torch's restricted unpickler reads them: tensors and plain values,
 and of classes those in ``STAND_INS`` alone, each in the form of an inert stand-in, so that not even DeepSpeed's own
-code takes part and a checkpoint of another version of it reads the same. Anything else is refused before it is read.
+code takes part and a checkpoint of another version of it reads the same. Any other class is refused before it is read,
+but for those in what the import does not use (``client_state``): there each becomes an ``Unread``.
 """
 
 from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
-from codeparrot_ds.checkpoint.import_check import MODEL_STATES
 from codeparrot_ds.errors import UserError
-
-OPTIMIZER_STATES = "_optim_states.pt"
+from codeparrot_ds.model.foreign import MODEL_STATES, OPTIMIZER_STATES
 
 
 class Attributes:
@@ -28,13 +29,51 @@ class Number(int):
     """A member of an enumeration of numbers."""
 
 
+class Unread:
+    """In the place of an object whose class or function is not known: takes and forgets whatever it is made of."""
+
+    name = "a type of NumPy's"
+    """Of that class or function; of a subclass for each."""
+
+    def __new__(cls, *args: Any) -> Unread:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class NumpyType:
+    """A ``numpy.dtype``: its name, and the order of its bytes."""
+
+    def __init__(self, name: str, *flags: Any) -> None:
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+def numpy_number(kind: NumpyType, value: Any = b"") -> Any:
+    """A NumPy scalar as Python's number; learning rates and losses often are some."""
+    if kind.name[:1] not in tuple("biuf"):  # text, dates, objects
+        return Unread()
+    return numpy.frombuffer(value, f"{kind.order}{kind.name}").item()
+
+
 # All that DeepSpeed itself puts beside tensors and plain values, and what its examples pass as client_state.
-STAND_INS: dict[str, type] = {
+STAND_INS: dict[str, Any] = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": Attributes,
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": Attributes,
     "deepspeed.runtime.zero.config.ZeroStageEnum": Number,
     "deepspeed.utils.tensor_fragment.fragment_address": Attributes,
     "argparse.Namespace": Attributes,
+    "collections.deque": lambda *args: [],  # torch's unpickler fills no other list or dict than these
+    "collections.defaultdict": lambda *args: {},
+    "numpy.dtype": NumpyType,
+    "numpy.core.multiarray.scalar": numpy_number,
+    "numpy._core.multiarray.scalar": numpy_number,  # since NumPy 2
 }
 
 
@@ -76,8 +115,12 @@ def optimizer_files(checkpoint: Path, world_size: int, *, bf16: bool) -> list[Pa
     return [checkpoint / name for name in names]
 
 
-def load_file(path: Path) -> dict[str, Any]:
+def load_file(path: Path, used: Collection[str] | None = None) -> dict[str, Any]:
     """The contents of a file that DeepSpeed wrote; tensors stay on the disk until they are looked at.
+
+    Args:
+        path: of the file.
+        used: the keys that matter; the others are left out. None for all.
 
     Raises:
         UserError: it is damaged or cut off, or asks for a class or function that is not in ``STAND_INS``.
@@ -91,18 +134,51 @@ def load_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if damaged:
         raise UserError(f"{path} is damaged: {damaged} in it is not what was written")
+    foreign: list[str] = []
     try:
-        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
+        known = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+        with torch.serialization.safe_globals(known):
             foreign = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-            if foreign:
-                raise UserError(
-                    f"{path} would run code that is not DeepSpeed's ({foreign[0]}) and was not loaded: save again "
-                    "without it, mostly a part of client_state"
-                )
+        if foreign and used is None:
+            raise _foreign_code(path, foreign[0])
+        unread = [(type("Unread", (Unread,), {"name": name}), name) for name in foreign]
+        with torch.serialization.safe_globals([*known, *unread]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, AssertionError) as error:
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError, AssertionError,
+            TypeError, AttributeError) as error:  # fmt: skip
+        if foreign:
+            raise _foreign_code(path, foreign[0]) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is not a file that DeepSpeed writes: {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a file that DeepSpeed writes: it holds a {type(content).__name__}")
+    if used is not None:
+        content = {key: content[key] for key in used if key in content}
+    if left := next(_unread_in(content), None):
+        raise _foreign_code(path, left.name)
     return content
+
+
+def _foreign_code(path: Path, name: str) -> UserError:
+    return UserError(
+        f"{path} would run code that is not DeepSpeed's ({name}) and was not loaded: save again without it, mostly a "
+        "part of client_state"
+    )
+
+
+def _unread_in(content: Any) -> Iterator[type[Unread]]:
+    """Those in plain values of any depth."""
+    todo, seen = [content], set()
+    while todo:
+        value = todo.pop()
+        kind = value if isinstance(value, type) else type(value)
+        if issubclass(kind, Unread):
+            yield kind
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, dict):
+                todo += [*value, *value.values()]
+            elif isinstance(value, (list, tuple, set)):
+                todo += value
+            elif isinstance(value, Attributes):
+                todo.append(vars(value))

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from codeparrot_ds import durable
-from codeparrot_ds.checkpoint.folders import EXPORT, TOKENIZER_FILES, WEIGHTS, Checkpoint
+from codeparrot_ds.checkpoint.folders import EXPORT, TOKENIZER_FILES, Checkpoint
 from codeparrot_ds.checkpoint.state import RunState, read_state
 from codeparrot_ds.checkpoint.tensor_files import FragmentReader, TensorEntry, write_tensor_file
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision
 from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.hub.card import Card, model_card
+from codeparrot_ds.model.foreign import WEIGHTS
 from codeparrot_ds.staging import staged_folder
 
 TRAINING_STATE = "training_state.json"

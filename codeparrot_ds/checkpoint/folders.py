@@ -30,6 +30,7 @@ from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
+from codeparrot_ds.model.foreign import recognized
 from codeparrot_ds.paths import exists, expand, may_be_on_hub, no_run, not_a_run
 
 FORMAT = 1
@@ -37,7 +38,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 DATA = "data.json"
 EXPORT = "export"
-WEIGHTS = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 LATEST = "latest"
 SEAL = "sha256"
@@ -99,7 +99,9 @@ class Checkpoint:
             manifest = json.loads(content)
             version, entries, created = (manifest[key] for key in ("format", "files", "created"))
         except FileNotFoundError as error:
-            raise UserError(f"{self} is not a complete checkpoint: it has no {MANIFEST}") from error
+            foreign = recognized(self.path)
+            what = f"; it holds {foreign.what}: {foreign.as_start}" if foreign else ""
+            raise UserError(f"{self} is not a complete checkpoint: it has no {MANIFEST}{what}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is damaged"
             raise UserError(f"{self} is not a complete checkpoint: {MANIFEST} cannot be read: {why}") from error
@@ -433,6 +435,9 @@ def find_model(source: str | Path) -> str:
             return str(path / EXPORT)
         if (path / "checkpoints").is_dir():
             return str(newest_export(path))
+    if exists(path) and (foreign := recognized(path)):
+        raise UserError(f"{path} holds {foreign.what}: {foreign.as_model}")
+    if path.is_dir():
         raise UserError(f"{path} is no run, checkpoint or Hugging Face model: it has no checkpoints and no config.json")
     if exists(path):
         raise UserError(f"{path} is a file; name the run or model folder that holds it")

@@ -7,24 +7,39 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from codeparrot_ds.checkpoint.folders import TOKENIZER_FILES, WEIGHTS, checkpoint_folders, find_model
+from codeparrot_ds.checkpoint.folders import TOKENIZER_FILES, checkpoint_folders, find_model
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
-from codeparrot_ds.model.shapes import find_shape, parameter_shapes
+from codeparrot_ds.model.foreign import WEIGHTS, WEIGHTS_INDEX, is_model, recognized
+from codeparrot_ds.model.shapes import differing_parameters, find_shape, parameter_shapes
 from codeparrot_ds.paths import in_runs
 from codeparrot_ds.resolved_run import encoder_and_shape
 from codeparrot_ds.staging import staged_folder
 
 # What two configs may differ in and still have the same weights; the activation's two names are one function.
 _FREE = ("vocab_size", "activation_function")
+_EMBEDDING = "transformer.wte.weight"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class StoredTensor(NamedTuple):
+    """Where a parameter's values are: a safetensors file, and what its header says of them."""
+
+    file: Path
+    name: str
+    shape: list[int]
+    dtype: str
+    """As safetensors names it, such as ``BF16``."""
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
@@ -69,11 +84,12 @@ def with_initial_model(config: RunConfig) -> RunConfig:
             f"--init-from {config.init_from} is another model than --model {config.model} ({'; '.join(differing)}); "
             "name its shape or its config.json with --model"
         )
-    shapes = weight_shapes(folder / WEIGHTS)
-    if shapes.get("transformer.wte.weight", [0])[0] != encoder.vocab_size:
+    expected = parameter_shapes(shape)
+    found = {name: tensor.shape for name, tensor in _weights_in(folder, expected, config.init_from).items()}
+    if found[_EMBEDDING][:1] != [encoder.vocab_size]:
         raise UserError(f"--init-from {config.init_from}: its weights are not for {encoder.vocab_size} tokens")
-    if lacking := sorted(parameter_shapes(shape).keys() - shapes.keys()):
-        raise UserError(f"--init-from {config.init_from} has no weights for {', '.join(lacking[:3])}")
+    if difference := differing_parameters(found, expected):
+        raise UserError(f"--init-from {config.init_from}: its weights are not those of its config.json: {difference}")
     return dataclasses.replace(config, init_from=source, tokenizer=tokenizer)
 
 
@@ -105,8 +121,55 @@ def resumes(config: RunConfig) -> bool:
     return config.resume not in ("auto", "never") or (config.resume == "auto" and bool(checkpoint_folders(checkpoints)))
 
 
-def weight_shapes(path: Path) -> dict[str, list[int]]:
-    """Returns the shape of every tensor of a safetensors file, from its header.
+def _weights_in(folder: Path, names: Iterable[str], source: str) -> dict[str, StoredTensor]:
+    """Where a model's folder has the values of each parameter; only headers are read.
+
+    A file of the model without its head (such as the Hub's gpt2) leaves the first part of each name out, and one of two
+    tied parameters may be there under the other's name.
+
+    Args:
+        folder: of the model.
+        names: of the parameters, as in ``GPT2LMHeadModel``, of tied ones the first.
+        source: what ``init_from`` calls it.
+
+    Raises:
+        UserError: a file cannot be read, some parameters are not in it, or their values are not floating point.
+    """
+    if not is_model(folder):
+        raise UserError(f"--init-from {source} has no {WEIGHTS}, the only format of weights that is read")
+    stored = {name: tensor for file in _weight_files(folder) for name, tensor in _tensors_in(file).items()}
+    names, found, lacking = list(names), {}, []
+    for name in names:
+        tied = ["lm_head.weight"] if name == _EMBEDDING and "lm_head.weight" not in names else []
+        there = (stored[each] for each in (name, name.removeprefix("transformer."), *tied) if each in stored)
+        if (tensor := next(there, None)) is None:
+            lacking.append(name)
+        else:
+            found[name] = tensor
+    if lacking:
+        raise UserError(f"--init-from {source} has no weights for {', '.join(sorted(lacking)[:3])}")
+    if rounded := next((tensor for tensor in found.values() if tensor.dtype not in _FLOATS), None):
+        raise UserError(
+            f"--init-from {source} has {rounded.name} in {rounded.dtype}: quantized weights cannot be trained, name "
+            "the model that was quantized"
+        )
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: one, or those of an index."""
+    index = folder / WEIGHTS_INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} cannot be read: it is no index of safetensors files, or damaged") from None
+
+
+def _tensors_in(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a safetensors file by its name, from its header.
 
     Raises:
         UserError: it cannot be read, or is damaged or cut off: the header has to account for every byte.
@@ -115,7 +178,8 @@ def weight_shapes(path: Path) -> dict[str, list[int]]:
 
     try:
         with safe_open(path, "np") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: StoredTensor(path, name, each.get_shape(), each.get_dtype()) for name, each in slices.items()}
     except OSError as error:
         reason = str(error).removesuffix(f": {path}")
     except SafetensorError as error:
@@ -129,21 +193,16 @@ def load_initial_weights(model: Any, config: RunConfig, ranks: Any, *, partition
         return
     from codeparrot_ds.model.gpt2 import load_weights
 
-    def find() -> str:
-        path = initial_weights_file(config.init_from)
-        there, here = weight_shapes(path), {name for name, _ in model.named_parameters()}
-        if here - there.keys():
-            raise UserError(f"{path} has no weights for {', '.join(sorted(here - there.keys())[:3])}")
-        return str(path)
-
-    path = ranks.on_main(find)
-    load_weights(model, Path(path) if ranks.is_main else None, partitioned=partitioned)
+    names = [name for name, _ in model.named_parameters()]
+    weights = ranks.on_main(lambda: initial_weights(config.init_from, names))
+    load_weights(model, weights if ranks.is_main else None, partitioned=partitioned)
 
 
-def initial_weights_file(source: str) -> Path:
-    """The weights of what ``init_from`` names."""
+def initial_weights(source: str, names: Iterable[str]) -> dict[str, tuple[Path, str]]:
+    """The file, and the name in it, of each parameter's values in what ``init_from`` names."""
     revision = parse_revision(source)
-    return (fetch(revision) if revision is not None else _folder_of(source)) / WEIGHTS
+    folder = fetch(revision) if revision is not None else _folder_of(source)
+    return {name: (tensor.file, tensor.name) for name, tensor in _weights_in(folder, names, source).items()}
 
 
 def _folder_of(source: str) -> Path:
@@ -156,6 +215,8 @@ def _folder_of(source: str) -> Path:
             f"--init-from {source}: no such run or model folder; a model on the Hub is named with its branch, as in "
             "org/name@main"
         )
+    if not is_model(folder) and (foreign := recognized(folder)):
+        raise UserError(f"--init-from {source}: {folder} holds {foreign.what}: {foreign.as_model}")
     return folder
 
 

@@ -24,13 +24,14 @@ import torch
 from torch import nn
 
 from codeparrot_ds import durable
-from codeparrot_ds.checkpoint.folders import TOKENIZER_FILES, WEIGHTS
-from codeparrot_ds.checkpoint.initial import initial_weights_file
+from codeparrot_ds.checkpoint.folders import TOKENIZER_FILES
+from codeparrot_ds.checkpoint.initial import initial_weights
 from codeparrot_ds.checkpoint.tensor_files import save_tensors
 from codeparrot_ds.compare.results import FINGERPRINTS
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import find_tokenizer
+from codeparrot_ds.model.foreign import WEIGHTS
 from codeparrot_ds.resolved_run import encoder_and_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +50,8 @@ def make_initial_weights(config: RunConfig, folder: Path, *, perturbed: str | No
     encoder, shape = encoder_and_shape(config)
     model: Any = build_model(shape, eos_token_id=encoder.eos_token_id, seed=config.seed)
     if config.init_from:
-        load_weights(model, initial_weights_file(config.init_from), partitioned=False)
+        names = [name for name, _ in model.named_parameters()]
+        load_weights(model, initial_weights(config.init_from, names), partitioned=False)
     weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     if perturbed is not None:
         generator = torch.Generator().manual_seed(config.seed)

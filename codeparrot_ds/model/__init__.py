@@ -1,1 +1,1 @@
-"""The model and its loss; what a CPU computes faster is in `cpu_kernels` and `products`."""
+"""The model and its loss; `cpu_kernels` and `products` are for CPUs, `foreign` for models of other programs."""

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,24 +124,26 @@ def _normal(parameter: torch.Tensor, std: float, seed: int, name: str) -> torch.
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: Path | None, *, partitioned: bool) -> None:
-    """Fills a model from a safetensors file, one parameter at a time, rounded to the model's precision; collective.
+def load_weights(model: nn.Module, weights: Mapping[str, tuple[Path, str]] | None, *, partitioned: bool) -> None:
+    """Fills a model from safetensors files, one parameter at a time, rounded to the model's precision; collective.
 
     Args:
         model: on every rank of the process group, if there is one.
-        path: of the file, with a tensor for each of ``model.named_parameters()``; None on all ranks but rank 0, who
-            hands the values to them.
+        weights: the file of each of ``model.named_parameters()``, and the tensor's name in it; None on all ranks but
+            rank 0, who hands the values to them.
         partitioned: whether the parameters are ZeRO-3's.
     """
     from safetensors import safe_open
 
     is_distributed = torch.distributed.is_initialized()
     with contextlib.ExitStack() as stack:
-        file = None if path is None else stack.enter_context(safe_open(path, framework="pt"))
+        paths = {path for path, _ in (weights or {}).values()}
+        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
         for name, parameter in model.named_parameters():
             with _whole(parameter, partitioned) as writable:
-                if writable and file is not None:
-                    parameter.copy_(file.get_tensor(name))
+                if writable and weights is not None:
+                    path, stored = weights[name]
+                    parameter.copy_(files[path].get_tensor(stored))
             if is_distributed and not partitioned:
                 torch.distributed.broadcast(parameter.data, 0)
 

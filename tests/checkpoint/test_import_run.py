@@ -4,21 +4,27 @@ Every layout is imported and continued in ``test_matrix.py``, a whole run in ``t
 """
 
 import dataclasses
+import datetime
 import errno
 import json
 import os
 import pickle
+import random
 import shutil
+import struct
+from collections import Counter, OrderedDict, defaultdict, deque
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.deepspeed_checkpoint import read_deepspeed_checkpoint
-from codeparrot_ds.checkpoint.deepspeed_files import load_file
+from codeparrot_ds.checkpoint.deepspeed_files import NumpyType, load_file, numpy_number
 from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.config.files import load_config
@@ -335,10 +341,79 @@ def test_code_in_a_checkpoint_is_named_and_not_run(saved, options, tmp_path, cap
     assert proof.exists()  # it is one
 
 
-def test_a_class_of_client_state_is_named(saved, tmp_path):
-    train_and_save(saved[1], tmp_path, steps=1, ratio=Fraction(1, 3))
+@dataclasses.dataclass
+class Settings:
+    """As a user's own script has them."""
+
+    rate: float = 0.1
+    folder: Path = Path("here")
+
+
+CLIENT_STATE = {
+    "numpy": {"loss": np.float64(0.5), "best": np.float32(2), "step": np.int64(7), "name": np.str_("a")},
+    "arrays": [np.arange(3), np.array(["a"]), np.random.default_rng(1), np.random.get_state()],
+    "python": [Fraction(1, 3), Decimal("1.5"), datetime.datetime(2026, 1, 1), Path("a"), random.getstate()],
+    "containers": [deque([1.0], maxlen=3), defaultdict(list, a=[1]), OrderedDict(a=1), Counter("aab"), frozenset({1})],
+    "own": Settings(),
+    "kind": Settings,
+}
+
+
+@pytest.mark.parametrize("key", CLIENT_STATE)
+def test_client_state_of_any_class_is_left_out(saved, only_rank, tmp_path, key):
+    train_and_save(saved[1], tmp_path, steps=1, **{key: CLIENT_STATE[key]})
+    source = read_deepspeed_checkpoint(tmp_path, parameter_shapes(SHAPE))
+    assert differing_state(assembled(source.shards[0]), gathered_state(saved[1], only_rank)) == []
+
+
+def test_numbers_of_numpy_are_read_as_numbers(folder):
+    """A schedule of the user's own leaves them in the optimizer's groups."""
+    values = {"rate": np.float64(0.25), "small": np.float32(0.5), "step": np.int64(-7), "on": np.bool_(True)}
+    values |= {"word": np.str_("a")}
+
+    def with_numbers(state):
+        state["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0] |= {"lr": np.float64(0.25)}
+
+    change(folder / "global_step4" / SHARD, with_numbers)
+    assert read_deepspeed_checkpoint(folder, parameter_shapes(SHAPE)).learning_rate == 0.25
+    torch.save({"values": values | {"word": None}}, folder / "numbers.pt")
+    read = load_file(folder / "numbers.pt")["values"]
+    assert read == {"rate": 0.25, "small": 0.5, "step": -7, "on": True, "word": None}
+    assert {type(value) for value in read.values()} == {float, int, bool, type(None)}
+    of_a_mainframe = NumpyType("f8", False, True)
+    of_a_mainframe.__setstate__((3, ">", None))
+    assert numpy_number(of_a_mainframe, struct.pack(">d", 0.25)) == 0.25
+    torch.save({"values": values}, folder / "numbers.pt")
+    with pytest.raises(UserError, match=r"numbers.pt would run code that is not DeepSpeed's \(a type of NumPy's\)"):
+        load_file(folder / "numbers.pt")
+
+
+def test_a_class_in_what_is_used_is_named(folder):
+    change(folder / "global_step4" / MODEL, lambda state: state["ds_config"].update(ratio=Fraction(1, 3)))
     with pytest.raises(UserError, match=r"mp_rank_00_model_states.pt would run code .*\(fractions.Fraction\)"):
-        read_deepspeed_checkpoint(tmp_path, parameter_shapes(SHAPE))
+        read_deepspeed_checkpoint(folder, parameter_shapes(SHAPE))
+
+
+class Program:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+def test_code_in_client_state_is_not_run(saved, options, tmp_path, capsys):
+    proof = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Program(proof)))
+    proof.unlink()  # it was one
+    train_and_save(saved[1], tmp_path / "exec", steps=1, program=Program(proof))
+    read_deepspeed_checkpoint(tmp_path / "exec", parameter_shapes(SHAPE))
+    train_and_save(saved[1], tmp_path / "mkdir", steps=1, bomb=Bomb(str(proof)))
+    said = refused(capsys, tmp_path / "mkdir", tmp_path / "run", *options)
+    assert f"{MODEL} would run code that is not DeepSpeed's (posix.mkdir) and was not loaded" in said
+    assert not proof.exists()
 
 
 def test_plain_values_of_client_state_are_read(saved, tmp_path):

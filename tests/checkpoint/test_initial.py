@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 
-from codeparrot_ds.checkpoint.initial import load_initial_weights, with_initial_model, with_kept_tokenizer
+from codeparrot_ds.checkpoint.initial import (
+    initial_weights,
+    load_initial_weights,
+    with_initial_model,
+    with_kept_tokenizer,
+)
 from codeparrot_ds.config.files import save_config
 from codeparrot_ds.ds_config.file import name_in
 from codeparrot_ds.errors import UserError
@@ -113,7 +119,63 @@ def test_the_weights_are_those_of_the_branch(make_config, repository, exported):
         load_initial_weights(model, config, _OnlyRank(), partitioned=False)
         for (name, got), want in zip(model.named_parameters(), wanted.parameters(), strict=True):
             assert torch.equal(got, want.to(dtype)), name
-    load_weights(model, exported / "model.safetensors", partitioned=False)
+    names = [name for name, _ in model.named_parameters()]
+    load_weights(model, initial_weights(str(exported), names), partitioned=False)
+
+
+def in_shards(model, folder):
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="2MB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+
+
+def without_its_head(model, folder):
+    """As the Hub's gpt2 is: names without "transformer."."""
+    model.transformer.save_pretrained(folder)
+
+
+def under_the_other_name(model, folder):
+    """Of two tied parameters this writes the one whose name comes first."""
+    save_model(model, str(folder / "model.safetensors"))
+
+
+def in_half_precision(model, folder):
+    model.to(torch.float16).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("write", [in_shards, without_its_head, under_the_other_name, in_half_precision])
+def test_weights_are_read_however_they_are_named_and_cut(make_config, exported, tmp_path, write):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    shape = find_shape("demo", vocab_size=257, seq_length=32)
+    wanted = build_model(shape, eos_token_id=0, seed=7)
+    write(wanted, folder)
+    config = with_initial_model(make_config(init_from=str(folder), tokenizer=""))
+    model = build_model(shape, eos_token_id=0, seed=6)
+    load_initial_weights(model, config, _OnlyRank(), partitioned=False)
+    for (name, got), want in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(got, want.float()), name
+
+
+def test_weights_in_shards_that_are_not_whole(make_config, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    in_shards(build_model(find_shape("demo", vocab_size=257, seq_length=32), eos_token_id=0, seed=7), folder)
+    index = folder / "model.safetensors.index.json"
+    shard = folder / json.loads(index.read_text())["weight_map"]["transformer.wpe.weight"]
+
+    def refuse(words):
+        with pytest.raises(UserError, match=words):
+            with_initial_model(make_config(init_from=str(folder), tokenizer=""))
+
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    refuse(f"{shard.name} cannot be read: it is no safetensors file, or damaged")
+    shard.unlink()
+    refuse(f"{shard.name} cannot be read: No such file")
+    for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"):
+        index.write_text(text)
+        refuse("index.json cannot be read: it is no index of safetensors files, or damaged")
+    index.write_text('{"weight_map": {}}')
+    refuse("has no weights for transformer.h.0.attn.c_attn.bias")
 
 
 def test_what_does_not_fit_is_refused(make_config, repository, exported, tmp_path, corpus_dir):
@@ -135,7 +197,7 @@ def test_what_does_not_fit_is_refused(make_config, repository, exported, tmp_pat
         (other / "model.safetensors").write_bytes(content)
         refuse("model.safetensors cannot be read: it is no safetensors file, or damaged", init_from=str(other))
     (other / "model.safetensors").unlink()
-    refuse("model.safetensors cannot be read: No such file", init_from=str(other))
+    refuse("has no model.safetensors, the only format of weights that is read", init_from=str(other))
     (other / "tokenizer.json").unlink()
     refuse("has no tokenizer.json", init_from=str(other))
 
@@ -165,6 +227,18 @@ def test_weights_of_another_vocabulary_and_missing_ones(make_config, exported, t
             _OnlyRank(),
             partitioned=False,
         )
+
+
+def test_weights_that_are_not_those_of_the_config(make_config, exported, tmp_path):
+    other = shutil.copytree(exported, tmp_path / "other")
+    model = build_model(find_shape("demo", vocab_size=257, seq_length=32), eos_token_id=0, seed=5)
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    save_file(weights | {"transformer.ln_f.bias": torch.zeros(7)}, other / "model.safetensors")
+    with pytest.raises(UserError, match=r"not those of its config.json: transformer.ln_f.bias has shape \[7\] there"):
+        with_initial_model(make_config(init_from=str(other), tokenizer=""))
+    save_file(weights | {"transformer.ln_f.bias": torch.zeros(256, dtype=torch.int8)}, other / "model.safetensors")
+    with pytest.raises(UserError, match=r"transformer.ln_f.bias in I8: quantized weights cannot be trained"):
+        with_initial_model(make_config(init_from=str(other), tokenizer=""))
 
 
 def test_names_of_revisions():

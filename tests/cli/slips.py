@@ -213,10 +213,56 @@ KINDS = [
     Slip("a variable without a name", TRAIN + " --output-dir '${}/x'", "${} names no variable"),
 ]
 
+IMPORT = "checkpoint import foreign/{} new " + TRAIN.removeprefix("train ")
+BEGIN = TRAIN + " --init-from foreign/{}"
+
+FOREIGN = [
+    Slip("a Trainer's output", IMPORT.format("trainer"), "the newest is foreign/trainer/checkpoint-10"),
+    Slip("one to begin from", BEGIN.format("trainer"), "import foreign/trainer/checkpoint-10 RUN`, and name RUN"),
+    Slip("a folder of checkpoints", IMPORT.format("several"), "name one of them, the newest is foreign/several/run-2"),
+    Slip("a universal one", IMPORT.format("ds/global_step4_universal"), "from, one of foreign/ds/global_step4"),
+    Slip("one by its tag", IMPORT.format("ds") + " --tag global_step4_universal", "one of foreign/ds/global_step4"),
+    Slip("one that latest names", IMPORT.format("universal"), "latest: foreign/universal/a holds a universal"),
+    Slip("one alone", IMPORT.format("alone"), "alone/a holds a universal checkpoint of DeepSpeed's, which is not read"),
+    Slip("a universal one to begin from", BEGIN.format("alone"), "make a RUN of the checkpoint that it was converted"),
+    Slip("a tag of a tag", IMPORT.format("ds/global_step4") + " --tag global_step4", "leave --tag out, or name forei"),
+    Slip("a file of one", IMPORT.format("ds/global_step4/mp_rank_00_model_states.pt"), "name its folder, foreign/ds/"),
+    Slip("a node's share of one", IMPORT.format("share/global_step4"), "copy the files of all nodes into one folder"),
+    Slip("DeepSpeed's to begin from", BEGIN.format("ds"), "with `codeparrot-ds checkpoint import foreign/ds RUN`"),
+    Slip("DeepSpeed's to resume from", TRAIN + " --resume foreign/ds", "checkpoint import foreign/ds RUN`"),
+    Slip("DeepSpeed's to evaluate", "evaluate foreign/ds", "holds a checkpoint of DeepSpeed's: make a run of it with"),
+    Slip("a run", f"checkpoint import runs/first new {TRAIN[6:]}", "continue it with codeparrot-ds train --config"),
+    Slip(
+        "a checkpoint of a run",
+        f"checkpoint import runs/first/checkpoints/step-00000004 new {TRAIN[6:]}",
+        "is of this program's run first, not a checkpoint of DeepSpeed's",
+    ),
+    Slip("FSDP's", IMPORT.format("fsdp"), "merge-weights foreign/fsdp/pytorch_model_fsdp_0 DIR`"),
+    Slip("FSDP's to begin from", BEGIN.format("fsdp"), "merge-weights foreign/fsdp/pytorch_model_fsdp_0 DIR`"),
+    Slip("a .distcp", IMPORT.format("dcp"), "format_utils dcp_to_torch foreign/dcp/step-7 FILE`"),
+    Slip("a .distcp to begin from", BEGIN.format("dcp/step-7"), "format_utils dcp_to_torch foreign/dcp/step-7 FILE`"),
+    Slip("a file of it", BEGIN.format("dcp/step-7/__0_0.distcp"), "dcp_to_torch foreign/dcp/step-7 FILE`"),
+    Slip("FSDP's as a pickle", BEGIN.format("whole"), "holds an FSDP checkpoint as a pickle: load it into the model"),
+    Slip("Megatron's", IMPORT.format("megatron/iter_0000100"), "holds a checkpoint of Megatron-LM's, not what engine."),
+    Slip("a model", f"checkpoint import model new {TRAIN[6:]}", "a run with the weights: `train --init-from model`"),
+    Slip("an adapter", IMPORT.format("adapter"), "a PEFT adapter, which is a change to another model's w"),
+    Slip("an adapter to begin from", BEGIN.format("adapter"), "merge it into that model with merge_and_unload()"),
+    Slip("an adapter to evaluate", "evaluate foreign/adapter", "save_pretrained('DIR'), and name DIR"),
+    Slip("pickled weights", BEGIN.format("bin"), "weights as pickles (pytorch_model.bin), which can run code"),
+    Slip("a pickle", BEGIN.format("nano/ckpt.pt"), "holds a pickle of PyTorch's (*.pt), which can run code"),
+    Slip("a folder of one", BEGIN.format("nano"), "holds a pickle of PyTorch's (*.pt), which can run code"),
+    Slip("weights alone", BEGIN.format("alone-weights"), "holds weights without the config.json or the model.safetens"),
+    Slip("a file of a model", BEGIN.format("cache/snapshots/a1/model.safetensors"), "name foreign/cache/snapshots/a1"),
+    Slip("a GGUF file", BEGIN.format("gguf/model.gguf"), "holds a GGUF model, which is made for inference: take the"),
+    Slip("the Hub's cache", BEGIN.format("cache"), "holds a model of the Hub's cache: name foreign/cache/snapshots/a1"),
+    Slip("the Hub's cache to import", IMPORT.format("cache"), "`train --init-from foreign/cache/snapshots/a1`"),
+    Slip("shards without an index", BEGIN.format("shards"), "the model.safetensors.index.json that belongs to them"),
+]
+
 SLIPS = [
     *(Slip(f"{kind}: {slip.name}", slip.command, slip.sentence)
       for kind, slips in (("variable", VARIABLES), ("absent", ABSENT), ("run", RUNS), ("start", STARTS),
-                          ("option", OPTIONS), ("kind", KINDS))
+                          ("option", OPTIONS), ("kind", KINDS), ("foreign", FOREIGN))
       for slip in slips),
 ]  # fmt: skip
 
@@ -247,6 +293,7 @@ def prepare(folder: Path) -> IO[str]:
     }.items():
         (folder / name).write_text(content)
     _write_model(folder / "model")
+    _write_foreign(folder / "foreign")
     _write_run(folder / "runs" / "first", parameter_shapes(find_shape("demo", vocab_size=257, seq_length=256)))
     _write_run(folder / "runs" / "broken", {})
     (folder / "runs" / "broken" / "checkpoints" / "step-00000004" / "state.json").write_text("{}")
@@ -288,6 +335,33 @@ def _write_model(folder: Path) -> None:
         {"transformer.wte.weight": {"dtype": "F32", "shape": [257, 16], "data_offsets": [0, 16448]}}
     ).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16448))
+
+
+def _write_foreign(folder: Path) -> None:
+    """Empty files with the names of other programs' (`tests/checkpoint/foreign_writers.py` has whole ones)."""
+    states, universal = "mp_rank_00_model_states.pt", "zero/transformer.wte.weight/fp32.pt"
+    for name in (
+        *(f"trainer/checkpoint-{step}/global_step{step}/{states}" for step in (9, 10)),
+        *("trainer/checkpoint-9/trainer_state.json", "trainer/checkpoint-10/trainer_state.json"),
+        *(f"ds/global_step4/{states}", f"ds/global_step4_universal/{states}", f"ds/global_step4_universal/{universal}"),
+        "share/global_step4/zero_pp_rank_8_mp_rank_00_optim_states.pt",
+        *(f"several/run-{number}/global_step4/{states}" for number in (1, 2)),
+        *(f"universal/a/{universal}", f"universal/b/{states}", f"alone/a/{states}", f"alone/a/{universal}"),
+        *("fsdp/pytorch_model_fsdp_0/.metadata", "fsdp/pytorch_model_fsdp_0/__0_0.distcp"),
+        *("fsdp/optimizer_0/__0_0.distcp", "fsdp/scheduler.bin", "fsdp/random_states_0.pkl"),
+        *("dcp/step-7/.metadata", "dcp/step-7/__0_0.distcp", "whole/pytorch_model_fsdp.bin", "whole/optimizer.bin"),
+        *("megatron/iter_0000100/mp_rank_00/model_optim_rng.pt", "megatron/latest_checkpointed_iteration.txt"),
+        *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json"),
+        *("bin/config.json", "bin/pytorch_model-00001-of-00002.bin", "nano/ckpt.pt", "gguf/model.gguf"),
+        *("alone-weights/model.safetensors", "shards/config.json", "shards/model-00001-of-00002.safetensors"),
+        *("cache/snapshots/a1/config.json", "cache/snapshots/a1/model.safetensors", "cache/snapshots/b2/config.json"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "ds" / "latest").write_text("global_step4")
+    (folder / "universal" / "latest").write_text("a")
+    (folder / "cache" / "refs").mkdir()
+    (folder / "cache" / "refs" / "main").write_text("a1")
 
 
 def _write_run(run: Path, parameters: dict[str, list[int]]) -> None:
