@@ -202,6 +202,8 @@ def test_hosts_without_a_hostfile():
         ({"min_hosts": 1}, "--min-hosts needs --hostfile"),
         ({"no_ssh": True}, "--no-ssh needs --hostfile"),
         ({"node_rank": 0}, "--node-rank needs --hostfile"),
+        ({"include": "1,2"}, "'1,2' names slots without their host: write localhost:1,2"),
+        ({"include": "localhost:2"}, "localhost has no slot '2'; its slots: 0, 1: write localhost:0"),
         ({"hostfile": "{two}", "min_hosts": 3}, "--min-hosts 3: the run has 2 host(s)"),
         ({"hostfile": "{two}", "no_ssh": True}, "--no-ssh needs --node-rank, --master-addr and --master-port"),
         ({"hostfile": "{two}", "node_rank": 1}, "--node-rank goes with --no-ssh"),
