@@ -16,6 +16,7 @@ from codeparrot_ds.checkpoint.run_folder import package_versions
 from codeparrot_ds.launch import probe
 from codeparrot_ds.launch.hostfile import Host
 from codeparrot_ds.launch.ssh import Answer, ask_all
+from codeparrot_ds.supervision.deepspeed_env import Value
 
 COMPARED = ("python", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 CLOCK_SECONDS = 5.0
@@ -76,7 +77,7 @@ class Wanted:
     master_port: int | None = None
     links: bool = False
     environments: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    variables: dict[str, str] = dataclasses.field(default_factory=dict)
+    variables: dict[str, Value] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(kw_only=True)

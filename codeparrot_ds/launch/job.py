@@ -31,7 +31,8 @@ from codeparrot_ds.launch.ssh import ask_all
 from codeparrot_ds.resolved_run import ResolvedRun
 from codeparrot_ds.shell import pasteable
 from codeparrot_ds.supervision.control import ADDRESS, TOKEN, ControlServer
-from codeparrot_ds.supervision.forwarded_env import FILE, RESOLVED_RUN, carried, read_deepspeed_env, write_private
+from codeparrot_ds.supervision.deepspeed_env import Value, read_deepspeed_env
+from codeparrot_ds.supervision.forwarded_env import FILE, RESOLVED_RUN, carried, write_private
 from codeparrot_ds.supervision.process_end import LEADS
 from codeparrot_ds.supervision.supervise import End, run_to_the_end
 from codeparrot_ds.supervision.watchdog import FAILED, HUNG, LOST
@@ -203,9 +204,13 @@ def _without(job: Job, missing: Collection[str]) -> Job:
     return dataclasses.replace(job, hosts=hosts, run=run)
 
 
-def shared_variables(device: str) -> dict[str, str]:
-    """What every rank gets of this process's environment, and what the user's ``.deepspeed_env`` sets."""
-    variables = carried(os.environ) | read_deepspeed_env([Path.home(), Path.cwd()])
+def shared_variables(device: str) -> dict[str, Value]:
+    """What every rank gets of this process's environment, and what the user's ``.deepspeed_env`` sets.
+
+    Raises:
+        UserError: a line of ``.deepspeed_env`` cannot be read.
+    """
+    variables = read_deepspeed_env([Path.home(), Path.cwd()], carried(os.environ))
     variables.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         variables["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]

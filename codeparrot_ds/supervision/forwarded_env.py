@@ -51,28 +51,6 @@ def carried(environment: MutableMapping[str, str]) -> dict[str, str]:
     }
 
 
-def read_deepspeed_env(folders: list[Path]) -> dict[str, str]:
-    """What the user's own ``.deepspeed_env`` files set; later folders win. Blank lines and comments are skipped.
-
-    Raises:
-        UserError: a line that is not ``NAME=value``.
-    """
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    variables: dict[str, str] = {}
-    for path in dict.fromkeys(folder / name for folder in folders):
-        if not path.is_file():
-            continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            text = line.strip()
-            if not text or text.startswith("#"):
-                continue
-            key, equals, value = text.partition("=")
-            if not equals or not key.strip():
-                raise UserError(f"{path}, line {number}: {text!r} is not NAME=value")
-            variables[key.strip()] = value.strip()
-    return variables
-
-
 def write_private(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON into a new file that only this user can read."""
     path.unlink(missing_ok=True)

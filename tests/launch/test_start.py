@@ -137,6 +137,19 @@ def test_a_hostfile_that_does_not_exist(make_config):
         front_door(make_config(), LaunchOptions(hostfile="/nowhere/hosts"))
 
 
+def test_a_mistake_in_deepspeeds_file_of_variables_is_found_before_anything_is_made(make_config, tmp_path, monkeypatch):
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pdsh").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "hosts").write_text("alpha slots=1\nbeta slots=1\n")
+    (tmp_path / ".deepspeed_env").write_text("A='x\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\.deepspeed_env, line 1: the value of A has a quote that is not closed"):
+        front_door(make_config(), LaunchOptions(hostfile="hosts"))
+    assert not (tmp_path / "runs").exists()
+
+
 MODULE = ["--module", "codeparrot_ds.train", "demo", "--data", "d"]
 
 
