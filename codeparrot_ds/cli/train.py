@@ -97,6 +97,12 @@ def add_doctor(commands: Any) -> None:
         "--master-addr", metavar="HOST", help="address of the first host (default: that which ssh reaches it by)"
     )
     group.add_argument("--master-port", type=types.port, metavar="N", help="port there (default: any free one)")
+    group.add_argument(
+        "--ssh-port",
+        type=types.port,
+        metavar="N",
+        help="port of the hosts' sshd (default: that of ~/.ssh/config, or 22)",
+    )
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--config", type=name_argument, metavar="FILE", help="run config with the four below (default: none)"
@@ -118,7 +124,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("data", "tokenizer", "output_dir", "deepspeed")}
     values = read_config_file(arguments.config) if arguments.config else {}
     config = RunConfig(**values | {name: value for name, value in given.items() if value is not None})
-    options = ("hostfile", "include", "exclude", "master_addr", "master_port")
+    options = ("hostfile", "include", "exclude", "master_addr", "master_port", "ssh_port")
     launch = LaunchOptions(**{name: getattr(arguments, name) for name in options})
     hosts, wanted = wanted_of(config, launch, build=arguments.build, clear_locks=arguments.clear_locks)
     examination = examine(hosts, wanted)

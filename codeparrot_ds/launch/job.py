@@ -117,11 +117,11 @@ def _start(job: Job, *, again: bool) -> tuple[End, Job]:
         try:
             command = runner_command(job.hosts, job.launch, Path(private), addr=addr, port=port, module=job.module)
             exported = {FILE: base} | ({"DS_ACCELERATOR": "cpu"} if job.run.device == "cpu" else {})
-            environment = runner_environment(Path(private), exported)
+            environment = runner_environment(Path(private), exported, ssh_port=job.launch.ssh_port)
             end = run_to_the_end(command, environment, job.folder, num_ranks=job.run.world_size, **options)
         finally:
             if len(server.ranks) < job.run.world_size:
-                _forget(_paths(job.hosts, base, job.launch))  # else the guards have
+                _forget(_paths(job.hosts, base, job.launch), job.launch)  # else the guards have
     return end, job
 
 
@@ -162,6 +162,7 @@ def _ask_hosts(job: Job, server: ControlServer, base: str, patience_seconds: flo
         needed_bytes=2 * BYTES_A_PARAMETER * run.parameters,
         master_addr=launch.master_addr,
         master_port=launch.master_port,
+        ssh_port=launch.ssh_port,
         environments=_environments(job, server, base),
         variables=shared_variables(run.device),
     )
@@ -172,7 +173,7 @@ def _ask_hosts(job: Job, server: ControlServer, base: str, patience_seconds: flo
             time.sleep(ASK_AGAIN_SECONDS)
             examination = examine(hosts, wanted)
     except BaseException:
-        _forget(_paths(hosts, base, launch))
+        _forget(_paths(hosts, base, launch), launch)
         raise
     missing = examination.unreachable
     left = {name: path for name, path in _paths(hosts, base, launch).items() if name not in missing}
@@ -181,10 +182,10 @@ def _ask_hosts(job: Job, server: ControlServer, base: str, patience_seconds: flo
         for finding in errors:
             if finding.host in missing:
                 print(f"warning: continuing without {finding}", file=sys.stderr)
-        _forget(left)
+        _forget(left, launch)
         return _ask_hosts(_without(job, missing), server, base)
     if errors:
-        _forget(left)
+        _forget(left, launch)
         raise UserError("; ".join(map(str, errors)))
     for finding in examination.findings:
         print(f"warning: {finding}", file=sys.stderr)
@@ -242,10 +243,10 @@ def _paths(hosts: list[Host], base: str, launch: LaunchOptions) -> dict[str, str
     return {host.name: f"{base}.{number if launch.launcher == 'pdsh' else 0}" for number, host in enumerate(hosts)}
 
 
-def _forget(paths: dict[str, str]) -> None:
+def _forget(paths: dict[str, str], launch: LaunchOptions) -> None:
     """Takes the environment away from the hosts, where no rank did."""
     if paths:
-        ask_all({name: {"forget": path} for name, path in paths.items()}, seconds=20.0)
+        ask_all({name: {"forget": path} for name, path in paths.items()}, seconds=20.0, ssh_port=launch.ssh_port)
 
 
 def _free_port() -> int:

@@ -196,6 +196,7 @@ def wanted_of(config: RunConfig, launch: LaunchOptions, *, build: bool, clear_lo
         clear_locks=clear_locks,
         master_addr=launch.master_addr,
         master_port=launch.master_port,
+        ssh_port=launch.ssh_port,
         links=not is_local(hosts),
         variables={} if is_local(hosts) else shared_variables(device),
     )

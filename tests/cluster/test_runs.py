@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.cluster.conftest import OTHER_PORT
 from tests.cluster.trainings import newest_valid_step, outcome, rows
 
 TWO = "alpha slots=1\nbeta slots=1\n"
@@ -21,8 +22,10 @@ def all_gone(cluster, seconds: float = GONE_SECONDS) -> None:
         time.sleep(0.1)
 
 
-def test_three_hosts_train_as_one_does(cluster, train, on_one_host):
-    training = train(THREE)
+def test_three_hosts_train_as_one_does(on_another_port, train, on_one_host):
+    """Over ssh as the user has pdsh call it."""
+    cluster = on_another_port
+    training = train(cluster, THREE, PDSH_SSH_ARGS_APPEND=f"-p {OTHER_PORT}")
     assert training.wait() == 0, training.said()
     all_gone(cluster)
     assert outcome(training.run)["status"] == "finished"
@@ -31,9 +34,13 @@ def test_three_hosts_train_as_one_does(cluster, train, on_one_host):
     assert rows(training.run) == rows(on_one_host(3))
 
 
-def test_two_hosts_lose_one_another_and_stop(cluster, train, on_one_host):
-    """A cut in the network, a restart from the checkpoint, SIGTERM in an evaluation: the losses are one host's."""
-    training = train(TWO, "--max-restarts", "1", "--hang-seconds", "20")
+def test_two_hosts_lose_one_another_and_stop(on_another_port, train, on_one_host):
+    """A cut in the network, a restart from the checkpoint, SIGTERM in an evaluation: the losses are one host's.
+
+    And every ssh that this takes has the port that was asked for.
+    """
+    cluster = on_another_port
+    training = train(cluster, TWO, "--ssh-port", str(OTHER_PORT), "--max-restarts", "1", "--hang-seconds", "20")
     training.until_step(13)
     cluster.cut("beta")
     try:
@@ -62,7 +69,7 @@ def test_two_hosts_lose_one_another_and_stop(cluster, train, on_one_host):
 def test_a_host_that_stays_away_is_gone_on_without(cluster, train, on_one_host):
     """Two of three hosts finish what three began: the same rows at another world size."""
     same_masks = ("--dropout", "0")  # at any number of ranks
-    training = train(THREE, "--max-restarts", "1", "--min-hosts", "2", "--hang-seconds", "20", *same_masks)
+    training = train(cluster, THREE, "--max-restarts", "1", "--min-hosts", "2", "--hang-seconds", "20", *same_masks)
     training.until_step(13)
     cluster.cut("gamma")
     try:

@@ -123,6 +123,17 @@ def test_ranks_of_several_hosts_use_the_interface_toward_the_first():
         (255, "Host key verification failed.", "its host key is unknown or has changed"),
         (255, "ssh: Could not resolve hostname a: Name or service not known", "has no address"),
         (255, "ssh: connect to host a port 22: No route to host", "not reachable by ssh (ssh: connect to host a"),
+        (
+            255,
+            "ssh: connect to host a port 22: Connection refused",
+            "--ssh-port N, PDSH_SSH_ARGS_APPEND='-p N' or `Port N`",
+        ),
+        (255, "kex_exchange_identification: Connection closed by remote host", "give another by --ssh-port N"),
+        (
+            255,
+            "unknown option -- Z\nusage: ssh [-46AaCfGgKkMNnqsTtVvXxYy]\n [-p port]",
+            "that PDSH_SSH_ARGS_APPEND adds",
+        ),
         (1, "bash: line 1: cd: /work: No such file or directory", "start from a folder that every host has"),
         (127, f"env: '{sys.executable}': No such file or directory", f"has no Python at {sys.executable}"),
         (1, "ModuleNotFoundError: No module named 'psutil'", "its Python lacks psutil"),
