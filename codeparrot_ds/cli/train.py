@@ -13,6 +13,7 @@ from codeparrot_ds.config.arguments import add_config_arguments, config_from_arg
 from codeparrot_ds.config.files import read_config_file
 from codeparrot_ds.config.launch_options import LaunchOptions, add_launch_arguments, launch_from_arguments
 from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.launch.starters import refuse_several, train_as_rank
 from codeparrot_ds.paths import name_argument, path_argument
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -41,6 +42,7 @@ def add_demo(commands: Any) -> None:
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
+    refuse_several("demo")
     print(f"demo in {arguments.workdir}: corpus, tokenizer, training, evaluation, branch, completions", flush=True)
 
     from codeparrot_ds.demo import run_demo
@@ -73,7 +75,9 @@ def add_train(commands: Any) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
-    config, launch = config_from_arguments(arguments), launch_from_arguments(arguments)
+    launch = launch_from_arguments(arguments)
+    train_as_rank(launch, arguments.arguments)
+    config = config_from_arguments(arguments)
 
     from codeparrot_ds.launch.start import front_door
 

@@ -117,6 +117,8 @@ def _start(job: Job, *, again: bool) -> tuple[End, Job]:
         try:
             command = runner_command(job.hosts, job.launch, Path(private), addr=addr, port=port, module=job.module)
             exported = {FILE: base} | ({"DS_ACCELERATOR": "cpu"} if job.run.device == "cpu" else {})
+            if job.launch.launcher != "pdsh":  # srun and Open MPI do not tell the ranks where to meet
+                exported |= {"MASTER_ADDR": addr, "MASTER_PORT": str(port)}
             environment = runner_environment(Path(private), exported, ssh_port=job.launch.ssh_port)
             end = run_to_the_end(command, environment, job.folder, num_ranks=job.run.world_size, **options)
         finally:

@@ -31,15 +31,6 @@ NOT_CARRIED = (
     *(FILE, "CODEPARROT_DS_LAUNCHER_LEADS", "DS_ENV_FILE", "TORCH_EXTENSIONS_DIR"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"),
 )
-_RANK_VARIABLES = {
-    # Launchers that number their processes under names of their own.
-    "SLURM": {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"},
-    "OMPI": {
-        "RANK": "OMPI_COMM_WORLD_RANK",
-        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-    },
-}
 
 
 def carried(environment: MutableMapping[str, str]) -> dict[str, str]:
@@ -89,16 +80,3 @@ def read_private(path: Path) -> dict[str, Any]:
             return dict(json.load(file))
     except (OSError, ValueError) as error:
         raise UserError(f"what the launcher's command left for this rank cannot be read: {error}") from error
-
-
-def name_rank(environment: MutableMapping[str, str]) -> None:
-    """Sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` for a process that Slurm's or Open MPI's own starter numbered.
-
-    ``MASTER_ADDR`` and ``MASTER_PORT`` must be set for those; a process outside of them stays as it is.
-    """
-    if "RANK" in environment:
-        return
-    for names in _RANK_VARIABLES.values():
-        if all(name in environment for name in names.values()) and "MASTER_ADDR" in environment:
-            environment.update({name: environment[source] for name, source in names.items()})
-            return

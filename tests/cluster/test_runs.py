@@ -1,13 +1,16 @@
 """Real runs over ssh and pdsh: the same losses as on one host, and a true word for whatever ends them."""
 
 import json
+import os
 import signal
+import sys
 import time
 
 import pytest
 
-from tests.cluster.conftest import OTHER_PORT
-from tests.cluster.trainings import newest_valid_step, outcome, rows
+from tests.cluster.conftest import OTHER_PORT, STEPS
+from tests.cluster.trainings import newest_valid_step, options, outcome, rows
+from tests.slurm import step
 
 TWO = "alpha slots=1\nbeta slots=1\n"
 THREE = "alpha slots=1\nbeta slots=1\ngamma slots=1  # a comment\n"
@@ -92,3 +95,26 @@ def test_a_host_that_stays_away_is_gone_on_without(cluster, train, on_one_host):
         name = "loss" if "loss" in row else "eval_loss"
         # Up to the checkpoint bit for bit; then gradients are added in another order, in bf16.
         assert row[name] == pytest.approx(other[name], abs=0 if row["step"] <= 10 else 5e-3), row["step"]
+
+
+def test_two_hosts_of_a_slurm_step_train_as_one_does(cluster, course, on_one_host, tmp_path):
+    """Two tasks, which find each other and their network by what srun sets.
+
+    Each host knows its own name by an address that leads no further, as many a Debian does.
+    """
+    arguments = options(course, "--max-train-steps", str(STEPS), "--output-dir", str(tmp_path / "runs"))
+    tasks = []
+    for name, variables in zip(("alpha", "beta"), step("alpha,beta", (1, 1), job=os.getpid()), strict=True):
+        lines = [
+            f"127.0.1.1 {name}",
+            *(f"{cluster.address(other)} {other}" for other in cluster.names if other != name),
+        ]
+        (tmp_path / f"{name}-hosts").write_text("127.0.0.1 localhost\n" + "".join(line + "\n" for line in lines))
+        command = f'mount --bind {tmp_path}/{name}-hosts /etc/hosts && exec "$0" "$@"'
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", command, sys.executable]
+        tasks.append(cluster.popen([*command, "-m", "codeparrot_ds", "train", *arguments], on=name, env=variables))
+    said = [task.communicate(timeout=240) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    all_gone(cluster)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert rows(run) == rows(on_one_host(2))

@@ -17,7 +17,6 @@ from codeparrot_ds.launch.ssh import explain
 from codeparrot_ds.supervision.forwarded_env import (
     FILE,
     carried,
-    name_rank,
     take_carried,
     write_private,
 )
@@ -89,19 +88,6 @@ def test_a_host_writes_the_file_and_puts_in_the_address_that_it_knows_the_front_
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     probe.answer({"forget": str(path)})
     assert not path.exists()
-
-
-def test_slurm_and_open_mpi_number_their_processes_under_other_names():
-    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
-    alone = dict(slurm)
-    name_rank(alone)
-    assert "RANK" not in alone  # a shell inside an allocation
-    slurm |= {"MASTER_ADDR": "node-0"}
-    name_rank(slurm)
-    assert (slurm["RANK"], slurm["LOCAL_RANK"], slurm["WORLD_SIZE"]) == ("5", "1", "8")
-    launched = {"RANK": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "MASTER_ADDR": "node-0"}
-    name_rank(launched)
-    assert launched["RANK"] == "0"
 
 
 def test_ranks_of_several_hosts_use_the_interface_toward_the_first():
