@@ -569,7 +569,7 @@ def test_a_run_with_a_constant_learning_rate_just_goes_on(make_config, front, ca
     config = make_config(max_train_steps=20, num_warmup_steps=1, lr_scheduler_type="constant")
     save_run(config, 20)
     assert front(config, "small") == 0
-    command = lines_after(capsys.readouterr().out, "To go on:")
+    command = lines_after(capsys.readouterr().out, "To continue:")
     assert command == ["codeparrot-ds", "train", "small", "--max-train-steps", "40"]
 
 
