@@ -113,8 +113,26 @@ def test_two_hosts_of_a_slurm_step_train_as_one_does(cluster, course, on_one_hos
         command = f'mount --bind {tmp_path}/{name}-hosts /etc/hosts && exec "$0" "$@"'
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", command, sys.executable]
         tasks.append(cluster.popen([*command, "-m", "codeparrot_ds", "train", *arguments], on=name, env=variables))
-    said = [task.communicate(timeout=240) for task in tasks]
+    try:
+        said = [task.communicate(timeout=240) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     assert [task.returncode for task in tasks] == [0, 0], said
     all_gone(cluster)
     (run,) = (tmp_path / "runs").iterdir()
     assert rows(run) == rows(on_one_host(2))
+
+
+def test_the_first_host_of_a_slurm_step_takes_the_network_and_not_the_way_to_itself(cluster):
+    task = step(f"127.0.1.1,{cluster.address('beta')}", (1, 1), job=1)[0] | {"MASTER_ADDR": "127.0.1.1"}
+    said = cluster.run([sys.executable, "-c", CHOOSE], on="alpha", env=task)
+    assert said.stdout == "eth0\n", said.stderr
+
+
+CHOOSE = """
+import os
+from codeparrot_ds.launch.interface import choose_interface
+choose_interface(os.environ)
+print(os.environ["GLOO_SOCKET_IFNAME"])
+"""

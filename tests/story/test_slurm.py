@@ -26,7 +26,11 @@ def test_two_tasks_of_srun_train_one_run(workshop, on_two_ranks, tmp_path):
                     stderr=said,
                 )
             )
-    codes = [task.wait(timeout=300) for task in tasks]
+    try:
+        codes = [task.wait(timeout=300) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
     said = (tmp_path / "said-0").read_text()
     assert codes == [0, 0], said[-3000:]
     assert "srun has started 2 ranks: they train one run and meet at localhost:" in said
