@@ -4,7 +4,8 @@ The recipe's loop on the DeepSpeed engine: gradient accumulation, clipping, warm
 checkpoint every so many optimizer steps and at the end; each checkpoint is exported and queued for the run's branch.
 
 Started by a launcher (``deepspeed --module codeparrot_ds.train small --data …``, ``torchrun -m …``) this module is a
-rank. Started bare it is ``codeparrot-ds train``: it checks everything, then starts the launcher.
+rank. Started otherwise it is ``codeparrot-ds train``, which makes it a rank under srun and mpirun, and else checks
+everything and starts the launcher.
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of ``python -m codeparrot_ds.train``: a rank under a launcher, ``codeparrot-ds train`` without one."""
-    from codeparrot_ds.supervision.forwarded_env import name_rank, take_carried
+    from codeparrot_ds.launch.starters import find_starter, name_rank
+    from codeparrot_ds.supervision.forwarded_env import take_carried
 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         brought = take_carried(os.environ)
+        # Of the command's own: its launcher may be srun or mpirun. Without it the command finds out, which is next.
+        if brought is not None and (starter := find_starter(os.environ)) is not None:
+            name_rank(os.environ, starter)
     except UserError as error:
         print(f"codeparrot-ds train: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    name_rank(os.environ)
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         os.execv(sys.executable, [sys.executable, "-m", "codeparrot_ds", "train", *arguments])
     return run_rank(arguments, brought=brought)

@@ -12,6 +12,7 @@ from codeparrot_ds.config import option_types as types
 from codeparrot_ds.config.arguments import add_config_arguments, config_from_arguments
 from codeparrot_ds.config.run_config import SET_BY_COMPARE
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.launch.starters import refuse_several
 from codeparrot_ds.paths import name_argument, path_argument
 from codeparrot_ds.shell import interrupted_by_sigterm, pasteable
 
@@ -83,6 +84,7 @@ def add_compare(commands: Any) -> None:
 
 
 def _run_compare(arguments: argparse.Namespace) -> int:
+    refuse_several("compare")
     config = config_from_arguments(arguments)
     if not arguments.ds_configs and not arguments.search:
         raise UserError("nothing to compare: name DeepSpeed JSONs, such as zero1 zero2 zero3")

@@ -13,6 +13,7 @@ from codeparrot_ds.config.arguments import add_config_arguments, config_from_arg
 from codeparrot_ds.config.files import read_config_file
 from codeparrot_ds.config.launch_options import LaunchOptions, add_launch_arguments, launch_from_arguments
 from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.launch.starters import refuse_several, train_as_rank
 from codeparrot_ds.paths import name_argument, path_argument
 
 
@@ -38,6 +39,7 @@ def add_demo(commands: Any) -> None:
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
+    refuse_several("demo")
     print(f"demo in {arguments.workdir}: corpus, tokenizer, training, evaluation, branch, completions", flush=True)
 
     from codeparrot_ds.demo import run_demo
@@ -66,7 +68,9 @@ def add_train(commands: Any) -> None:
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
-    config, launch = config_from_arguments(arguments), launch_from_arguments(arguments)
+    launch = launch_from_arguments(arguments)
+    train_as_rank(launch, arguments.arguments)
+    config = config_from_arguments(arguments)
 
     from codeparrot_ds.launch.start import front_door
 
@@ -90,6 +94,12 @@ def add_doctor(commands: Any) -> None:
         "--master-addr", metavar="HOST", help="address of the first host (default: that which ssh reaches it by)"
     )
     group.add_argument("--master-port", type=types.port, metavar="N", help="port there (default: any free one)")
+    group.add_argument(
+        "--ssh-port",
+        type=types.port,
+        metavar="N",
+        help="port of the hosts' sshd (default: that of ~/.ssh/config, or 22)",
+    )
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--config", type=name_argument, metavar="FILE", help="run config with the four below (default: none)"
@@ -111,7 +121,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("data", "tokenizer", "output_dir", "deepspeed")}
     values = read_config_file(arguments.config) if arguments.config else {}
     config = RunConfig(**values | {name: value for name, value in given.items() if value is not None})
-    options = ("hostfile", "include", "exclude", "master_addr", "master_port")
+    options = ("hostfile", "include", "exclude", "master_addr", "master_port", "ssh_port")
     launch = LaunchOptions(**{name: getattr(arguments, name) for name in options})
     hosts, wanted = wanted_of(config, launch, build=arguments.build, clear_locks=arguments.clear_locks)
     examination = examine(hosts, wanted)

@@ -25,6 +25,7 @@ class LaunchOptions:
     launcher: str = "pdsh"  # of DeepSpeed's, between hosts
     master_addr: str | None = None
     master_port: int | None = None
+    ssh_port: int | None = None  # of the hosts' sshd; None: ssh's own choice
     no_ssh: bool = False  # every host starts its own ranks
     node_rank: int | None = None  # of this host, with no_ssh
     bind_cores: bool = False
@@ -57,6 +58,10 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--launcher", choices=LAUNCHERS, default="pdsh",
         help="what DeepSpeed starts the hosts with (default: pdsh, which uses ssh)",
+    )  # fmt: skip
+    group.add_argument(
+        "--ssh-port", "--ssh_port", type=port, metavar="N", dest="ssh_port",
+        help="port of the hosts' sshd (default: that of ~/.ssh/config, or 22)",
     )  # fmt: skip
     group.add_argument(
         "--no-ssh", "--no_ssh", action="store_true", dest="no_ssh",

@@ -13,6 +13,7 @@ from codeparrot_ds.child_process import PACKAGE_PARENT, python_path
 from codeparrot_ds.config.launch_options import LaunchOptions
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.hostfile import THIS_MACHINE, Host, include_option, read_hostfile, select, write_hostfile
+from codeparrot_ds.launch.ssh import PDSH_OPTIONS, ssh_options
 
 MODULE = "codeparrot_ds.train"
 """What a rank runs."""
@@ -54,7 +55,7 @@ def hosts_of(launch: LaunchOptions, devices: list[int | str]) -> list[Host]:
 
 
 def _this_machine(launch: LaunchOptions, devices: list[int | str]) -> list[Host]:
-    for option in ("min_hosts", "node_rank"):
+    for option in ("min_hosts", "node_rank", "ssh_port"):
         if getattr(launch, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} needs --hostfile: without it this machine trains alone")
     if launch.no_ssh:
@@ -72,6 +73,10 @@ def _this_machine(launch: LaunchOptions, devices: list[int | str]) -> list[Host]
 def _check_options(launch: LaunchOptions, hosts: list[Host]) -> None:
     if launch.min_hosts is not None and launch.min_hosts > len(hosts):
         raise UserError(f"--min-hosts {launch.min_hosts}: the run has {len(hosts)} host(s)")
+    if launch.ssh_port is not None and (launch.no_ssh or launch.launcher not in ("pdsh", "slurm")):
+        option = "--no-ssh" if launch.no_ssh else f"--launcher {launch.launcher}"
+        why = "makes no connection" if launch.no_ssh else "makes connections of its own: give the port in ~/.ssh/config"
+        raise UserError(f"--ssh-port does not go with {option}, which {why}")
     if launch.no_ssh:
         if launch.node_rank is None or launch.master_addr is None or launch.master_port is None:
             raise UserError("--no-ssh needs --node-rank, --master-addr and --master-port, so that the hosts meet")
@@ -147,15 +152,16 @@ def runner_command(
     return [*command, "--module", module]
 
 
-def runner_environment(folder: Path, exported: dict[str, str]) -> dict[str, str]:
+def runner_environment(folder: Path, exported: dict[str, str], *, ssh_port: int | None = None) -> dict[str, str]:
     """The environment of the launcher's first half, which writes some of it into the command line of ssh.
 
     Args:
         folder: a private one, for the file of what it is to export.
         exported: variables without secrets that even the launcher's second half needs.
+        ssh_port: of the hosts' sshd; not an option of the runner, which puts it behind a port of the user's own.
     """
     file = folder / "exported"
     file.write_text("".join(f"{name}={value}\n" for name, value in exported.items()), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
     environment["PYTHONPATH"] = python_path(environment)
-    return environment | {"DS_ENV_FILE": str(file)}
+    return environment | {"DS_ENV_FILE": str(file), PDSH_OPTIONS: " ".join(ssh_options(ssh_port))}

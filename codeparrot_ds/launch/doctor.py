@@ -16,6 +16,7 @@ from codeparrot_ds.checkpoint.run_folder import package_versions
 from codeparrot_ds.launch import probe
 from codeparrot_ds.launch.hostfile import Host
 from codeparrot_ds.launch.ssh import Answer, ask_all
+from codeparrot_ds.supervision.deepspeed_env import Value
 
 COMPARED = ("python", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 CLOCK_SECONDS = 5.0
@@ -60,6 +61,7 @@ class Wanted:
         needed_bytes: of disk.
         master_addr: address that the ranks meet at; None for the one that the first host is reached by.
         master_port: port that they meet at; None for a free one.
+        ssh_port: of the hosts' sshd; None for ssh's own choice.
         links: measure each host's link to the next.
         environments: by host: a file to write there, see `codeparrot_ds.launch.probe.answer`.
         variables: environment that the ranks will have.
@@ -74,9 +76,10 @@ class Wanted:
     needed_bytes: int = MIN_FREE_BYTES
     master_addr: str | None = None
     master_port: int | None = None
+    ssh_port: int | None = None
     links: bool = False
     environments: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    variables: dict[str, str] = dataclasses.field(default_factory=dict)
+    variables: dict[str, Value] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -128,7 +131,9 @@ def examine(hosts: list[Host], wanted: Wanted) -> Examination:
     began = time.monotonic()
     data = {path: probe.data_fingerprint(Path(path)) for path in wanted.data}
     with _mark(_existing(wanted.output_dir)) as (folder, mark):
-        answers = ask_all({host.name: _request(host, hosts, wanted, folder, list(data)) for host in hosts})
+        answers = ask_all(
+            {host.name: _request(host, hosts, wanted, folder, list(data)) for host in hosts}, ssh_port=wanted.ssh_port
+        )
     findings = []
     for host in hosts:
         answer = answers[host.name]
@@ -271,7 +276,8 @@ def _build_missing(examination: Examination, wanted: Wanted) -> None:
         if answer.problem is None and answer.reply["operators_missing"]
     }
     request = {"operators": list(wanted.operators), "build": [wanted.build, wanted.device]}
-    answers = ask_all({host: request | {"variables": wanted.variables} for host in missing}, seconds=BUILD_SECONDS)
+    requests = {host: request | {"variables": wanted.variables} for host in missing}
+    answers = ask_all(requests, seconds=BUILD_SECONDS, ssh_port=wanted.ssh_port)
     for host, answer in answers.items():
         problem = answer.problem or answer.reply.get("build_problem")
         if problem is not None:
@@ -337,7 +343,7 @@ def _look_at_links(examination: Examination, wanted: Wanted) -> None:
         }
         for name in ring
     }
-    for name, answer in ask_all(requests).items():
+    for name, answer in ask_all(requests, ssh_port=wanted.ssh_port).items():
         link = answer.reply.get("link") or {"problem": answer.problem}
         examination.links[name] = link | {"to": following[name]}
         examination.answers[name].reply.update({key: answer.reply.get(key) for key in ("interface", "address")})

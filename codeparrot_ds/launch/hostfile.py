@@ -15,6 +15,7 @@ from codeparrot_ds.paths import did_you_mean, did_you_mean_path
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _LINE = re.compile(r"(\S+)\s+slots=(\S+)")
+_SLOTS = re.compile(r"\d+(,\s*\d+)*")
 THIS_MACHINE = ("localhost", "127.0.0.1")
 
 
@@ -43,7 +44,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
         what, hint = ("is not a file", "") if path.exists() else ("does not exist", did_you_mean_path(path))
         raise UserError(f"hostfile {path} {what}: DeepSpeed would quietly train on this machine alone{hint}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"hostfile {path} cannot be read: {error}") from error
     hosts: dict[str, Host] = {}
@@ -118,9 +119,10 @@ def _parse_filter(option: str, text: str, hosts: list[Host]) -> dict[str, set[in
     for part in text.split("@"):
         name, colon, numbers = part.strip().partition(":")
         if not name:
-            raise UserError(f"{option} {text!r}: a host's name is missing; the form is a:0,2@b")
+            example = f": write {_host_with(numbers, slots_of)}:{numbers}" if _SLOTS.fullmatch(numbers) else ""
+            raise UserError(f"{option} {text!r}: a host's name is missing; the form is a:0,2@b{example}")
         if name not in slots_of:
-            raise UserError(f"{option} {text}: there is no host {name!r}{did_you_mean(name, slots_of)}")
+            raise UserError(f"{option} {text}: {_why_no_host(name, slots_of)}")
         if name in named:
             raise UserError(f"{option} {text}: {name} is named twice: write {name}:0,1")
         if not colon:
@@ -130,10 +132,36 @@ def _parse_filter(option: str, text: str, hosts: list[Host]) -> dict[str, set[in
         choices = {str(slot): slot for slot in slots_of[name]}
         for number in numbers.split(","):
             if number.strip() not in choices:
-                there = ", ".join(choices)
-                raise UserError(f"{option} {text}: {name} has no slot {number.strip()!r}; its slots: {there}")
+                said = f"{name} has no slot {number.strip()!r}; its slots: {', '.join(choices)}"
+                raise UserError(f"{option} {text}: {said}{_what_to_write(option, name, numbers, list(choices))}")
             named[name].add(choices[number.strip()])
     return named
+
+
+def _host_with(numbers: str, slots_of: dict[str, tuple[int | str, ...]]) -> str:
+    """A host that has these slots, or the first."""
+    wanted = set(re.findall(r"\d+", numbers))
+    return next((name for name, slots in slots_of.items() if wanted <= set(map(str, slots))), next(iter(slots_of)))
+
+
+def _why_no_host(name: str, slots_of: dict[str, tuple[int | str, ...]]) -> str:
+    names = re.split(r"[,\s]+", name)
+    if set(names) <= slots_of.keys():
+        return f"there is no host {name!r}: hosts are joined by '@', as in {'@'.join(names)}"
+    if _SLOTS.fullmatch(name):
+        return f"{name!r} names slots without their host: write {_host_with(name, slots_of)}:{name}"
+    return f"there is no host {name!r}{did_you_mean(name, slots_of)}"
+
+
+def _what_to_write(option: str, name: str, numbers: str, slots: list[str]) -> str:
+    """What was meant, behind the slots that a host has."""
+    if not _SLOTS.fullmatch(numbers):
+        return "; slots are numbers joined by ',' and hosts are joined by '@', as in a:0,2@b"
+    wanted = numbers.split(",")
+    if option == "--exclude":
+        return f": only those can be left out, as in {name}:{slots[-1]}"
+    in_hostfile = "" if name in THIS_MACHINE else f", or slots={1 + max(map(int, wanted))} for it in the hostfile"
+    return f": write {name}:{','.join(slots[: len(wanted)])}{in_hostfile}"
 
 
 def write_hostfile(hosts: list[Host], path: Path) -> None:

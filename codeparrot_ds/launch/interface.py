@@ -9,6 +9,8 @@ from __future__ import annotations
 import socket
 from collections.abc import MutableMapping
 
+from codeparrot_ds.launch.starters import first_and_last_node
+
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -19,7 +21,10 @@ def choose_interface(environment: MutableMapping[str, str]) -> None:
     address = environment.get("MASTER_ADDR")
     if not address:
         return
-    interface, _ = interface_toward(address)
+    interface, own = interface_toward(address)
+    nodes = environment.get("SLURM_STEP_NODELIST")
+    if nodes and (own is None or own.startswith("127.")):  # on the first host, whose own name may lead no further
+        interface, _ = interface_toward(first_and_last_node(nodes)[1])
     if interface is not None:
         for name in VARIABLES:
             environment.setdefault(name, interface)

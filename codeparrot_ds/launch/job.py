@@ -31,7 +31,8 @@ from codeparrot_ds.launch.ssh import ask_all
 from codeparrot_ds.resolved_run import ResolvedRun
 from codeparrot_ds.shell import pasteable
 from codeparrot_ds.supervision.control import ADDRESS, TOKEN, ControlServer
-from codeparrot_ds.supervision.forwarded_env import FILE, RESOLVED_RUN, carried, read_deepspeed_env, write_private
+from codeparrot_ds.supervision.deepspeed_env import Value, read_deepspeed_env
+from codeparrot_ds.supervision.forwarded_env import FILE, RESOLVED_RUN, carried, write_private
 from codeparrot_ds.supervision.process_end import LEADS
 from codeparrot_ds.supervision.supervise import End, run_to_the_end
 from codeparrot_ds.supervision.watchdog import FAILED, HUNG, LOST
@@ -116,11 +117,13 @@ def _start(job: Job, *, again: bool) -> tuple[End, Job]:
         try:
             command = runner_command(job.hosts, job.launch, Path(private), addr=addr, port=port, module=job.module)
             exported = {FILE: base} | ({"DS_ACCELERATOR": "cpu"} if job.run.device == "cpu" else {})
-            environment = runner_environment(Path(private), exported)
+            if job.launch.launcher != "pdsh":  # srun and Open MPI do not tell the ranks where to meet
+                exported |= {"MASTER_ADDR": addr, "MASTER_PORT": str(port)}
+            environment = runner_environment(Path(private), exported, ssh_port=job.launch.ssh_port)
             end = run_to_the_end(command, environment, job.folder, num_ranks=job.run.world_size, **options)
         finally:
             if len(server.ranks) < job.run.world_size:
-                _forget(_paths(job.hosts, base, job.launch))  # else the guards have
+                _forget(_paths(job.hosts, base, job.launch), job.launch)  # else the guards have
     return end, job
 
 
@@ -161,6 +164,7 @@ def _ask_hosts(job: Job, server: ControlServer, base: str, patience_seconds: flo
         needed_bytes=2 * BYTES_A_PARAMETER * run.parameters,
         master_addr=launch.master_addr,
         master_port=launch.master_port,
+        ssh_port=launch.ssh_port,
         environments=_environments(job, server, base),
         variables=shared_variables(run.device),
     )
@@ -171,7 +175,7 @@ def _ask_hosts(job: Job, server: ControlServer, base: str, patience_seconds: flo
             time.sleep(ASK_AGAIN_SECONDS)
             examination = examine(hosts, wanted)
     except BaseException:
-        _forget(_paths(hosts, base, launch))
+        _forget(_paths(hosts, base, launch), launch)
         raise
     missing = examination.unreachable
     left = {name: path for name, path in _paths(hosts, base, launch).items() if name not in missing}
@@ -180,10 +184,10 @@ def _ask_hosts(job: Job, server: ControlServer, base: str, patience_seconds: flo
         for finding in errors:
             if finding.host in missing:
                 print(f"warning: continuing without {finding}", file=sys.stderr)
-        _forget(left)
+        _forget(left, launch)
         return _ask_hosts(_without(job, missing), server, base)
     if errors:
-        _forget(left)
+        _forget(left, launch)
         raise UserError("; ".join(map(str, errors)))
     for finding in examination.findings:
         print(f"warning: {finding}", file=sys.stderr)
@@ -202,9 +206,13 @@ def _without(job: Job, missing: Collection[str]) -> Job:
     return dataclasses.replace(job, hosts=hosts, run=run)
 
 
-def shared_variables(device: str) -> dict[str, str]:
-    """What every rank gets of this process's environment, and what the user's ``.deepspeed_env`` sets."""
-    variables = carried(os.environ) | read_deepspeed_env([Path.home(), Path.cwd()])
+def shared_variables(device: str) -> dict[str, Value]:
+    """What every rank gets of this process's environment, and what the user's ``.deepspeed_env`` sets.
+
+    Raises:
+        UserError: a line of ``.deepspeed_env`` cannot be read.
+    """
+    variables = read_deepspeed_env([Path.home(), Path.cwd()], carried(os.environ))
     variables.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         variables["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
@@ -236,10 +244,10 @@ def _paths(hosts: list[Host], base: str, launch: LaunchOptions) -> dict[str, str
     return {host.name: f"{base}.{number if launch.launcher == 'pdsh' else 0}" for number, host in enumerate(hosts)}
 
 
-def _forget(paths: dict[str, str]) -> None:
+def _forget(paths: dict[str, str], launch: LaunchOptions) -> None:
     """Takes the environment away from the hosts, where no rank did."""
     if paths:
-        ask_all({name: {"forget": path} for name, path in paths.items()}, seconds=20.0)
+        ask_all({name: {"forget": path} for name, path in paths.items()}, seconds=20.0, ssh_port=launch.ssh_port)
 
 
 def _free_port() -> int:

@@ -26,6 +26,7 @@ from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.ds_config.precision import device_precisions
 from codeparrot_ds.engine.operators import are_built, build_apart, operators_folder, use_operators_folder
 from codeparrot_ds.launch.interface import VARIABLES, address_of, interface_toward
+from codeparrot_ds.supervision.deepspeed_env import on_this_host
 from codeparrot_ds.supervision.forwarded_env import write_private
 
 MARK = "codeparrot-ds-probe:"
@@ -52,13 +53,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         Path(request["forget"]).unlink(missing_ok=True)
     if "environment" in request:
         content = request["environment"]["content"]
+        content["variables"] = on_this_host(content["variables"], os.environ)
         if reply["ssh_connection"] and "control_port" in request["environment"]:
             # By the address that this host knows the launching host by.
             peer, port = reply["ssh_connection"][0], request["environment"]["control_port"]
             content["variables"]["CODEPARROT_DS_CONTROL"] = f"{peer}:{port}"
             reply["front_door_problem"] = _cannot_connect(peer, port)
         write_private(Path(request["environment"]["path"]), content)
-    os.environ.update(request.get("variables", {}))
+    os.environ.update(on_this_host(request.get("variables", {}), os.environ))
     use_operators_folder(os.environ)
     if request.get("facts"):
         reply |= _facts()

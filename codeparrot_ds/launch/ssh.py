@@ -21,6 +21,8 @@ from codeparrot_ds.launch.probe import MARK
 
 CONNECT_SECONDS = 8
 MAX_AT_ONCE = 64
+PDSH_OPTIONS = "PDSH_SSH_ARGS_APPEND"
+"""Environment variable: options that pdsh adds to those of ssh."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,15 @@ class Answer:
     answered: float = 0.0
 
 
-def ask_all(requests: dict[str, dict[str, Any]], *, seconds: float = 60.0) -> dict[str, Answer]:
+def ask_all(
+    requests: dict[str, dict[str, Any]], *, seconds: float = 60.0, ssh_port: int | None = None
+) -> dict[str, Answer]:
     """Asks each host its request, all at once; ``localhost`` is asked without ssh.
 
     Args:
         requests: by host.
         seconds: until a host that does not answer is given up.
+        ssh_port: of their sshd; None for ssh's own choice.
 
     Raises:
         UserError: there is no ssh.
@@ -56,9 +61,16 @@ def ask_all(requests: dict[str, dict[str, Any]], *, seconds: float = 60.0) -> di
         return {}
     if shutil.which("ssh") is None and any(host != "localhost" for host in requests):
         raise UserError("there is no ssh on PATH: install openssh-client, or use --no-ssh on each host")
+    options = ssh_options(ssh_port)
     with concurrent.futures.ThreadPoolExecutor(min(len(requests), MAX_AT_ONCE)) as pool:
-        answers = pool.map(lambda host: _ask(host, requests[host], seconds), requests)
+        answers = pool.map(lambda host: _ask(host, requests[host], seconds, options), requests)
         return {answer.host: answer for answer in answers}
+
+
+def ssh_options(port: int | None) -> list[str]:
+    """What every ssh to a host is given, pdsh's and ours: the port, and what the user has pdsh add."""
+    chosen = [] if port is None else ["-p", str(port)]  # first: of two ports ssh takes that one
+    return [*chosen, *os.environ.get(PDSH_OPTIONS, "").split()]  # pdsh knows no quotes
 
 
 def remote_command() -> str:
@@ -68,11 +80,12 @@ def remote_command() -> str:
     return f"cd {shlex.quote(os.getcwd())} && {probe}"
 
 
-def _ask(host: str, request: dict[str, Any], seconds: float) -> Answer:
+def _ask(host: str, request: dict[str, Any], seconds: float, chosen: list[str]) -> Answer:
     if host == "localhost":
         command = [sys.executable, "-m", "codeparrot_ds.launch.probe"]
     else:
-        options = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-T", "-x")
+        # What the user chose comes before our limit of time, so that it counts.
+        options = ("-o", "BatchMode=yes", *chosen, "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-T", "-x")
         command = ["ssh", *options, host, remote_command()]
     asked = time.time()
     environment = dict(os.environ)
@@ -110,6 +123,13 @@ def explain(code: int, errors: str) -> str:
             return "its host key is unknown or has changed: check it, then ssh-keygen -R HOST and ssh HOST once"
         if "Could not resolve" in errors or "Name or service not known" in errors:
             return "has no address: correct its name in the hostfile, or give it one in ~/.ssh/config or /etc/hosts"
+        if re.search(r"^usage: ssh", errors, re.MULTILINE):
+            return f"ssh does not take the options that {PDSH_OPTIONS} adds: {os.environ.get(PDSH_OPTIONS, '')}"
+        if re.search(r"Connection (refused|closed|reset)", errors):  # by nobody, or by another service
+            return (
+                f"not reachable by ssh ({last}): is it up, and does sshd run there on this port? give another by "
+                f"--ssh-port N, {PDSH_OPTIONS}='-p N' or `Port N` under its Host in ~/.ssh/config"
+            )
         return f"not reachable by ssh ({last}): is it up, and does sshd run there?"
     if re.search(r"\bcd\b", last):
         return f"has no folder {os.getcwd()}: start from a folder that every host has"

@@ -92,6 +92,8 @@ def front_door(
     hosts = hosts_of(launch, local_devices(device) if launch.hostfile is None else [])
     if launch.bind_cores and shutil.which("numactl") is None:
         raise UserError("--bind-cores needs numactl, which is not on PATH: install it, or leave the option out")
+    if not is_local(hosts) and not launch.no_ssh:
+        shared_variables(device)  # a mistake in .deepspeed_env is found before anything is made
     ranks = sum(len(host.slots) for host in hosts)
     run = preflight(config, device=device, world_size=ranks)
     if (finished := finished_checkpoint(run.config)) is not None and _is_at_its_end(run.config, finished, going_on):
@@ -194,6 +196,7 @@ def wanted_of(config: RunConfig, launch: LaunchOptions, *, build: bool, clear_lo
         clear_locks=clear_locks,
         master_addr=launch.master_addr,
         master_port=launch.master_port,
+        ssh_port=launch.ssh_port,
         links=not is_local(hosts),
         variables={} if is_local(hosts) else shared_variables(device),
     )

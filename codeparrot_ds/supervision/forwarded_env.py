@@ -31,15 +31,6 @@ NOT_CARRIED = (
     *(FILE, "CODEPARROT_DS_LAUNCHER_LEADS", "DS_ENV_FILE", "TORCH_EXTENSIONS_DIR"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"),
 )
-_RANK_VARIABLES = {
-    # Launchers that number their processes under names of their own.
-    "SLURM": {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"},
-    "OMPI": {
-        "RANK": "OMPI_COMM_WORLD_RANK",
-        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-    },
-}
 
 
 def carried(environment: MutableMapping[str, str]) -> dict[str, str]:
@@ -49,28 +40,6 @@ def carried(environment: MutableMapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name not in NOT_CARRIED and (name in NAMES or name.startswith(tuple(PREFIXES)))
     }
-
-
-def read_deepspeed_env(folders: list[Path]) -> dict[str, str]:
-    """What the user's own ``.deepspeed_env`` files set; later folders win. Blank lines and comments are skipped.
-
-    Raises:
-        UserError: a line that is not ``NAME=value``.
-    """
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    variables: dict[str, str] = {}
-    for path in dict.fromkeys(folder / name for folder in folders):
-        if not path.is_file():
-            continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            text = line.strip()
-            if not text or text.startswith("#"):
-                continue
-            key, equals, value = text.partition("=")
-            if not equals or not key.strip():
-                raise UserError(f"{path}, line {number}: {text!r} is not NAME=value")
-            variables[key.strip()] = value.strip()
-    return variables
 
 
 def write_private(path: Path, content: dict[str, Any]) -> None:
@@ -111,16 +80,3 @@ def read_private(path: Path) -> dict[str, Any]:
             return dict(json.load(file))
     except (OSError, ValueError) as error:
         raise UserError(f"what the launcher's command left for this rank cannot be read: {error}") from error
-
-
-def name_rank(environment: MutableMapping[str, str]) -> None:
-    """Sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` for a process that Slurm's or Open MPI's own starter numbered.
-
-    ``MASTER_ADDR`` and ``MASTER_PORT`` must be set for those; a process outside of them stays as it is.
-    """
-    if "RANK" in environment:
-        return
-    for names in _RANK_VARIABLES.values():
-        if all(name in environment for name in names.values()) and "MASTER_ADDR" in environment:
-            environment.update({name: environment[source] for name, source in names.items()})
-            return

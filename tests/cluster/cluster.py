@@ -44,10 +44,14 @@ class Cluster:
 
     Args:
         folder: for keys, configs and logs; must exist.
+        names: of the hosts.
+        ssh_port: that their sshd listens on, and nothing in ssh's config says.
     """
 
-    def __init__(self, folder: Path, names: tuple[str, ...] = ("alpha", "beta", "gamma")) -> None:
-        self.folder, self.names = folder, names
+    def __init__(
+        self, folder: Path, names: tuple[str, ...] = ("alpha", "beta", "gamma"), *, ssh_port: int = 22
+    ) -> None:
+        self.folder, self.names, self.ssh_port = folder, names, ssh_port
         self._tag = f"cp{os.getpid()}-{secrets.token_hex(2)}"
         self._sshd: dict[str, subprocess.Popen] = {}
         self._mounts: list[tuple[str, Path]] = []
@@ -185,11 +189,12 @@ class Cluster:
         known, config = [], []
         for name in self.names:
             kind, key, _ = (self.folder / f"{name}_key.pub").read_text().split()
-            known.append(f"{self.address(name)} {kind} {key}\n")
+            place = self.address(name) if self.ssh_port == 22 else f"[{self.address(name)}]:{self.ssh_port}"
+            known.append(f"{place} {kind} {key}\n")
             config.append(f"Host {name}\n    HostName {self.address(name)}\n")
             (self.folder / f"{name}-python").mkdir()
             (self.folder / f"{name}.sshd_config").write_text(
-                f"Port 22\nListenAddress {self.address(name)}\nHostKey {self.folder / f'{name}_key'}\n"
+                f"Port {self.ssh_port}\nListenAddress {self.address(name)}\nHostKey {self.folder / f'{name}_key'}\n"
                 f"AuthorizedKeysFile {self.folder / 'authorized_keys'}\nPidFile none\nStrictModes no\nUsePAM no\n"
                 "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\nUseDNS no\n"
                 "PrintMotd no\nMaxStartups 100\n"
@@ -220,7 +225,7 @@ class Cluster:
     def _wait_for_sshd(self) -> None:
         deadline = time.monotonic() + 20
         for name in self.names:
-            while self.run(["ssh", name, "true"]).returncode != 0:
+            while self.run(["ssh", "-p", str(self.ssh_port), name, "true"]).returncode != 0:
                 log = (self.folder / f"{name}.sshd.log").read_text()
                 assert time.monotonic() < deadline, f"sshd of {name} does not answer:\n{log}"
                 time.sleep(0.1)

@@ -10,6 +10,7 @@ import pytest
 
 import codeparrot_ds
 from codeparrot_ds.engine.operators import operators_folder
+from tests.cluster.conftest import OTHER_PORT
 from tests.cluster.trainings import options
 
 THREE = "alpha slots=1\nbeta slots=1\ngamma slots=1\n"
@@ -120,6 +121,26 @@ def test_hosts_that_do_not_answer(doctor, cluster, course, tmp_path):
     few = cluster.codeparrot("train", *options(course, *where, "--num-lanes", "3", "--min-hosts", "2"))
     assert few.returncode == 2 and "warning: continuing without beta: ssh: ssh refuses this user's key" in few.stderr
     assert "the run cannot continue with alpha, gamma alone: num_lanes=3 cannot be shared by 2 ranks" in few.stderr
+
+
+def test_ssh_on_another_port(on_another_port, tmp_path):
+    """It is found where --ssh-port or the user's ssh config says so; else the sentence names what can say it."""
+    cluster = on_another_port
+    where = ("doctor", "--output-dir", str(tmp_path), "--hostfile")
+    three = cluster.codeparrot(*where, cluster.hostfile(THREE), "--ssh-port", str(OTHER_PORT))
+    assert three.returncode == 0 and "nothing is wrong" in three.stdout, three.stdout + three.stderr
+    refused = cluster.codeparrot(*where, cluster.hostfile("alpha slots=1\n"))
+    assert refused.returncode == 1 and "alpha: ssh: not reachable by ssh" in refused.stdout
+    for remedy in ("Connection refused", "--ssh-port N", "PDSH_SSH_ARGS_APPEND='-p N'", "`Port N`"):
+        assert remedy in refused.stdout, refused.stdout
+    config = cluster.folder / "ssh_config"
+    before = config.read_text()
+    config.write_text(f"Host alpha\n    Port {OTHER_PORT}\n{before}")
+    try:
+        entry = cluster.codeparrot(*where, cluster.hostfile("alpha slots=1\n"))
+    finally:
+        config.write_text(before)
+    assert entry.returncode == 0, entry.stdout + entry.stderr
 
 
 LISTEN = """

@@ -51,16 +51,20 @@ class Training:
         cluster: where it runs.
         run: folder of the run.
         arguments: of ``train``.
+        variables: of its environment.
     """
 
-    def __init__(self, cluster: Cluster, run: Path, arguments: list[str]) -> None:
+    def __init__(
+        self, cluster: Cluster, run: Path, arguments: list[str], variables: dict[str, str] | None = None
+    ) -> None:
         self.cluster, self.run = cluster, run
         self.output = cluster.folder / f"output-{secrets.token_hex(4)}.txt"
         self._rows_before = self.metrics()
         place = ["--output-dir", str(run.parent), "--run-name", run.name]
         command = [sys.executable, "-m", "codeparrot_ds", "train", *arguments, *place]
         with self.output.open("w") as file:
-            self.process = cluster.popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            self.process = cluster.popen(command, env=variables, **streams)
 
     def said(self) -> str:
         return self.output.read_text(errors="replace")

@@ -65,6 +65,11 @@ def test_a_missing_file_is_no_local_run(tmp_path):
         read_hostfile(tmp_path / "binary")
 
 
+def test_marks_of_other_systems_are_no_part_of_a_name(tmp_path):
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfalpha slots=2\r\nbeta slots=4\r\n")
+    assert [host.name for host in read_hostfile(tmp_path / "hosts")] == ["alpha", "beta"]
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
@@ -84,9 +89,26 @@ def test_filters(options, kept):
     [
         ({"include": "aplha"}, "--include aplha: there is no host 'aplha'; did you mean 'alpha'?"),
         ({"exclude": "gamma-99"}, "there is no host 'gamma-99'; choose one of alpha, beta, node-3.lab"),
-        ({"include": "alpha:2"}, "alpha has no slot '2'; its slots: 0, 1"),
+        (
+            {"include": "alpha:2"},
+            "alpha has no slot '2'; its slots: 0, 1: write alpha:0, or slots=3 for it in the host",
+        ),
+        ({"include": "alpha:2,3"}, "no slot '2'; its slots: 0, 1: write alpha:0,1, or slots=4 for it in the hostfile"),
+        ({"include": "alpha:0,3"}, "no slot '3'; its slots: 0, 1: write alpha:0,1, or slots=4 for it in the hostfile"),
+        ({"exclude": "alpha:2"}, "no slot '2'; its slots: 0, 1: only those can be left out, as in alpha:1"),
         ({"include": "alpha:"}, "alpha has no slot ''"),
-        ({"include": "alpha:x"}, "alpha has no slot 'x'"),
+        ({"include": "alpha:x"}, "alpha has no slot 'x'; its slots: 0, 1; slots are numbers joined by ','"),
+        ({"include": "alpha:0-1"}, "alpha has no slot '0-1'; its slots: 0, 1; slots are numbers joined by ','"),
+        (
+            {"include": "alpha:0,beta:1"},
+            "alpha has no slot 'beta:1'; its slots: 0, 1; slots are numbers joined by ',' and",
+        ),
+        ({"include": "0,1"}, "--include 0,1: '0,1' names slots without their host: write alpha:0,1"),
+        ({"include": "2,3"}, "'2,3' names slots without their host: write beta:2,3"),
+        ({"exclude": "alpha:0@1"}, "'1' names slots without their host: write alpha:1"),
+        ({"include": ":0,1"}, "a host's name is missing; the form is a:0,2@b: write alpha:0,1"),
+        ({"include": "alpha,beta"}, "hosts are joined by '@', as in alpha@beta"),
+        ({"include": "alpha beta"}, "hosts are joined by '@', as in alpha@beta"),
         ({"include": "alpha@alpha:1"}, "alpha is named twice"),
         ({"include": "alpha@"}, "a host's name is missing"),
         ({"include": ""}, "a host's name is missing"),

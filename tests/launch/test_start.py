@@ -36,6 +36,7 @@ from codeparrot_ds.launch import job
 from codeparrot_ds.launch import start as launch
 from codeparrot_ds.launch.hostfile import Host
 from codeparrot_ds.launch.preflight import check_run
+from codeparrot_ds.launch.ssh import PDSH_OPTIONS, ssh_options
 from codeparrot_ds.launch.start import front_door, rank_environment
 from codeparrot_ds.resolved_run import ResolvedRun
 from codeparrot_ds.shell import COMMAND
@@ -137,6 +138,19 @@ def test_a_hostfile_that_does_not_exist(make_config):
         front_door(make_config(), LaunchOptions(hostfile="/nowhere/hosts"))
 
 
+def test_a_mistake_in_deepspeeds_file_of_variables_is_found_before_anything_is_made(make_config, tmp_path, monkeypatch):
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pdsh").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "hosts").write_text("alpha slots=1\nbeta slots=1\n")
+    (tmp_path / ".deepspeed_env").write_text("A='x\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"\.deepspeed_env, line 1: the value of A has a quote that is not closed"):
+        front_door(make_config(), LaunchOptions(hostfile="hosts"))
+    assert not (tmp_path / "runs").exists()
+
+
 MODULE = ["--module", "codeparrot_ds.train", "demo", "--data", "d"]
 
 
@@ -183,6 +197,13 @@ def test_secrets_are_not_among_what_deepspeed_exports(tmp_path, monkeypatch):
     assert Path(environment["DS_ENV_FILE"]).read_text() == "DS_ACCELERATOR=cpu\n"
 
 
+def test_pdsh_and_our_own_ssh_are_given_the_same_options(tmp_path, monkeypatch):
+    monkeypatch.setenv(PDSH_OPTIONS, " -p 2200  -l me")
+    for port, words in ((None, ["-p", "2200", "-l", "me"]), (2222, ["-p", "2222", "-p", "2200", "-l", "me"])):
+        assert ssh_options(port) == words  # of two ports ssh takes the first
+        assert launcher.runner_environment(tmp_path, {}, ssh_port=port)[PDSH_OPTIONS].split() == words
+
+
 def local_hosts(monkeypatch=None, devices=(0, 1), **options) -> list:
     return [(host.name, host.slots) for host in launcher.hosts_of(LaunchOptions(**options), list(devices))]
 
@@ -202,6 +223,11 @@ def test_hosts_without_a_hostfile():
         ({"min_hosts": 1}, "--min-hosts needs --hostfile"),
         ({"no_ssh": True}, "--no-ssh needs --hostfile"),
         ({"node_rank": 0}, "--node-rank needs --hostfile"),
+        ({"ssh_port": 2222}, "--ssh-port needs --hostfile"),
+        ({"include": "1,2"}, "'1,2' names slots without their host: write localhost:1,2"),
+        ({"include": "localhost:2"}, "localhost has no slot '2'; its slots: 0, 1: write localhost:0"),
+        ({"hostfile": "{two}", "ssh_port": 2, "no_ssh": True}, "--ssh-port does not go with --no-ssh, which makes no"),
+        ({"hostfile": "{two}", "ssh_port": 2, "launcher": "openmpi"}, "--ssh-port does not go with --launcher openmpi"),
         ({"hostfile": "{two}", "min_hosts": 3}, "--min-hosts 3: the run has 2 host(s)"),
         ({"hostfile": "{two}", "no_ssh": True}, "--no-ssh needs --node-rank, --master-addr and --master-port"),
         ({"hostfile": "{two}", "node_rank": 1}, "--node-rank goes with --no-ssh"),

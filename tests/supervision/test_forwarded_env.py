@@ -17,8 +17,6 @@ from codeparrot_ds.launch.ssh import explain
 from codeparrot_ds.supervision.forwarded_env import (
     FILE,
     carried,
-    name_rank,
-    read_deepspeed_env,
     take_carried,
     write_private,
 )
@@ -69,48 +67,27 @@ def test_a_host_writes_the_file_and_puts_in_the_address_that_it_knows_the_front_
     port = front_door.getsockname()[1]
     if not listens:
         front_door.close()
-    content = {"variables": {"HF_TOKEN": "secret", "CODEPARROT_DS_CONTROL": f"login:{port}"}, "run": {}}
+    variables = {"HF_TOKEN": "secret", "CODEPARROT_DS_CONTROL": f"login:{port}", "LIB": ["/x:", "LIB", ""]}
+    content = {"variables": variables, "run": {}}
     request = {"environment": {"path": str(path), "content": content, "control_port": port}}
     said = subprocess.run(
         [sys.executable, "-m", "codeparrot_ds.launch.probe"],
         input=json.dumps(request),
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "SSH_CONNECTION": "127.0.0.1 50000 10.0.0.1 22"},
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "SSH_CONNECTION": "127.0.0.1 50000 10.0.0.1 22", "LIB": "/its"},
         capture_output=True,
         text=True,
         check=True,
     )
     assert "secret" not in said.stdout + said.stderr
-    assert json.loads(path.read_text())["variables"]["CODEPARROT_DS_CONTROL"] == f"127.0.0.1:{port}"
+    written = json.loads(path.read_text())["variables"]
+    assert written["CODEPARROT_DS_CONTROL"] == f"127.0.0.1:{port}" and written["LIB"] == "/x:/its"
     problem = json.loads(said.stdout.splitlines()[-1].removeprefix(probe.MARK))["front_door_problem"]
     assert problem == (None if listens else f"127.0.0.1:{port}: Connection refused")
     front_door.close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     probe.answer({"forget": str(path)})
     assert not path.exists()
-
-
-def test_deepspeeds_own_file_may_have_comments(tmp_path, monkeypatch):
-    monkeypatch.delenv("DS_ENV_FILE", raising=False)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / ".deepspeed_env").write_text("# ours\n\nA=1\nB=x=y\n")
-    (tmp_path / ".deepspeed_env").write_text("A=2\n")
-    assert read_deepspeed_env([tmp_path / "home", tmp_path]) == {"A": "2", "B": "x=y"}
-    (tmp_path / ".deepspeed_env").write_text("A=2\nexport\n")
-    with pytest.raises(UserError, match=r"\.deepspeed_env, line 2: 'export' is not NAME=value"):
-        read_deepspeed_env([tmp_path])
-
-
-def test_slurm_and_open_mpi_number_their_processes_under_other_names():
-    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
-    alone = dict(slurm)
-    name_rank(alone)
-    assert "RANK" not in alone  # a shell inside an allocation
-    slurm |= {"MASTER_ADDR": "node-0"}
-    name_rank(slurm)
-    assert (slurm["RANK"], slurm["LOCAL_RANK"], slurm["WORLD_SIZE"]) == ("5", "1", "8")
-    launched = {"RANK": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "MASTER_ADDR": "node-0"}
-    name_rank(launched)
-    assert launched["RANK"] == "0"
 
 
 def test_ranks_of_several_hosts_use_the_interface_toward_the_first():
@@ -132,6 +109,17 @@ def test_ranks_of_several_hosts_use_the_interface_toward_the_first():
         (255, "Host key verification failed.", "its host key is unknown or has changed"),
         (255, "ssh: Could not resolve hostname a: Name or service not known", "has no address"),
         (255, "ssh: connect to host a port 22: No route to host", "not reachable by ssh (ssh: connect to host a"),
+        (
+            255,
+            "ssh: connect to host a port 22: Connection refused",
+            "--ssh-port N, PDSH_SSH_ARGS_APPEND='-p N' or `Port N`",
+        ),
+        (255, "kex_exchange_identification: Connection closed by remote host", "give another by --ssh-port N"),
+        (
+            255,
+            "unknown option -- Z\nusage: ssh [-46AaCfGgKkMNnqsTtVvXxYy]\n [-p port]",
+            "that PDSH_SSH_ARGS_APPEND adds",
+        ),
         (1, "bash: line 1: cd: /work: No such file or directory", "start from a folder that every host has"),
         (127, f"env: '{sys.executable}': No such file or directory", f"has no Python at {sys.executable}"),
         (1, "ModuleNotFoundError: No module named 'psutil'", "its Python lacks psutil"),
