@@ -22,7 +22,7 @@ from codeparrot_ds.memory.plan import VOCAB_SIZE
 from tests.cli.slips import TRAIN, prepare, write_tokenizer
 
 COMMANDS = "demo corpus tokenizer data train doctor evaluate complete humaneval".split()
-COMMANDS += "check plan compare checkpoint hub report".split()
+COMMANDS += "check plan compare runs checkpoint hub report completion".split()
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib", "wandb", "pandas")
 
 
@@ -42,7 +42,16 @@ def modules_after(*arguments):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check", "zero2", "--preset", "large"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["check", "zero2", "--preset", "large"],
+        ["train", "large", "--print-config"],
+        ["runs"],
+        ["completion", "bash"],
+    ],
+)
 def test_answers_within_a_second_and_without_torch(arguments):
     code, modules = modules_after(*arguments)
     assert code == 0
