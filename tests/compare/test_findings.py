@@ -68,7 +68,7 @@ def test_the_proposed_command_trains_as_the_recommended_config_was_measured(comp
     # A preset that says much of it in a word is taken; of a model that brings its tokenizer none is named.
     large = RunConfig(**PRESETS["large"], data="d", tokenizer="/tmp/gone", init_from="model")
     words = shlex.split(how_to_train(dataclasses.replace(candidate, config=large)))
-    assert words[2] == "large" and len(words) < 10 and "/tmp/gone" not in " ".join(words)
+    assert words[2] == "large" and len(words) < 14 and "/tmp/gone" not in " ".join(words)
 
 
 def test_memory_that_is_hardly_less_is_no_reason(compared):
