@@ -149,6 +149,9 @@ def _filled(text: str, first: str, others: str) -> str:
 def _rows(config: RunConfig) -> Iterator[str]:
     """The first rows, decoded and each cut after some lines; of a run that resumes how to see them."""
     run = run_path(config)
+    if finished_checkpoint(config) is not None:
+        yield "  none: it has finished"
+        return
     if continued_from(config) is not None:
         # A lane's state at a row is known by reading up to it, which may take long.
         checkpoint = (

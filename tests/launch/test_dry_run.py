@@ -150,7 +150,9 @@ def test_of_a_run_that_resumes_and_of_one_that_has_finished(make_config, capsys)
         json.dumps({"name": "one", "hub": None, "outcome": {"status": "finished", "step": 50}})
     )
     assert main([*typed, "--max-train-steps", "50"]) == 0
-    found = facts(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    found = facts(said)
+    assert "  none: it has finished\n" in said and "--start-row" not in said
     assert found["begins"].startswith("not at all: it has finished at step 50") and found["steps"].startswith(
         "0 of 50, "
     )
