@@ -33,8 +33,14 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    # This project has no address of its own yet: "Source" and "Issues" belong here once it has.
+    project_urls={
+        "DeepSpeed": "https://github.com/deepspeedai/DeepSpeed",
+        "Recipe": "https://github.com/nlp-with-transformers/notebooks",
+    },
     packages=find_packages(include=["codeparrot_ds", "codeparrot_ds.*"]),
     package_data={
+        "codeparrot_ds": ["py.typed"],
         "codeparrot_ds.ds_config": ["known_keys.json"],
         "codeparrot_ds.report": ["templates/*.j2"],
     },
@@ -80,5 +86,6 @@ setup(
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
+        "Typing :: Typed",
     ],
 )

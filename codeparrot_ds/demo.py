@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from codeparrot_ds.corpus.readers import standard_library_sources
 from codeparrot_ds.corpus.tokenizer import train_tokenizer
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.start import front_door
-from codeparrot_ds.shell import interrupted_by_sigterm, pasteable
+from codeparrot_ds.shell import interrupted_by_sigterm, next_steps, pasteable
 from codeparrot_ds.terminal import duration
 
 VOCAB_SIZE = 8192
@@ -78,8 +79,7 @@ def run_demo(
     code = front_door(config, LaunchOptions(num_gpus=num_gpus), typed=typed)
     if code != 0 or recorded_outcome(run).get("status") != "finished":
         return code  # the command that resumes it, where it was stopped, has been printed
-    _finish(run, started)
-    print(f"  {pasteable(*again, '--max-train-steps', 3 * config.max_train_steps)}     # a longer run beside this one")
+    _finish(run, started, again=[*again, "--max-train-steps", 3 * config.max_train_steps])
     return 0
 
 
@@ -105,7 +105,8 @@ def demo_schedule(max_train_steps: int | None) -> dict[str, Any]:
     }
 
 
-def _finish(run: Path, started: float) -> None:
+def _finish(run: Path, started: float, again: Sequence[object]) -> None:
+    """All that comes after training; ``again`` is the command of a longer run."""
     from codeparrot_ds.evaluation.complete import complete_code, load_generator
     from codeparrot_ds.hub.commands import hub_publish
     from codeparrot_ds.hub.worker import read_destination
@@ -126,10 +127,15 @@ def _finish(run: Path, started: float) -> None:
     print(f"report            {report}")
     print(f"branch            {run.name} of {repository}   ({repository.how_to_get(run.name)})")
     print(f"logs              {run / 'log'}, {run / 'metrics.jsonl'}, {run / 'tensorboard'}, {run / 'wandb'}")
-    print("\nNext:")
-    print(f"  {pasteable('complete', run, 'import os')}")
-    print(f"  {pasteable('evaluate', run)}")
-    print(f"  {pasteable('train', 'small', '--help')}     # the recipe's 111M model on your own corpus")
+    print(
+        next_steps(
+            pasteable("complete", run, "import os"),
+            pasteable("evaluate", run),
+            f"{pasteable('runs', run.parent)}     # step, loss and state of each run",
+            f"{pasteable('train', 'small', '--help')}     # the recipe's 111M model on your own corpus",
+            f"{pasteable(*again)}     # a longer run beside this one",
+        )
+    )
 
 
 def _prepare(workdir: Path, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,3 +64,20 @@ class EvaluationRow(_Row):
         """A row out of a checkpoint; keys that this version does not know are left out."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in row.items() if key in known})
+
+
+def read_row(line: bytes) -> dict[str, Any] | None:
+    """A line of the file as a row, or None for one that a crash left half-written; NaN and infinity are floats."""
+    try:
+        # json, unlike orjson, reads a bare NaN, in case another program wrote the row.
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return {key: _number(value) for key, value in row.items()}
+
+
+def _number(value: Any) -> Any:
+    """``"nan"`` and ``"inf"`` are how the run writes what JSON has no word for."""
+    return float(value) if value in ("nan", "inf", "-inf") else value

@@ -18,6 +18,14 @@ def pasteable(*parts: object) -> str:
     return shlex.join([os.environ.get(COMMAND) or "codeparrot-ds", *map(str, parts)])
 
 
+def next_steps(*commands: str) -> str:
+    """The last lines of a long command: what to type next.
+
+    Each command is made by `pasteable`; a comment may follow it.
+    """
+    return "\n".join(["", "Next:", *(f"  {command}" for command in commands)])
+
+
 class TerminatedError(KeyboardInterrupt):
     """SIGTERM, where it ends a command as Ctrl-C does."""
 

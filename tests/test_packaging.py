@@ -102,6 +102,10 @@ def test_the_wheel_carries_the_configs_and_finds_them(wheel, tmp_path):
     shipped = {path.name for path in (ROOT / "ds_configs").iterdir()}
     assert {f"codeparrot_ds/ds_configs/{name}" for name in shipped} <= names
     assert "codeparrot_ds/ds_config/known_keys.json" in names
+    assert "codeparrot_ds/py.typed" in names  # type checkers read our annotations
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    links = re.findall(r"^Project-URL: (\w+), (https://\S+)$", metadata.read_text(), re.MULTILINE)
+    assert {name for name, _ in links} == {"DeepSpeed", "Recipe"}
     assert not [name for name in names if name.startswith(("tests", "ds_configs"))]
     command = [sys.executable, "-m", "codeparrot_ds", "check", "zero2", "--device", "cpu"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

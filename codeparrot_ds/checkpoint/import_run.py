@@ -42,7 +42,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.gpt2 import hugging_face_config
 from codeparrot_ds.model.shapes import GPT2Shape, num_parameters, parameter_shapes
 from codeparrot_ds.resolved_run import encoder_and_shape
-from codeparrot_ds.shell import pasteable
+from codeparrot_ds.shell import next_steps, pasteable
 from codeparrot_ds.staging import staged_folder
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -182,7 +182,7 @@ def describe(imported: Imported, config: RunConfig) -> list[str]:
     if source.step >= config.max_train_steps:
         lines.append(f"note: max_train_steps is {config.max_train_steps:,}, so `train` has nothing left to do")
     config_file = imported.checkpoint.run / "config.yaml"
-    return [*lines, f"continue with: {pasteable('train', '--config', config_file)}"]
+    return [*lines, next_steps(pasteable("train", "--config", config_file))]
 
 
 def warnings_of(imported: Imported, config: RunConfig) -> list[ConfigWarning]:

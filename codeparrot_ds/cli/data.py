@@ -16,6 +16,7 @@ from codeparrot_ds.config import option_types as types
 from codeparrot_ds.config.run_config import FIELDS
 from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.paths import in_runs, name_argument, path_argument
+from codeparrot_ds.shell import next_steps, pasteable
 from codeparrot_ds.terminal import progress_line, size_text
 
 
@@ -110,6 +111,11 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
     print("\n".join([*lines, f"{card['documents']:,} documents, {size_text(card['bytes'])} in {arguments.out}"]))
+    beside = arguments.out.parent / "tokenizer"
+    if arguments.tokenizer or (beside / "tokenizer.json").is_file():
+        print(_how_to_train(arguments.out, arguments.tokenizer or beside))
+    else:
+        print(next_steps(pasteable("tokenizer", "--data", arguments.out, "--out", beside)))
     return 0
 
 
@@ -150,7 +156,13 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
         f"{result['vocab_size']:,} tokens from {result['documents']:,} documents, "
         f"{result['chars_per_token']:.2f} characters per token, in {arguments.out}"
     )
+    print(_how_to_train(arguments.data, arguments.out))
     return 0
+
+
+def _how_to_train(data: object, tokenizer: object) -> str:
+    train = ("train", "small", "--data", data, "--tokenizer", tokenizer)
+    return next_steps(pasteable(*train, "--dry-run"), pasteable(*train))
 
 
 def add_data(commands: Any) -> None:

@@ -13,6 +13,7 @@ from codeparrot_ds.cli.common import SEED, SHARE, TEMPERATURE, add_command, add_
 from codeparrot_ds.config import option_types as types
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import name_argument, path_argument
+from codeparrot_ds.shell import next_steps, pasteable
 from codeparrot_ds.terminal import progress_line
 
 
@@ -85,6 +86,8 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
             print(f"\n{title:<17}{'loss':>8}{'right':>9}{'in five':>9}{'tokens':>14}")
         for name, row in rows:
             print(f"{name:<17}{row['loss']:>8.4f}{row['top_1']:>9.2%}{row['top_5']:>9.2%}{row['tokens']:>14,}")
+    model = arguments.source
+    print(next_steps(pasteable("complete", model, "import os"), pasteable("humaneval", model, "--allow-execution")))
     return 0
 
 
@@ -261,4 +264,7 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
         return 0
     print(describe(results) if results else "nothing was run")
     print(f"results in {folder}")
+    if arguments.generate_only:
+        judge = ("--allow-execution" if part == "--generate-only" else part for part in arguments.arguments)
+        print(next_steps(pasteable("humaneval", *judge)))
     return 0

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from codeparrot_ds.cli.check import add_check, add_plan
 from codeparrot_ds.cli.common import PROGRAM
 from codeparrot_ds.cli.compare import add_compare
+from codeparrot_ds.cli.completion import add_completion
 from codeparrot_ds.cli.data import add_corpus, add_data, add_tokenizer
 from codeparrot_ds.cli.evaluate import add_complete, add_evaluate, add_humaneval
-from codeparrot_ds.cli.runs import add_checkpoint, add_hub, add_report
+from codeparrot_ds.cli.runs import add_checkpoint, add_hub, add_report, add_runs
 from codeparrot_ds.cli.train import add_demo, add_doctor, add_train
 from codeparrot_ds.config.arguments import ArgumentParser, HelpFormatter
 from codeparrot_ds.errors import UserError
@@ -106,9 +107,11 @@ def build_parser() -> ArgumentParser:
         add_check,
         add_plan,
         add_compare,
+        add_runs,
         add_checkpoint,
         add_hub,
         add_report,
+        add_completion,
     ):
         add(commands)
     return parser

@@ -1,4 +1,4 @@
-"""``checkpoint``, ``hub`` and ``report``: what a run leaves behind."""
+"""``runs``, ``checkpoint``, ``hub`` and ``report``: what a run leaves behind."""
 
 from __future__ import annotations
 
@@ -13,8 +13,43 @@ from codeparrot_ds.cli.common import PROGRAM, RUN_HELP, add_command, default_of,
 from codeparrot_ds.config import option_types as types
 from codeparrot_ds.config.arguments import add_config_arguments, config_from_arguments
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.paths import find_run, name_argument, not_a_run, path_argument
+from codeparrot_ds.paths import RUNS, find_run, name_argument, not_a_run, path_argument
+from codeparrot_ds.shell import next_steps, pasteable
 from codeparrot_ds.terminal import progress_line, size_text
+
+
+def add_runs(commands: Any) -> None:
+    parser = add_command(
+        commands, "runs", _run_runs, "lists runs: step, loss, status, when, how to resume; or shows one as it trains"
+    )
+    parser.add_argument(
+        "place", nargs="?", type=name_argument, metavar="PLACE",
+        help=default_of("folder of runs, or one run, by its folder or its name in runs", RUNS),
+    )  # fmt: skip
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--follow", action="store_true",
+        help="show the run's metrics as they come (the newest run's of a folder); Ctrl-C ends the view, not the run",
+    )  # fmt: skip
+    group.add_argument("--json", action="store_true", help="print one JSON array")
+
+
+def _run_runs(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.report.run_list import nothing_in, runs_in, state_of, table
+    from codeparrot_ds.report.run_view import follow, show
+
+    place = Path(RUNS) if arguments.place is None else find_run(arguments.place, what="run or folder of runs")
+    is_run = (place / "run.json").is_file()
+    runs = [state_of(place)] if is_run else runs_in(place)
+    if arguments.json:
+        print(json.dumps([run.as_json() for run in runs], indent=2))
+    elif not runs:
+        print(nothing_in(place))
+    elif arguments.follow:
+        follow(runs[0].path)
+    else:
+        print(show(place) if is_run else table(runs))
+    return 0
 
 
 def add_checkpoint(commands: Any) -> None:
@@ -127,6 +162,7 @@ def _run_checkpoint_export(arguments: argparse.Namespace) -> int:
 
     export_checkpoint(checkpoint, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite)
     print(f"{arguments.out}: the weights of {checkpoint} in {arguments.dtype}")
+    print(next_steps(pasteable("complete", arguments.out, "import os")))
     return 0
 
 

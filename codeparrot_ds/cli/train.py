@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.cli.common import PROGRAM, add_command, default_of, say
 from codeparrot_ds.config import option_types as types
-from codeparrot_ds.config.arguments import add_config_arguments, config_from_arguments
+from codeparrot_ds.config.arguments import add_config_arguments, commented_yaml, config_from_arguments
 from codeparrot_ds.config.files import read_config_file
 from codeparrot_ds.config.launch_options import LaunchOptions, add_launch_arguments, launch_from_arguments
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.launch.starters import refuse_several, train_as_rank
 from codeparrot_ds.paths import name_argument, path_argument
+from codeparrot_ds.shell import next_steps, pasteable
+
+DRY_RUN = "--dry-run"
 
 
 def add_demo(commands: Any) -> None:
@@ -65,15 +69,37 @@ def add_train(commands: Any) -> None:
     )
     add_config_arguments(parser)
     add_launch_arguments(parser)
+    group = parser.add_argument_group("instead of training").add_mutually_exclusive_group()
+    group.add_argument(
+        DRY_RUN, action="store_true",
+        help="check everything and say all that would happen: config, memory, ranks, data, first rows; write nothing",
+    )  # fmt: skip
+    group.add_argument(
+        "--print-config", action="store_true",
+        help="print a YAML file to start from, with what preset, file and options set, and what each field means",
+    )  # fmt: skip
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
     launch = launch_from_arguments(arguments)
-    train_as_rank(launch, arguments.arguments)
+    if not (arguments.print_config or arguments.dry_run):
+        train_as_rank(launch, arguments.arguments)
     config = config_from_arguments(arguments)
+    if arguments.print_config:
+        print(commented_yaml(config))
+        return 0
 
     from codeparrot_ds.launch.start import front_door
 
+    if arguments.dry_run:
+        from codeparrot_ds.ds_config.changes import field_origins
+        from codeparrot_ds.launch.dry_run import describe
+
+        origins = field_origins(arguments.preset, arguments.config, vars(arguments))
+        dry_run = functools.partial(describe, asked=config, origins=origins)
+        front_door(config, launch, say=say, dry_run=dry_run)
+        print(next_steps(pasteable("train", *(part for part in arguments.arguments if part != DRY_RUN))))
+        return 0
     return front_door(config, launch, typed=arguments.arguments, say=say)
 
 

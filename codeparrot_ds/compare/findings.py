@@ -175,19 +175,31 @@ class Findings:
         return pareto(points)
 
     @property
-    def recommendation(self) -> str:
-        """Which config to take, why, and how sure that is."""
-        usable = {
+    def _usable(self) -> dict[str, Speed]:
+        """Of all that were measured and train the same as the reference."""
+        return {
             name: speed
             for name, speed in self.speeds.items()
             if (verdict := self.outcome(name).verdict) and verdict.same
         }
-        if not usable:
+
+    @property
+    def recommended(self) -> str | None:
+        """The name of the config to take; None where none trains the same as the reference."""
+        usable = self._usable
+        # None of these is told apart from a faster one.
+        fastest = [
+            name for name, _ in ranked(usable) if not any(other.low > usable[name].high for other in usable.values())
+        ]
+        return self._with_least_memory(fastest) if fastest else None
+
+    @property
+    def recommendation(self) -> str:
+        """Which config to take, why, and how sure that is."""
+        usable, chosen = self._usable, self.recommended
+        if chosen is None:
             return "No config was measured that trains the same as the reference."
         order = [name for name, _ in ranked(usable)]
-        # None of these is told apart from a faster one.
-        fastest = [name for name in order if not any(usable[other].low > usable[name].high for other in order)]
-        chosen = self._with_least_memory(fastest)
         speed, outcome = usable[chosen], self.outcome(chosen)
         alike = [name for name in order if name != chosen and usable[name].tied(speed)]
         sentence = f"Take {_on_ranks(outcome.candidate)}: {_rate(speed)}"

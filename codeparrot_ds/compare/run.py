@@ -31,11 +31,13 @@ from codeparrot_ds.compare.progress import TrialProgress
 from codeparrot_ds.compare.results import COMPARISON, peak_of_comparison
 from codeparrot_ds.compare.search import Search
 from codeparrot_ds.compare.trial_process import TrialRunner
-from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.config.arguments import options_of
+from codeparrot_ds.config.run_config import PRESETS, RunConfig
 from codeparrot_ds.config.warnings import config_warnings
 from codeparrot_ds.devices import local_device
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_named
+from codeparrot_ds.shell import next_steps, pasteable
 
 Say = Callable[[str], None]
 TRIAL_GROUPS = ("model", "batch and schedule")
@@ -89,7 +91,18 @@ def run_comparison(
         raise
     for line in ("", *findings.lines(), f"report: {folder / 'report.html'}"):
         say(line)
+    if findings.recommended is not None:
+        say(next_steps(how_to_train(findings.outcome(findings.recommended).candidate)))
     return 0 if findings.speeds else 1
+
+
+def how_to_train(candidate: Candidate) -> str:
+    """The command that trains with a config as it was measured; its JSON is the comparison's own copy."""
+    config = dataclasses.replace(candidate.config, deepspeed=str(candidate.ds_config))
+    if config.init_from:  # brings its tokenizer, which may lie in a folder that goes with this process
+        config = dataclasses.replace(config, tokenizer="")
+    by_preset = [[name, *options_of(config, RunConfig(**PRESETS[name]))] for name in PRESETS]
+    return pasteable("train", *min(by_preset, key=len), "--num-gpus", candidate.world_size)
 
 
 def with_warnings(candidates: Sequence[Candidate], request: Request) -> list[Candidate]:

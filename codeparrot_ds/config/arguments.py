@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -140,9 +142,7 @@ def add_config_arguments(
 
 
 def _add_field(group: Any, field: Field) -> None:
-    says_default = field.help.endswith(")") and "(default: " in field.help
-    stated = "(required)" if field.name in REQUIRED else f"(default: {_shown(field.default)})"
-    text = (field.help if says_default else f"{field.help} {stated}").replace("%", "%%")
+    text = _help_of(field).replace("%", "%%")
     if field.kind == "bool":
         group.add_argument(
             *_spellings(field.name), dest=field.name, action=argparse.BooleanOptionalAction,
@@ -167,10 +167,36 @@ def _add_field(group: Any, field: Field) -> None:
     )  # fmt: skip
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, bool):
-        return "yes" if default else "no"
-    return "none" if default in (None, "") else str(default)
+def _help_of(field: Field) -> str:
+    """What the field is, with its default or that it is required."""
+    if field.help.endswith(")") and "(default: " in field.help:
+        return field.help
+    stated = "(required)" if field.name in REQUIRED else f"(default: {shown_value(field.default)})"
+    return f"{field.help} {stated}"
+
+
+def shown_value(value: Any) -> str:
+    """A field's value for people, as an option takes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value in (None, "") else str(value)
+
+
+def commented_yaml(config: RunConfig) -> str:
+    """A config as YAML to start from: each field below its help; ``--config`` reads it back equal."""
+    import yaml
+
+    lines, group = ["# Run config, for: codeparrot-ds train --config FILE (options win over it)"], ""
+    for name, field in FIELDS.items():
+        if field.group != group:
+            group = field.group
+            lines += ["", f"# ---- {group} ".ljust(80, "-")]
+        choices = f"; one of {', '.join(field.choices)}" if field.choices else ""
+        lines += ["", *textwrap.wrap(_help_of(field) + choices, 78, initial_indent="# ", subsequent_indent="# ")]
+        # A line of its own whatever its length, and letters as they are: this is for people.
+        line = yaml.safe_dump({name: getattr(config, name)}, width=math.inf, allow_unicode=True)
+        lines.append(line.rstrip("\n"))
+    return "\n".join(lines)
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:

@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from codeparrot_ds.checkpoint.folders import Checkpoint
@@ -22,6 +22,7 @@ from codeparrot_ds.checkpoint.run_folder import (
     finished_checkpoint,
     new_run_name,
     recorded_hub,
+    recorded_outcome,
     with_checkpoint,
 )
 from codeparrot_ds.config.arguments import with_field
@@ -49,7 +50,8 @@ from codeparrot_ds.launch.preflight import (
     for_ranks,
     preflight,
 )
-from codeparrot_ds.shell import pasteable
+from codeparrot_ds.resolved_run import ResolvedRun
+from codeparrot_ds.shell import next_steps, pasteable
 
 
 def front_door(
@@ -59,6 +61,7 @@ def front_door(
     typed: Sequence[str] = (),
     module: str = MODULE,
     say: Callable[[str], None] = lambda line: None,
+    dry_run: Callable[[ResolvedRun, list[Host]], Iterable[str]] | None = None,
 ) -> int:
     """Checks a run, starts its ranks through the ``deepspeed`` launcher, waits, and returns the exit code.
 
@@ -70,7 +73,9 @@ def front_door(
         launch: where the ranks run.
         typed: the options of ``train`` with the launcher's own, for the command that continues the run.
         module: what a rank runs.
-        say: gets which run this is, and where its log will be, once nothing is wrong at first sight.
+        say: gets which run this is, and where its log will be, once nothing is wrong at first sight; and what to type
+            next once it has finished.
+        dry_run: what to say of the checked run instead of starting it; nothing is written then.
 
     Raises:
         UserError: anything that can be known to be wrong before a rank starts.
@@ -96,7 +101,8 @@ def front_door(
         shared_variables(device)  # a mistake in .deepspeed_env is found before anything is made
     ranks = sum(len(host.slots) for host in hosts)
     run = preflight(config, device=device, world_size=ranks)
-    if (finished := finished_checkpoint(run.config)) is not None and _is_at_its_end(run.config, finished, going_on):
+    finished = None if dry_run else finished_checkpoint(run.config)
+    if finished is not None and _is_at_its_end(run.config, finished, going_on):
         return 0
     assert run.file is not None
     if (said := describe_choice(config.deepspeed, run.file, device=device)) is not None:
@@ -105,8 +111,12 @@ def front_door(
         print(f"warning: {warning.sentence}", file=sys.stderr)
     if is_local(hosts):
         check_memory(run, refuse=not launch.ignore_memory_plan)
-        if not are_built(needed_operators(run.ds_config, device)):
-            build_operators(run.ds_config, device, rank_environment(device, ranks))
+    if dry_run is not None:
+        for line in dry_run(run, hosts):
+            print(line)
+        return 0
+    if is_local(hosts) and not are_built(needed_operators(run.ds_config, device)):
+        build_operators(run.ds_config, device, rank_environment(device, ranks))
     if config.hub != "off":
         outage = prepare_branch(config.hub, output_dir, name)
         if outage is not None:
@@ -122,7 +132,18 @@ def front_door(
         going_on=going_on,
         module=module,
     )
-    return run_job(job)
+    code = run_job(job)
+    if code == 0 and not launch.node_rank and recorded_outcome(job.folder).get("status") == "finished":
+        say(_what_to_do_with(job.folder, config))
+    return code
+
+
+def _what_to_do_with(run: Path, config: RunConfig) -> str:
+    """What to type once a run has finished."""
+    commands = [("report", run), ("evaluate", run), ("complete", run, "import os")]
+    if config.hub != "off":
+        commands.append(("hub", "publish", run))
+    return next_steps(*(pasteable(*command) for command in commands))
 
 
 def _going_on(typed: Sequence[str], config: RunConfig, name: str) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from codeparrot_ds.checkpoint.folders import checkpoint_folders
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.metrics import read_row
 from codeparrot_ds.paths import no_run
 from codeparrot_ds.report.plots import Chart, Series, picture_of
 from codeparrot_ds.report.run_page import page_of
@@ -95,7 +96,7 @@ def read_run(path: Path) -> RunRecord:
     run.ds_config = _read_mapping(path / "ds_config.json")
     lines = (path / "metrics.jsonl").read_bytes().splitlines() if (path / "metrics.jsonl").is_file() else []
     for line in lines:
-        row = _metrics_row(line)
+        row = read_row(line)
         if row is None:
             run.unreadable_rows += 1
         elif "eval_loss" in row:
@@ -109,25 +110,8 @@ def read_run(path: Path) -> RunRecord:
 def _last_samples(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    rows = [row for row in map(_metrics_row, path.read_bytes().splitlines()) if row is not None]
+    rows = [row for row in map(read_row, path.read_bytes().splitlines()) if row is not None]
     return [row for row in rows if row["step"] == rows[-1]["step"]]
-
-
-def _metrics_row(line: bytes) -> dict[str, Any] | None:
-    """One row, or None for a line that a crash left half-written."""
-    try:
-        # json, unlike orjson, reads a bare NaN, in case another program wrote the row.
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        return None
-    return {key: _number(value) for key, value in row.items()}
-
-
-def _number(value: Any) -> Any:
-    """``"nan"`` and ``"inf"`` are how the run writes what JSON has no word for."""
-    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

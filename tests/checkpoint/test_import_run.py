@@ -116,7 +116,7 @@ def test_a_run_begins_from_a_deepspeed_checkpoint(saved, options, tmp_path, caps
     assert "Adam's step 4" in said and "step 4, skipped steps 0, 16 rows" in said
     assert "place in the data: the run continues with row 0" in said and "8 per step where DeepSpeed had 4" in said
     assert "the config's at step 4, learning rate 0.0005 (it was 0.001 in DeepSpeed's)" in said
-    assert said.endswith(f"continue with: codeparrot-ds train --config {run}/config.yaml\n")
+    assert said.endswith(f"\nNext:\n  codeparrot-ds train --config {run}/config.yaml\n")
     checkpoint = Checkpoint(run / "checkpoints" / "step-00000004")
     assert checkpoint.damage() == []
     state = checkpoint.read_json("state.json")

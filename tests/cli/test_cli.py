@@ -22,7 +22,7 @@ from codeparrot_ds.memory.plan import VOCAB_SIZE
 from tests.cli.slips import TRAIN, prepare, write_tokenizer
 
 COMMANDS = "demo corpus tokenizer data train doctor evaluate complete humaneval".split()
-COMMANDS += "check plan compare checkpoint hub report".split()
+COMMANDS += "check plan compare runs checkpoint hub report completion".split()
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib", "wandb", "pandas")
 
 
@@ -42,7 +42,16 @@ def modules_after(*arguments):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check", "zero2", "--preset", "large"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["check", "zero2", "--preset", "large"],
+        ["train", "large", "--print-config"],
+        ["runs"],
+        ["completion", "bash"],
+    ],
+)
 def test_answers_within_a_second_and_without_torch(arguments):
     code, modules = modules_after(*arguments)
     assert code == 0
@@ -166,12 +175,25 @@ def test_corpus_and_tokenizer_on_a_source_tree(tmp_path, capsys):
         (source / f"module_{number}.py").write_text(f"def function_{number}(argument):\n{body}\n    return value_0\n")
     corpus, tokenizer = str(tmp_path / "corpus"), str(tmp_path / "tokenizer")
     assert main(["corpus", str(source), "--out", corpus, "--validation-fraction", "0.1"]) == 0
-    assert "\n60 documents" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\n60 documents" in said
+    assert next_commands(said) == [["tokenizer", "--data", corpus, "--out", tokenizer]]
     assert main(["tokenizer", "--data", corpus, "--out", tokenizer, "--vocab-size", "300"]) == 0
-    assert "300 tokens from" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    train = ["train", "small", "--data", corpus, "--tokenizer", tokenizer]
+    assert "300 tokens from" in said and next_commands(said) == [[*train, "--dry-run"], train]
     assert main(["corpus", str(source), "--out", corpus]) == 2
     assert main(["check", "--config", str(_config_with(tmp_path, tokenizer))]) == 0
     assert "(vocabulary 300: " in capsys.readouterr().out
+
+
+def next_commands(said):
+    """What the end of an output proposes, as words; each is a command that the parser takes."""
+    lines = said.partition("\nNext:\n")[2].splitlines()
+    found = [shlex.split(line, comments=True)[1:] for line in lines]
+    for words in found:
+        cli.build_parser().parse_args(words)
+    return found
 
 
 def _config_with(folder, tokenizer):

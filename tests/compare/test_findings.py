@@ -3,14 +3,20 @@
 import dataclasses
 import json
 import math
+import shlex
 from html.parser import HTMLParser
 
 import pytest
 
+from codeparrot_ds.cli.main import build_parser
 from codeparrot_ds.compare.charts import pictures_of
 from codeparrot_ds.compare.findings import as_json, differences
 from codeparrot_ds.compare.page import page_of, write_reports
 from codeparrot_ds.compare.results import COMPARISON, Peak
+from codeparrot_ds.compare.run import how_to_train
+from codeparrot_ds.config.arguments import config_from_arguments
+from codeparrot_ds.config.launch_options import launch_from_arguments
+from codeparrot_ds.config.run_config import PRESETS, RunConfig
 from codeparrot_ds.report.plots import LIGHT, LINE_STYLES, _of, marker_of, png_size
 from tests.compare.fake_trial import STEPS, found, row
 
@@ -47,6 +53,22 @@ def test_among_ties_the_one_with_less_memory_is_recommended(compared):
         "Take b on 1 rank: 1,000 tokens/s (1,000 to 1,000, 2 trials); in speed it is not told apart from a on 1, and "
         "takes less memory. To tell them apart, try the same command with --repeats 4."
     )
+
+
+def test_the_proposed_command_trains_as_the_recommended_config_was_measured(compared):
+    findings = compared({"zero1": 900.0, "zero2": 100.0}, world_sizes=(2,))
+    assert findings.recommended == "zero1 on 2"
+    candidate = findings.outcome("zero1 on 2").candidate
+    candidate = dataclasses.replace(candidate, config=dataclasses.replace(candidate.config, run_name=None, seed=7))
+    words = shlex.split(how_to_train(candidate))[1:]
+    parsed = build_parser().parse_args(words)
+    config = config_from_arguments(parsed)
+    assert config == dataclasses.replace(candidate.config, deepspeed=str(candidate.ds_config))
+    assert launch_from_arguments(parsed).num_gpus == 2 and candidate.ds_config.is_file()
+    # A preset that says much of it in a word is taken; of a model that brings its tokenizer none is named.
+    large = RunConfig(**PRESETS["large"], data="d", tokenizer="/tmp/gone", init_from="model")
+    words = shlex.split(how_to_train(dataclasses.replace(candidate, config=large)))
+    assert words[2] == "large" and len(words) < 14 and "/tmp/gone" not in " ".join(words)
 
 
 def test_memory_that_is_hardly_less_is_no_reason(compared):

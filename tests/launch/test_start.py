@@ -22,7 +22,7 @@ import pytest
 from codeparrot_ds import devices, durable, resolved_run
 from codeparrot_ds.checkpoint.folders import STATE, publish
 from codeparrot_ds.checkpoint.run_folder import continued_from
-from codeparrot_ds.cli.main import main
+from codeparrot_ds.cli.main import build_parser, main
 from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from codeparrot_ds.config.files import save_config
 from codeparrot_ds.config.launch_options import LaunchOptions
@@ -527,6 +527,30 @@ def test_what_can_hardly_be_meant_is_said_and_the_run_goes_on(make_config, front
     assert all(line.startswith("warning: ") for line in warnings)
     assert said.out == "starting 2 rank(s) on this machine; importing torch and DeepSpeed takes a while\n"
     assert len(front.started) == 1
+
+
+@pytest.mark.parametrize("hub", ["off", "local"])
+def test_a_run_that_finishes_ends_with_what_to_type_next(make_config, front, tmp_path, hub):
+    said: list[str] = []
+    config = make_config(deepspeed="zero2_fp32", hub=hub, output_dir=str(tmp_path / "my runs"))
+    assert front(config, outcome={"status": "finished", "step": 3}, say=said.append) == 0
+    _, _, commands = said[-1].partition("\nNext:\n")
+    proposed = [shlex.split(line)[1:] for line in commands.splitlines()]
+    run = str(tmp_path / "my runs" / "brave-otter-7")
+    wanted = [["report", run], ["evaluate", run], ["complete", run, "import os"], ["hub", "publish", run]]
+    assert proposed == wanted[: 3 if hub == "off" else 4]
+    for words in proposed:
+        build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [(End(code=0, asked=True), "stopped"), (End(code=1), "running"), (End(code=3), "diverged")]
+)
+def test_one_that_does_not_finish_proposes_nothing_to_look_at(make_config, front, end, status):
+    said: list[str] = []
+    config = make_config(deepspeed="zero2_fp32")
+    assert front(config, end=end, outcome={"status": status, "step": 3}, say=said.append) == end.code
+    assert "Next:" not in "".join(said)
 
 
 def save_run(config, step: int, **record) -> Path:

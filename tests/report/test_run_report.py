@@ -109,6 +109,16 @@ def run(tmp_path_factory) -> Path:
     return path
 
 
+def test_a_phone_has_labels_of_a_legible_size_and_values_that_wrap(run):
+    """At a width of 390 pixels; a picture that is wider than the screen scrolls beside its neighbours, not the page."""
+    style = re.sub(r"\s+", " ", (run / "report" / "report.html").read_text())
+    phone = style.partition("@media screen and (max-width: 40rem) {")[2].partition("} @media")[0]
+    rules = dict(re.findall(r"([^{}]+?) \{ ([^}]*)\}", phone))
+    width = float(re.search(r"width: ([\d.]+)rem; max-width: none", rules[" figure img"])[1]) * 16
+    assert plots.LEGEND_POINTS / plots.WIDTH_POINTS * width >= 9  # pixels high
+    assert "overflow-x: auto" in rules[" figure"] and "white-space: normal" in rules[" th, td"]
+
+
 def test_every_chart_of_a_run_is_a_png(run):
     names = {"perplexity", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "data_wait", "memory"}
     files = {path.stem: path.read_bytes() for path in (run / "report").glob("*.png")}
