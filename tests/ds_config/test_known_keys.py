@@ -298,6 +298,8 @@ def test_defaults_that_rules_speak_of():
 
     assert DeepSpeedZeroConfig().reduce_bucket_size == DEFAULT_BUCKET
     assert DeepSpeedZeroConfig().sub_group_size == DEFAULT_SUB_GROUP
+    # What the traffic of stages 1 and 2 in ds_configs/README.md goes by.
+    assert DeepSpeedZeroConfig().use_multi_rank_bucket_allreduce
 
 
 # --------------------------------------------------------------------------------------------------------------------
