@@ -19,8 +19,8 @@ from codeparrot_ds.ds_config.conflicts import CONFLICTS
 from codeparrot_ds.ds_config.facts import leaves, value_at, with_settled_precision
 from codeparrot_ds.ds_config.file import CPU_PRECISIONS, GPU_PRECISIONS, DsFile, line_of
 from codeparrot_ds.ds_config.inert import INERT
-from codeparrot_ds.ds_config.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath
-from codeparrot_ds.ds_config.reading import Reading, Said, read_keys
+from codeparrot_ds.ds_config.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath, Said
+from codeparrot_ds.ds_config.reading import Reading, read_keys
 from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS, modern
 from codeparrot_ds.ds_config.rules import Rule, Subject, path_of
 from codeparrot_ds.errors import UserError
@@ -57,6 +57,7 @@ def lint(
     precisions: Sequence[str] | None = None,
     followed: Sequence[str] | None = None,
     lines: Mapping[KeyPath, int] | None = None,
+    converted: Sequence[Said] = (),
 ) -> list[Finding]:
     """Everything wrong with `ds_config`, all at once, errors and warnings in the order of the file.
 
@@ -72,6 +73,7 @@ def lint(
         precisions: that the device trains in, the fastest first; None: of any.
         followed: what ``"enabled": "auto"`` follows, first to last; None: the device's.
         lines: the line of each key.
+        converted: what there is to say of values that were converted when the file was read (`DsFile`).
     """
     precisions = precisions or (CPU_PRECISIONS if device == "cpu" else GPU_PRECISIONS)
     reading = read_keys(ds_config)
@@ -92,7 +94,7 @@ def lint(
     written = [(reading.as_written(_old_name(key, renamed)), severity, message) for key, severity, message in said]
     findings = [
         Finding(os.fspath(path), ".".join(key), severity, message, line_of(dict(lines or {}), key))
-        for key, severity, message in _once([*reading.said, *written])
+        for key, severity, message in [*converted, *_once([*reading.said, *written])]
     ]
     return sorted(findings, key=lambda finding: finding.line or 0)
 
@@ -100,7 +102,13 @@ def lint(
 def lint_file(file: DsFile, **known: Any) -> list[Finding]:
     """`lint` of a file as read, with the lines of its keys."""
     followed = None if file.precisions is None else file.followed
-    return lint(file.config, file.path, lines=file.lines, precisions=file.precisions, followed=followed, **known)
+    read: dict[str, Any] = {
+        "precisions": file.precisions,
+        "followed": followed,
+        "lines": file.lines,
+        "converted": file.converted,
+    }
+    return lint(file.config, file.path, **read, **known)
 
 
 def check_ds_config(file: DsFile, **known: Any) -> list[Finding]:
