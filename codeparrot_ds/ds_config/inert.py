@@ -236,17 +236,17 @@ ACTIVATION_CHECKPOINTING = (
     ),
 )
 
-_OWN_CHECKPOINTS = "does nothing: the run saves and restores its checkpoints itself"
 # What a run here does itself; other programs may need it.
 IN_A_RUN = (
     *(
         warning(key, lambda s, value: s.run is not None, message)
         for keys, message in (
-            ("checkpoint datastates_ckpt", _OWN_CHECKPOINTS),
-            (_within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"), _OWN_CHECKPOINTS),
+            (
+                _within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"),
+                "does nothing: the run saves and restores its checkpoints itself",
+            ),
             ("dataloader_drop_last", "does nothing: the run has its own data stream, which drops nothing"),
             ("pipeline", "does nothing: a run here has no pipeline parallelism"),
-            ("autotuning", "does nothing: only the launcher's --autotuning reads it"),
             ("steps_per_print", "does nothing: the run sets it and has its own log"),
         )
         for key in keys.split()

@@ -21,7 +21,7 @@ from codeparrot_ds.ds_config.file import CPU_PRECISIONS, GPU_PRECISIONS, DsFile,
 from codeparrot_ds.ds_config.inert import INERT
 from codeparrot_ds.ds_config.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath, Said
 from codeparrot_ds.ds_config.reading import Reading, read_keys
-from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS, modern
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS, left_out, modern
 from codeparrot_ds.ds_config.rules import Rule, Subject, path_of
 from codeparrot_ds.errors import UserError
 
@@ -177,9 +177,8 @@ def _run_owned_keys(subject: Subject) -> Iterator[Said]:
     if any(value != "auto" for _, value in leaves(scheduler)):
         message = "belongs to the run config (lr_scheduler_type, num_warmup_steps), and a run refuses it; remove it"
         yield ("scheduler",), "error" if subject.run else "warning", message
-    for monitor in ("tensorboard", "wandb", "csv_monitor", "comet"):
-        if value_at(subject.config, (monitor, "enabled")) is True:
-            yield (monitor,), "warning", "the run writes its own logs; DeepSpeed's monitor counts samples, not steps"
+    for block, why in left_out(subject.config).items():
+        yield (block,), "warning", why
 
 
 def _wanted(subject: Subject, path: KeyPath, field: str) -> Any:

@@ -303,6 +303,14 @@ def test_ranks_that_a_secondary_partition_does_not_divide():
     assert findings(hpz, world_size=4) == findings(hpz, world_size=16) == []
 
 
+@pytest.mark.parametrize("block", ["tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "datastates_ckpt"])
+def test_a_block_that_works_against_the_run_is_left_out_and_said(block):
+    for known in ({}, {"config": RunConfig()}):
+        (found,) = [finding for finding in lint({block: {"enabled": True}}, "f", **known) if finding.key == block]
+        assert found.severity == "warning" and found.message.startswith("is left out of a run here: ")
+    assert findings({block: {"enabled": False}}) == []
+
+
 def test_check_for_a_program_raises_the_errors_and_returns_the_warnings():
     file = DsFile(Path("c.json"), {"zero_optimization": {"stage": 2, "sub_group_size": 5}}, {})
     (warning,) = check_ds_config(file)

@@ -201,6 +201,14 @@ def test_a_file_without_optimizer_or_zero_gets_the_recipes_optimizer_and_stage_0
     assert zero_stage(resolved) == 0 and precision(resolved) == "fp32"
 
 
+def test_blocks_that_work_against_the_run_are_left_out():
+    blocks = {block: {"enabled": True} for block in ("wandb", "tensorboard", "csv_monitor", "comet", "autotuning")}
+    blocks |= {"checkpoint": {"writer": {"type": "fast"}}, "comms_logger": {"enabled": False}}
+    blocks["csv_monitor"]["output_path"] = "$NONE_SUCH/logs"  # nor is anything in them looked at
+    assert resolve(blocks) == resolve({})
+    assert resolve({"comms_logger": {"enabled": True}})["comms_logger"] == {"enabled": True}
+
+
 def test_a_timer_that_the_user_asks_for_stays():
     assert resolve({"timers": {"throughput": {"enabled": True}}})["timers"]["throughput"]["enabled"] is True
 
