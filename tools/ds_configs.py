@@ -83,8 +83,9 @@ def _with(config: Mapping[str, Any], **blocks: Any) -> dict[str, Any]:
 _CPU = {"device": "cpu", "pin_memory": True}
 _NVME_OPTIMIZER = {"device": "nvme", "nvme_path": "auto", "pin_memory": True, "buffer_count": 4}
 _NVME_PARAMETERS = {"device": "nvme", "nvme_path": "auto", "pin_memory": True, "buffer_count": 5}
-_CHECKPOINTING = {"partition_activations": False, "cpu_checkpointing": False}
-_CPU_CHECKPOINTING = _CHECKPOINTING | {"cpu_checkpointing": True}
+# Being there switches it on; a block of values that are all false would look as if it did not.
+_CHECKPOINTING: dict[str, Any] = {}
+_CPU_CHECKPOINTING = {"cpu_checkpointing": True}
 _BF16_STATES = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 

@@ -53,6 +53,7 @@ def lint(
     device: str = "cuda",
     world_size: int | None = None,
     parameters: int | None = None,
+    model_hidden_size: int | None = None,
     libaio: bool | None = None,
     precisions: Sequence[str] | None = None,
     followed: Sequence[str] | None = None,
@@ -69,6 +70,7 @@ def lint(
         device: what the ranks will have, ``cpu`` or ``cuda``.
         world_size: number of ranks, where it is known.
         parameters: of the model, where it is known.
+        model_hidden_size: the model's width, where it is known.
         libaio: whether this machine can build NVMe offloading (`libaio_installed`); None is not judged.
         precisions: that the device trains in, the fastest first; None: of any.
         followed: what ``"enabled": "auto"`` follows, first to last; None: the device's.
@@ -84,6 +86,7 @@ def lint(
         device=device,
         world_size=world_size,
         parameters=parameters,
+        model_hidden_size=model_hidden_size,
         libaio=libaio,
         precisions=precisions,
     )
@@ -220,7 +223,7 @@ def _apply(rule: Rule, subject: Subject) -> Iterator[Said]:
     if "{" in message:
         named = {"value": value, "stage": subject.stage, "precision": subject.precision}
         named |= {f"in_{each}": subject.counterpart(each) for each in ("bf16", "fp16", "fp32")}
-        message = message.format(**named, parameters=subject.parameters)
+        message = message.format(**named, parameters=subject.parameters, model_hidden_size=subject.model_hidden_size)
     yield path_of(rule.key), severity, message
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from codeparrot_ds.ds_config import known_keys
 from codeparrot_ds.ds_config.facts import value_at
-from codeparrot_ds.ds_config.inert import DEFAULT_BUCKET, DEFAULT_SUB_GROUP
+from codeparrot_ds.ds_config.inert import DEFAULT_BUCKET, DEFAULT_PARAM_BUFFER, DEFAULT_PARAM_BUFFERS, DEFAULT_SUB_GROUP
 from codeparrot_ds.ds_config.known_keys import (
     IGNORES_UNKNOWN,
     KEYS,
@@ -319,9 +319,12 @@ def test_a_default_that_a_model_has_is_a_right_value():
 
 def test_defaults_that_rules_speak_of():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 
     assert DeepSpeedZeroConfig().reduce_bucket_size == DEFAULT_BUCKET
     assert DeepSpeedZeroConfig().sub_group_size == DEFAULT_SUB_GROUP
+    parameters = DeepSpeedZeroOffloadParamConfig()
+    assert (parameters.buffer_size, parameters.buffer_count) == (DEFAULT_PARAM_BUFFER, DEFAULT_PARAM_BUFFERS)
     # What the traffic of stages 1 and 2 in ds_configs/README.md goes by.
     assert DeepSpeedZeroConfig().use_multi_rank_bucket_allreduce
 
