@@ -1,4 +1,5 @@
 import copy
+import inspect
 import re
 from pathlib import Path
 
@@ -457,6 +458,13 @@ def test_deepspeed_still_switches_these_on_unsaid():
     )
     assert parsed.comms_config.comms_logger_enabled
     assert parsed.wall_clock_breakdown
+
+
+def test_deepspeed_still_ends_the_process_when_autotuning_is_on():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    assert "self._autotuning_exit()" in inspect.getsource(DeepSpeedEngine.step)
+    assert "exit()" in inspect.getsource(DeepSpeedEngine._autotuning_exit)
 
 
 @pytest.mark.parametrize("block", ["tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "datastates_ckpt"])
