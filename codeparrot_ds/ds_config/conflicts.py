@@ -283,7 +283,7 @@ COMMUNICATION = (
     ),
     warning(
         f"{_ZERO}.zero_hpz_partition_size",
-        # No error: on two CPU ranks the losses are those without.
+        # No error: on four CPU ranks in two groups the losses are those without either.
         lambda s, value: s.stage == 3 and value > 1 and s.offloads("parameters"),
         "users saw the loss stand still together with offload_param (DeepSpeed issue 6926); keep one of the two",
     ),
