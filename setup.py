@@ -51,6 +51,8 @@ setup(
         "torch>=2.11",
         # Private parts of it are used, which a minor version may rename: docs/deepspeed.md.
         "deepspeed>=0.19.8,<0.20",
+        # What DeepSpeed reads its JSON files with.
+        "hjson>=3.1",
         "transformers>=5.17",
         "datasets>=4",
         "tokenizers>=0.22",

@@ -116,12 +116,13 @@ def test_paths_in_a_deepspeed_json(home, tmp_path):
     offload = {"device": "nvme", "nvme_path": "~/nvme"}
     ds_config = {
         "zero_optimization": {"stage": 2, "offload_optimizer": offload},
-        "tensorboard": {"enabled": True, "output_path": "$DATA/tb"},
-        "flops_profiler": {"enabled": False, "output_file": "flops.txt"},
+        "flops_profiler": {"enabled": False, "output_file": "$DATA/flops.txt"},
     }
     resolved = resolve_ds_config(ds_config, RunConfig(), world_size=1, model_hidden_size=64)
     assert resolved["zero_optimization"]["offload_optimizer"]["nvme_path"] == f"{home}/nvme"
-    assert resolved["tensorboard"]["output_path"] == "/data/tb"
+    assert resolved["flops_profiler"]["output_file"] == "/data/flops.txt"
+    ds_config["flops_profiler"]["output_file"] = "flops.txt"
+    resolved = resolve_ds_config(ds_config, RunConfig(), world_size=1, model_hidden_size=64)
     assert resolved["flops_profiler"]["output_file"] == f"{tmp_path}/flops.txt"
     offload["nvme_path"] = "$NONE_SUCH/nvme"
     with pytest.raises(UserError, match=r"offload_optimizer.nvme_path cannot be \$NONE_SUCH/nvme: the variable"):

@@ -83,8 +83,9 @@ def _with(config: Mapping[str, Any], **blocks: Any) -> dict[str, Any]:
 _CPU = {"device": "cpu", "pin_memory": True}
 _NVME_OPTIMIZER = {"device": "nvme", "nvme_path": "auto", "pin_memory": True, "buffer_count": 4}
 _NVME_PARAMETERS = {"device": "nvme", "nvme_path": "auto", "pin_memory": True, "buffer_count": 5}
-_CHECKPOINTING = {"partition_activations": False, "cpu_checkpointing": False}
-_CPU_CHECKPOINTING = _CHECKPOINTING | {"cpu_checkpointing": True}
+# Being there switches it on; a block of values that are all false would look as if it did not.
+_CHECKPOINTING: dict[str, Any] = {}
+_CPU_CHECKPOINTING = {"cpu_checkpointing": True}
 _BF16_STATES = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
@@ -93,23 +94,27 @@ _BF16_STATES = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": 
 
 
 def _stages() -> dict[str, Entry]:
+    # Traffic is what a rank of many sends of N gradients or weights: N to reduce-scatter or gather, 2N to all-reduce.
+    # Stages 1 and 2 all-reduce whatever reduce_scatter says (stage_1_and_2.py, average_tensor, where
+    # use_multi_rank_bucket_allreduce is on, its default), and gather the weights after the step. Stage 3 keeps gathered
+    # weights from forward to backward within stage3_max_live_parameters. Counted on two gloo ranks.
     said = {
         0: (
-            "plain data parallel; the model and Adam fit into each GPU with room to spare",
-            "16 bytes a parameter on every rank, 24 while Adam steps",
+            "plain data parallel; the model and Adam fit into each GPU with room to spare; the least traffic",
+            "16 bytes per parameter on every rank, 24 while Adam steps; traffic 2N per step",
         ),
         1: (
-            "optimizer states shared out at the traffic of stage 0; slow networks: gradients travel once a step, "
-            "however many micro-batches it has",
-            "every rank keeps whole gradients",
+            "optimizer states shared out; slow networks: traffic once per step, however many micro-batches it has",
+            "every rank keeps whole gradients; traffic 3N per step",
         ),
         2: (
             "gradients shared out as well; the default",
-            "gradients travel with every micro-batch: with many of them on a slow network take stage 1",
+            "traffic 2N per micro-batch and N per step: with many of them on a slow network take stage 1",
         ),
         3: (
             "weights shared out as well: models that no single GPU holds",
-            "weights travel twice a micro-batch: half as much traffic again as stage 2",
+            "traffic 2N per micro-batch; 3N for models above half of `stage3_max_live_parameters`, whose weights are "
+            "gathered again for the backward pass",
         ),
     }
     return {f"zero{stage}": Entry(config=_config(stage), use=use, cost=cost) for stage, (use, cost) in said.items()}
@@ -218,7 +223,7 @@ def _activations() -> dict[str, Entry]:
         "zero3_activation_checkpointing": Entry(
             config=_with(_config(3), activation_checkpointing=_CHECKPOINTING),
             use="neither weights nor activations fit",
-            cost=f"{third}, and weights are gathered once more",
+            cost=f"{third}; above half of `stage3_max_live_parameters` weights are gathered once more",
         ),
         "zero2_offload_activation_checkpointing": Entry(
             config=_with(_config(2, offload_optimizer=_CPU), activation_checkpointing=_CHECKPOINTING),

@@ -125,6 +125,7 @@ def _check_file(
             device=device_here() if is_here else arguments.device,
             world_size=arguments.world_size,
             parameters=num_parameters(shape) if shape else None,
+            model_hidden_size=shape.n_embd if shape else None,
             libaio=(libaio_installed() or are_built(["async_io"])) if is_here else None,
         )
     except UserError as error:

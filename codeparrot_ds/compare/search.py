@@ -42,7 +42,7 @@ OFFLOADS = ("none", "optimizer", "parameters")
 """What is offloaded to the host's memory; parameters only together with the optimizer, and only at stage 3."""
 DEFAULT_BUCKET = 500_000_000
 BUCKET_FACTOR, SMALLEST_BUCKET = 4, 1_000_000
-_CHECKPOINTING = {"partition_activations": False, "cpu_checkpointing": False}
+_CHECKPOINTING: dict[str, Any] = {}  # being there switches it on
 _OFFLOAD = {"device": "cpu", "pin_memory": True}
 
 

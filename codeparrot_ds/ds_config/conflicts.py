@@ -14,6 +14,8 @@ from codeparrot_ds.ds_config.rules import Subject, error, error_in_run, warning
 
 _ZERO = "zero_optimization"
 _OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM = f"{_ZERO}.offload_optimizer", f"{_ZERO}.offload_param"
+# The largest share that a bf16 number can lose and still be rounded back to what it was: half of its coarsest spacing.
+_BF16_SPACING = 1 / 256
 _STAGE1_FP32 = "stage 1 in bf16 with fp32 accumulation (BF16_Optimizer)"
 
 
@@ -30,8 +32,21 @@ def _clips(subject: Subject) -> bool:
     return bool(clipping > 0)
 
 
+def _beta2_stands_still(subject: Subject) -> bool:
+    # DeepSpeed's Adams have the same default where the file has none.
+    betas = subject.get("optimizer.params.betas") or [0.9, 0.999]
+    return subject.is_adam and 1 - betas[-1] < _BF16_SPACING
+
+
 def _reduce_scatters(subject: Subject) -> bool:
     return subject.stage >= 2 and subject.get(f"{_ZERO}.reduce_scatter", True) is True
+
+
+def _cannot_be_quantized(subject: Subject) -> bool:
+    # ``CUDAQuantizer.quantize`` asserts it of each rank's piece, and a bias is as long as the model is wide.
+    if subject.model_hidden_size is None or subject.world_size is None:
+        return False
+    return subject.model_hidden_size % (8 * subject.world_size) != 0
 
 
 def _batches_disagree(subject: Subject, batch: int) -> bool:
@@ -114,6 +129,12 @@ PRECISION = (
         "bf16.bf16_optimizer_states",
         lambda s, value: value is True and s.get("bf16.bf16_master_weights_and_grads") is not True,
         "needs bf16_master_weights_and_grads: true, or DeepSpeed refuses it",
+    ),
+    warning(
+        "bf16.bf16_optimizer_states",
+        lambda s, value: value is True and _beta2_stands_still(s),
+        "Adam's second moment should shrink by less per step than bf16 can express: it stays as it is, and the steps "
+        "become too small; write optimizer.params.betas [0.9, 0.95]",
     ),
     error(
         "fp16.fp16_master_weights_and_grads",
@@ -260,6 +281,12 @@ COMMUNICATION = (
         ),
         "must divide the number of ranks",
     ),
+    warning(
+        f"{_ZERO}.zero_hpz_partition_size",
+        # No error: on four CPU ranks in two groups the losses are those without either.
+        lambda s, value: s.stage == 3 and value > 1 and s.offloads("parameters"),
+        "users saw the loss stand still together with offload_param (DeepSpeed issue 6926); keep one of the two",
+    ),
     error(
         f"{_ZERO}.zero_quantized_gradients",
         lambda s, value: value is True and s.stage == 3 and s.get(f"{_ZERO}.reduce_scatter") is False,
@@ -283,6 +310,11 @@ COMMUNICATION = (
             "needs a GPU: the kernels are CUDA's",
         )
         for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+    ),
+    error(
+        f"{_ZERO}.zero_quantized_weights",
+        lambda s, value: value is True and s.stage == 3 and _cannot_be_quantized(s),
+        "needs a model whose width ({model_hidden_size:,}) is a multiple of 8 x ranks, or DeepSpeed asserts it",
     ),
     error(
         "compile.deepcompile",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from codeparrot_ds.ds_config.known_keys import KeyPath
+from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONObject, getNext, make_scanner, scantfnns
+
+from codeparrot_ds.ds_config.known_keys import ANY, IGNORES_UNKNOWN, KEYS, KeyPath, Said
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path
 
@@ -84,7 +87,8 @@ class DsFile:
     """A DeepSpeed JSON as read: what it says, the line of each key, and what it is read for.
 
     ``precisions`` are those that the device trains in, the fastest first; None is any device. ``began`` is the
-    precision of the run that resumes, which ``"enabled": "auto"`` follows before the device's.
+    precision of the run that resumes, which ``"enabled": "auto"`` follows before the device's. ``converted`` says which
+    values have another type in the file, for the config check.
     """
 
     path: Path
@@ -92,6 +96,7 @@ class DsFile:
     lines: dict[KeyPath, int]
     precisions: Sequence[str] | None = None
     began: str | None = None
+    converted: tuple[Said, ...] = ()
 
     @property
     def followed(self) -> Sequence[str]:
@@ -120,7 +125,11 @@ def open_ds_config(
 
 
 def read_ds_config(path: str | os.PathLike[str]) -> DsFile:
-    """The JSON object in `path` with its keys' lines; `UserError` with line and column when it is not plain JSON."""
+    """The object in `path` as DeepSpeed reads it, with its keys' lines; `UserError` with the place where it cannot.
+
+    DeepSpeed takes Hjson: JSON with comments, trailing commas and texts without quotes. Values of another type are
+    converted where it converts them, and notes (keys that begin with ``_``) left out where it ignores unknown keys.
+    """
     path = Path(path)
     if path.suffix in (".yaml", ".yml"):
         raise UserError(f"{path} is YAML; a DeepSpeed config is a JSON file")
@@ -135,14 +144,93 @@ def read_ds_config(path: str | os.PathLike[str]) -> DsFile:
     if not text.strip():
         raise UserError(f'{path} is empty; the smallest DeepSpeed config is {{"zero_optimization": {{"stage": 2}}}}')
     try:
-        config = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
+        config, lines = read_hjson(text)
+    except (json.JSONDecodeError, HjsonDecodeError) as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: {_why_not_json(text, error)}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed config is a JSON object {{...}}, not {type(config).__name__}")
-    return DsFile(path, config, key_lines(text))
+    converted: list[Said] = []
+    return DsFile(path, _as_taken(config, (), converted), lines, converted=tuple(converted))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def read_hjson(text: str) -> tuple[Any, dict[KeyPath, int]]:
+    """What a JSON or Hjson text says, and the line, from 1, of each key; items of lists are keys by their number.
+
+    Raises:
+        json.JSONDecodeError: it is neither; so is `HjsonDecodeError`, where it is Hjson up to there.
+        ValueError: a key is given twice, or a number is none.
+    """
+    try:
+        config = json.loads(
+            text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant, parse_float=_finite
+        )
+    except json.JSONDecodeError as error:
+        try:
+            return _with_lines(text)
+        except HjsonDecodeError as other:
+            # What is before the error further down is Hjson; of two at one place the JSON's is the plainer.
+            raise (other if other.pos > error.pos else error) from None
+    return config, _with_lines(text)[1]
+
+
+def _with_lines(text: str) -> tuple[Any, dict[KeyPath, int]]:
+    decoder = _PlacedDecoder()
+    try:
+        config = decoder.decode(text)
+    except IndexError:  # what the library raises at the end of a comment or text that nothing closes
+        raise HjsonDecodeError("a comment or text that does not end", text, len(text)) from None
+    lines: dict[KeyPath, int] = {}
+
+    def note(value: Any, path: KeyPath) -> None:
+        if isinstance(value, list):
+            for number, item in enumerate(value):
+                note(item, (*path, str(number)))
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                inside = (*path, key)
+                lines[inside] = text.count("\n", 0, decoder.places[id(value)][key]) + 1
+                note(inner, inside)
+
+    note(config, ())
+    return config, lines
+
+
+class _PlacedDecoder(HjsonDecoder):
+    """DeepSpeed's reader, which also notes where each key stands."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=_refuse_duplicates, parse_float=_finite)
+        self.places: dict[int, dict[str, int]] = {}  # by the object's id: the offset of each of its keys
+        self.parse_object, self.parse_tfnns = self._object, self._unquoted
+        self.scan_once, self.scan_object_once = make_scanner(self)
+
+    def _object(self, state: tuple[str, int], encoding: str, strict: bool, scan: Any, *hooks: Any) -> tuple[Any, int]:
+        starts: list[int] = []
+        end = state[1]
+
+        def value_at(text: str, start: int) -> tuple[Any, int]:
+            nonlocal end
+            mark, key = getNext(text, end)
+            starts.append(getNext(text, key + 1)[1] if mark == "," else key)
+            value, end = scan(text, start)
+            return value, end
+
+        found, after = JSONObject(state, encoding, strict, value_at, *hooks)
+        self.places[id(found)] = dict(zip(found, starts, strict=True))
+        return found, after
+
+    def _unquoted(self, context: Any, text: str, start: int) -> tuple[Any, int]:
+        value, end = scantfnns(context, text, start)
+        # It runs to the end of its line, and has swallowed what was meant to follow.
+        if isinstance(value, str) and re.search(r"""[,:{}\[\]"'#]|\s//|/\*""", value):
+            raise HjsonDecodeError(f"text without quotes, which runs to the end of its line: {value!r}", text, start)
+        return value, end
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -158,51 +246,49 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _why_not_json(text: str, error: json.JSONDecodeError) -> str:
-    rest = text[error.pos :].lstrip()
-    before = text[: error.pos].rstrip()
-    if rest.startswith(("//", "/*", "#")):
-        return "not JSON: JSON has no comments; remove it"
-    if (rest.startswith(("}", "]")) and before.endswith(",")) or "trailing comma" in error.msg:
-        return "not JSON: a comma before the closing bracket; remove it"
-    if rest.startswith("'"):
-        return "not JSON: text needs double quotes"
-    if error.pos == len(text) - len(text.lstrip()) and re.match(r"[\w.-]+\s*:(\s|$)", rest):
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is too large for a number")
+    return float(number)
+
+
+def _why_not_json(text: str, error: json.JSONDecodeError | HjsonDecodeError) -> str:
+    if not text.lstrip().startswith(("{", "/", "#")) and re.search(r"^[\w.-]+:\s*$", text, re.MULTILINE):
         return "not JSON: this looks like YAML; a DeepSpeed config is a JSON file"
-    return f"not JSON: {error.msg}"
+    return f"not JSON: {error.msg.replace(' %r', '')}"
 
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],]|[^\s{}\[\],":]+')
+# --------------------------------------------------------------------------------------------------------------------
+# Values
 
 
-def key_lines(text: str) -> dict[KeyPath, int]:
-    """Line, from 1, of every key of a valid JSON text; items of lists are keys by their number ("0", "1" …)."""
-    lines: dict[KeyPath, int] = {}
-    path: list[str] = []  # the key, or the number, that each open object or list is at
-    kinds: list[str] = []  # "{" or "[" of each
-    expects_key = False
-    line, last = 1, 0
-    for token in _TOKEN.finditer(text):
-        line += text.count("\n", last, token.start())
-        last = token.start()
-        mark = token.group()
-        if mark in "{[":
-            kinds.append(mark)
-            path.append("0" if mark == "[" else "")
-            expects_key = mark == "{"
-        elif mark in "}]":
-            kinds.pop()
-            path.pop()
-            expects_key = False
-        elif mark == ",":
-            expects_key = kinds[-1] == "{"
-            if not expects_key:
-                path[-1] = str(int(path[-1]) + 1)
-        elif expects_key:
-            path[-1] = json.loads(mark)
-            lines.setdefault(tuple(path), line)
-            expects_key = False
-    return lines
+def _as_taken(present: dict[str, Any], block: KeyPath, said: list[Said]) -> dict[str, Any]:
+    """A block without the notes in it, with values of the types that DeepSpeed converts them to; says which."""
+    taken: dict[str, Any] = {}
+    for key, value in present.items():
+        path = (*block, key)
+        if key.startswith("_") and block in IGNORES_UNKNOWN:
+            continue
+        better = _conversion(block, key, value)
+        if better is not None:
+            said.append(
+                (path, "warning", f"is {json.dumps(value)}, which DeepSpeed takes for {json.dumps(better)}; write that")
+            )
+            value = better
+        taken[key] = _as_taken(value, path, said) if isinstance(value, dict) else value
+    return taken
+
+
+def _conversion(block: KeyPath, key: str, value: Any) -> Any:
+    """What DeepSpeed takes a value of another type than the key's for; None where it takes it as it stands."""
+    if (*block, key) == ("zero_optimization",) and isinstance(value, bool):
+        return {"stage": int(value)}  # ``read_zero_config_deprecated``
+    if block[-1:] == ("leaf_module",) and isinstance(value, str):
+        return [value]
+    # Without a model it takes a value as it stands: Python takes 0 and 1 for truth values, and any text for true.
+    if block in IGNORES_UNKNOWN and value not in (0, 1):
+        return None
+    return KEYS.get(block, {}).get(key, ANY).converted(value)
 
 
 def line_of(lines: dict[KeyPath, int], path: KeyPath) -> int | None:

@@ -15,10 +15,10 @@ from typing import Any
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import leaves, value_at
 from codeparrot_ds.ds_config.known_keys import KeyPath
-from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, LEFT_OUT, RUN_OWNED_KEYS
 
 MICRO_BATCH: KeyPath = ("train_micro_batch_size_per_gpu",)
-OF_OTHER_PROGRAMS = ("autotuning", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler")
+OF_OTHER_PROGRAMS = (*LEFT_OUT, "flops_profiler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def import_ds_config(ds_config: Mapping[str, Any], run: RunConfig) -> Imported:
     config.pop("scheduler", None)
     for block in OF_OTHER_PROGRAMS:
         if config.pop(block, None) is not None:
-            notes.append(f"{block} is left out: it changes nothing that is compared")
+            notes.append(f"{block} is left out: it logs or measures, and trains nothing")
     return Imported(config=config, micro_batch_size=own, notes=notes)
 
 

@@ -1,10 +1,11 @@
-"""Keys that DeepSpeed 0.19.8 reads and that then do nothing, or nearly nothing, where they stand: warnings."""
+"""Keys that DeepSpeed 0.19.8 reads and that do nothing where they stand, or cost more than they seem to: warnings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from codeparrot_ds.ds_config.facts import short_dtype
 from codeparrot_ds.ds_config.known_keys import KEYS
 from codeparrot_ds.ds_config.rules import Rule, Subject, warning
 
@@ -14,6 +15,8 @@ _OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM = f"{_ZERO}.offload_optimizer", f"{_ZERO}.off
 WASTED_BYTES = 1 << 29
 DEFAULT_BUCKET = 500_000_000
 DEFAULT_SUB_GROUP = 1_000_000_000
+# DeepSpeed's of offload_param: elements of a buffer, and how many there are.
+DEFAULT_PARAM_BUFFER, DEFAULT_PARAM_BUFFERS = 100_000_000, 5
 
 # The stages at which each ZeRO key does something, where that is not all of 1 to 3.
 _STAGES = {
@@ -76,6 +79,22 @@ def _bucket_is_wasteful(subject: Subject, bucket: int) -> bool:
     return (bucket - subject.parameters) * buckets * value_bytes > WASTED_BYTES
 
 
+def _is_one_group(subject: Subject) -> bool:
+    """Whether a secondary partition (hpZ), whose size is the GPUs of a host, holds all ranks."""
+    size = subject.get(f"{_ZERO}.zero_hpz_partition_size", 1)
+    return subject.stage == 3 and subject.world_size is not None and size > 1 and subject.world_size <= size
+
+
+def _param_buffers_hold_the_model(subject: Subject) -> bool:
+    size = subject.get(f"{_OFFLOAD_PARAM}.buffer_size", DEFAULT_PARAM_BUFFER)
+    buffers = size * subject.get(f"{_OFFLOAD_PARAM}.buffer_count", DEFAULT_PARAM_BUFFERS)
+    return subject.parameters is not None and buffers >= subject.parameters / (subject.world_size or 1)
+
+
+def _is_all_false(block: Any) -> bool:
+    return isinstance(block, Mapping) and len(block) > 0 and all(value in (False, None) for value in block.values())
+
+
 ZERO = (
     *_by_stage(),
     *_only(
@@ -92,6 +111,17 @@ ZERO = (
         f"{_ZERO}.zero_quantized_nontrainable_weights",
         lambda s, value: value is True and s.stage == 3 and s.run is not None,
         "a run here trains every weight: there is nothing that it would quantize",
+    ),
+    warning(
+        f"{_ZERO}.zero_hpz_partition_size",
+        lambda s, value: _is_one_group(s),
+        "does nothing but take memory for a second copy of the weights: all ranks are in one group, as on one host; "
+        "remove the key",
+    ),
+    warning(
+        f"{_ZERO}.zero_quantized_gradients",
+        lambda s, value: value is True and _is_one_group(s),
+        "does nothing: gradients are quantized between hosts only, and by zero_hpz_partition_size this is one host",
     ),
     warning(
         f"{_ZERO}.reduce_bucket_size",
@@ -154,6 +184,12 @@ OFFLOAD = (
         "saves no memory: sub_group_size is larger than the model ({parameters:,} parameters), so all of it passes "
         "through pinned buffers at once; write a smaller sub_group_size, such as 1e7",
     ),
+    warning(
+        f"{_OFFLOAD_PARAM}.device",
+        lambda s, value: value == "nvme" and s.stage == 3 and _param_buffers_hold_the_model(s),
+        "saves no memory: buffer_count x buffer_size pinned elements per rank are more than its share of the weights "
+        '({parameters:,} parameters over all ranks); write "cpu"',
+    ),
 )
 
 PRECISION = (
@@ -175,6 +211,23 @@ PRECISION = (
         "bf16.check_grad_overflow",
         lambda s: s.get("bf16.enabled") is not True or s.stage in (1, 2),
         "does nothing at stage {stage}: it is for stages 1 and 2",
+    ),
+    warning(
+        "bf16.check_grad_overflow",
+        # ``decide_by_the_norm`` in ``engine/deepspeed_fixes.py``; an offloaded optimizer looks while gradients arrive.
+        lambda s, value: (
+            value is True
+            and s.run is not None
+            and s.stage in (1, 2)
+            and not (s.has_bf16_optimizer or s.offloads("optimizer"))
+            and s.get(f"{_ZERO}.compute_grad_norm") is not False
+        ),
+        "does nothing in a run here: the norm of the gradient says the same, without a pass over all gradients",
+    ),
+    warning(
+        "communication_data_type",
+        lambda s, value: short_dtype(value) == s.precision and s.get(f"{_ZERO}.zero_quantized_gradients") is not True,
+        "does nothing: it is the precision of the run, in which DeepSpeed communicates anyway",
     ),
     warning(
         "bf16.bf16_master_weights_and_grads",
@@ -236,21 +289,68 @@ ACTIVATION_CHECKPOINTING = (
     ),
 )
 
-_OWN_CHECKPOINTS = "does nothing: the run saves and restores its checkpoints itself"
+_WAITS = "waits for the device"
+# What costs time or memory that nobody asked for by its name. On a CPU there is no device to wait for, and no harm.
+COSTLY = (
+    warning(
+        "activation_checkpointing",
+        lambda s, value: _is_all_false(value),
+        "recomputes every layer in the backward pass, a third more compute, though every value is false: in a run here "
+        "the block switches it on by being there; remove the block, or write {{}} where that is meant",
+    ),
+    warning(
+        "activation_checkpointing.synchronize_checkpoint_boundary",
+        lambda s, value: value is True,
+        f"{_WAITS} at both ends of every layer, forwards and backwards; remove the key",
+    ),
+    warning(
+        "activation_checkpointing.profile",
+        lambda s, value: value is True,
+        f"{_WAITS} in every layer and prints its time; a run here has --profile",
+    ),
+    warning(
+        "wall_clock_breakdown",
+        lambda s, value: value is True,
+        f"{_WAITS} in every micro-batch and prints its times; a run here has --profile, and measures its steps anyway",
+    ),
+    warning(
+        "memory_breakdown",
+        lambda s, value: value is True,
+        "collects garbage, prints, and sets the peak of memory back several times per micro-batch; remove the key",
+    ),
+    warning(
+        "flops_profiler.enabled",
+        lambda s, value: value is True,
+        f"switches wall_clock_breakdown on, which {_WAITS} in every micro-batch of the run, not only in the step that "
+        "is profiled; a run here has --profile, and measures MFU anyway",
+    ),
+    warning(
+        "timers.throughput.enabled",
+        lambda s, value: value is True and s.get("timers.throughput.synchronized") is not False,
+        f"{_WAITS} twice in every micro-batch; the run measures tokens/s without",
+    ),
+    warning(
+        "comms_logger",
+        lambda s, value: value.get("enabled") is True,
+        f"{_WAITS} after every collective, so that no communication overlaps computation; remove the block",
+    ),
+)
+
 # What a run here does itself; other programs may need it.
 IN_A_RUN = (
     *(
         warning(key, lambda s, value: s.run is not None, message)
         for keys, message in (
-            ("checkpoint datastates_ckpt", _OWN_CHECKPOINTS),
-            (_within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"), _OWN_CHECKPOINTS),
+            (
+                _within(_ZERO, "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint"),
+                "does nothing: the run saves and restores its checkpoints itself",
+            ),
             ("dataloader_drop_last", "does nothing: the run has its own data stream, which drops nothing"),
             ("pipeline", "does nothing: a run here has no pipeline parallelism"),
-            ("autotuning", "does nothing: only the launcher's --autotuning reads it"),
             ("steps_per_print", "does nothing: the run sets it and has its own log"),
         )
         for key in keys.split()
     ),
 )
 
-INERT = (*ZERO, *OFFLOAD, *PRECISION, *OPTIMIZER, *ACTIVATION_CHECKPOINTING, *IN_A_RUN)
+INERT = (*ZERO, *OFFLOAD, *PRECISION, *OPTIMIZER, *ACTIVATION_CHECKPOINTING, *COSTLY, *IN_A_RUN)

@@ -84,6 +84,21 @@ class Kind:
             return f"must be {self.expected}, not {_shown(value)}"
         return None
 
+    def converted(self, value: Any) -> Any:
+        """What DeepSpeed's models make of a value of another type, or None where it is right or they refuse it.
+
+        A truth value for a number they take as 0 or 1, which nobody means: that is none here.
+        """
+        guess: Any = None
+        if self.name == "bool" and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            guess = _TRUTH.get(str(value).lower())
+        elif self.name in ("int", "number", "choice") and isinstance(value, str) and is_number(value) and not self.auto:
+            if self.name == "number":
+                guess = float(value)
+            elif not set(value.lower()) & set(".einf"):
+                guess = int(value)
+        return None if guess is None or self.problem(guess) else guess
+
     def _text_problem(self, text: str) -> str:
         if self.name == "bool" and text.lower() in ("true", "false"):
             return f"is the text {text!r}; write {text.lower()} without quotes"
@@ -150,7 +165,14 @@ def _shown(value: Any) -> str:
 
 
 ANY = Kind("any")
+# Texts and numbers that pydantic takes for a truth value.
+_TRUTH = {
+    **dict.fromkeys("true t yes y on 1 1.0".split(), True),
+    **dict.fromkeys("false f no n off 0 0.0".split(), False),
+}
 KeyPath = tuple[str, ...]
+# What a check says: (key path, severity, message).
+Said = tuple[KeyPath, str, str]
 FILE = Path(__file__).with_name("known_keys.json")
 _TABLE: Mapping[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 DEEPSPEED_VERSION: str = _TABLE["deepspeed"]

@@ -19,9 +19,9 @@ from codeparrot_ds.ds_config.conflicts import CONFLICTS
 from codeparrot_ds.ds_config.facts import leaves, value_at, with_settled_precision
 from codeparrot_ds.ds_config.file import CPU_PRECISIONS, GPU_PRECISIONS, DsFile, line_of
 from codeparrot_ds.ds_config.inert import INERT
-from codeparrot_ds.ds_config.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath
-from codeparrot_ds.ds_config.reading import Reading, Said, read_keys
-from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS, modern
+from codeparrot_ds.ds_config.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath, Said
+from codeparrot_ds.ds_config.reading import Reading, read_keys
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS, left_out, modern
 from codeparrot_ds.ds_config.rules import Rule, Subject, path_of
 from codeparrot_ds.errors import UserError
 
@@ -53,10 +53,12 @@ def lint(
     device: str = "cuda",
     world_size: int | None = None,
     parameters: int | None = None,
+    model_hidden_size: int | None = None,
     libaio: bool | None = None,
     precisions: Sequence[str] | None = None,
     followed: Sequence[str] | None = None,
     lines: Mapping[KeyPath, int] | None = None,
+    converted: Sequence[Said] = (),
 ) -> list[Finding]:
     """Everything wrong with `ds_config`, all at once, errors and warnings in the order of the file.
 
@@ -68,10 +70,12 @@ def lint(
         device: what the ranks will have, ``cpu`` or ``cuda``.
         world_size: number of ranks, where it is known.
         parameters: of the model, where it is known.
+        model_hidden_size: the model's width, where it is known.
         libaio: whether this machine can build NVMe offloading (`libaio_installed`); None is not judged.
         precisions: that the device trains in, the fastest first; None: of any.
         followed: what ``"enabled": "auto"`` follows, first to last; None: the device's.
         lines: the line of each key.
+        converted: what there is to say of values that were converted when the file was read (`DsFile`).
     """
     precisions = precisions or (CPU_PRECISIONS if device == "cpu" else GPU_PRECISIONS)
     reading = read_keys(ds_config)
@@ -82,6 +86,7 @@ def lint(
         device=device,
         world_size=world_size,
         parameters=parameters,
+        model_hidden_size=model_hidden_size,
         libaio=libaio,
         precisions=precisions,
     )
@@ -92,7 +97,7 @@ def lint(
     written = [(reading.as_written(_old_name(key, renamed)), severity, message) for key, severity, message in said]
     findings = [
         Finding(os.fspath(path), ".".join(key), severity, message, line_of(dict(lines or {}), key))
-        for key, severity, message in _once([*reading.said, *written])
+        for key, severity, message in [*converted, *_once([*reading.said, *written])]
     ]
     return sorted(findings, key=lambda finding: finding.line or 0)
 
@@ -100,7 +105,13 @@ def lint(
 def lint_file(file: DsFile, **known: Any) -> list[Finding]:
     """`lint` of a file as read, with the lines of its keys."""
     followed = None if file.precisions is None else file.followed
-    return lint(file.config, file.path, lines=file.lines, precisions=file.precisions, followed=followed, **known)
+    read: dict[str, Any] = {
+        "precisions": file.precisions,
+        "followed": followed,
+        "lines": file.lines,
+        "converted": file.converted,
+    }
+    return lint(file.config, file.path, **read, **known)
 
 
 def check_ds_config(file: DsFile, **known: Any) -> list[Finding]:
@@ -169,9 +180,8 @@ def _run_owned_keys(subject: Subject) -> Iterator[Said]:
     if any(value != "auto" for _, value in leaves(scheduler)):
         message = "belongs to the run config (lr_scheduler_type, num_warmup_steps), and a run refuses it; remove it"
         yield ("scheduler",), "error" if subject.run else "warning", message
-    for monitor in ("tensorboard", "wandb", "csv_monitor", "comet"):
-        if value_at(subject.config, (monitor, "enabled")) is True:
-            yield (monitor,), "warning", "the run writes its own logs; DeepSpeed's monitor counts samples, not steps"
+    for block, why in left_out(subject.config).items():
+        yield (block,), "warning", why
 
 
 def _wanted(subject: Subject, path: KeyPath, field: str) -> Any:
@@ -213,7 +223,7 @@ def _apply(rule: Rule, subject: Subject) -> Iterator[Said]:
     if "{" in message:
         named = {"value": value, "stage": subject.stage, "precision": subject.precision}
         named |= {f"in_{each}": subject.counterpart(each) for each in ("bf16", "fp16", "fp32")}
-        message = message.format(**named, parameters=subject.parameters)
+        message = message.format(**named, parameters=subject.parameters, model_hidden_size=subject.model_hidden_size)
     yield path_of(rule.key), severity, message
 
 

@@ -21,13 +21,12 @@ from codeparrot_ds.ds_config.known_keys import (
     SCHEDULER_PARAMS,
     KeyPath,
     Kind,
+    Said,
     is_number,
 )
 from codeparrot_ds.ds_config.resolve import RUN_OWNED_KEYS, auto_meanings
 from codeparrot_ds.paths import did_you_mean
 
-# What a check says: (key path, severity, message).
-Said = tuple[KeyPath, str, str]
 _NEAR = 0.8  # likeness of two names from which a slip of the hand is likelier than a key in the wrong block
 
 

@@ -25,8 +25,23 @@ STEPS_PER_PRINT = 1_000_000_000
 # A JSON without an optimizer gets the recipe's.
 DEFAULT_OPTIMIZER = {"type": "AdamW", "params": {"betas": [0.9, 0.999], "eps": 1e-8}}
 # Keys, in whatever block, that hold paths.
-PATH_KEYS = ("nvme_path", "output_path", "output_file")
+PATH_KEYS = ("nvme_path", "output_file")
 ACCUMULATION: KeyPath = ("gradient_accumulation_steps",)
+# Blocks that work against the run, and so are left out, and why.
+LEFT_OUT: Mapping[str, str] = {
+    # They open runs and files of their own, whatever the run's `wandb` says.
+    **dict.fromkeys(
+        ("tensorboard", "wandb", "csv_monitor", "comet"),
+        "it has trackers of its own (TensorBoard, wandb), which count steps",
+    ),
+    # ``_autotuning_exit`` in DeepSpeed's ``engine.py``.
+    "autotuning": "DeepSpeed's engine would end it after a few steps",
+    # Its writers begin processes and take memory for checkpoints that are never written.
+    **dict.fromkeys(("checkpoint", "datastates_ckpt"), "it saves and restores its checkpoints itself"),
+    # ``DeepSpeedCommsConfig`` looks for the block and not for `enabled`; where that is true the block stays.
+    "comms_logger": "DeepSpeed would switch it on whatever its enabled says, and wait after every collective",
+}
+_ON_BY_BEING_THERE = ("checkpoint", "comms_logger")
 # Each key that the run config owns, and the field that fills it.
 RUN_OWNED_KEYS: Mapping[KeyPath, str] = {
     ("train_batch_size",): "global_batch_size",
@@ -70,6 +85,15 @@ def modern(ds_config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[KeyPath, 
             block[new[-1]] = value
             renamed[new] = old
     return config, renamed
+
+
+def left_out(ds_config: Mapping[str, Any]) -> dict[str, str]:
+    """The blocks that `resolve` leaves out of a config although DeepSpeed would heed them, and why."""
+    return {
+        block: f"is left out of a run here: {why}"
+        for block, why in LEFT_OUT.items()
+        if block in ds_config and (value_at(ds_config, (block, "enabled")) is True) != (block in _ON_BY_BEING_THERE)
+    }
 
 
 def resolve_ds_config(
@@ -125,6 +149,9 @@ def resolve(
     if problems:
         raise UserError(f"{file.path}: " + "; ".join(problems))
 
+    for block in LEFT_OUT:
+        if block != "comms_logger" or value_at(resolved, (block, "enabled")) is not True:
+            resolved.pop(block, None)
     for path, value in list(leaves(resolved)):
         if isinstance(value, float) and _kind(path).name == "int" and value.is_integer():
             set_value(resolved, path, int(value))  # 5e8, as DeepSpeed reads it

@@ -28,6 +28,7 @@ class Subject:
     device: str = "cuda"
     world_size: int | None = None
     parameters: int | None = None  # of the model
+    model_hidden_size: int | None = None
     libaio: bool | None = None  # whether this machine has what NVMe offloading is built with
     precisions: Sequence[str] = GPU_PRECISIONS  # that the device trains in, the fastest first
 

@@ -219,7 +219,8 @@ def _with_micro_batch(config: RunConfig, size: int) -> RunConfig:
 def _checked(name: str, shape: GPT2Shape, world_size: int) -> DsFile:
     """A config without errors, as it would be on GPUs."""
     file = open_ds_config(name)
-    check_ds_config(file, device="cuda", world_size=world_size, parameters=num_parameters(shape))
+    known = {"parameters": num_parameters(shape), "model_hidden_size": shape.n_embd}
+    check_ds_config(file, device="cuda", world_size=world_size, **known)
     # DeepSpeed asserts it when it makes the groups (utils/groups.py, _create_zero_param_parallel_group).
     ranks = value_at(file.config, ("zero_optimization", "zero_hpz_partition_size")) or 1
     if isinstance(ranks, int) and world_size % ranks:

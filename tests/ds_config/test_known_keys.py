@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from codeparrot_ds.ds_config import known_keys
 from codeparrot_ds.ds_config.facts import value_at
-from codeparrot_ds.ds_config.inert import DEFAULT_BUCKET, DEFAULT_SUB_GROUP
+from codeparrot_ds.ds_config.inert import DEFAULT_BUCKET, DEFAULT_PARAM_BUFFER, DEFAULT_PARAM_BUFFERS, DEFAULT_SUB_GROUP
 from codeparrot_ds.ds_config.known_keys import (
     IGNORES_UNKNOWN,
     KEYS,
@@ -283,6 +283,30 @@ def test_a_value_that_deepspeed_refuses_is_an_error(block, key, model, field):
             assert wrong == [(*block, key)] or key in ("ratio", "compute_grad_norm"), (key, value)
 
 
+# Without "5.0" for a whole number, of which the models think differently: there it is an error.
+OTHER_TYPES = ["true", "False", "yes", "off", "1", "0", "5", " 5", "1_000", "5e8", "0.5", "1e-8", "x", "", "nan"]
+OTHER_TYPES += [0, 1, 2, 0.0, 1.0, 0.5, True, False, [], [1], {}]
+
+
+@pytest.mark.parametrize(("block", "key", "model", "field"), FIELDS, ids=lambda value: str(value)[:40])
+def test_a_value_of_another_type_is_taken_for_what_the_model_makes_of_it(block, key, model, field):
+    kind = KEYS[block][key]
+    if kind.name in ("any", "block", "texts") or (*block, key) in RENAMED:
+        return
+    name = next(name for name, other in model.model_fields.items() if other is field)
+    for value in OTHER_TYPES:
+        if kind.problem(value) is None or (isinstance(value, bool) and kind.name != "bool"):
+            continue  # right as it is, or true and false for a number, which nobody means
+        try:
+            made = getattr(model(**{key: value}), name)
+        except (ValidationError, AssertionError):
+            made = None
+        if made is not None and kind.problem(made):
+            made = None  # the table knows a smaller range than the model
+        if key != "compute_grad_norm":  # between keys: a rule
+            assert kind.converted(value) == made and type(kind.converted(value)) is type(made), (key, value)
+
+
 def test_a_default_that_a_model_has_is_a_right_value():
     for block, key, _, field in FIELDS:
         default = field.get_default(call_default_factory=True)
@@ -295,9 +319,14 @@ def test_a_default_that_a_model_has_is_a_right_value():
 
 def test_defaults_that_rules_speak_of():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadParamConfig
 
     assert DeepSpeedZeroConfig().reduce_bucket_size == DEFAULT_BUCKET
     assert DeepSpeedZeroConfig().sub_group_size == DEFAULT_SUB_GROUP
+    parameters = DeepSpeedZeroOffloadParamConfig()
+    assert (parameters.buffer_size, parameters.buffer_count) == (DEFAULT_PARAM_BUFFER, DEFAULT_PARAM_BUFFERS)
+    # What the traffic of stages 1 and 2 in ds_configs/README.md goes by.
+    assert DeepSpeedZeroConfig().use_multi_rank_bucket_allreduce
 
 
 # --------------------------------------------------------------------------------------------------------------------

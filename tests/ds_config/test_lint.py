@@ -1,4 +1,5 @@
 import copy
+import inspect
 import re
 from pathlib import Path
 
@@ -21,6 +22,19 @@ def messages(ds_config, **kwargs):
     return "\n".join(map(str, lint(ds_config, "mine.json", **kwargs)))
 
 
+HPZ = "zero_optimization.zero_hpz_partition_size"
+# What files for several hosts, and for weights beyond a host's memory, are warned of where a run has neither.
+ONLY_FOR_MORE = {
+    "zero3_hpz": lambda parameters, ranks: {HPZ} if ranks in (1, 2, 8) else set(),
+    "zero3_zeropp": lambda parameters, ranks: (
+        {HPZ, "zero_optimization.zero_quantized_gradients"} if ranks in (1, 2, 8) else set()
+    ),
+    "zero3_infinity": lambda parameters, ranks: (
+        {"zero_optimization.offload_param.device"} if parameters / (ranks or 1) <= 5e8 else set()
+    ),
+}
+
+
 @pytest.mark.parametrize("preset", ["small", "large", "demo"])
 @pytest.mark.parametrize("name", shipped_names())
 def test_shipped_files_are_clean(name, preset):
@@ -28,9 +42,12 @@ def test_shipped_files_are_clean(name, preset):
     parameters = num_parameters(find_shape(run.model, vocab_size=32_768, seq_length=run.seq_length))
     file = read_ds_config(find_ds_config(name))
     known = {"config": run, "parameters": parameters, "libaio": True}
+    expected = ONLY_FOR_MORE.get(name, lambda *_: set())
     for world_size in (None, 1, 2, 8, 16):
-        assert lint_file(file, device="cuda", world_size=world_size, **known) == []
-    assert bool(lint_file(file, device="cpu", **known)) == catalogue()[name].gpu_only
+        said = lint_file(file, device="cuda", world_size=world_size, **known)
+        assert {finding.key for finding in said} == expected(parameters, world_size)
+    on_cpu = {finding.key for finding in lint_file(file, device="cpu", **known)}
+    assert bool(on_cpu - expected(parameters, None)) == catalogue()[name].gpu_only
     assert lint_file(file) == []
 
 
@@ -299,8 +316,163 @@ def test_libaio_is_found_by_its_header(tmp_path, monkeypatch):
 
 def test_ranks_that_a_secondary_partition_does_not_divide():
     hpz = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
-    assert findings(hpz, world_size=12) == [("error", "zero_optimization.zero_hpz_partition_size")]
-    assert findings(hpz, world_size=4) == findings(hpz, world_size=16) == []
+    assert findings(hpz, world_size=12) == [("error", HPZ)]
+    assert findings(hpz, world_size=16) == []
+    # One host has all of it already.
+    assert findings(hpz, world_size=4) == findings(hpz, world_size=8) == [("warning", HPZ)]
+
+
+def zero(stage, **keys):
+    return {"zero_optimization": {"stage": stage, **keys}, "bf16": {"enabled": True}}
+
+
+CPU, NVME = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/n"}
+BF16_STATES = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+RUN = RunConfig(**PRESETS["small"])
+SMALL = {"config": RUN, "parameters": 111_008_256, "model_hidden_size": 768}
+# Combinations that ds_configs/README.md and docs/ warn of: wrong, right, what is known around it, and what is said.
+SAID_IN_THE_DOCS = [
+    (
+        zero(3, zero_hpz_partition_size=8, offload_param=CPU),
+        zero(3, zero_hpz_partition_size=8, offload_optimizer=CPU),
+        {},
+        HPZ,
+        "warning",
+        "users saw the loss stand still together with offload_param (DeepSpeed issue 6926)",
+    ),
+    (
+        zero(3, zero_hpz_partition_size=8, zero_quantized_gradients=True) | {"communication_data_type": "fp16"},
+        zero(3, zero_quantized_gradients=True) | {"communication_data_type": "fp16"},
+        {"world_size": 8},
+        "zero_optimization.zero_quantized_gradients",
+        "warning",
+        "gradients are quantized between hosts only",
+    ),
+    (
+        zero(3, zero_quantized_weights=True),
+        zero(3),
+        {"world_size": 64, **SMALL},
+        "zero_optimization.zero_quantized_weights",
+        "error",
+        "needs a model whose width (768) is a multiple of 8 x ranks",
+    ),
+    (
+        zero(3, offload_param=NVME, reduce_bucket_size=5e7),
+        zero(3, offload_param=NVME | {"buffer_size": 1e6}, reduce_bucket_size=5e7),
+        SMALL,
+        "zero_optimization.offload_param.device",
+        "warning",
+        "saves no memory: buffer_count x buffer_size pinned elements per rank are more than its share",
+    ),
+    (
+        zero(2) | {"bf16": BF16_STATES},
+        zero(2) | {"bf16": BF16_STATES, "optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}},
+        {},
+        "bf16.bf16_optimizer_states",
+        "warning",
+        "should shrink by less per step than bf16 can express",
+    ),
+    (
+        zero(2) | {"communication_data_type": "bf16"},
+        zero(2) | {"communication_data_type": "fp32"},
+        {},
+        "communication_data_type",
+        "warning",
+        "in which DeepSpeed communicates anyway",
+    ),
+    (
+        zero(2) | {"bf16": {"enabled": True, "check_grad_overflow": True}},
+        zero(2, offload_optimizer=CPU) | {"bf16": {"enabled": True, "check_grad_overflow": True}},
+        {"config": RUN},
+        "bf16.check_grad_overflow",
+        "warning",
+        "the norm of the gradient says the same",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "right", "known", "key", "severity", "words"), SAID_IN_THE_DOCS)
+def test_what_the_docs_warn_of_is_found(wrong, right, known, key, severity, words):
+    (found,) = [finding for finding in lint(wrong, "f", **known) if finding.key == key]
+    assert found.severity == severity and words in found.message
+    assert key not in [finding.key for finding in lint(right, "f", **known)]
+
+
+def test_how_many_ranks_quantized_weights_go_with():
+    quantized = zero(3, zero_quantized_weights=True)
+    for width, allowed in ((768, {8, 16, 32}), (1600, {8})):
+        assert {
+            n for n in (8, 16, 32, 64) if findings(quantized, world_size=n, model_hidden_size=width) == []
+        } == allowed
+
+
+def test_a_second_moment_in_bf16_is_warned_of_from_where_it_cannot_shrink():
+    def said(beta2):
+        optimizer = {"type": "AdamW", "params": {"betas": [0.9, beta2]}}
+        return findings(zero(2) | {"bf16": BF16_STATES, "optimizer": optimizer})
+
+    assert said(0.995) == said(0.95) == []
+    assert said(0.997) == said(0.999) == [("warning", "bf16.bf16_optimizer_states")]
+
+
+# A block or key that costs something, one that does not, and the price in the warning.
+COSTLY = [
+    (
+        {"activation_checkpointing": {"profile": False, "number_checkpoints": None}},
+        "activation_checkpointing",
+        "a third",
+    ),
+    ({"activation_checkpointing": {}}, None, ""),
+    ({"activation_checkpointing": {"cpu_checkpointing": True, "profile": False}}, None, ""),
+    ({"activation_checkpointing": {"profile": True}}, "activation_checkpointing.profile", "in every layer"),
+    (
+        {"activation_checkpointing": {"synchronize_checkpoint_boundary": True}},
+        "activation_checkpointing.synchronize_checkpoint_boundary",
+        "at both ends of every layer",
+    ),
+    ({"wall_clock_breakdown": True}, "wall_clock_breakdown", "waits for the device in every micro-batch"),
+    ({"wall_clock_breakdown": False}, None, ""),
+    ({"flops_profiler": {"enabled": True}}, "flops_profiler.enabled", "waits for the device in every micro-batch"),
+    ({"flops_profiler": {"enabled": False, "profile_step": 1}}, None, ""),
+    ({"comms_logger": {"enabled": True}}, "comms_logger", "waits for the device after every collective"),
+    ({"comms_logger": {"enabled": False}}, "comms_logger", "is left out of a run here: DeepSpeed would switch it on"),
+    ({"comms_logger": {}}, "comms_logger", "is left out of a run here: DeepSpeed would switch it on"),
+    ({"memory_breakdown": True}, "memory_breakdown", "sets the peak of memory back"),
+    ({"timers": {"throughput": {"enabled": True}}}, "timers.throughput.enabled", "twice in every micro-batch"),
+    ({"timers": {"throughput": {"enabled": True, "synchronized": False}}}, None, ""),
+]
+
+
+@pytest.mark.parametrize(("block", "key", "price"), COSTLY)
+def test_what_costs_something_unsaid_has_one_warning_with_its_price(block, key, price):
+    said = lint(zero(2) | block, "f")
+    assert [(finding.severity, finding.key) for finding in said] == ([("warning", key)] if key else [])
+    assert all(price in finding.message for finding in said)
+
+
+def test_deepspeed_still_switches_these_on_unsaid():
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    parsed = DeepSpeedConfig(
+        {"train_batch_size": 1, "comms_logger": {"enabled": False}, "flops_profiler": {"enabled": True}}
+    )
+    assert parsed.comms_config.comms_logger_enabled
+    assert parsed.wall_clock_breakdown
+
+
+def test_deepspeed_still_ends_the_process_when_autotuning_is_on():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    assert "self._autotuning_exit()" in inspect.getsource(DeepSpeedEngine.step)
+    assert "exit()" in inspect.getsource(DeepSpeedEngine._autotuning_exit)
+
+
+@pytest.mark.parametrize("block", ["tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "datastates_ckpt"])
+def test_a_block_that_works_against_the_run_is_left_out_and_said(block):
+    for known in ({}, {"config": RunConfig()}):
+        (found,) = [finding for finding in lint({block: {"enabled": True}}, "f", **known) if finding.key == block]
+        assert found.severity == "warning" and found.message.startswith("is left out of a run here: ")
+    assert findings({block: {"enabled": False}}) == []
 
 
 def test_check_for_a_program_raises_the_errors_and_returns_the_warnings():

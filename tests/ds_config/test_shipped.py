@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -127,6 +128,19 @@ def test_deepspeed_reads_every_value(name):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Why some values are what they are
+
+
+@pytest.mark.parametrize(("stage", "per_step"), [(0, 2), (1, 3), (2, 3), (3, 2)])
+def test_the_traffic_that_the_catalogue_states_was_counted_on_two_ranks(stage, per_step):
+    """A step of one micro-batch: a ring of two ranks sends half of what one of many does."""
+    name = f"zero{stage}"
+    stated = [int(times or 1) for times in re.findall(r"(\d?)N per", catalogue()[name].cost)]
+    assert sum(stated) == per_step
+    record = json.loads((REPOSITORY / "records/2026-11-28-comparison-2-cores/raw.json").read_text())
+    counted = {config["name"]: config["parts"]["sent_bytes"] for config in record["raw"]["stages"][0]["configs"]}
+    parameters = 5_518_848
+    assert counted[f"{name}_fp32 on 2"] == pytest.approx(per_step * 4 * parameters / 2, rel=1e-3)
+    assert counted[f"{name} on 2"] == pytest.approx(per_step * 2 * parameters / 2, rel=1e-3)
 
 
 def test_a_second_moment_in_bf16_cannot_shrink_by_a_thousandth():
