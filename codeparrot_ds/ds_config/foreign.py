@@ -15,9 +15,8 @@ from typing import Any
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import leaves, value_at
 from codeparrot_ds.ds_config.known_keys import KeyPath
-from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, MICRO_BATCH, RUN_OWNED_KEYS
 
-MICRO_BATCH: KeyPath = ("train_micro_batch_size_per_gpu",)
 OF_OTHER_PROGRAMS = ("autotuning", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler")
 
 

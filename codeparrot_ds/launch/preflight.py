@@ -93,6 +93,7 @@ def check_run(
         device=device,
         world_size=world_size,
         parameters=num_parameters(model[1]),
+        model_hidden_size=model[1].n_embd,
         libaio=libaio_installed() or are_built(["async_io"]),
     )
     what_to_complete(config)
