@@ -26,11 +26,12 @@ STEPS_PER_PRINT = 1_000_000_000
 DEFAULT_OPTIMIZER = {"type": "AdamW", "params": {"betas": [0.9, 0.999], "eps": 1e-8}}
 # Keys, in whatever block, that hold paths.
 PATH_KEYS = ("nvme_path", "output_path", "output_file")
+ROWS: KeyPath = ("train_batch_size",)
 ACCUMULATION: KeyPath = ("gradient_accumulation_steps",)
 MICRO_BATCH: KeyPath = ("train_micro_batch_size_per_gpu",)
 # Each key that the run config owns, and the field that fills it.
 RUN_OWNED_KEYS: Mapping[KeyPath, str] = {
-    ("train_batch_size",): "global_batch_size",
+    ROWS: "global_batch_size",
     MICRO_BATCH: "micro_batch_size",
     ACCUMULATION: "global_batch_size / (micro_batch_size x world_size)",
     ("gradient_clipping",): "max_grad_norm",
