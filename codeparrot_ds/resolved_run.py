@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.ds_config.facts import precision, zero_stage
 from codeparrot_ds.ds_config.file import DsFile
-from codeparrot_ds.ds_config.resolve import Resolved, resolve
+from codeparrot_ds.ds_config.resolve import Resolved, nvme_folder, resolve
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
 
 
@@ -130,8 +129,7 @@ def resolve_run(
         config,
         world_size=world_size,
         model_hidden_size=shape.n_embd,
-        # Absolute as all paths that ranks are given: theirs may be another working directory.
-        nvme_path=(Path(config.output_dir) / str(config.run_name) / "nvme").absolute(),
+        nvme_path=nvme_folder(config),
         origins=origins,
     )
     return ResolvedRun(

@@ -149,17 +149,16 @@ def _check_file(
 def _resolve_file(file: Any, arguments: argparse.Namespace, config: RunConfig | None, shape: Any) -> dict[str, Any]:
     from codeparrot_ds.devices import local_ranks
     from codeparrot_ds.ds_config.changes import explain, field_origins, sources_as_json
-    from codeparrot_ds.ds_config.resolve import resolve
+    from codeparrot_ds.ds_config.resolve import nvme_folder, resolve
 
     world_size = arguments.world_size or local_ranks(device_here())
     run = config or RunConfig()
-    nvme_path = Path(run.output_dir) / (run.run_name or "RUN") / "nvme"
     resolved = resolve(
         file,
         run,
         world_size=world_size,
         model_hidden_size=shape.n_embd,
-        nvme_path=nvme_path,
+        nvme_path=nvme_folder(run),
         origins=field_origins(arguments.preset, arguments.config, {}),
     )
     lines = [f"resolved for {world_size} rank(s):", *("  " + line for line in explain(resolved))]

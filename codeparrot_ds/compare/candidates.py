@@ -265,6 +265,7 @@ def plan_candidate(candidate: Candidate, ds_config: Mapping[str, Any], *, device
             device=device,
             world_size=world_size,
             parameters=num_parameters(shape),
+            model_hidden_size=shape.n_embd,
             libaio=libaio_installed() or are_built(["async_io"]),
             precisions=device_precisions(device),
         )

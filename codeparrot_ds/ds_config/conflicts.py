@@ -5,11 +5,13 @@ Each rule was read in DeepSpeed 0.19.8's source; the place is named where it is 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.ds_config.facts import short_dtype
+from codeparrot_ds.ds_config.facts import short_dtype, value_at
 from codeparrot_ds.ds_config.known_keys import ZERO_OPTIMIZERS
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, MICRO_BATCH
 from codeparrot_ds.ds_config.rules import Subject, error, error_in_run, warning
 
 _ZERO = "zero_optimization"
@@ -28,8 +30,7 @@ def _has_cpu_adam(subject: Subject) -> bool:
 
 
 def _clips(subject: Subject) -> bool:
-    clipping = subject.run.max_grad_norm if subject.run else subject.get("gradient_clipping", 1.0)
-    return bool(clipping > 0)
+    return bool(subject.get("gradient_clipping", 1.0) > 0)
 
 
 def _beta2_stands_still(subject: Subject) -> bool:
@@ -50,9 +51,10 @@ def _cannot_be_quantized(subject: Subject) -> bool:
 
 
 def _batches_disagree(subject: Subject, batch: int) -> bool:
-    micro = subject.get("train_micro_batch_size_per_gpu", 1)
-    rows = micro * subject.get("gradient_accumulation_steps", 1) * (subject.world_size or 1)
-    return batch % rows != 0
+    # Not by `get`: what a run has still to choose only multiplies the rows.
+    factors = (value_at(subject.config, path) for path in (MICRO_BATCH, ACCUMULATION))
+    known = math.prod(factor for factor in factors if isinstance(factor, int))
+    return batch % (known * (subject.world_size or 1)) != 0
 
 
 def _has_no_compile(subject: Subject) -> bool:

@@ -14,10 +14,9 @@ from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import leaves, value_at
-from codeparrot_ds.ds_config.known_keys import KeyPath
-from codeparrot_ds.ds_config.resolve import ACCUMULATION, LEFT_OUT, RUN_OWNED_KEYS
+from codeparrot_ds.ds_config.known_keys import KeyPath, is_finite
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, LEFT_OUT, MICRO_BATCH, ROWS, RUN_OWNED_KEYS
 
-MICRO_BATCH: KeyPath = ("train_micro_batch_size_per_gpu",)
 OF_OTHER_PROGRAMS = (*LEFT_OUT, "flops_profiler")
 
 
@@ -54,6 +53,33 @@ def import_ds_config(ds_config: Mapping[str, Any], run: RunConfig) -> Imported:
         if config.pop(block, None) is not None:
             notes.append(f"{block} is left out: it logs or measures, and trains nothing")
     return Imported(config=config, micro_batch_size=own, notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnBatch:
+    """What a config says of the batch; None where it leaves that to the run."""
+
+    rows: int | None
+    """Per step, of all ranks."""
+    micro_batch_size: int | None
+    accumulation_steps: int | None
+
+    def size(self, rows: int | None, world_size: int) -> int | None:
+        """The micro-batch that it leaves no choice of, with so many rows per step; None where there is one."""
+        if self.micro_batch_size or not self.accumulation_steps or not rows:
+            return self.micro_batch_size
+        size, rest = divmod(rows, self.accumulation_steps * world_size)
+        return None if rest else size
+
+
+def own_batch(ds_config: Mapping[str, Any]) -> OwnBatch:
+    """What a config says of the batch itself; what the config check refuses counts for nothing."""
+
+    def said(path: KeyPath) -> int | None:
+        value = value_at(ds_config, path)
+        return int(value) if is_finite(value) and value >= 1 else None
+
+    return OwnBatch(rows=said(ROWS), micro_batch_size=said(MICRO_BATCH), accumulation_steps=said(ACCUMULATION))
 
 
 def _remove(config: dict[str, Any], path: KeyPath) -> None:

@@ -2,12 +2,13 @@
 
 No torch and no DeepSpeed is imported: ``known_keys`` has every key that DeepSpeed reads with its type, ``reading``
 compares a file with it, ``conflicts`` and ``inert`` have the rules between keys, and this module what has a form of its
-own.
+own. Rules judge what ``resolve`` makes of the file: an ``"auto"`` is what it becomes, and is named with its line.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +17,12 @@ from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.conflicts import CONFLICTS
-from codeparrot_ds.ds_config.facts import leaves, value_at, with_settled_precision
+from codeparrot_ds.ds_config.facts import leaves, value_at
 from codeparrot_ds.ds_config.file import CPU_PRECISIONS, GPU_PRECISIONS, DsFile, line_of
 from codeparrot_ds.ds_config.inert import INERT
 from codeparrot_ds.ds_config.known_keys import DEEPSPEED_VERSION, RENAMED, KeyPath, Said
 from codeparrot_ds.ds_config.reading import Reading, read_keys
-from codeparrot_ds.ds_config.resolve import ACCUMULATION, RUN_OWNED_KEYS, left_out, modern
+from codeparrot_ds.ds_config.resolve import RUN_OWNED_KEYS, Resolved, fill, left_out, modern, nvme_folder, run_values
 from codeparrot_ds.ds_config.rules import Rule, Subject, path_of
 from codeparrot_ds.errors import UserError
 
@@ -70,7 +71,7 @@ def lint(
         device: what the ranks will have, ``cpu`` or ``cuda``.
         world_size: number of ranks, where it is known.
         parameters: of the model, where it is known.
-        model_hidden_size: the model's width, where it is known.
+        model_hidden_size: the model's width, where it is known: ``"auto"`` bucket sizes follow it.
         libaio: whether this machine can build NVMe offloading (`libaio_installed`); None is not judged.
         precisions: that the device trains in, the fastest first; None: of any.
         followed: what ``"enabled": "auto"`` follows, first to last; None: the device's.
@@ -80,8 +81,18 @@ def lint(
     precisions = precisions or (CPU_PRECISIONS if device == "cpu" else GPU_PRECISIONS)
     reading = read_keys(ds_config)
     now, renamed = modern(reading.config)
+    resolved, problems = fill(
+        DsFile(Path(path), reading.config, {}, followed or precisions),
+        config,
+        world_size=world_size,
+        model_hidden_size=model_hidden_size,
+        nvme_path=nvme_folder(config) if config else None,
+    )
+    places = _Places(reading, renamed, resolved, dict(lines or {}))
     subject = Subject(
-        config=with_settled_precision(now, followed or precisions),
+        config=resolved.config,
+        written=now,
+        autos={key: places.became(key) for key in resolved.autos},
         run=config,
         device=device,
         world_size=world_size,
@@ -90,13 +101,14 @@ def lint(
         libaio=libaio,
         precisions=precisions,
     )
-    said = [*_two_names(reading.config, now), *_run_owned_keys(subject), *_missing_nvme_paths(subject)]
+    said: list[Said] = [(key, "error", problem) for key, problem in problems]
+    said += [*_two_names(reading.config, now), *_run_owned_keys(subject), *_missing_nvme_paths(subject)]
     if _stage_is_known(reading):
         for rule in (*CONFLICTS, *INERT):
             said += _apply(rule, subject)
-    written = [(reading.as_written(_old_name(key, renamed)), severity, message) for key, severity, message in said]
+    written = [(places.written(key), severity, message) for key, severity, message in said]
     findings = [
-        Finding(os.fspath(path), ".".join(key), severity, message, line_of(dict(lines or {}), key))
+        Finding(os.fspath(path), ".".join(key), severity, message, places.line(key))
         for key, severity, message in [*converted, *_once([*reading.said, *written])]
     ]
     return sorted(findings, key=lambda finding: finding.line or 0)
@@ -167,33 +179,17 @@ def _two_names(ds_config: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
 
 
 def _run_owned_keys(subject: Subject) -> Iterator[Said]:
+    """Keys of a run that is not known, or whose value of them is not; `fill` compares the others."""
+    known = run_values(subject.run, subject.world_size) if subject.run else {}
     for path, field in RUN_OWNED_KEYS.items():
-        value = value_at(subject.config, path)
-        if value is None or value == "auto":
-            continue
-        wanted = _wanted(subject, path, field)
-        if wanted is not None and value != wanted:
-            yield path, "error", f"is {value!r} but the run config's {field} says {wanted!r}; remove the key"
-        elif wanted is None:
+        if path not in known and value_at(subject.written, path) not in (None, "auto"):
             yield path, "warning", f"belongs to the run config ({field}); a run with another value refuses this file"
-    scheduler = value_at(subject.config, ("scheduler", "params")) or {}
-    if any(value != "auto" for _, value in leaves(scheduler)):
+    scheduler = value_at(subject.written, ("scheduler", "params")) or {}
+    if subject.run is None and any(value != "auto" for _, value in leaves(scheduler)):
         message = "belongs to the run config (lr_scheduler_type, num_warmup_steps), and a run refuses it; remove it"
-        yield ("scheduler",), "error" if subject.run else "warning", message
-    for block, why in left_out(subject.config).items():
+        yield ("scheduler",), "warning", message
+    for block, why in left_out(subject.written).items():
         yield (block,), "warning", why
-
-
-def _wanted(subject: Subject, path: KeyPath, field: str) -> Any:
-    """What the run config says of one of its keys; None where that is not known."""
-    if subject.run is None:
-        return None
-    if path != ACCUMULATION:
-        return None if field == "micro_batch_size" and subject.run.auto_micro_batch else getattr(subject.run, field)
-    rows = 0 if subject.run.auto_micro_batch else subject.run.micro_batch_rows * (subject.world_size or 0)
-    if rows == 0 or subject.run.global_batch_size % rows:
-        return None
-    return subject.run.global_batch_size // rows
 
 
 def _missing_nvme_paths(subject: Subject) -> Iterator[Said]:
@@ -215,16 +211,25 @@ def _stage_is_known(reading: Reading) -> bool:
 
 
 def _apply(rule: Rule, subject: Subject) -> Iterator[Said]:
+    """What a rule says of a key that the file has, or that an ``"auto"`` in it brought."""
+    path = path_of(rule.key)
+    if value_at(subject.written, path) is None and path not in subject.autos:
+        return
+    subject.looked_at.clear()
     value = subject.get(rule.key)
     if value is None or not rule.applies(subject, value):
         return
+    looked_at = set(subject.looked_at)
+    if any(value_at(subject.config, key) == "auto" for key in looked_at):
+        return  # Only a run knows.
     severity = rule.severity if rule.severity != "run" else "error" if subject.run else "warning"
     message = rule.message
     if "{" in message:
         named = {"value": value, "stage": subject.stage, "precision": subject.precision}
         named |= {f"in_{each}": subject.counterpart(each) for each in ("bf16", "fp16", "fp32")}
         message = message.format(**named, parameters=subject.parameters, model_hidden_size=subject.model_hidden_size)
-    yield path_of(rule.key), severity, message
+    because = "; ".join(became for key, became in subject.autos.items() if key in looked_at)
+    yield path, severity, message + (f" ({because})" if because else "")
 
 
 # The key of a block that the sense of the others hangs on.
@@ -245,10 +250,33 @@ def _once(said: list[Said]) -> list[Said]:
     return kept
 
 
-def _old_name(path: KeyPath, renamed: Mapping[KeyPath, KeyPath]) -> KeyPath:
-    """The name in the file of a key that a rule knows by its present name."""
-    for new, old in renamed.items():
-        if path[: len(new)] == new:
-            # The old key was a mere switch: what the new block holds is not in the file.
-            return old if old[-1].startswith("cpu_offload") else (*old, *path[len(new) :])
-    return path
+@dataclass(frozen=True)
+class _Places:
+    """Where in the file the keys of its resolved config come from."""
+
+    reading: Reading
+    renamed: Mapping[KeyPath, KeyPath]
+    resolved: Resolved
+    lines: dict[KeyPath, int]
+
+    def written(self, key: KeyPath) -> KeyPath:
+        """The name in the file of a key that a rule knows by its present name."""
+        for new, old in self.renamed.items():
+            if key[: len(new)] == new:
+                # The old key was a mere switch: what the new block holds is not in the file.
+                return self.reading.as_written(old if old[-1].startswith("cpu_offload") else (*old, *key[len(new) :]))
+        return self.reading.as_written(key)
+
+    def line(self, written: KeyPath) -> int | None:
+        """The line of a key as written; of the ``"auto"`` that brought it where the file does not have it."""
+        autos = (auto.key for key, auto in self.resolved.autos.items() if key == written)
+        return line_of(self.lines, written) or next((line_of(self.lines, self.written(key)) for key in autos), None)
+
+    def became(self, key: KeyPath) -> str:
+        """What an ``"auto"`` made of a key, for the reader of a finding that comes of it."""
+        auto = self.resolved.autos[key]
+        of = f" of {'.'.join(self.written(auto.key))}" if auto.key != key else ""
+        line = line_of(self.lines, self.written(auto.key))
+        place = of + (f" on line {line}" if line else "")
+        value = json.dumps(value_at(self.resolved.config, key))
+        return f'{".".join(self.written(key))} is {value} here, by the "auto"{place}: {auto.why}'

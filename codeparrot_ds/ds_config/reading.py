@@ -24,7 +24,7 @@ from codeparrot_ds.ds_config.known_keys import (
     Said,
     is_number,
 )
-from codeparrot_ds.ds_config.resolve import RUN_OWNED_KEYS, auto_meanings
+from codeparrot_ds.ds_config.resolve import fills_auto
 from codeparrot_ds.paths import did_you_mean
 
 _NEAR = 0.8  # likeness of two names from which a slip of the hand is likelier than a key in the wrong block
@@ -157,15 +157,12 @@ def _unknown(key: str, block: KeyPath, known: Mapping[str, Kind], near: str | No
 # --------------------------------------------------------------------------------------------------------------------
 # Values
 
-_AUTO = frozenset({*auto_meanings(1, ""), *((name, "enabled") for name in ("bf16", "bfloat16", "fp16"))})
-
 
 def _problem(path: KeyPath, kind: Kind, value: Any) -> str | None:
     if path == ("optimizer", "type") and str(value).lower() in REMOVED_OPTIMIZERS:
         return f"{value} is of another DeepSpeed version: {DEEPSPEED_VERSION} has no 1-bit optimizers; write AdamW"
-    if value == "auto" and kind.name not in ("text", "any", "block"):
-        means = path in RUN_OWNED_KEYS or path in _AUTO or path[0] == "scheduler" or kind.takes_auto
-        return None if means else 'is "auto", which means nothing here; write a value or remove the key'
+    if value == "auto" and kind.name != "block":
+        return None if fills_auto(path) else 'is "auto", which means nothing here; write a value or remove the key'
     problem = kind.problem(value)
     if problem and path == ("zero_optimization",):
         problem += ', such as {"stage": 2}'

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.facts import (
     activation_checkpointing,
     offload_device,
-    precision,
     short_dtype,
     value_at,
     zero_stage,
@@ -21,9 +20,15 @@ from codeparrot_ds.ds_config.known_keys import KeyPath
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A DeepSpeed config under its keys' present names, without values of a wrong type, and what is known around it."""
+    """A resolved DeepSpeed config, as far as the run is known, and what is known around it."""
 
     config: Mapping[str, Any]
+    written: Mapping[str, Any]
+    """What the file has of it: under the keys' present names, without values of a wrong type, with ``"auto"``."""
+    autos: Mapping[KeyPath, str] = field(default_factory=dict)
+    """Each key of ``config`` that an ``"auto"`` filled, and a sentence on what it became."""
+    looked_at: set[KeyPath] = field(default_factory=set)
+    """The keys that `get` was asked for since this was emptied: what the answer of a rule comes of."""
     run: RunConfig | None = None
     device: str = "cuda"
     world_size: int | None = None
@@ -33,7 +38,11 @@ class Subject:
     precisions: Sequence[str] = GPU_PRECISIONS  # that the device trains in, the fastest first
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a dotted key; `default` where there is none, or an ``"auto"`` that the run will fill."""
+        """The value of a dotted key; `default` where there is none, or an ``"auto"`` that only a run knows.
+
+        A rule that looked at such an ``"auto"`` says nothing, whatever it answers.
+        """
+        self.looked_at.add(path_of(key))
         value = value_at(self.config, path_of(key))
         return default if value is None or value == "auto" else value
 
@@ -45,7 +54,8 @@ class Subject:
     @property
     def precision(self) -> str:
         """``bf16``, ``fp16`` or ``fp32``."""
-        return precision(self.config)
+        # As ``facts.precision``, by `get`: an "auto" that chose it is named.
+        return next((name for name in ("bf16", "fp16") if self.get(f"{name}.enabled") is True), "fp32")
 
     @property
     def optimizer(self) -> str:

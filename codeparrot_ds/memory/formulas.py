@@ -80,9 +80,9 @@ class EngineSettings:
         # Smaller weights stay whole on every rank.
         self.persistence_threshold = int(zero("stage3_param_persistence_threshold", default=PERSISTENCE_THRESHOLD))
         self.sub_group_size = int(zero("sub_group_size", default=SUB_GROUP_SIZE))
-        # Ranks that hold a second copy of the weights between them; 0 without.
+        # Ranks that hold a second copy of the weights between them, all where there are fewer; 0 without.
         ranks = int(zero("zero_hpz_partition_size", default=1))
-        self.secondary_ranks = ranks if ranks > 1 and world_size > 1 else 0
+        self.secondary_ranks = min(ranks, world_size) if ranks > 1 else 0
         self.checkpoints_on_host = is_on("activation_checkpointing", "cpu_checkpointing")
 
     @property
@@ -429,7 +429,7 @@ class QuickPlan:
         """
         settings = self.settings
         if settings.world_size == 1 and not away:
-            return [(0, 0)] * (len(self.moments) + 1)
+            return [(self._second_copy, 0)] * (len(self.moments) + 1)
         live = max(0, settings.max_live_parameters - persistent)
         prefetched = min(settings.prefetch_elements, self.numel) * settings.width
         second = self._second_copy  # made as weights are given back, kept until the step

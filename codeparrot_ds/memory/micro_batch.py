@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.devices import smallest_gpu
+from codeparrot_ds.ds_config.foreign import own_batch
 from codeparrot_ds.ds_config.precision import open_for
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.memory.device import load_overhead
@@ -39,12 +40,15 @@ def with_micro_batch(config: RunConfig, *, world_size: int, device: str) -> RunC
     """
     if not config.auto_micro_batch:
         return config
-    sizes = micro_batch_sizes(config, world_size, device)
+    sizes, file = micro_batch_sizes(config, world_size, device), open_for(config, device)
+    own = own_batch(file.config).size(config.global_batch_size, world_size)
+    choice = f"the largest of {', '.join(map(str, sizes))} that fits" if own is None else f"as {file.path} says"
+    sizes = sizes if own is None else [own]
     fitting = config_fitting(
         config, sizes, world_size=world_size, device=device, budget=memory_budget(device, world_size)
     )
     print(
-        f"micro-batch {fitting.micro_batch_size}, the largest of {', '.join(map(str, sizes))} that fits, and "
+        f"micro-batch {fitting.micro_batch_size}, {choice}, and "
         f"{fitting.gradient_accumulation_steps(world_size)} accumulation step(s)",
         file=sys.stderr,
     )

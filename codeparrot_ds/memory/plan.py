@@ -15,10 +15,11 @@ from typing import Any
 
 from codeparrot_ds.config.run_config import PRESETS, RunConfig
 from codeparrot_ds.cpu import usable_cores
-from codeparrot_ds.ds_config.facts import VALUE_BYTES, precision, value_at
+from codeparrot_ds.ds_config.facts import VALUE_BYTES, precision
 from codeparrot_ds.ds_config.file import DsFile, open_ds_config, shipped_names
+from codeparrot_ds.ds_config.foreign import import_ds_config, own_batch
 from codeparrot_ds.ds_config.lint import check_ds_config
-from codeparrot_ds.ds_config.resolve import resolve
+from codeparrot_ds.ds_config.resolve import ACCUMULATION, MICRO_BATCH, ROWS, resolve
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.memory.device import Overhead, load_overhead
 from codeparrot_ds.memory.formulas import quick_memories
@@ -61,11 +62,18 @@ class PlanRow:
     world_size: int
     micro_batch_size: int
     accumulation_steps: int
+    is_own: bool
+    """Whether the config itself says the micro-batch, so that there is no other."""
     memory: Memory
     needed_bytes: int
     """Of a rank's device: the tensors and what a run takes beside them."""
     spare_bytes: int | None
     """What is left of the device; negative where it does not fit; None where no device is known."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Of all ranks."""
+        return self.micro_batch_size * self.accumulation_steps * self.world_size
 
     @property
     def fits(self) -> bool | None:
@@ -97,12 +105,15 @@ class Plan:
         return [row for row in self.rows if sizes is None or row.micro_batch_size in sizes]
 
     def shown(self, world_size: int) -> list[PlanRow]:
-        """The rows of the table: the micro-batches asked for, or the preset's (the largest planned below it)."""
+        """The rows of the table: the micro-batches asked for, or the config's own, or the preset's.
+
+        Where the preset's is not planned, the largest below it.
+        """
         rows = [row for row in self.asked if row.world_size == world_size]
         if self.request.micro_batch_sizes is not None:
             return rows
-        wanted = _shown_size({row.micro_batch_size for row in rows}, self.config)
-        return [row for row in rows if row.micro_batch_size == wanted]
+        wanted = _shown_size({row.micro_batch_size for row in rows if not row.is_own}, self.config)
+        return [row for row in rows if row.is_own or row.micro_batch_size == wanted]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -139,30 +150,30 @@ def make_plan(
     """
     config, shape = _run_of(request)
     names = list(request.ds_configs) or shipped_names()
-    workloads: list[tuple[str, Workload]] = []
+    planned: list[_Planned] = []
     impossible: dict[tuple[str, int], str] = {}
     for world_size in request.world_sizes:
-        sizes = _micro_batch_sizes(request, config, world_size)
+        if not request.ds_configs:
+            _micro_batch_sizes(request, config, world_size)  # what is wrong for all is said once
         for name in names:
             try:
-                file = _checked(name, shape, world_size)
-                found = [_workload(file, config, shape, request, world_size, size) for size in sizes]
+                planned += _plan_file(name, config, shape, request, world_size)
             except UserError as error:
                 if request.ds_configs:
                     raise
                 impossible[name, world_size] = str(error)
-                continue
-            workloads += [(name, workload) for workload in found]
-    memories = _memories([workload for _, workload in workloads], request, config, progress)
+    memories = _memories(planned, request, config, progress)
     rows = []
-    for (name, workload), memory in zip(workloads, memories, strict=True):
+    for each, memory in zip(planned, memories, strict=True):
+        workload = each.workload
         needed = overhead.total(memory.peak_bytes, workload.world_size)
         rows.append(
             PlanRow(
-                config=name,
+                config=each.name,
                 world_size=workload.world_size,
                 micro_batch_size=workload.micro_batch_size,
                 accumulation_steps=workload.accumulation_steps,
+                is_own=each.is_own,
                 memory=memory,
                 needed_bytes=needed,
                 spare_bytes=None if request.device_memory is None else request.device_memory - needed,
@@ -202,6 +213,60 @@ def _micro_batch_sizes(request: PlanRequest, config: RunConfig, world_size: int)
     return sorted({*asked, *dividing_sizes(config, world_size, MAX_MICRO_BATCH_SIZE)})
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """What a rank does with a config and one micro-batch; ``is_own`` as in `PlanRow`."""
+
+    name: str
+    is_own: bool
+    workload: Workload
+
+
+def _plan_file(name: str, config: RunConfig, shape: GPT2Shape, request: PlanRequest, world_size: int) -> list[_Planned]:
+    """A config with each micro-batch that a run with it may have.
+
+    What it says of the batch itself holds, as `train` wants it; what else is the run's, as the learning rate, takes
+    no memory and is left out.
+
+    Raises:
+        UserError: the config has errors, an option contradicts it, or its numbers do not go with so many ranks.
+    """
+    file = _checked(name, shape, world_size)
+    own, asked, rows = own_batch(file.config), request.micro_batch_sizes, request.global_batch_size
+    if None not in (own.rows, rows) and own.rows != rows:
+        raise UserError(
+            f"{file.where(ROWS)}: train_batch_size is {own.rows} but --global-batch-size says {rows}; keep one of them"
+        )
+    rows = rows or own.rows
+    size = own.size(rows, world_size)
+    if size and asked and size not in asked:
+        raise UserError(
+            f"{file.where(MICRO_BATCH)}: the file itself makes micro-batches of {size} row(s) on {world_size} rank(s), "
+            f"and --micro-batch-sizes says {','.join(map(str, asked))}: name {size} as well, or remove the key"
+        )
+    whole = dataclasses.replace(config, micro_batch_size=1, global_batch_size=rows or config.global_batch_size)
+    runs = [
+        _with_rows(whole, each, rows, own.accumulation_steps, world_size)
+        for each in ([size] if size else _micro_batch_sizes(request, whole, world_size))
+    ]
+    if own.accumulation_steps:
+        runs = [run for run in runs if run.gradient_accumulation_steps(world_size) == own.accumulation_steps]
+    if not runs:
+        raise UserError(
+            f"{file.where(ACCUMULATION)}: gradient_accumulation_steps {own.accumulation_steps} on {world_size} rank(s) "
+            f"cannot make {rows} rows per step"
+        )
+    file = dataclasses.replace(file, config=import_ds_config(file.config, config).config)
+    return [_Planned(name, bool(size), _workload(file, run, shape, request, world_size)) for run in runs]
+
+
+def _with_rows(run: RunConfig, size: int, rows: int | None, steps: int | None, world_size: int) -> RunConfig:
+    """The run with a micro-batch; its rows per step, where they are open, as near as they come with it."""
+    unit = size * world_size
+    near = unit * (steps or max(1, round(run.global_batch_size / unit)))
+    return dataclasses.replace(run, micro_batch_size=size, global_batch_size=rows or near)
+
+
 def dividing_sizes(config: RunConfig, world_size: int, most: int) -> list[int]:
     """The micro-batches up to `most` that divide a rank's rows per step.
 
@@ -219,21 +284,19 @@ def _with_micro_batch(config: RunConfig, size: int) -> RunConfig:
 def _checked(name: str, shape: GPT2Shape, world_size: int) -> DsFile:
     """A config without errors, as it would be on GPUs."""
     file = open_ds_config(name)
-    known = {"parameters": num_parameters(shape), "model_hidden_size": shape.n_embd}
-    check_ds_config(file, device="cuda", world_size=world_size, **known)
-    # DeepSpeed asserts it when it makes the groups (utils/groups.py, _create_zero_param_parallel_group).
-    ranks = value_at(file.config, ("zero_optimization", "zero_hpz_partition_size")) or 1
-    if isinstance(ranks, int) and world_size % ranks:
-        raise UserError(f"zero_hpz_partition_size {ranks} does not divide {world_size} rank(s)")
+    check_ds_config(
+        file,
+        device="cuda",
+        world_size=world_size,
+        parameters=num_parameters(shape),
+        model_hidden_size=shape.n_embd,
+    )
     return file
 
 
-def _workload(
-    file: DsFile, config: RunConfig, shape: GPT2Shape, request: PlanRequest, world_size: int, micro_batch_size: int
-) -> Workload:
-    run = _with_micro_batch(config, micro_batch_size)
+def _workload(file: DsFile, run: RunConfig, shape: GPT2Shape, request: PlanRequest, world_size: int) -> Workload:
     resolved = resolve(file, run, world_size=world_size, model_hidden_size=shape.n_embd, nvme_path="nvme")
-    return _workload_of(config, shape, resolved.config, world_size, request.attention)
+    return _workload_of(run, shape, resolved.config, world_size, request.attention)
 
 
 def _workload_of(
@@ -252,16 +315,17 @@ def _workload_of(
 
 
 def _memories(
-    workloads: Sequence[Workload], request: PlanRequest, config: RunConfig, progress: Callable[[int, int], None]
+    planned: Sequence[_Planned], request: PlanRequest, config: RunConfig, progress: Callable[[int, int], None]
 ) -> list[Memory]:
     """Traced where it is known, or asked for and shown in the tables; by formulas elsewhere."""
+    workloads = [each.workload for each in planned]
     quick = quick_memories(workloads)
     found = [_traced_or_quick(cached(workload), memory) for workload, memory in zip(workloads, quick, strict=True)]
     if not request.trace:
         return found
-    sizes = {workload.micro_batch_size for workload in workloads}
+    sizes = {each.workload.micro_batch_size for each in planned if not each.is_own}
     shown = request.micro_batch_sizes or (_shown_size(sizes, config),)
-    wanted = [index for index, workload in enumerate(workloads) if workload.micro_batch_size in shown]
+    wanted = [i for i, each in enumerate(planned) if each.is_own or each.workload.micro_batch_size in shown]
     traced = trace_all([workloads[index] for index in wanted], request.num_workers, progress)
     for index, result in zip(wanted, traced, strict=True):
         if not isinstance(result, UserError):
@@ -322,9 +386,10 @@ def _what_fits(
     request = PlanRequest(model=config.model, device_memory=device_memory)
     own = open_ds_config(config.deepspeed, began=precision(ds_config))
     smaller = [size for size in _micro_batch_sizes(request, config, world_size) if size < config.micro_batch_rows]
+    if own_batch(own.config).size(config.global_batch_size, world_size):
+        smaller = []  # With another micro-batch the file would be refused.
     for size in sorted(smaller, reverse=True):
-        run = _with_micro_batch(config, size)
-        workload = _workload(own, run, shape, request, world_size, size)
+        workload = _workload(own, _with_micro_batch(config, size), shape, request, world_size)
         needed = overhead.total(quick_memories([workload])[0].peak_bytes, world_size)
         if needed <= device_memory:
             options.append(f"--micro-batch-size {size} ({gigabytes(needed)})")
@@ -333,7 +398,7 @@ def _what_fits(
     for name in shipped_names():
         try:
             file = _checked(name, shape, world_size)
-            workload = _workload(file, config, shape, request, world_size, config.micro_batch_rows)
+            workload = _workload(file, config, shape, request, world_size)
         except UserError:
             continue  # One that cannot run on this many ranks is no suggestion.
         needed = overhead.total(quick_memories([workload])[0].peak_bytes, world_size)
@@ -367,6 +432,11 @@ def describe(plan: Plan) -> str:
         sizes = sorted({row.micro_batch_size for row in rows})
         lines += ["", f"{world_size} rank(s), GB of 10^9 bytes per rank, at the peak of a step", _table(plan, rows)]
         lines += [activation_line(plan, size) for size in sizes]
+        lines += [
+            f"{row.config} says so itself: micro-batch {row.micro_batch_size}, {row.rows_per_step:,} rows per step"
+            for row in rows
+            if row.is_own or row.rows_per_step != config.global_batch_size
+        ]
         reasons = {name: why for (name, ranks), why in plan.impossible.items() if ranks == world_size}
         lines += [f"not on {world_size} rank(s): {name}: {why}" for name, why in reasons.items()]
     return "\n".join(lines)
@@ -478,6 +548,7 @@ def _row_as_json(row: PlanRow) -> dict[str, Any]:
         "world_size": row.world_size,
         "micro_batch_size": row.micro_batch_size,
         "gradient_accumulation_steps": row.accumulation_steps,
+        "global_batch_size": row.rows_per_step,
         "depth": memory.depth,
         "peak_bytes": memory.peak_bytes,
         "peak_phase": memory.peak_phase,

@@ -1,6 +1,7 @@
 """``micro_batch_size: auto``: what divides the rows, what fits, and what is said when nothing does."""
 
 import dataclasses
+import json
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -77,6 +78,22 @@ def test_what_is_chosen_is_said(config, monkeypatch, capsys):
     steps = chosen.gradient_accumulation_steps(2)
     assert f"micro-batch {chosen.micro_batch_size}, the largest of 1, 2, 3" in capsys.readouterr().err
     assert chosen.micro_batch_size * steps * 2 == 192
+
+
+@pytest.mark.parametrize(
+    ("keys", "size"),
+    [({"train_micro_batch_size_per_gpu": 6}, 6), ({"gradient_accumulation_steps": 4}, 24), ({}, None)],
+)
+def test_what_the_deepspeed_json_says_is_taken(config, tmp_path, monkeypatch, capsys, keys, size):
+    monkeypatch.setattr(micro_batch, "memory_budget", lambda *_: (80 * GB, "a GPU"))
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}} | keys))
+    chosen = with_micro_batch(dataclasses.replace(config, deepspeed=str(path)), world_size=2, device="cuda")
+    said = capsys.readouterr().err
+    assert chosen.micro_batch_size == (size or 48)
+    assert said.startswith(
+        f"micro-batch {size}, as {path} says, and " if size else "micro-batch 48, the largest of 1, 2"
+    )
 
 
 def test_without_nvidia_smi_a_gpu_needs_a_number(monkeypatch):

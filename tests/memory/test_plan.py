@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from codeparrot_ds import devices
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.ds_config.file import open_ds_config, shipped_names
+from codeparrot_ds.ds_config.lint import lint
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.preflight import check_memory, check_run
@@ -150,11 +152,17 @@ def test_rows_are_sorted_and_the_largest_micro_batch_is_the_last_that_fits():
     assert f"{mine[2].spare_bytes / 1e9:+.1f}" in text
 
 
-def test_a_config_for_several_hosts_is_not_planned_for_one_rank():
-    made = plan(world_sizes=(1,))
-    assert ("zero3_hpz", 1) in made.impossible and "zero3_hpz" not in {row.config for row in made.rows}
-    with pytest.raises(UserError, match="zero_hpz_partition_size"):
-        plan(world_sizes=(1,), ds_configs=("zero3_hpz",))
+def test_a_config_for_several_hosts_is_planned_where_its_ranks_can_be_shared_out():
+    # As train: DeepSpeed takes 8 ranks per host on fewer than 8 as well, and refuses 12.
+    made = plan(world_sizes=(12,), micro_batch_sizes=(2,), global_batch_size=48)
+    assert ("zero3_hpz", 12) in made.impossible and "zero3_hpz" not in {row.config for row in made.rows}
+    with pytest.raises(UserError, match="zero_hpz_partition_size: must divide the number of ranks"):
+        plan(world_sizes=(12,), global_batch_size=48, ds_configs=("zero3_hpz",))
+    # What the second copy adds to the peak of a traced step: 23,592,960, 11,796,480 and 5,898,240 bytes.
+    for ranks, second in ((1, 23_592_960), (2, 11_796_480), (4, 5_898_240)):
+        made = plan(model="demo", world_sizes=(ranks,), ds_configs=("zero3", "zero3_hpz"), micro_batch_sizes=(2,))
+        peaks = {row.config: row.memory.peak_bytes for row in made.asked}
+        assert peaks["zero3_hpz"] - peaks["zero3"] == pytest.approx(second, rel=0.01)
 
 
 def test_the_largest_micro_batch_is_found_among_all_whatever_is_shown():
@@ -221,6 +229,120 @@ def test_a_picture(worlds):
     image = draw_plan(plan(world_sizes=worlds, ds_configs=("zero0", "zero3"), device_memory=24 * GB))
     assert image.startswith(b"\x89PNG") and len(image) > 10_000
     assert int.from_bytes(image[16:20], "big") == 1120
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files that say something of the run
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    """Writes a DeepSpeed JSON at stage 2 in bf16 with these keys as well; returns its path."""
+
+    def write(**keys):
+        path = tmp_path / "own.json"
+        zero = {"stage": 2, "reduce_bucket_size": 5e7}
+        path.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": True}} | keys, indent=1))
+        return str(path)
+
+    return write
+
+
+MICRO, STEPS, ROWS = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "planned"),
+    [
+        ({MICRO: 12}, {}, (12, 16, 192)),
+        ({MICRO: 12}, {"micro_batch_sizes": (4, 12)}, (12, 16, 192)),
+        ({MICRO: 5}, {}, (5, 38, 190)),  # as near to the preset's rows as it comes
+        ({MICRO: 200}, {}, (200, 1, 200)),
+        ({MICRO: 12, STEPS: 3}, {}, (12, 3, 36)),
+        ({ROWS: 64, STEPS: 4}, {}, (16, 4, 64)),
+        ({ROWS: 256, STEPS: 1}, {}, (256, 1, 256)),
+        ({STEPS: 4}, {"global_batch_size": 64}, (16, 4, 64)),
+        ({MICRO: 16, ROWS: 2048}, {}, (16, 128, 2048)),
+        ({MICRO: 16, ROWS: 2048}, {"global_batch_size": 2048, "micro_batch_sizes": (16,)}, (16, 128, 2048)),
+    ],
+)
+def test_a_file_that_says_the_micro_batch_is_planned_with_it(own_file, keys, options, planned):
+    path = own_file(**keys)
+    made = plan(model="small", world_sizes=(1,), ds_configs=(path, "zero2"), **options)
+    (row,) = [row for row in made.shown(1) if row.config == path]
+    assert (row.micro_batch_size, row.accumulation_steps, row.rows_per_step) == planned
+    assert [each for each in made.rows if each.config == path] == [row]
+    said = f"{path} says so itself: micro-batch {planned[0]}, {planned[2]:,} rows per step"
+    assert said in describe(made).splitlines()
+    alone = plan(model="small", world_sizes=(1,), micro_batch_sizes=planned[:1], global_batch_size=planned[2],
+                 ds_configs=("zero2",))  # fmt: skip
+    assert row.memory.peak_bytes == next(r for r in alone.asked).memory.peak_bytes
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {ROWS: 64},
+        {STEPS: 4},
+        {"gradient_clipping": 0.5},
+        {"optimizer": {"type": "AdamW", "params": {"lr": 3e-5, "weight_decay": 0.01}}},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 100}}},
+        {MICRO: "auto", ROWS: "auto", STEPS: "auto", "gradient_clipping": "auto"},
+    ],
+)
+def test_what_else_a_file_says_of_the_run_stops_no_plan(own_file, keys):
+    path = own_file(**keys)
+    made = plan(model="small", world_sizes=(2,), ds_configs=(path,))
+    (row,) = made.shown(2)
+    assert row.micro_batch_size == (8 if ROWS in keys and keys[ROWS] == 64 else 12) and not row.is_own
+    assert row.rows_per_step == {ROWS: 64, STEPS: 96}.get(next(iter(keys)) if len(keys) == 1 else "", 192)
+
+
+@pytest.mark.parametrize(
+    ("keys", "options", "words"),
+    [
+        (
+            {MICRO: 12},
+            ["--micro-batch-sizes", "1,8"],
+            "own.json:9: the file itself makes micro-batches of 12 row(s) on 1",
+        ),
+        (
+            {ROWS: 64},
+            ["--global-batch-size", "32"],
+            "own.json:9: train_batch_size is 64 but --global-batch-size says 32",
+        ),
+        (
+            {STEPS: 5},
+            ["--global-batch-size", "64"],
+            "own.json:9: gradient_accumulation_steps 5 on 1 rank(s) cannot make 64",
+        ),
+        ({MICRO: 5}, ["--global-batch-size", "64"], "global_batch_size 64 is not divisible by micro_batch_size 5"),
+        ({MICRO: 5, ROWS: 64}, [], "train_batch_size: is not divisible by"),
+        ({MICRO: "five"}, [], "own.json:9: error: train_micro_batch_size_per_gpu: must be a whole number"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_named(own_file, keys, options, words, capsys):
+    assert main(["plan", "small", own_file(**keys), *options]) == 2
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said
+
+
+def test_every_public_file_without_an_error_is_planned(tmp_path):
+    folder = Path(__file__).parents[1] / "ds_config"
+    public = json.loads((folder / "more_public_configs.json").read_text())
+    public |= {name: each["config"] for name, each in json.loads((folder / "public_configs.json").read_text()).items()}
+    refused, planned = [], 0
+    for number, (name, config) in enumerate(public.items()):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(config))
+        if any(each.severity == "error" for each in lint(config, name, world_size=1)):
+            continue
+        try:
+            assert plan(model="small", world_sizes=(1,), ds_configs=(str(path),)).shown(1), name
+            planned += 1
+        except UserError as error:
+            refused.append((name, str(error)))
+    assert refused == [] and planned > 60
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -315,6 +437,13 @@ def test_the_refusal_names_the_shortfall_and_what_fits():
     assert "--micro-batch-size 8 (" in problem and "--deepspeed zero2_activation_checkpointing (" in problem
     assert why_too_large(config, shape, resolved, 8, needed, "Test GPU") is None
     assert "no shipped config" in why_too_large(config, shape, resolved, 8, 2 * GB, "Test GPU")
+
+
+def test_no_other_micro_batch_is_offered_than_the_file_says(own_file):
+    path = own_file(**{MICRO: 16})
+    config, shape, resolved = large_run(deepspeed=path)
+    problem = why_too_large(config, shape, resolved, 8, 40 * GB, "Test GPU")
+    assert "--deepspeed zero2_activation_checkpointing (" in problem and "--micro-batch-size" not in problem
 
 
 def test_train_refuses_on_a_gpu_and_can_be_overruled(make_config, gpu, capsys):
