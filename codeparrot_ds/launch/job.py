@@ -32,7 +32,7 @@ from codeparrot_ds.resolved_run import ResolvedRun
 from codeparrot_ds.shell import pasteable
 from codeparrot_ds.supervision.control import ADDRESS, TOKEN, ControlServer
 from codeparrot_ds.supervision.deepspeed_env import Value, read_deepspeed_env
-from codeparrot_ds.supervision.forwarded_env import FILE, RESOLVED_RUN, carried, write_private
+from codeparrot_ds.supervision.forwarded_env import FILE, RESOLVED_RUN, carried, in_memory
 from codeparrot_ds.supervision.process_end import LEADS
 from codeparrot_ds.supervision.supervise import End, run_to_the_end
 from codeparrot_ds.supervision.watchdog import FAILED, HUNG, LOST
@@ -104,11 +104,12 @@ def _start(job: Job, *, again: bool) -> tuple[End, Job]:
         job = dataclasses.replace(job, run=job.run.with_config(resume="auto"))
     server = ControlServer()
     options: dict[str, Any] = {"server": server, "hang_seconds": job.launch.hang_seconds}
-    with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as private:
-        if is_local(job.hosts) or job.launch.no_ssh:
-            command, environment = _on_this_host(job, Path(private))
+    if is_local(job.hosts) or job.launch.no_ssh:
+        with in_memory(job.run.as_json()) as file:
+            command, environment = _on_this_host(job, file)
             options["has_rank_0"] = not job.launch.node_rank
             return run_to_the_end(command, environment, job.folder, **options), job
+    with tempfile.TemporaryDirectory(prefix="codeparrot-ds-") as private:
         base = f"/tmp/codeparrot-ds-{os.getuid()}-{secrets.token_hex(8)}"
         patience = RETURN_SECONDS if again and job.launch.min_hosts is None else 0.0
         examination, job = _ask_hosts(job, server, base, patience)
@@ -127,7 +128,7 @@ def _start(job: Job, *, again: bool) -> tuple[End, Job]:
     return end, job
 
 
-def _on_this_host(job: Job, private: Path) -> tuple[list[str], dict[str, str]]:
+def _on_this_host(job: Job, file: Path) -> tuple[list[str], dict[str, str]]:
     """The launcher's command for this host and its environment; the ranks read the run from a file."""
     launch = job.launch
     node_rank = launch.node_rank or 0
@@ -136,8 +137,7 @@ def _on_this_host(job: Job, private: Path) -> tuple[list[str], dict[str, str]]:
     environment[LEADS] = "1"
     port = launch.master_port or _free_port()
     addr = launch.master_addr or "127.0.0.1"
-    write_private(private / "run.json", job.run.as_json())
-    arguments = [RESOLVED_RUN, str(private / "run.json")]
+    arguments = [RESOLVED_RUN, str(file)]
     command = node_command(job.hosts, launch, arguments, addr=addr, port=port, node_rank=node_rank, module=job.module)
     return command, environment
 

@@ -7,9 +7,10 @@ into a file of mode 0600 on each host; its ranks read it and remove it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def write_private(path: Path, content: dict[str, Any]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(content, file)
+
+
+@contextlib.contextmanager
+def in_memory(content: dict[str, Any]) -> Iterator[Path]:
+    """The same without a place on a disk, as long as this process lives: a kill leaves nothing behind."""
+    descriptor = os.memfd_create("codeparrot-ds")
+    try:
+        os.fchmod(descriptor, 0o600)
+        with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
+            json.dump(content, file)
+        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def file_of_this_host(environment: MutableMapping[str, str]) -> Path | None:

@@ -17,6 +17,8 @@ from codeparrot_ds.launch.ssh import explain
 from codeparrot_ds.supervision.forwarded_env import (
     FILE,
     carried,
+    in_memory,
+    read_private,
     take_carried,
     write_private,
 )
@@ -129,3 +131,21 @@ def test_ranks_of_several_hosts_use_the_interface_toward_the_first():
 )
 def test_why_a_host_did_not_answer(code, errors, words):
     assert words in explain(code, errors) and "\n" not in explain(code, errors)
+
+
+def test_what_ranks_here_are_given_is_on_no_disk_and_ends_with_its_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    read = (
+        "import json, pathlib, sys; from codeparrot_ds.supervision.forwarded_env import read_private; "
+        "print(json.dumps(read_private(pathlib.Path(sys.argv[1]))))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with in_memory({"device": "cpu"}) as file:
+        for _ in range(2):  # every rank reads it from its beginning
+            answer = subprocess.run(
+                [sys.executable, "-c", read, str(file)], env=environment, capture_output=True, text=True
+            )
+            assert answer.stdout == '{"device": "cpu"}\n', answer.stderr
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="cannot be read"):
+        read_private(file)
