@@ -230,13 +230,15 @@ def forget_beta_powers(engine: Any) -> None:
     differ in the last bits, so a resumed run would part from an uninterrupted one. Updating one dummy number with a
     step number far away leaves the next real step no choice but ``pow``. On a GPU the kernel has no such memory.
     """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
     base = engine.basic_optimizer
     beta1, beta2 = base.param_groups[0]["betas"]
     epsilon, far_away = base.param_groups[0]["eps"], 2**30
     grad, weight, moment1, moment2 = (torch.zeros(1) for _ in range(4))
 
     def update_dummy(*_: Any) -> None:
-        if type(base).__name__ == "DeepSpeedCPUAdam":
+        if isinstance(base, DeepSpeedCPUAdam):
             base.ds_opt_adam.adam_update(
                 base.opt_id, far_away, 0.0, beta1, beta2, epsilon, 0.0, True, weight, grad, moment1, moment2
             )

@@ -100,8 +100,9 @@ def create_optimizer_state(engine: Any) -> None:
 
 def _moments_dtype(base: Any, master: torch.Tensor) -> torch.dtype:
     """What the optimizer itself would create: the master's dtype, but in CPU memory fp32 unless told otherwise."""
-    on_host = type(base).__name__ == "DeepSpeedCPUAdam"
-    return torch.float32 if on_host and base.fp32_optimizer_states else master.dtype
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return torch.float32 if isinstance(base, DeepSpeedCPUAdam) and base.fp32_optimizer_states else master.dtype
 
 
 def optimizer_step_count(engine: Any) -> int:

@@ -326,9 +326,13 @@ def wrapper_of(engine: Any) -> str:
 
 def use_of(engine: Any, ds_config: Mapping[str, Any], *, traced: bool = False) -> Use:
     """What decides which parts and fixes an engine needs."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam  # public: by class, a renamed one is no other optimizer
+
     offload, fp16 = offload_device(ds_config, "optimizer"), precision(ds_config) == "fp16"
     traits = {
         type(engine.basic_optimizer).__name__: True,
+        "FusedAdam": isinstance(engine.basic_optimizer, FusedAdam),
+        "DeepSpeedCPUAdam": isinstance(engine.basic_optimizer, DeepSpeedCPUAdam),
         _CPU: engine.device.type == "cpu",
         "fp16": fp16,
         _DYNAMIC: fp16 and not value_at(ds_config, ("fp16", "loss_scale")),

@@ -63,6 +63,7 @@ def test_a_folder_that_the_deepspeed_config_names_is_absolute(make_config, tmp_p
 def test_a_start_is_recorded_with_a_command_that_says_what_it_was(resolved, only_rank, monkeypatch, launched):
     if launched:
         monkeypatch.setenv(LAUNCHED_AT, "0.0")
+    monkeypatch.setattr("sys.argv", ["train.py", "--data", "my corpus"])
     folder = open_folder(resolved, only_rank)
     (start,) = folder.record["starts"]
     parser = ArgumentParser()

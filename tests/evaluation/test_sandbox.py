@@ -14,7 +14,7 @@ import pytest
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.sandbox import judge as sandbox
 from codeparrot_ds.sandbox.judge import KINDS, Check, Judge, Limits, check_sandbox, judge_all
-from tests.sandbox.hostile import HOSTILE
+from tests.evaluation.hostile import HOSTILE
 
 SECRET = "secret-5e0f3a"
 PATIENT = Limits(seconds=30.0, memory_bytes=256 << 20)  # a busy machine is no reason for another verdict
