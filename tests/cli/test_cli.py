@@ -140,7 +140,7 @@ def test_check_prints_all_findings_and_fails_on_errors(tmp_path, capsys):
     bad = tmp_path / "bad.json"
     bad.write_text('{"gradient_cliping": 1, "zero_optimisation": {"stage": 2}}')
     broken = tmp_path / "broken.json"
-    broken.write_text('{"fp16": {"enabled": true,}}')
+    broken.write_text('{"fp16": {"enabled": true}')
     assert main(["check", str(bad), str(broken), "zero3_fp32"]) == 1
     said = capsys.readouterr().out
     assert "did you mean 'gradient_clipping'?" in said and "did you mean 'zero_optimization'?" in said

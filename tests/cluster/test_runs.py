@@ -12,7 +12,6 @@ from tests.cluster.conftest import OTHER_PORT, STEPS
 from tests.cluster.trainings import newest_valid_step, options, outcome, rows
 from tests.slurm import step
 
-TWO = "alpha slots=1\nbeta slots=1\n"
 THREE = "alpha slots=1\nbeta slots=1\ngamma slots=1  # a comment\n"
 GONE_SECONDS = 30
 
@@ -37,13 +36,13 @@ def test_three_hosts_train_as_one_does(on_another_port, train, on_one_host):
     assert rows(training.run) == rows(on_one_host(3))
 
 
-def test_two_hosts_lose_one_another_and_stop(on_another_port, train, on_one_host):
+def test_three_hosts_lose_one_and_stop(on_another_port, train, on_one_host):
     """A cut in the network, a restart from the checkpoint, SIGTERM in an evaluation: the losses are one host's.
 
     And every ssh that this takes has the port that was asked for.
     """
     cluster = on_another_port
-    training = train(cluster, TWO, "--ssh-port", str(OTHER_PORT), "--max-restarts", "1", "--hang-seconds", "20")
+    training = train(cluster, THREE, "--ssh-port", str(OTHER_PORT), "--max-restarts", "1", "--hang-seconds", "20")
     training.until_step(13)
     cluster.cut("beta")
     try:
@@ -63,7 +62,7 @@ def test_two_hosts_lose_one_another_and_stop(on_another_port, train, on_one_host
     stopped = outcome(training.run)
     assert stopped["status"] == "stopped" and 20 <= stopped["step"] < 40
     assert newest_valid_step(training.run) == stopped["step"] == training.last_step()
-    alone = [row for row in rows(on_one_host(2)) if row["step"] <= stopped["step"]]
+    alone = [row for row in rows(on_one_host(3)) if row["step"] <= stopped["step"]]
     evaluations = [row["step"] for row in rows(training.run) if "eval_loss" in row]
     assert evaluations == sorted({*range(0, stopped["step"] + 1, 10)})
     assert rows(training.run) == alone

@@ -128,7 +128,7 @@ def test_what_cannot_be_run_is_skipped_with_its_reason(make_request, tmp_path, m
 
 @pytest.mark.parametrize(("config", "words"), [("zero9", "did you mean 'zero3'"), ("mine.json", "mine.json:1")])
 def test_a_config_that_is_not_there_or_no_json_is_refused_before_any_trains(make_request, tmp_path, config, words):
-    (tmp_path / "mine.json").write_text("{'stage': 2}")
+    (tmp_path / "mine.json").write_text('{"stage" 2}')
     path = str(tmp_path / config) if config == "mine.json" else config
     with pytest.raises(UserError, match=re.escape(words)):
         candidates_of(make_request("zero1", path), tmp_path, device="cpu")

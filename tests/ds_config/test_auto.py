@@ -1,6 +1,7 @@
 """An ``"auto"`` and the value that it becomes are the same to the check and to the run.
 
-``more_public_configs.json`` has keys and values of configs that public projects ship, by project and file.
+``more_public_configs.json`` has keys and values of configs that public projects ship, by project and file, beside those
+of ``public_files.json``.
 """
 
 import copy
@@ -22,8 +23,9 @@ from codeparrot_ds.model.shapes import find_shape, num_parameters
 
 HERE = Path(__file__).parent
 KNOWN = json.loads((HERE / "public_configs.json").read_text())
+FILES = json.loads((HERE / "public_files.json").read_text())
 MORE = json.loads((HERE / "more_public_configs.json").read_text())
-PUBLIC = {name: entry["config"] for name, entry in KNOWN.items()} | MORE
+PUBLIC = {name: entry["config"] for name, entry in (KNOWN | FILES).items()} | MORE
 SHIPPED = {name: open_ds_config(name).config for name in shipped_names()}
 SHAPE = find_shape("gpt2", vocab_size=32_768, seq_length=1024)
 MODEL = {"parameters": num_parameters(SHAPE), "model_hidden_size": SHAPE.n_embd}
@@ -116,8 +118,8 @@ def test_an_auto_is_what_it_becomes(device, precisions):
 
 
 def test_enough_configs_of_enough_projects_are_tried():
-    assert len(MORE) >= 50 and len(SHIPPED) > 30
-    texts = [json.dumps(config, sort_keys=True) for config in MORE.values()]
+    assert len(MORE) >= 30 and len(PUBLIC) > 70 and len(SHIPPED) > 30
+    texts = [json.dumps(config, sort_keys=True) for name, config in PUBLIC.items() if name not in KNOWN]
     assert len(set(texts)) == len(texts)
 
 
