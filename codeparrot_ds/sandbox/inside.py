@@ -171,12 +171,14 @@ def confine(settings: dict[str, Any]) -> None:
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Runs one side; standard input is the host's line, which the program itself finds empty."""
-    read_from = posix.dup(0)
+    """Runs one side. The host's lines are standard input and output; the program finds the one empty, and the other
+    is where its errors go."""
+    read_from, write_to = posix.dup(0), posix.dup(1)
     null = posix.open("/dev/null", posix.O_RDWR)
     posix.dup2(null, 0)
+    posix.dup2(2, 1)
     confine(settings)
-    messages = Messages(read_from, settings["write_to"], settings["message_bytes"])
+    messages = Messages(read_from, write_to, settings["message_bytes"])
     messages.send(["hello"])
     if settings["side"] == "candidate":
         run_candidate(messages)

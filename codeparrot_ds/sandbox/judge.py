@@ -290,24 +290,20 @@ class _Inside:
     def __init__(self, side: str, limits: Limits, user: int) -> None:
         self.side, self.limits = side, limits
         self._received, self.printed_bytes = b"", 0
-        read_end, inner_write = os.pipe()
-        self._from_inside = read_end
-        settings = _settings(side, limits, user, inner_write)
+        settings = _settings(side, limits, user)
         command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, repr(settings)]
-        try:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=(inner_write,),
-                env={},
-                start_new_session=True,
-            )
-        finally:
-            os.close(inner_write)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self._to_inside, self._output = self.process.stdin.fileno(), self.process.stdout.fileno()
+        # Messages take the standard streams, whose numbers are the same however many files this process has open:
+        # a limit inside is on numbers of descriptors.
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={},
+            start_new_session=True,
+        )
+        self._pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
+        self._to_inside, self._from_inside, self._output = (pipe.fileno() for pipe in self._pipes if pipe)
         with suppress(BrokenPipeError):  # it has ended; expect_hello says why
             os.write(self._to_inside, _code())
         os.set_blocking(self._to_inside, False)
@@ -324,9 +320,8 @@ class _Inside:
         """Kills bubblewrap and with it, as their parent and as the first process of their namespace, all inside."""
         self.process.kill()
         self.process.wait()
-        os.close(self._from_inside)
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
+        for pipe in self._pipes:
+            if pipe:
                 pipe.close()
 
     def expect_hello(self) -> None:
@@ -426,13 +421,12 @@ def _compiled() -> bytes:
     return code
 
 
-def _settings(side: str, limits: Limits, user: int, write_to: int) -> dict[str, Any]:
+def _settings(side: str, limits: Limits, user: int) -> dict[str, Any]:
     seconds = math.ceil(limits.seconds)
     # A checker's child has as much; the checker itself lives on, and only waits.
     cpu = (seconds, seconds + 1) if side == "candidate" else (-1, -1)
     return {
         "side": side,
-        "write_to": write_to,
         "message_bytes": limits.message_bytes,
         "user": _FIRST_USER + (os.getpid() * _SPREAD + user) % _NUM_USERS if os.geteuid() == 0 else 0,
         "limits": {

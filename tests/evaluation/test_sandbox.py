@@ -115,6 +115,23 @@ def test_a_hostile_program_does_not_pass_and_is_classified(hostile_verdicts, nam
     assert hostile_verdicts[name].kind in kinds, hostile_verdicts[name]
 
 
+@pytest.fixture
+def many_open_files():
+    """As in a process that has done much before: the next descriptors are beyond what a sandbox may open."""
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(200)]
+    yield
+    for file in files:
+        os.close(file)
+
+
+@pytest.mark.parametrize("name", ["endless message", "closed pipes", "a verdict of its own", "a reply of its own"])
+def test_verdicts_do_not_depend_on_how_many_files_the_judge_has_open(many_open_files, name):
+    text, kinds = HOSTILE[name]
+    before = sorted(os.listdir("/proc/self/fd"))
+    assert Judge(PATIENT, 0).once(text, Check(tests=("assert answer() == 0",))).kind == kinds
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 def test_there_are_forty_hostile_programs_and_the_answer_would_pass(judge):
     assert len(HOSTILE) >= 40
     assert judge(f"def answer():\n    return {SECRET!r}", Check(tests=(f"assert answer() == {SECRET!r}",))).passed
