@@ -307,23 +307,24 @@ def run_checker(messages: Messages) -> None:
 
 def _check_programs(check: dict[str, Any], messages: Messages) -> None:
     """Runs a problem's tests on one program after another, until the host has another problem."""
-    failure, names, codes = None, set(), []
+    failure: list[Any] | None = None
+    names: set[str] = set()
+    codes: list[Any] = []
     try:
-        names = _names_used("\n".join([check["setup"], *check["tests"]]))
-        codes = [compile(text, "<tests>", "exec", dont_inherit=True) for text in (check["setup"], *check["tests"])]
-    except (SyntaxError, ValueError) as error:  # the problem's mistake
-        failure = ["done", "error", text_to_hex(f"{type(error).__name__} in the tests"), ""]
-    while True:
-        messages.send(failure or _run_tests(names, codes, check["entry_point"], messages))
-        if messages.receive() == b'["end"]':
-            messages.send(["ended"])
-            return
+        names, codes = _compile(check["setup"], check["tests"], set(check["names"]))
+    except Exception as error:  # the problem's mistake
+        failure = ["done", "error", text_to_hex(f"{type(error).__name__} in the tests")]
+    messages.send(["ready"])
+    while messages.receive() != b'["end"]':
+        messages.send(failure or _run_tests(names, codes, messages))
+    messages.send(["ended"])
 
 
 class Remote:
     """What the checker has of the candidate's: a name, or an object that equals nothing but itself.
 
-    No operator reaches the program, which could answer ``result - expected`` with what the tests wish for.
+    No operator reaches the program, which could answer ``result - expected`` with what the tests wish for; nor does the
+    program decide which of its objects are the same.
     """
 
     __slots__ = ("_candidate", "_place")
@@ -352,12 +353,6 @@ class Remote:
     def __bool__(self) -> bool:
         return True
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and self._place == other._place
-
-    def __hash__(self) -> int:
-        return hash(self._place)
-
     def __iter__(self) -> Any:
         iterator = self._candidate.value("iterate", *self._place)
         while (reply := self._candidate.ask("next", *iterator._place))[0] != "end":
@@ -375,9 +370,11 @@ class Candidate:
         import json
 
         self.messages, self.loads = messages, json.loads
+        self.was_asked = False
 
     def ask(self, *request: Any) -> list[Any]:
         """Returns the program's reply, ``["value", …]`` or ``["end"]``; raises what it says that it raised."""
+        self.was_asked = True
         self.messages.send(list(request))
         reply = self.loads(self.messages.receive())
         if not isinstance(reply, list) or not reply:
@@ -418,6 +415,8 @@ def _exception(reply: list[Any]) -> Exception:
     try:
         if not issubclass(kind, Exception):
             raise TypeError(built_in)
+        if issubclass(kind, (StopIteration, StopAsyncIteration)):
+            kind = RuntimeError  # as from a generator: `for … in map(function, …)` would end there as if all were well
         error = kind(text_from_hex(text))
     except TypeError:  # none that can be raised with a text alone
         error = CandidateError(text_from_hex(text))
@@ -447,34 +446,105 @@ def _is_mutable(value: Any) -> bool:
     return isinstance(value, (list, dict, set, bytearray))
 
 
-def _run_tests(names: set[str], codes: list[Any], entry_point: str, messages: Messages) -> list[Any]:
-    """Returns ``["done", kind, detail, text]`` of one program; all but the kind are hexadecimal.
+def _run_tests(names: set[str], codes: list[Any], messages: Messages) -> list[Any]:
+    """Returns ``["done", kind, detail]`` of one program; the detail is hexadecimal.
 
     Args:
         codes: the setup's, then each test's.
     """
     candidate = Candidate(messages)
-    namespace: dict[str, Any] = {name: Remote(candidate, "g", text_to_hex(name)) for name in names}
-    namespace["__name__"] = "checker"
+    remotes = {name: Remote(candidate, "g", text_to_hex(name)) for name in names}
+    namespace: dict[str, Any] = {"__name__": "checker"}
+    namespace |= {name: remote for name, remote in remotes.items() if not _is_built_in(name)}
+    namespace |= {name + _OWN: remote for name, remote in remotes.items()}
     try:
-        exec(codes[0], namespace)
-        if entry_point:
-            namespace[entry_point] = Remote(candidate, "g", text_to_hex(entry_point))
-        for test in codes[1:]:
-            exec(test, namespace)
+        for code in codes:
+            exec(code, namespace)
     except Stopped:
-        return ["done", "stopped", "", ""]
+        return ["done", "stopped", ""]
     except BaseException as error:
         own = getattr(error, "_candidate", None)
         kind = "failed" if isinstance(error, AssertionError) and own is None else "error"
-        return ["done", kind, text_to_hex(own or type(error).__name__), text_to_hex(str(error)[:500])]
-    return ["done", "passed", "", ""]
+        return ["done", kind, text_to_hex(own or type(error).__name__)]
+    if not candidate.was_asked:
+        return ["done", "error", text_to_hex("the tests ask nothing of the program")]
+    return ["done", "passed", ""]
 
 
-def _names_used(source: str) -> set[str]:
-    """The names that code reads and no built-in one has: what it defines itself takes their place when it runs."""
-    import ast
+# --------------------------------------------------------------------------------------------------------------------
+# whose names the tests mean
+
+_OWN = "()"
+"""Behind a name: the program's, whatever else has that name. No source can write such a name."""
+
+
+def _is_built_in(name: str) -> bool:
     import builtins
 
-    read = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    return {name for name in read if not hasattr(builtins, name)}
+    return hasattr(builtins, name)
+
+
+def _compile(setup: str, tests: list[str], own: set[str]) -> tuple[set[str], list[Any]]:
+    """Returns the names that are the program's where nothing else has them, and the code of setup and tests.
+
+    Args:
+        own: names that are the program's even where Python, an import or the setup has them.
+    """
+    import ast
+
+    trees = [ast.parse(text) for text in (setup, *tests)]
+    # A prompt's head of the wanted function, without its body.
+    trees[0].body = [node for node in trees[0].body if getattr(node, "name", None) not in own]
+    read = {node.id for node in _names(trees)}
+    _mark_own(trees, own)
+    names = {name for name in read if not _is_built_in(name)} | own
+    return names, [compile(tree, "<tests>", "exec", dont_inherit=True) for tree in trees]
+
+
+def _mark_own(trees: list[Any], own: set[str]) -> None:
+    """Renames what means the program's own function, which may be called ``abs``, ``gcd`` or ``check``.
+
+    Where the tests hand it to a function of theirs, as HumanEval's do, only that argument is it, and what the function
+    reads under the name is Python's or the tests' own: ``assert candidate(-1) == abs(-1)``. Otherwise, as in MBPP's,
+    the name is the program's wherever it is read.
+    """
+    import ast
+
+    functions = {node.name: node for tree in trees[1:] for node in tree.body if isinstance(node, ast.FunctionDef)}
+    handed = []
+    for call in (call for tree in trees[1:] for call in _calls_outside_functions(tree)):
+        function = functions.get(call.func.id) if isinstance(call.func, ast.Name) else None
+        if function is not None and _reads_arguments(function):
+            values = [*call.args, *(keyword.value for keyword in call.keywords)]
+            handed += [value for value in values if isinstance(value, ast.Name) and value.id in own]
+    bound = {node.id for node in _names(trees[1:], ast.Store)} | functions.keys()
+    everywhere = own - {node.id for node in handed} - bound
+    for node in [*handed, *(node for node in _names(trees) if node.id in everywhere)]:
+        node.id += _OWN
+
+
+def _names(trees: list[Any], context: Any = None) -> list[Any]:
+    """The names that code reads, or those in another context."""
+    import ast
+
+    context = context or ast.Load
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [node for node in nodes if isinstance(node.ctx, context)]
+
+
+def _calls_outside_functions(tree: Any) -> list[Any]:
+    import ast
+
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            found += [node] if isinstance(node, ast.Call) else []
+            found += _calls_outside_functions(node)
+    return found
+
+
+def _reads_arguments(function: Any) -> bool:
+    import ast
+
+    arguments = {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+    return any(node.id in arguments for node in _names(function.body))

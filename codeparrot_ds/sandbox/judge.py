@@ -9,6 +9,7 @@ no checker; only the checker can say that it passed. Docs: ``docs/judging.md``.
 
 from __future__ import annotations
 
+import ast
 import json
 import marshal
 import math
@@ -81,7 +82,23 @@ class Check:
     tests: tuple[str, ...]
     """Sources that raise where the program is wrong. Names that neither they nor ``setup`` define are the program's."""
     entry_point: str = ""
-    """A name that is the program's even where ``setup`` defines it."""
+    """A name that is the program's even where Python, an import or ``setup`` has it."""
+    names: tuple[str, ...] = ()
+    """More such names."""
+
+
+def names_defined(source: str) -> tuple[str, ...]:
+    """Returns what a reference solution defines at its top level, for ``Check.names``; nothing of what is no Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # its verdict says so
+        return ()
+    named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = [node.name for node in tree.body if isinstance(node, named)]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -185,10 +202,10 @@ class Judge:
         started = time.monotonic()
         with _Inside("candidate", self.limits, 2 * self.slot) as candidate:
             candidate.expect_hello()
-            checker = self._ready_checker()
-            started = time.monotonic()  # from here on it is the program's time
             try:
-                kind, detail = self._relay(program, check, candidate, checker, started + self.limits.seconds)
+                checker = self._ready_checker(check)
+                started = time.monotonic()  # from here on it is the program's time
+                kind, detail = self._relay(program, candidate, checker, started + self.limits.seconds)
             except _Ended as end:
                 kind, detail = end.kind, end.detail
         return Verdict(kind, detail, time.monotonic() - started)
@@ -206,15 +223,28 @@ class Judge:
             self._checker = None
             self._checked = None
 
-    def _ready_checker(self) -> _Inside:
-        if self._checker is None:
-            self._checker = _Inside("checker", self.limits, 2 * self.slot + 1)
-            self._checker.expect_hello()
+    def _ready_checker(self, check: Check) -> _Inside:
+        """Returns a checker that has read the problem's tests, which takes none of the program's time."""
+        try:
+            if self._checker is None:
+                self._checker = _Inside("checker", self.limits, 2 * self.slot + 1)
+                self._checker.expect_hello()
+            if check != self._checked:
+                deadline = time.monotonic() + _START_SECONDS
+                if self._checked is not None:
+                    self._checker.send(b'["end"]', deadline)
+                    self._checker.receive(deadline)
+                self._checked = check
+                own = [check.entry_point, *check.names] if check.entry_point else check.names
+                message = {"setup": check.setup, "tests": check.tests, "names": own}
+                self._checker.send(json.dumps(message).encode(), deadline)
+                self._checker.receive(deadline)
+        except BaseException:
+            self.close()
+            raise
         return self._checker
 
-    def _relay(
-        self, program: str, check: Check, candidate: _Inside, checker: _Inside, deadline: float
-    ) -> tuple[str, str]:
+    def _relay(self, program: str, candidate: _Inside, checker: _Inside, deadline: float) -> tuple[str, str]:
         """Returns kind and detail of the verdict; raises ``_Ended`` where it is not the checker's."""
         candidate.send(program.encode("utf-8", "surrogatepass").hex().encode(), deadline)
         reply = candidate.receive(deadline)
@@ -223,15 +253,7 @@ class Judge:
             raise _Ended("error", _name_of(reply))
         try:
             checker.printed_bytes = 0
-            if check != self._checked:
-                if self._checked is not None:
-                    checker.send(b'["end"]', deadline)
-                    checker.receive(deadline)
-                self._checked = check
-                message = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
-                checker.send(json.dumps(message).encode(), deadline)
-            else:
-                checker.send(b'["again"]', deadline)
+            checker.send(b'["run"]', deadline)
             return self._carry(candidate, checker, deadline)
         except BaseException:
             # Whatever state the tests are in, the next problem begins with a checker of its own.
@@ -243,7 +265,7 @@ class Judge:
         for _ in range(self.limits.calls + 1):
             request = checker.receive(deadline)
             if request.startswith(b'["done"'):
-                _, kind, detail, _ = json.loads(request)
+                _, kind, detail = json.loads(request)
                 return kind, bytes.fromhex(detail).decode("utf-8", "replace")
             try:
                 candidate.send(request, deadline)
