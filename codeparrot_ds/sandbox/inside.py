@@ -20,6 +20,10 @@ _NO_MEMORY = 12  # ENOMEM
 MAX_DEPTH = 64
 """Of nested values. Python's own parser ends at 200 brackets."""
 
+_SAFE = (int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, object, type(None))
+_VALUE_TYPES: dict[str, Any] = {kind.__name__: kind for kind in _SAFE}
+"""Types that cross as values in both directions: calling one with anything does no harm."""
+
 
 class TransferError(Exception):
     """A value that cannot cross: too deep, too large, or of a type that only one side has."""
@@ -111,6 +115,8 @@ def encode(value: Any, other: Callable[[Any], list[Any]], depth: int = 0) -> lis
         return ["r", hex(value.start), hex(value.stop), hex(value.step)]
     if type(value).__name__ == "deque" and type(value).__module__ == "collections":
         return ["q", *(encode(part, other, depth + 1) for part in value)]
+    if isinstance(value, type) and any(value is kind for kind in _SAFE):
+        return ["T", text_to_hex(f"builtins {value.__name__}")]
     return other(value)
 
 
@@ -197,13 +203,40 @@ def run_candidate(messages: Messages) -> None:
     sys.modules["candidate"] = module
     messages.send(_attempt(lambda: _define(program, module.__dict__)))
     objects: list[Any] = []
+    functions: dict[str, Any] = {}  # of the tests, by number
+    numbers: dict[Any, str] = {}
 
     def to_handle(value: Any) -> list[Any]:
+        if type(value) is type(encode) and value in numbers:
+            return ["k", numbers[value]]
         objects.append(value)
         return ["h", str(len(objects) - 1)]
 
     def from_handle(tag: str, text: str) -> Any:
-        return objects[int(text)] if tag == "h" else _global(module, text_from_hex(text))
+        if tag == "h":
+            return objects[int(text)]
+        if tag == "g":
+            return _global(module, text_from_hex(text))
+        place, _, name = text_from_hex(text).partition(" ")
+        if tag == "T":
+            if place == "builtins" and name in _VALUE_TYPES:
+                return _VALUE_TYPES[name]  # which holds None's type too, as no module does
+            return getattr(__import__(place, fromlist=[name]), name)
+        if place not in functions:
+            functions[place] = of_the_tests(place, name)
+            numbers[functions[place]] = place
+        return functions[place] if tag == "k" else _pull(functions[place])
+
+    def of_the_tests(number: str, name: str) -> Any:
+        def function(*arguments: Any, **keywords: Any) -> Any:
+            messages.send(["back", number, encode(list(arguments), to_handle), encode(keywords, to_handle)])
+            outcome, *parts = serve()
+            if outcome == "raise":
+                raise _exception(*parts)
+            return decode(parts[0], from_handle)
+
+        function.__name__ = name
+        return function
 
     def value(result: Any) -> list[Any]:
         return ["value", encode(result, to_handle)]
@@ -231,13 +264,27 @@ def run_candidate(messages: Messages) -> None:
         "iterate": lambda tag, text: ["value", to_handle(iter(from_handle(tag, text)))],
         "next": advance,
     }
+
+    def serve() -> list[Any]:
+        """Answers the checker until it has what a function of the tests returned or raised."""
+        while True:
+            operation, *parts = eval(messages.receive())  # the checker's own lists of strings
+            if operation in ("return", "raise"):
+                return [operation, *parts]
+            reply = _attempt(lambda: operations[operation](*parts))  # noqa: B023
+            try:
+                messages.send(reply)
+            except TooLarge:
+                messages.send(["output"])
+
     while True:
-        operation, *parts = eval(messages.receive())  # the checker's own lists of strings
-        reply = _attempt(lambda: operations[operation](*parts))  # noqa: B023
-        try:
-            messages.send(reply)
-        except TooLarge:
-            messages.send(["output"])
+        serve()
+
+
+def _pull(next_items: Callable[[], list[Any]]) -> Any:
+    """An iterator of the tests': ``next_items`` returns a list of one, or of none at the end."""
+    while items := next_items():
+        yield items[0]
 
 
 def _define(program: str, namespace: dict[str, Any]) -> list[Any]:
@@ -342,10 +389,10 @@ class Remote:
         return self._candidate.value("get", *self._place, text_to_hex(name))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._candidate.value("set", *self._place, text_to_hex(name), encode(value, _encode_remote))
+        self._candidate.value("set", *self._place, text_to_hex(name), self._candidate.encode(value))
 
     def __getitem__(self, key: Any) -> Any:
-        return self._candidate.value("item", *self._place, encode(key, _encode_remote))
+        return self._candidate.value("item", *self._place, self._candidate.encode(key))
 
     def __len__(self) -> int:
         return int(self._candidate.value("length", *self._place))
@@ -371,45 +418,103 @@ class Candidate:
 
         self.messages, self.loads = messages, json.loads
         self.was_asked = False
+        self.functions: list[Callable[..., Any]] = []
+        """What the program may call: functions that the tests have handed over."""
+        self.numbers: dict[int, int] = {}
+        """Their places in the list, by id; the list keeps them, so that an id stays theirs."""
 
     def ask(self, *request: Any) -> list[Any]:
         """Returns the program's reply, ``["value", …]`` or ``["end"]``; raises what it says that it raised."""
         self.was_asked = True
         self.messages.send(list(request))
+        while (reply := self._reply())[0] == "back":
+            self.messages.send(self._call_back(*reply[1:]))
+        if reply[0] == "error":
+            raise _exception(*reply[1:])
+        if reply[0] not in ("value", "end"):
+            raise TransferError("no reply")
+        return reply
+
+    def _reply(self) -> list[Any]:
         reply = self.loads(self.messages.receive())
         if not isinstance(reply, list) or not reply:
             raise TransferError("no reply")
         if reply[0] == "stop":
             raise Stopped
-        if reply[0] == "error":
-            raise _exception(reply)
-        if reply[0] not in ("value", "end"):
-            raise TransferError("no reply")
         return reply
+
+    def _call_back(self, number: str, arguments: Any, keywords: Any) -> list[Any]:
+        """Calls a function of the tests' for the program; it may call the program in turn."""
+        try:
+            function = self.functions[int(number)]
+            return ["return", self.encode(function(*self.decode(arguments), **self.decode(keywords)))]
+        except Stopped:
+            raise
+        except BaseException as error:
+            return ["raise", *_failure(error)[1:]]
 
     def value(self, *request: Any) -> Any:
         return self.decode(self.ask(*request)[1])
 
     def call(self, place: tuple[str, str], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        reply = self.ask("call", *place, encode(list(arguments), _encode_remote), encode(keywords, _encode_remote))
+        reply = self.ask("call", *place, self.encode(list(arguments)), self.encode(keywords))
         for argument, after in zip(arguments, self.decode(reply[2]), strict=True):
             _update(argument, after)
         return self.decode(reply[1])
 
     def decode(self, code: Any) -> Any:
-        return decode(code, lambda tag, text: Remote(self, "h", str(int(text))))
+        return decode(code, self._from_handle)
+
+    def _from_handle(self, tag: str, text: str) -> Any:
+        if tag == "k":
+            return self.functions[int(text)]
+        if tag == "T":
+            place, _, name = text_from_hex(text).partition(" ")
+            if place != "builtins" or name not in _VALUE_TYPES:  # `exec` would let the program into the checker
+                raise TransferError("a type that only the program has")
+            return _VALUE_TYPES[name]
+        return Remote(self, "h", str(int(text)))
+
+    def encode(self, value: Any) -> list[Any]:
+        return encode(value, self._to_handle)
+
+    def _to_handle(self, value: Any) -> list[Any]:
+        if type(value) is Remote:
+            return [*value._place]
+        if place := _importable(value):
+            return ["T", text_to_hex(place)]
+        if callable(value):
+            return ["k", self._given(value, getattr(value, "__name__", type(value).__name__))]
+        if hasattr(value, "__next__"):
+
+            def next_items() -> list[Any]:
+                for item in value:
+                    return [item]
+                return []
+
+            return ["I", self._given(next_items, "")]
+        raise TransferError(f"a test hands over a {type(value).__name__}, which cannot leave the checker")
+
+    def _given(self, function: Callable[..., Any], name: str) -> str:
+        """Hands a function over: its number and name, in hexadecimal."""
+        number = self.numbers.setdefault(id(function), len(self.functions))
+        if number == len(self.functions):
+            self.functions.append(function)
+        return text_to_hex(f"{number} {name}")
 
 
-def _encode_remote(value: Any) -> list[Any]:
-    if isinstance(value, Remote):
-        return [*value._place]
-    raise TransferError(f"a test hands over a {type(value).__name__}, which cannot leave the checker")
+def _importable(value: Any) -> str:
+    """Module and name of a type or function that a program can import as well; empty for others."""
+    if not isinstance(value, (type, type(encode), type(len))):
+        return ""
+    module, name = value.__module__, value.__name__
+    return f"{module} {name}" if getattr(sys.modules.get(module), name, None) is value else ""
 
 
-def _exception(reply: list[Any]) -> Exception:
+def _exception(built_in: str, own_name: str, text: str) -> Exception:
+    """The exception of ``_failure`` on the other side."""
     import builtins
 
-    _, built_in, own_name, text = reply
     kind: Any = getattr(builtins, built_in, None)
     error: Exception
     try:

@@ -49,7 +49,7 @@ _ENDS = (
     (b'["syntax"', "syntax", ""),
     (b'["output"', "output", "a result is too large"),
 )
-_REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]')
+_REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]', b'["back",')
 _CPU_LIMIT_REACHED = 128 + 24  # SIGXCPU, as bubblewrap hands it on
 
 
