@@ -10,6 +10,7 @@ no checker; only the checker can say that it passed. Docs: ``docs/judging.md``.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import marshal
 import math
@@ -40,7 +41,15 @@ _STOP_SECONDS = 1.0  # of a problem's tests, which do nothing more
 # Users that systemd keeps for services without one, which nothing else has. Spread, so that two programs of two hosts'
 # processes hardly ever share one: they would only share the limit on their number.
 _FIRST_USER, _NUM_USERS, _SPREAD = 61184, 4336, 2654435761
+# Without alternatives, a numpy of the system's finds no BLAS.
+_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/etc/ld.so.cache", "/etc/alternatives")
 _DEVICES = ("null", "urandom")
+_PACKAGES = "/packages"
+"""Where numpy is inside."""
+# Address space of what is none of a program's doing: numpy with one thread, and the tests, which may hold thousands of
+# inputs.
+_NUMPY_BYTES, _TESTS_BYTES = 512 << 20, 1 << 30
+_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _PIPE_BYTES = 65536  # that a pipe takes without a reader
 _START = f"import sys,marshal,posix;exec(marshal.loads(posix.read(0,{_PIPE_BYTES})));main(eval(sys.argv[1]))"
 _ENDS = (
@@ -71,6 +80,8 @@ class Limits:
     """Of the arguments or the result of one call."""
     calls: int = 100_000
     """From the tests into the program."""
+    numpy: bool = False
+    """Whether a program may import numpy, beside the standard library. Tests may where they name it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +211,7 @@ class Judge:
 
     def __call__(self, program: str, check: Check) -> Verdict:
         started = time.monotonic()
-        with _Inside("candidate", self.limits, 2 * self.slot) as candidate:
+        with _Inside("candidate", self.limits, 2 * self.slot, numpy=self.limits.numpy) as candidate:
             candidate.expect_hello()
             try:
                 checker = self._ready_checker(check)
@@ -226,8 +237,11 @@ class Judge:
     def _ready_checker(self, check: Check) -> _Inside:
         """Returns a checker that has read the problem's tests, which takes none of the program's time."""
         try:
+            numpy = self.limits.numpy or any("numpy" in text for text in (check.setup, *check.tests))
+            if self._checker is not None and numpy and not self._checker.numpy:
+                self.close()
             if self._checker is None:
-                self._checker = _Inside("checker", self.limits, 2 * self.slot + 1)
+                self._checker = _Inside("checker", self.limits, 2 * self.slot + 1, numpy=numpy)
                 self._checker.expect_hello()
             if check != self._checked:
                 deadline = time.monotonic() + _START_SECONDS
@@ -309,11 +323,11 @@ def _stops(checker: _Inside) -> bool:
 class _Inside:
     """A process in a sandbox and its pipes."""
 
-    def __init__(self, side: str, limits: Limits, user: int) -> None:
-        self.side, self.limits = side, limits
+    def __init__(self, side: str, limits: Limits, user: int, *, numpy: bool) -> None:
+        self.side, self.limits, self.numpy = side, limits, numpy
         self._received, self.printed_bytes = b"", 0
-        settings = _settings(side, limits, user)
-        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, repr(settings)]
+        settings = _settings(side, limits, user, numpy)
+        command = [*_bubblewrap(limits.scratch_bytes, numpy), *_interpreter(), "-c", _START, repr(settings)]
         # Messages take the standard streams, whose numbers are the same however many files this process has open:
         # a limit inside is on numbers of descriptors.
         self.process = subprocess.Popen(
@@ -443,16 +457,18 @@ def _compiled() -> bytes:
     return code
 
 
-def _settings(side: str, limits: Limits, user: int) -> dict[str, Any]:
-    seconds = math.ceil(limits.seconds)
-    # A checker's child has as much; the checker itself lives on, and only waits.
-    cpu = (seconds, seconds + 1) if side == "candidate" else (-1, -1)
+def _settings(side: str, limits: Limits, user: int, numpy: bool) -> dict[str, Any]:
+    memory = limits.memory_bytes + numpy * _NUMPY_BYTES
+    cpu = (math.ceil(limits.seconds), math.ceil(limits.seconds) + 1)
+    if side == "checker":  # it lives on, and the wall clock ends its children
+        memory, cpu = memory + _TESTS_BYTES, (-1, -1)
     return {
         "side": side,
+        "packages": _PACKAGES if numpy else "",
         "message_bytes": limits.message_bytes,
         "user": _FIRST_USER + (os.getpid() * _SPREAD + user) % _NUM_USERS if os.geteuid() == 0 else 0,
         "limits": {
-            "AS": (limits.memory_bytes,) * 2,
+            "AS": (memory, memory),
             "CPU": cpu,
             "FSIZE": (limits.scratch_bytes,) * 2,
             # Kernels before 5.14 count all of a user's processes here: the checker, who is trusted, must still fork.
@@ -464,7 +480,7 @@ def _settings(side: str, limits: Limits, user: int) -> dict[str, Any]:
 
 
 @cache
-def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
+def _bubblewrap(scratch_bytes: int, numpy: bool = False) -> tuple[str, ...]:
     """The command that makes the sandbox, up to the program's own."""
     bwrap = shutil.which("bwrap")
     assert bwrap is not None, "check_sandbox comes first"
@@ -475,7 +491,7 @@ def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user"]
-    for path in map(Path, ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/etc/ld.so.cache")):
+    for path in map(Path, _SYSTEM):
         if path.is_symlink():
             command += ["--symlink", os.readlink(path), str(path)]
         elif path.exists():
@@ -485,7 +501,11 @@ def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
         for path in (base / "bin", base / "lib", base / "lib64"):
             if path.exists():
                 command += _read_only(path)
-    command += ["--perms", "0755", "--dir", "/dev"]
+    if numpy:
+        command += [*_make_folder(_PACKAGES), *(part for name in _ONE_THREAD for part in ("--setenv", name, "1"))]
+        for folder in _numpy_folders():
+            command += ["--ro-bind", str(folder), f"{_PACKAGES}/{folder.name}"]
+    command += _make_folder("/dev")
     for name in _DEVICES:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp", "--remount-ro", "/"]
@@ -495,8 +515,21 @@ def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
 def _read_only(path: Path) -> list[str]:
     """A folder of the system, read-only, under parents that every user may pass through."""
     parents = [str(parent) for parent in reversed(path.parents) if parent != Path("/")]
-    made = [option for parent in parents for option in ("--perms", "0755", "--dir", parent)]
+    made = [option for parent in parents for option in _make_folder(parent)]
     return [*made, "--ro-bind", str(path), str(path)]
+
+
+def _make_folder(path: str) -> list[str]:
+    return ["--perms", "0755", "--dir", path]
+
+
+def _numpy_folders() -> list[Path]:
+    """This environment's numpy and, where its wheel has them, the libraries beside it; not imported."""
+    spec = importlib.util.find_spec("numpy")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the tests or the programs may import numpy, and it is not installed here: pip install numpy")
+    folder = Path(spec.submodule_search_locations[0]).resolve()
+    return [path for path in (folder, folder.with_name("numpy.libs")) if path.is_dir()]
 
 
 def _interpreter() -> tuple[str, ...]:
