@@ -297,8 +297,8 @@ def run_candidate(messages: Messages) -> None:
             except TooLarge:
                 messages.send(["output"])
 
-    while True:
-        serve()
+    serve()
+    posix._exit(1)  # an answer to a call that was not made
 
 
 def _pull(next_items: Callable[[], list[Any]]) -> Any:
@@ -339,7 +339,8 @@ def _failure(error: BaseException) -> list[Any]:
     """An exception as the nearest built-in one's name, its own name, and its text."""
     built_in = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
     try:
-        text = str(error)[:500]
+        is_key = isinstance(error, KeyError) and len(error.args) == 1 and isinstance(error.args[0], str)
+        text = str(error.args[0] if is_key else error)[:500]  # a KeyError's own text has quotes about it
     except BaseException:  # a __str__ of the program's own
         text = ""
     name = "".join(letter for letter in type(error).__name__[:64] if letter.isalnum() or letter == "_")
@@ -620,56 +621,80 @@ def _compile(setup: str, tests: list[str], own: set[str]) -> tuple[set[str], lis
     trees = [ast.parse(text) for text in (setup, *tests)]
     # A prompt's head of the wanted function, without its body.
     trees[0].body = [node for node in trees[0].body if getattr(node, "name", None) not in own]
-    read = {node.id for node in _names(trees)}
-    _mark_own(trees, own)
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    imported = {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+    functions = {node.name: node for tree in trees[1:] for node in tree.body if isinstance(node, ast.FunctionDef)}
+    hidden = {name for name in own if _is_built_in(name) or name in imported or name in functions}
+    if "*" in imported:
+        hidden = own
+    if hidden:
+        _mark_own(trees, hidden, functions)
     names = {name for name in read if not _is_built_in(name)} | own
     return names, [compile(tree, "<tests>", "exec", dont_inherit=True) for tree in trees]
 
 
-def _mark_own(trees: list[Any], own: set[str]) -> None:
-    """Renames what means the program's own function, which may be called ``abs``, ``gcd`` or ``check``.
+def _mark_own(trees: list[Any], own: set[str], functions: dict[str, Any]) -> None:
+    """Renames what means the program's own function, which is called ``abs``, ``gcd`` or ``check`` as another is.
 
     Where the tests hand it to a function of theirs, as HumanEval's do, only that argument is it, and what the function
     reads under the name is Python's or the tests' own: ``assert candidate(-1) == abs(-1)``. Otherwise, as in MBPP's,
     the name is the program's wherever it is read.
+
+    Args:
+        functions: of the tests, by name.
     """
     import ast
 
-    functions = {node.name: node for tree in trees[1:] for node in tree.body if isinstance(node, ast.FunctionDef)}
+    outside = [node for tree in trees[1:] for node in _outside_scopes(tree)]
     handed = []
-    for call in (call for tree in trees[1:] for call in _calls_outside_functions(tree)):
+    for call in (node for node in outside if isinstance(node, ast.Call)):
         function = functions.get(call.func.id) if isinstance(call.func, ast.Name) else None
         if function is not None and _reads_arguments(function):
             values = [*call.args, *(keyword.value for keyword in call.keywords)]
             handed += [value for value in values if isinstance(value, ast.Name) and value.id in own]
-    bound = {node.id for node in _names(trees[1:], ast.Store)} | functions.keys()
-    everywhere = own - {node.id for node in handed} - bound
-    for node in [*handed, *(node for node in _names(trees) if node.id in everywhere)]:
+    bound = {node.id for node in outside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    everywhere = own - {node.id for node in handed} - bound - functions.keys()
+    for node in [*handed, *(node for tree in trees for node in _global_reads(tree, everywhere))]:
         node.id += _OWN
 
 
-def _names(trees: list[Any], context: Any = None) -> list[Any]:
-    """The names that code reads, or those in another context."""
+def _scopes() -> tuple[Any, ...]:
     import ast
 
-    context = context or ast.Load
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    return [node for node in nodes if isinstance(node.ctx, context)]
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    return (*functions, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-def _calls_outside_functions(tree: Any) -> list[Any]:
+def _outside_scopes(tree: Any) -> list[Any]:
+    """The nodes that belong to no function, class or comprehension."""
     import ast
 
-    found = []
-    for node in ast.iter_child_nodes(tree):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-            found += [node] if isinstance(node, ast.Call) else []
-            found += _calls_outside_functions(node)
+    found, scopes = [tree], _scopes()
+    for node in found:  # which grows
+        found += [child for child in ast.iter_child_nodes(node) if not isinstance(child, scopes)]
     return found
+
+
+def _global_reads(node: Any, names: set[str]) -> list[Any]:
+    """Where a tree reads one of the names and no variable of a function or comprehension has it."""
+    import ast
+
+    if isinstance(node, _scopes()) and not isinstance(node, ast.ClassDef):
+        inner: list[Any] = list(ast.walk(node))
+        names = names - {part.arg for part in inner if isinstance(part, ast.arg)}
+        names = names - {part.asname or part.name for part in inner if isinstance(part, ast.alias)}
+        names = names - {part.id for part in inner if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    if not names:
+        return []
+    if isinstance(node, ast.Name):
+        return [node] if node.id in names and isinstance(node.ctx, ast.Load) else []
+    return [read for child in ast.iter_child_nodes(node) for read in _global_reads(child, names)]
 
 
 def _reads_arguments(function: Any) -> bool:
     import ast
 
     arguments = {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
-    return any(node.id in arguments for node in _names(function.body))
+    read = {node.id for part in function.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+    return bool(arguments & read)

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,14 @@ _PACKAGES = "/packages"
 # inputs.
 _NUMPY_BYTES, _TESTS_BYTES = 512 << 20, 1 << 30
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_REFERENCE_SECONDS = 0.06  # of the work below on the machine of records/2026-11-28-sandbox-speed-2-cores
+_WORK = """
+def answer():
+    places = {}
+    for number in range(100_000):
+        places.setdefault(str(number * 7919 % 1009), []).append(number)
+    return sum(len(sorted(found)) for found in places.values())
+"""
 _PIPE_BYTES = 65536  # that a pipe takes without a reader
 _START = f"import sys,marshal,posix;exec(marshal.loads(posix.read(0,{_PIPE_BYTES})));main(eval(sys.argv[1]))"
 _ENDS = (
@@ -67,7 +75,8 @@ class Limits:
     """What a program may use."""
 
     seconds: float = 5.0
-    """Of wall clock from the program's first line to its tests' last, and of processor time for each process."""
+    """Of wall clock from the program's first line to its tests' last, and of processor time for each process; for
+    ``judge_all`` on a machine of the usual speed."""
     memory_bytes: int = 512 << 20
     """Address space of each process."""
     processes: int = 8
@@ -134,12 +143,14 @@ def judge_all(
 
     Args:
         items: all read at once.
+        limits: a slower machine's programs have ``slowness()`` times as many seconds.
         num_workers: one more than cores by default, since each waits now and then.
 
     Raises ``UserError`` where no sandbox can be had.
     """
-    limits = limits or Limits()
     check_sandbox()
+    limits = limits or Limits()
+    limits = replace(limits, seconds=limits.seconds * slowness())
     workers = num_workers or usable_cores() + 1
     with ThreadPoolExecutor(workers, thread_name_prefix="sandbox") as pool:
         judges: queue.SimpleQueue[Judge] = queue.SimpleQueue()
@@ -160,6 +171,17 @@ def judge_all(
             pool.shutdown(cancel_futures=True)
             for judge in every:
                 judge.close()
+
+
+@cache
+def slowness() -> float:
+    """How many times as long as elsewhere a program takes here, at least 1: measured once, in the sandbox."""
+    judge = Judge(Limits(seconds=_START_SECONDS), 0)
+    try:
+        verdicts = [judge(_WORK, Check(tests=("assert answer() == 100_000",))) for _ in range(3)]
+    finally:
+        judge.close()
+    return max(1.0, round(min(verdict.seconds for verdict in verdicts) / _REFERENCE_SECONDS, 1))
 
 
 @cache
@@ -404,7 +426,8 @@ class _Inside:
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise _Ended("timeout")
+                whose = "program" if self.side == "candidate" else "tests"
+                raise _Ended("timeout", f"more than {self.limits.seconds:.3g} s, in the {whose}")
             # Awake now and then: a child that outlives the program may hold the pipes open.
             ready = dict(poll.poll(min(left, 0.25) * 1000))
             if self._output in ready and not self._read_output():
