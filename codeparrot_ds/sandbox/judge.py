@@ -50,7 +50,8 @@ _PACKAGES = "/packages"
 # inputs.
 _NUMPY_BYTES, _TESTS_BYTES = 512 << 20, 1 << 30
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_REFERENCE_SECONDS = 0.06  # of the work below on the machine of records/2026-11-28-sandbox-speed-2-cores
+# Of the work below: 0.04 s on an idle core of records/2026-11-28-sandbox-speed-2-cores, and what a little load adds.
+_REFERENCE_SECONDS = 0.06
 _WORK = """
 def answer():
     places = {}
@@ -59,7 +60,13 @@ def answer():
     return sum(len(sorted(found)) for found in places.values())
 """
 _PIPE_BYTES = 65536  # that a pipe takes without a reader
-_START = f"import sys,marshal,posix;exec(marshal.loads(posix.read(0,{_PIPE_BYTES})));main(eval(sys.argv[1]))"
+_SHARED = "codeparrot_ds.sandbox.inside"  # which the checker's file imports from, and which runs as the main module
+_START = f"""import marshal, posix, sys
+sys.modules["{_SHARED}"] = sys.modules["__main__"]
+for code in marshal.loads(posix.read(0, {_PIPE_BYTES})):
+    exec(code)
+run(start(eval(sys.argv[1])))"""
+_FILES = {"candidate": ("inside.py",), "checker": ("inside.py", "checker.py")}
 _ENDS = (
     (b'["memory"', "memory", ""),
     (b'["exit"', "exited", "SystemExit"),
@@ -363,7 +370,7 @@ class _Inside:
         self._pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         self._to_inside, self._from_inside, self._output = (pipe.fileno() for pipe in self._pipes if pipe)
         with suppress(BrokenPipeError):  # it has ended; expect_hello says why
-            os.write(self._to_inside, _code())
+            os.write(self._to_inside, _code(side))
         os.set_blocking(self._to_inside, False)
         os.set_blocking(self._output, False)
         self._first_output = b""
@@ -467,15 +474,15 @@ class _Inside:
 _code_lock = threading.Lock()
 
 
-def _code() -> bytes:
+def _code(side: str) -> bytes:
     with _code_lock:
-        return _compiled()
+        return _compiled(side)
 
 
 @cache
-def _compiled() -> bytes:
-    path = Path(__file__).with_name("inside.py")
-    code = marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec", optimize=2))
+def _compiled(side: str) -> bytes:
+    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _FILES[side]]
+    code = marshal.dumps([compile(text, "<sandbox>", "exec", dont_inherit=True, optimize=2) for text in texts])
     assert len(code) < _PIPE_BYTES
     return code
 

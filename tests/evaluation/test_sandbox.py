@@ -280,11 +280,11 @@ def test_too_slow_is_told_from_wrong(judge):
 
 def test_reading_the_tests_takes_none_of_the_programs_time():
     """Extended sets have thousands of inputs to a problem."""
-    many = "inputs = [" + "[1, 2, 3], " * 60_000 + "]\nassert all(f(x) == 3 for x in inputs[:3])"
+    many = "inputs = [" + "[1, 2, 3], " * 40_000 + "]\nassert all(f(x) == 3 for x in inputs[:3])"
     judge = Judge(HASTY, 0)
     try:
         verdict = judge("def f(x): return len(x)", Check(tests=(many,)))
-        assert verdict.passed and verdict.seconds < 1.0, verdict
+        assert verdict.passed and verdict.seconds < 0.5, verdict
     finally:
         judge.close()
 

@@ -130,7 +130,8 @@ WRONG = {
     "a class of its own for numpy": (
         "halve",
         "class A:\n    __array__ = lambda self, *a, **k: [0.5, 2.0]\n    __array_ufunc__ = lambda *a, **k: True\n"
-        "    __len__ = lambda self: 2\n    __getitem__ = lambda self, n: [9.0, 9.0][n]\ndef halve(numbers):\n    return A()",
+        "    __len__ = lambda self: 2\n    __getitem__ = lambda self, n: [9.0, 9.0][n]\n"
+        "def halve(numbers):\n    return A()",
     ),
     "numpy swapped": (
         "halve",
@@ -210,7 +211,7 @@ WRONG = {
     ),
     "patched encoding": (
         "largest",
-        "import __main__\nfor name in ('encode', 'decode', '_exception', '_failure', 'Messages'):\n"
+        "import __main__\nfor name in ('encode', 'decode', 'exception_from_reply', 'exception_to_reply', 'Messages'):\n"
         "    setattr(__main__, name, lambda *a: ['value', ['k', '0'], ['l']])\n" + LARGEST + "return 1",
     ),
     "a function that was never handed over": (
