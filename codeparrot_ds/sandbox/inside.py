@@ -64,8 +64,9 @@ class Messages:
         data = "".join(parts).encode("ascii") + b"\n"
         if len(data) > self.max_bytes:
             raise TooLarge
-        while data:
-            data = data[posix.write(self.write_to, data) :]
+        rest = memoryview(data)  # no copy of it for each part that a pipe takes
+        while rest:
+            rest = rest[posix.write(self.write_to, rest) :]
 
 
 def _write_json(value: Any, parts: list[str]) -> None:
@@ -114,7 +115,10 @@ def encode(value: Any, other: Callable[[Any], list[Any]], depth: int = 0) -> lis
         return ["d", *(encode(part, other, depth + 1) for pair in dict.items(value) for part in pair)]
     for kind, tag in ((list, "l"), (tuple, "t"), (set, "S"), (frozenset, "F")):
         if isinstance(value, kind):
-            return [tag, *(encode(part, other, depth + 1) for part in value)]
+            items = [*value]
+            if tag in "lt" and items and {*map(type, items)} <= {int, float}:  # a million of them, in time
+                return ["#" + tag, " ".join([f"{item:x}" if type(item) is int else f"_{item!r}" for item in items])]
+            return [tag, *(encode(item, other, depth + 1) for item in items)]
     if type(value) is range:
         return ["r", hex(value.start), hex(value.stop), hex(value.step)]
     if type(value).__name__ == "deque" and type(value).__module__ == "collections":
@@ -161,6 +165,9 @@ def decode(code: Any, other: Callable[[str, str], Any], depth: int = 0) -> Any:
         return bytearray.fromhex(parts[0])
     if tag == "r":
         return range(*(int(part, 16) for part in parts))
+    if tag in ("#l", "#t"):
+        items = [float(part[1:]) if part[0] == "_" else int(part, 16) for part in parts[0].split()]
+        return items if tag == "#l" else tuple(items)
     if tag in "ltSFqd":
         values = [decode(part, other, depth + 1) for part in parts]
         if tag == "l":

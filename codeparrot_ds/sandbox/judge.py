@@ -92,8 +92,8 @@ class Limits:
     """Of files in its folder, ``/tmp``."""
     output_bytes: int = 1 << 20
     """Of what it prints."""
-    message_bytes: int = 4 << 20
-    """Of the arguments or the result of one call."""
+    message_bytes: int = 16 << 20
+    """Of the arguments or the result of one call, in hexadecimal."""
     calls: int = 100_000
     """From the tests into the program."""
     numpy: bool = False

@@ -163,9 +163,15 @@ RIGHT = {
         "def f(x):\n    return x",
         "from collections import deque\n"
         "for x in (None, True, -(10 ** 40), 0.1, float('inf'), 1j, 'ö\\ud800\\0', b'\\xff', bytearray(b'a'), [1, [2]],"
-        " (1, ()), {1, 2}, frozenset('a'), {'a': {'b': 1}, 2: None}, range(3, 9, 2), deque([1])):\n"
+        " (1, ()), {1, 2}, frozenset('a'), {'a': {'b': 1}, 2: None}, range(3, 9, 2), deque([1]),"
+        " [-1, 2.5, 0, -(16 ** 40), float('-inf'), 1e-300], (3, True), (4, -0.5), [[1, 2], [3]]):\n"
         "    y = f(x)\n    assert x == y and type(x) is type(y), x\n"
+        "assert [type(v) for v in f((1, 2.0, True))] == [int, float, bool] and str(f([float('nan')])) == '[nan]'\n"
         "assert str(f(float('nan'))) == 'nan' and str(f(-0.0)) == '-0.0'",
+    ),
+    "large values": (
+        "def f(n):\n    return list(range(n))\ndef g(n):\n    return 'x' * n",
+        "assert f(500_000) == list(range(500_000)) and g(6 << 20) == 'x' * (6 << 20)",
     ),
     "arguments changed in place": (
         "def f(a, b, c):\n    a.sort()\n    b['x'] = 1\n    c.clear()\n    a.append([])\ndef g(a):\n    a[0].append(1)",
