@@ -109,6 +109,8 @@ class Candidate:
     def __init__(self, messages: Messages) -> None:
         self.messages = messages
         self.was_asked = False
+        self.failure: AssertionError | None = None
+        """Of the tests, in a function of theirs that the program called, and whose exceptions it may have caught."""
         self.functions: list[Callable[..., Any]] = []
         """What the program may call: functions that the tests have handed over."""
         self.numbers: dict[int, int] = {}
@@ -142,6 +144,8 @@ class Candidate:
         except Stopped:
             raise
         except BaseException as error:
+            if isinstance(error, AssertionError) and getattr(error, "_candidate", None) is None:
+                self.failure = error
             return ["raise", *exception_to_reply(error)[1:]]
 
     def value(self, *request: Any) -> Any:
@@ -238,6 +242,8 @@ def _run_tests(names: set[str], codes: list[Any], messages: Messages) -> list[An
     try:
         for code in codes:
             exec(code, namespace)
+        if candidate.failure is not None:
+            raise candidate.failure
     except Stopped:
         return ["done", "stopped", ""]
     except BaseException as error:
@@ -252,6 +258,8 @@ def _run_tests(names: set[str], codes: list[Any], messages: Messages) -> list[An
 # --------------------------------------------------------------------------------------------------------------------
 # whose names the tests mean
 
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_SCOPES = (*_FUNCTIONS, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _OWN = "()"
 """Behind a name: the program's, whatever else has that name. No source can write such a name."""
 
@@ -272,7 +280,14 @@ def _compile(setup: str, tests: list[str], own: set[str]) -> tuple[set[str], lis
     nodes = [node for tree in trees for node in ast.walk(tree)]
     read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     imported = {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
-    functions = {node.name: node for tree in trees[1:] for node in tree.body if isinstance(node, ast.FunctionDef)}
+    functions: dict[str, Any] = {}  # of the tests, by all their names
+    for node in (node for tree in trees[1:] for node in tree.body):
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = node
+        elif isinstance(node, ast.Assign):
+            value = functions.get(node.value.id) if isinstance(node.value, ast.Name) else node.value
+            if isinstance(value, _FUNCTIONS):
+                functions |= {target.id: value for target in node.targets if isinstance(target, ast.Name)}
     hidden = {name for name in own if _is_built_in(name) or name in imported or name in functions}
     if "*" in imported:
         hidden = own
@@ -305,22 +320,19 @@ def _mark_own(trees: list[Any], own: set[str], functions: dict[str, Any]) -> Non
         node.id += _OWN
 
 
-def _scopes() -> tuple[Any, ...]:
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    return (*functions, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
 def _outside_scopes(tree: Any) -> list[Any]:
-    """The nodes that belong to no function, class or comprehension."""
-    found, scopes = [tree], _scopes()
+    """The nodes that belong to no function, class or comprehension; a function without arguments is none."""
+    found = [tree]
     for node in found:  # which grows
-        found += [child for child in ast.iter_child_nodes(node) if not isinstance(child, scopes)]
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, _SCOPES) or isinstance(child, ast.FunctionDef) and not _reads_arguments(child):
+                found.append(child)
     return found
 
 
 def _global_reads(node: Any, names: set[str]) -> list[Any]:
     """Where a tree reads one of the names and no variable of a function or comprehension has it."""
-    if isinstance(node, _scopes()) and not isinstance(node, ast.ClassDef):
+    if isinstance(node, _SCOPES) and not isinstance(node, ast.ClassDef):
         inner: list[Any] = list(ast.walk(node))
         names = names - {part.arg for part in inner if isinstance(part, ast.arg)}
         names = names - {part.asname or part.name for part in inner if isinstance(part, ast.alias)}
@@ -334,5 +346,4 @@ def _global_reads(node: Any, names: set[str]) -> list[Any]:
 
 def _reads_arguments(function: Any) -> bool:
     arguments = {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
-    read = {node.id for part in function.body for node in ast.walk(part) if isinstance(node, ast.Name)}
-    return bool(arguments & read)
+    return any(node.id in arguments for node in ast.walk(function) if isinstance(node, ast.Name))

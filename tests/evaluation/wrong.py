@@ -22,6 +22,17 @@ PROBLEMS = {
             "        assert candidate(numbers) == max(numbers)\n\n\ncheck(max)",
         ),
     ),
+    "min": Check(
+        entry_point="min",
+        tests=(
+            "same = lambda candidate, numbers: candidate(numbers) == min(numbers)\n\n\ndef main():\n"
+            "    assert same(min, [2, 1]) and same(candidate=min, numbers=[3])\n\n\nmain()",
+        ),
+    ),
+    "pow": Check(
+        names=("pow",),
+        tests=("def check(candidate):\n    assert candidate(2, 3) == pow(2, 3)\nrun = check\nrun(pow)",),
+    ),
     # … and against a library's.
     "gcd": Check(
         setup='def gcd(a, b):\n    """The greatest common divisor."""\n',
@@ -69,6 +80,10 @@ PROBLEMS = {
             "\n\ncheck(halve)",
         ),
     ),
+    "each": Check(
+        names=("each",),
+        tests=("def is_odd(value):\n    assert value % 2, value\nassert each(is_odd, [1, 3]) is None",),
+    ),
     "constant": Check(names=("answer",), tests=("assert 1 + 1 == 2",)),  # asks nothing: nobody can pass
 }
 
@@ -77,6 +92,9 @@ RIGHT = {
     "abs": "def abs(x):\n    return x if x > 0 else -x",
     "sum": "def sum(a, b):\n    return a + b",
     "max": "def max(numbers):\n    return sorted(numbers)[-1]",
+    "pow": "def pow(a, b):\n    return a**b",
+    "min": "def min(numbers):\n    return sorted(numbers)[0]",
+    "each": "def each(f, values):\n    for value in values:\n        f(value)",
     "gcd": "def gcd(a, b):\n    return gcd(b, a % b) if b else a",
     "Counter": "def Counter(text, letter):\n    return text.count(letter)",
     "check": "def check(text):\n    return text.islower()",
@@ -98,6 +116,12 @@ WRONG = {
     "a built-in's name, called otherwise": ("sum", "def sum(values):\n    return 3"),
     "a built-in's name, not defined": ("sum", "def add(a, b):\n    return a + b"),
     "a built-in's name, held against it": ("max", "def max(numbers):\n    return 5"),
+    "a built-in's name, held against it elsewhere": ("min", "def min(numbers):\n    return 1"),
+    "a built-in's name, held against it by another name": ("pow", "def pow(a, b):\n    return 1"),
+    "a caught failure of the tests' function": (
+        "each",
+        "def each(f, values):\n    try:\n        f(2)\n    except BaseException: pass",
+    ),
     "a built-in's name, one of the tests'": ("len", "def len(values):\n    return 2"),
     "a built-in's name, gone again": ("abs", "def abs(x):\n    return x if x > 0 else -x\ndel abs"),
     "a built-in's name and a variable's": ("round", "def round(text):\n    return float(text) * 2"),
