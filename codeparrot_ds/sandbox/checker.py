@@ -222,6 +222,8 @@ def _update(before: Any, after: Any) -> None:
         before.update(after)
     elif isinstance(before, bytearray):
         before[:] = after
+    elif type(before).__module__ == "numpy" and before.shape == after.shape:
+        before[...] = after
 
 
 def _is_mutable(value: Any) -> bool:

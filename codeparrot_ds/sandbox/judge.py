@@ -48,7 +48,7 @@ _PACKAGES = "/packages"
 """Where numpy is inside."""
 # Address space of what is none of a program's doing: numpy with one thread, and the tests, which may hold thousands of
 # inputs.
-_NUMPY_BYTES, _TESTS_BYTES = 512 << 20, 1 << 30
+_NUMPY_BYTES, _TESTS_BYTES = 256 << 20, 1 << 30
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Of the work below: 0.04 s on an idle core of records/2026-11-28-sandbox-speed-2-cores, and what a little load adds.
 _REFERENCE_SECONDS = 0.06

@@ -1,5 +1,6 @@
 """The sandbox: right programs pass, hostile ones neither pass nor do harm, and every verdict has its kind."""
 
+import builtins
 import os
 import re
 import socket
@@ -246,6 +247,27 @@ def test_a_right_program_passes(judge, name):
     assert verdict.passed and verdict.seconds > 0, verdict
 
 
+def test_no_exception_of_a_program_ends_a_loop_of_the_tests(judge):
+    kinds = [value for value in vars(builtins).values() if isinstance(value, type) and issubclass(value, BaseException)]
+    names = [
+        kind.__name__ for kind in kinds if not issubclass(kind, (SystemExit, MemoryError))
+    ]  # which end all at once
+    assert len(names) > 60 and "StopIteration" in names
+    program = (
+        "import builtins\ndef f(name):\n    raise getattr(builtins, name)('x')\nclass A:\n"
+        "    def __init__(self, name): self.name = name\n    def __iter__(self): return self\n"
+        "    def __next__(self): f(self.name)\n    @property\n    def value(self): f(self.name)"
+    )
+    ways = ("list(map(f, [name]))", "[*filter(f, [name])]", "[A(name).value for _ in 'a']")
+    tests = (
+        f"for name in {names!r}:\n    for way in {ways!r}:\n        try:\n            eval(way)\n"
+        "        except BaseException:\n            continue\n        assert False, (name, way)\n"
+        "assert list(A('StopIteration')) == []  # which is how an iterator ends"
+    )
+    verdict = judge(program, Check(setup="f, A", tests=(tests,)))
+    assert verdict.passed, verdict
+
+
 USES_NUMPY = "import numpy as np\ndef f(x):\n    return np.asarray(x) * 2\ndef g(x):\n    return np.asarray(x).sum()"
 
 
@@ -261,6 +283,12 @@ def test_tests_may_import_numpy_and_programs_where_their_limits_say_so(judge):
     try:
         assert with_numpy(USES_NUMPY, Check(tests=tests)).passed
         assert with_numpy("def f(x): return 1", Check(tests=("assert f(1) == 1",))).passed
+        in_place = Check(tests=("import numpy as np\na = np.zeros(2)\nf(a)\nassert a.sum() == 2",))
+        assert with_numpy("def f(a): a += 1", in_place).passed and not with_numpy("def f(a): a + 1", in_place).passed
+        whole = Check(tests=("import numpy as np\nassert np.all(f() == np.array([1, 2]))",))
+        equal = "import numpy as np\nclass A(np.ndarray):\n    __eq__ = lambda self, other: True\n"
+        assert with_numpy(equal + "def f(): return np.array([5, 6]).view(A)", whole).kind == "failed"
+        assert with_numpy(equal + "def f(): return np.array([None], dtype=object)", whole).kind == "failed"
         places = "import numpy, os\ndef f():\n    open(os.path.dirname(numpy.__file__) + '/x', 'w')"
         assert with_numpy(places, Check(tests=("f()",))).detail == "OSError"
         threads = "import numpy, os\ndef f():\n    return os.environ['OPENBLAS_NUM_THREADS']"
