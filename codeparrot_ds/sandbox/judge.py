@@ -434,7 +434,7 @@ class _Inside:
             left = deadline - time.monotonic()
             if left <= 0:
                 whose = "program" if self.side == "candidate" else "tests"
-                raise _Ended("timeout", f"more than {self.limits.seconds:.3g} s, in the {whose}")
+                raise _Ended("timeout", f"after {self.limits.seconds:.3g} s, in the {whose}")
             # Awake now and then: a child that outlives the program may hold the pipes open.
             ready = dict(poll.poll(min(left, 0.25) * 1000))
             if self._output in ready and not self._read_output():
@@ -463,7 +463,9 @@ class _Inside:
         except subprocess.TimeoutExpired:  # it closed its pipe and lives on
             return _Ended("exited", "closed its pipe")
         self._drain()
-        return _Ended("timeout", "processor time") if code == _CPU_LIMIT_REACHED else _Ended("exited", f"code {code}")
+        if code == _CPU_LIMIT_REACHED:
+            return _Ended("timeout", f"after {math.ceil(self.limits.seconds)} s of processor time")
+        return _Ended("exited", f"code {code}")
 
     def _drain(self) -> None:
         """Reads what was printed last, for the message of a sandbox that did not start."""
