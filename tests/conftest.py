@@ -31,8 +31,6 @@ for name in ("zero2", "zero2_offload", "zero3_nvme"):
 LAUNCHING = (
     *("torture", "cluster", "story", "test_old_runs.py", "training/test_bad_steps.py", "checkpoint/test_matrix.py"),
 )
-# Verdicts have limits of time: judged in a process that no other test has filled with threads.
-EARLY = ("evaluation/test_sandbox.py",)
 _builder: list[subprocess.Popen] = []
 
 
@@ -42,10 +40,9 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def _place(nodeid: str) -> int:
-    """Where a test's kind comes in the order: those of LAUNCHING, those of EARLY, then all others."""
+    """Where a test's kind comes in the order: those of LAUNCHING, then all others."""
     path = nodeid.partition("::")[0].removeprefix("tests/")
-    last = len(LAUNCHING) + (path not in EARLY)
-    return next((place for place, begin in enumerate(LAUNCHING) if path.startswith(begin)), last)
+    return next((place for place, begin in enumerate(LAUNCHING) if path.startswith(begin)), len(LAUNCHING))
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -211,6 +211,10 @@ def add_humaneval(commands: Any) -> None:
     group.add_argument(
         "--memory-mb", type=types.count, default=512, metavar="N", help=default_of("a program's process may take", 512)
     )
+    group.add_argument(
+        "--imports", choices=("standard", "numpy"), default="standard",
+        help=default_of("what programs may import: Python's standard library, or numpy as well", "standard"),
+    )  # fmt: skip
     group.add_argument("--num-workers", type=types.count, metavar="N", help="programs at once (default: cores + 1)")
     group = parser.add_argument_group("results")
     group.add_argument(
@@ -250,7 +254,11 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
             settings=settings,
             k=arguments.k,
             judge=arguments.allow_execution,
-            limits=Limits(seconds=arguments.seconds, memory_bytes=arguments.memory_mb << 20),
+            limits=Limits(
+                seconds=arguments.seconds,
+                memory_bytes=arguments.memory_mb << 20,
+                numpy=arguments.imports == "numpy",
+            ),
             num_workers=arguments.num_workers,
             batch_size=arguments.batch_size,
             device=arguments.device,

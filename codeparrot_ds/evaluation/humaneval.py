@@ -25,7 +25,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.pass_at_k import PassAtK, estimate
 from codeparrot_ds.evaluation.problems import Problem, load_problems
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
-from codeparrot_ds.sandbox.judge import Limits, check_sandbox, judge_all
+from codeparrot_ds.sandbox.judge import Limits, check_sandbox, judge_all, slowness
 from codeparrot_ds.terminal import Progress
 from codeparrot_ds.version import __version__
 
@@ -98,6 +98,11 @@ def humaneval(
     """
     if judge:
         check_sandbox()
+        if (times := slowness()) > 1:
+            say(
+                f"programs take {times:g} times as long on this machine as on the one that limits are made for, and "
+                f"have as many times the {(limits or Limits()).seconds:g} s"
+            )
     problems = load_problems(settings.problems, say)
     model = find_model(source)
     folder = Path(out) if out is not None else default_folder(source, settings.problems)

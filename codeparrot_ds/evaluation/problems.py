@@ -14,7 +14,7 @@ from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.paths import did_you_mean_path, exists, expand, may_be_on_hub
-from codeparrot_ds.sandbox.judge import Check
+from codeparrot_ds.sandbox.judge import Check, names_defined
 
 PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test"}
 """Short names of the public sets."""
@@ -148,6 +148,6 @@ def _mbpp(row: dict[str, Any], where: str) -> Problem:
         task_id=str(row["task_id"]),
         prompt=f'"""\n{text}\n{tests[0]}\n"""',
         solution="\n" + row["code"].replace("\r\n", "\n"),
-        check=Check(setup=setup, tests=tuple(tests)),
+        check=Check(setup=setup, tests=tuple(tests), names=names_defined(row["code"])),
         ends=_MBPP_ENDS,
     )

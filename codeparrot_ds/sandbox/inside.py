@@ -1,8 +1,8 @@
-"""What runs inside a sandbox: the candidate's side and the checker's side of a verdict. See ``judge.py``.
+"""What runs inside a sandbox: what both sides of a verdict have, and the candidate's side. See ``judge.py``.
 
-The host compiles this file and hands the code over; nothing of the package can be imported inside, and little of the
-standard library is, because every verdict starts an interpreter. Values cross as JSON lists of strings, which are
-Python literals as well: a candidate, which must start fast, needs no JSON library.
+The host compiles this file, and ``checker.py`` for the checker, and hands the code over; nothing of the package can be
+imported inside, and little of the standard library is, because every verdict starts an interpreter. Values cross as
+JSON lists of strings, which are Python literals as well: a candidate, which must start fast, needs no JSON library.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ _NO_MEMORY = 12  # ENOMEM
 MAX_DEPTH = 64
 """Of nested values. Python's own parser ends at 200 brackets."""
 
+_SAFE = (int, float, complex, bool, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, object, type(None))
+VALUE_TYPES: dict[str, Any] = {kind.__name__: kind for kind in _SAFE}
+"""Types that cross as values in both directions: calling one with anything does no harm."""
+
 
 class TransferError(Exception):
     """A value that cannot cross: too deep, too large, or of a type that only one side has."""
+
+
+class OtherError(Exception):
+    """An exception of the program's that is no built-in one."""
 
 
 class TooLarge(TransferError):
@@ -56,8 +64,9 @@ class Messages:
         data = "".join(parts).encode("ascii") + b"\n"
         if len(data) > self.max_bytes:
             raise TooLarge
-        while data:
-            data = data[posix.write(self.write_to, data) :]
+        rest = memoryview(data)  # no copy of it for each part that a pipe takes
+        while rest:
+            rest = rest[posix.write(self.write_to, rest) :]
 
 
 def _write_json(value: Any, parts: list[str]) -> None:
@@ -106,12 +115,28 @@ def encode(value: Any, other: Callable[[Any], list[Any]], depth: int = 0) -> lis
         return ["d", *(encode(part, other, depth + 1) for pair in dict.items(value) for part in pair)]
     for kind, tag in ((list, "l"), (tuple, "t"), (set, "S"), (frozenset, "F")):
         if isinstance(value, kind):
-            return [tag, *(encode(part, other, depth + 1) for part in value)]
+            items = [*value]
+            if tag in "lt" and items and {*map(type, items)} <= {int, float}:  # a million of them, in time
+                return ["#" + tag, " ".join([f"{item:x}" if type(item) is int else f"_{item!r}" for item in items])]
+            return [tag, *(encode(item, other, depth + 1) for item in items)]
     if type(value) is range:
         return ["r", hex(value.start), hex(value.stop), hex(value.step)]
     if type(value).__name__ == "deque" and type(value).__module__ == "collections":
         return ["q", *(encode(part, other, depth + 1) for part in value)]
+    if type(value).__module__ == "numpy" and getattr(getattr(value, "dtype", None), "str", "") in _numpy_types():
+        if not value.shape:
+            return encode(value.item(), other, depth)
+        return ["N", value.dtype.str, value.tobytes().hex(), *map(hex, value.shape)]
+    if isinstance(value, type) and any(value is kind for kind in _SAFE):
+        return ["T", text_to_hex(f"builtins {value.__name__}")]
     return other(value)
+
+
+def _numpy_types() -> dict[str, Any]:
+    """Of numpy's arrays that cross with their content, and of its numbers, which cross as Python's: no objects."""
+    import numpy
+
+    return {kind.str: kind for kind in map(numpy.dtype, "?bBhHiIlLqQefdFD")}
 
 
 def decode(code: Any, other: Callable[[str, str], Any], depth: int = 0) -> Any:
@@ -140,6 +165,9 @@ def decode(code: Any, other: Callable[[str, str], Any], depth: int = 0) -> Any:
         return bytearray.fromhex(parts[0])
     if tag == "r":
         return range(*(int(part, 16) for part in parts))
+    if tag in ("#l", "#t"):
+        items = [float(part[1:]) if part[0] == "_" else int(part, 16) for part in parts[0].split()]
+        return items if tag == "#l" else tuple(items)
     if tag in "ltSFqd":
         values = [decode(part, other, depth + 1) for part in parts]
         if tag == "l":
@@ -155,7 +183,42 @@ def decode(code: Any, other: Callable[[str, str], Any], depth: int = 0) -> Any:
         from collections import deque
 
         return deque(values)
+    if tag == "N":
+        import numpy
+
+        shape = [int(part, 16) for part in parts[2:]]
+        return numpy.ndarray(shape, _numpy_types()[parts[0]], bytearray.fromhex(parts[1]))
     return other(tag, parts[0])
+
+
+def exception_to_reply(error: BaseException) -> list[Any]:
+    """An exception as the nearest built-in one's name, its own name, and its text."""
+    built_in = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    try:
+        is_key = isinstance(error, KeyError) and len(error.args) == 1 and isinstance(error.args[0], str)
+        text = str(error.args[0] if is_key else error)[:500]  # a KeyError's own text has quotes about it
+    except BaseException:  # a __str__ of the program's own
+        text = ""
+    name = "".join(letter for letter in type(error).__name__[:64] if letter.isalnum() or letter == "_")
+    return ["error", built_in, text_to_hex(name), text_to_hex(text)]
+
+
+def exception_from_reply(built_in: str, own_name: str, text: str) -> Exception:
+    """The exception of ``_failure`` on the other side."""
+    import builtins
+
+    kind: Any = getattr(builtins, built_in, None)
+    error: Exception
+    try:
+        if not issubclass(kind, Exception):
+            raise TypeError(built_in)
+        if issubclass(kind, (StopIteration, StopAsyncIteration)):
+            kind = RuntimeError  # as from a generator: `for … in map(function, …)` would end there as if all were well
+        error = kind(text_from_hex(text))
+    except TypeError:  # none that can be raised with a text alone
+        error = OtherError(text_from_hex(text))
+    error._candidate = text_from_hex(own_name)  # type: ignore[attr-defined]
+    return error
 
 
 def confine(settings: dict[str, Any]) -> None:
@@ -170,38 +233,68 @@ def confine(settings: dict[str, Any]) -> None:
         posix.setresuid(*[settings["user"]] * 3)
 
 
-def main(settings: dict[str, Any]) -> None:
-    """Runs one side; standard input is the host's line, which the program itself finds empty."""
-    read_from = posix.dup(0)
+def start(settings: dict[str, Any]) -> Messages:
+    """Begins one side and returns its way to the host, which takes standard input and output: the program finds the
+    one empty, and the other is where its errors go."""
+    read_from, write_to = posix.dup(0), posix.dup(1)
     null = posix.open("/dev/null", posix.O_RDWR)
     posix.dup2(null, 0)
+    posix.dup2(2, 1)
     confine(settings)
-    messages = Messages(read_from, settings["write_to"], settings["message_bytes"])
+    if settings["packages"]:
+        sys.path.append(settings["packages"])
+        if settings["side"] == "checker":
+            import numpy  # noqa: F401 (its children find it loaded)
+    messages = Messages(read_from, write_to, settings["message_bytes"])
     messages.send(["hello"])
-    if settings["side"] == "candidate":
-        run_candidate(messages)
-    else:
-        run_checker(messages)
+    return messages
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # the candidate's side: nothing here is worth protecting from the program
 
 
-def run_candidate(messages: Messages) -> None:
+def run(messages: Messages) -> None:
     """Runs the program and then answers calls of what it defines, until the host ends it."""
     program = text_from_hex(messages.receive().decode("ascii"))
     module = type(sys)("candidate")
     sys.modules["candidate"] = module
     messages.send(_attempt(lambda: _define(program, module.__dict__)))
     objects: list[Any] = []
+    functions: dict[str, Any] = {}  # of the tests, by number
+    numbers: dict[Any, str] = {}
 
     def to_handle(value: Any) -> list[Any]:
+        if type(value) is type(encode) and value in numbers:
+            return ["k", numbers[value]]
         objects.append(value)
         return ["h", str(len(objects) - 1)]
 
     def from_handle(tag: str, text: str) -> Any:
-        return objects[int(text)] if tag == "h" else _global(module, text_from_hex(text))
+        if tag == "h":
+            return objects[int(text)]
+        if tag == "g":
+            return _global(module, text_from_hex(text))
+        place, _, name = text_from_hex(text).partition(" ")
+        if tag == "T":
+            if place == "builtins" and name in VALUE_TYPES:
+                return VALUE_TYPES[name]  # which holds None's type too, as no module does
+            return getattr(__import__(place, fromlist=[name]), name)
+        if place not in functions:
+            functions[place] = of_the_tests(place, name)
+            numbers[functions[place]] = place
+        return functions[place] if tag == "k" else _pull(functions[place])
+
+    def of_the_tests(number: str, name: str) -> Any:
+        def function(*arguments: Any, **keywords: Any) -> Any:
+            messages.send(["back", number, encode(list(arguments), to_handle), encode(keywords, to_handle)])
+            outcome, *parts = serve()
+            if outcome == "raise":
+                raise exception_from_reply(*parts)
+            return decode(parts[0], from_handle)
+
+        function.__name__ = name
+        return function
 
     def value(result: Any) -> list[Any]:
         return ["value", encode(result, to_handle)]
@@ -229,13 +322,27 @@ def run_candidate(messages: Messages) -> None:
         "iterate": lambda tag, text: ["value", to_handle(iter(from_handle(tag, text)))],
         "next": advance,
     }
-    while True:
-        operation, *parts = eval(messages.receive())  # the checker's own lists of strings
-        reply = _attempt(lambda: operations[operation](*parts))  # noqa: B023
-        try:
-            messages.send(reply)
-        except TooLarge:
-            messages.send(["output"])
+
+    def serve() -> list[Any]:
+        """Answers the checker until it has what a function of the tests returned or raised."""
+        while True:
+            operation, *parts = eval(messages.receive())  # the checker's own lists of strings
+            if operation in ("return", "raise"):
+                return [operation, *parts]
+            reply = _attempt(lambda: operations[operation](*parts))  # noqa: B023
+            try:
+                messages.send(reply)
+            except TooLarge:
+                messages.send(["output"])
+
+    serve()
+    posix._exit(1)  # an answer to a call that was not made
+
+
+def _pull(next_items: Callable[[], list[Any]]) -> Any:
+    """An iterator of the tests': ``next_items`` returns a list of one, or of none at the end."""
+    while items := next_items():
+        yield items[0]
 
 
 def _define(program: str, namespace: dict[str, Any]) -> list[Any]:
@@ -263,216 +370,4 @@ def _attempt(action: Callable[[], list[Any]]) -> list[Any]:
     except SystemExit:
         return ["exit"]
     except BaseException as error:
-        return ["memory"] if getattr(error, "errno", None) == _NO_MEMORY else _failure(error)
-
-
-def _failure(error: BaseException) -> list[Any]:
-    """An exception as the nearest built-in one's name, its own name, and its text."""
-    built_in = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
-    try:
-        text = str(error)[:500]
-    except BaseException:  # a __str__ of the program's own
-        text = ""
-    name = "".join(letter for letter in type(error).__name__[:64] if letter.isalnum() or letter == "_")
-    return ["error", built_in, text_to_hex(name), text_to_hex(text)]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the checker's side: the only one that can say "passed"
-
-
-def run_checker(messages: Messages) -> None:
-    """Runs the tests of one problem after another, each in a child of its own; ends where such a child dies."""
-    import ast  # noqa: F401 (its children find it loaded)
-    import collections  # noqa: F401
-    import gc
-    import json
-
-    gc.freeze()  # a collection in a child would copy all that it shares
-    while True:
-        check = json.loads(messages.receive())
-        child = posix.fork()
-        if not child:
-            try:
-                _check_programs(check, messages)
-            except BaseException:
-                posix._exit(1)
-            posix._exit(0)
-        _, status = posix.waitpid(child, 0)
-        if status:
-            posix._exit(1)
-
-
-def _check_programs(check: dict[str, Any], messages: Messages) -> None:
-    """Runs a problem's tests on one program after another, until the host has another problem."""
-    failure, names, codes = None, set(), []
-    try:
-        names = _names_used("\n".join([check["setup"], *check["tests"]]))
-        codes = [compile(text, "<tests>", "exec", dont_inherit=True) for text in (check["setup"], *check["tests"])]
-    except (SyntaxError, ValueError) as error:  # the problem's mistake
-        failure = ["done", "error", text_to_hex(f"{type(error).__name__} in the tests"), ""]
-    while True:
-        messages.send(failure or _run_tests(names, codes, check["entry_point"], messages))
-        if messages.receive() == b'["end"]':
-            messages.send(["ended"])
-            return
-
-
-class Remote:
-    """What the checker has of the candidate's: a name, or an object that equals nothing but itself.
-
-    No operator reaches the program, which could answer ``result - expected`` with what the tests wish for.
-    """
-
-    __slots__ = ("_candidate", "_place")
-
-    def __init__(self, candidate: Candidate, tag: str, text: str) -> None:
-        object.__setattr__(self, "_candidate", candidate)
-        object.__setattr__(self, "_place", (tag, text))
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self._candidate.call(self._place, arguments, keywords)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._candidate.value("get", *self._place, text_to_hex(name))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._candidate.value("set", *self._place, text_to_hex(name), encode(value, _encode_remote))
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._candidate.value("item", *self._place, encode(key, _encode_remote))
-
-    def __len__(self) -> int:
-        return int(self._candidate.value("length", *self._place))
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and self._place == other._place
-
-    def __hash__(self) -> int:
-        return hash(self._place)
-
-    def __iter__(self) -> Any:
-        iterator = self._candidate.value("iterate", *self._place)
-        while (reply := self._candidate.ask("next", *iterator._place))[0] != "end":
-            yield self._candidate.decode(reply[1])
-
-
-class CandidateError(Exception):
-    """An exception of the program's that is no built-in one."""
-
-
-class Candidate:
-    """Asks the candidate through the host."""
-
-    def __init__(self, messages: Messages) -> None:
-        import json
-
-        self.messages, self.loads = messages, json.loads
-
-    def ask(self, *request: Any) -> list[Any]:
-        """Returns the program's reply, ``["value", …]`` or ``["end"]``; raises what it says that it raised."""
-        self.messages.send(list(request))
-        reply = self.loads(self.messages.receive())
-        if not isinstance(reply, list) or not reply:
-            raise TransferError("no reply")
-        if reply[0] == "stop":
-            raise Stopped
-        if reply[0] == "error":
-            raise _exception(reply)
-        if reply[0] not in ("value", "end"):
-            raise TransferError("no reply")
-        return reply
-
-    def value(self, *request: Any) -> Any:
-        return self.decode(self.ask(*request)[1])
-
-    def call(self, place: tuple[str, str], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        reply = self.ask("call", *place, encode(list(arguments), _encode_remote), encode(keywords, _encode_remote))
-        for argument, after in zip(arguments, self.decode(reply[2]), strict=True):
-            _update(argument, after)
-        return self.decode(reply[1])
-
-    def decode(self, code: Any) -> Any:
-        return decode(code, lambda tag, text: Remote(self, "h", str(int(text))))
-
-
-def _encode_remote(value: Any) -> list[Any]:
-    if isinstance(value, Remote):
-        return [*value._place]
-    raise TransferError(f"a test hands over a {type(value).__name__}, which cannot leave the checker")
-
-
-def _exception(reply: list[Any]) -> Exception:
-    import builtins
-
-    _, built_in, own_name, text = reply
-    kind: Any = getattr(builtins, built_in, None)
-    error: Exception
-    try:
-        if not issubclass(kind, Exception):
-            raise TypeError(built_in)
-        error = kind(text_from_hex(text))
-    except TypeError:  # none that can be raised with a text alone
-        error = CandidateError(text_from_hex(text))
-    error._candidate = text_from_hex(own_name)  # type: ignore[attr-defined]
-    return error
-
-
-def _update(before: Any, after: Any) -> None:
-    """Makes an argument what the call left of it."""
-    if type(before) is not type(after):
-        return
-    if isinstance(before, list):
-        if len(before) == len(after):
-            kept = [old if _is_mutable(old) and type(old) is type(new) else new for old, new in zip(before, after)]  # noqa: B905
-            for old, new in zip(kept, after):  # noqa: B905
-                _update(old, new)
-            after = kept
-        before[:] = after
-    elif isinstance(before, (dict, set)):
-        before.clear()
-        before.update(after)
-    elif isinstance(before, bytearray):
-        before[:] = after
-
-
-def _is_mutable(value: Any) -> bool:
-    return isinstance(value, (list, dict, set, bytearray))
-
-
-def _run_tests(names: set[str], codes: list[Any], entry_point: str, messages: Messages) -> list[Any]:
-    """Returns ``["done", kind, detail, text]`` of one program; all but the kind are hexadecimal.
-
-    Args:
-        codes: the setup's, then each test's.
-    """
-    candidate = Candidate(messages)
-    namespace: dict[str, Any] = {name: Remote(candidate, "g", text_to_hex(name)) for name in names}
-    namespace["__name__"] = "checker"
-    try:
-        exec(codes[0], namespace)
-        if entry_point:
-            namespace[entry_point] = Remote(candidate, "g", text_to_hex(entry_point))
-        for test in codes[1:]:
-            exec(test, namespace)
-    except Stopped:
-        return ["done", "stopped", "", ""]
-    except BaseException as error:
-        own = getattr(error, "_candidate", None)
-        kind = "failed" if isinstance(error, AssertionError) and own is None else "error"
-        return ["done", kind, text_to_hex(own or type(error).__name__), text_to_hex(str(error)[:500])]
-    return ["done", "passed", "", ""]
-
-
-def _names_used(source: str) -> set[str]:
-    """The names that code reads and no built-in one has: what it defines itself takes their place when it runs."""
-    import ast
-    import builtins
-
-    read = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    return {name for name in read if not hasattr(builtins, name)}
+        return ["memory"] if getattr(error, "errno", None) == _NO_MEMORY else exception_to_reply(error)

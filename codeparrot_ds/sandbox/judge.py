@@ -9,6 +9,8 @@ no checker; only the checker can say that it passed. Docs: ``docs/judging.md``.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import marshal
 import math
@@ -23,7 +25,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,16 +41,39 @@ _STOP_SECONDS = 1.0  # of a problem's tests, which do nothing more
 # Users that systemd keeps for services without one, which nothing else has. Spread, so that two programs of two hosts'
 # processes hardly ever share one: they would only share the limit on their number.
 _FIRST_USER, _NUM_USERS, _SPREAD = 61184, 4336, 2654435761
+# Without alternatives, a numpy of the system's finds no BLAS.
+_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/etc/ld.so.cache", "/etc/alternatives")
 _DEVICES = ("null", "urandom")
+_PACKAGES = "/packages"
+"""Where numpy is inside."""
+# Address space of what is none of a program's doing: numpy with one thread, and the tests, which may hold thousands of
+# inputs.
+_NUMPY_BYTES, _TESTS_BYTES = 256 << 20, 1 << 30
+_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Of the work below: 0.04 s on an idle core of records/2026-11-28-sandbox-speed-2-cores, and what a little load adds.
+_REFERENCE_SECONDS = 0.06
+_WORK = """
+def answer():
+    places = {}
+    for number in range(100_000):
+        places.setdefault(str(number * 7919 % 1009), []).append(number)
+    return sum(len(sorted(found)) for found in places.values())
+"""
 _PIPE_BYTES = 65536  # that a pipe takes without a reader
-_START = f"import sys,marshal,posix;exec(marshal.loads(posix.read(0,{_PIPE_BYTES})));main(eval(sys.argv[1]))"
+_SHARED = "codeparrot_ds.sandbox.inside"  # which the checker's file imports from, and which runs as the main module
+_START = f"""import marshal, posix, sys
+sys.modules["{_SHARED}"] = sys.modules["__main__"]
+for code in marshal.loads(posix.read(0, {_PIPE_BYTES})):
+    exec(code)
+run(start(eval(sys.argv[1])))"""
+_FILES = {"candidate": ("inside.py",), "checker": ("inside.py", "checker.py")}
 _ENDS = (
     (b'["memory"', "memory", ""),
     (b'["exit"', "exited", "SystemExit"),
     (b'["syntax"', "syntax", ""),
     (b'["output"', "output", "a result is too large"),
 )
-_REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]')
+_REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]', b'["back",')
 _CPU_LIMIT_REACHED = 128 + 24  # SIGXCPU, as bubblewrap hands it on
 
 
@@ -57,7 +82,8 @@ class Limits:
     """What a program may use."""
 
     seconds: float = 5.0
-    """Of wall clock from the program's first line to its tests' last, and of processor time for each process."""
+    """Of wall clock from the program's first line to its tests' last, and of processor time for each process; for
+    ``judge_all`` on a machine of the usual speed."""
     memory_bytes: int = 512 << 20
     """Address space of each process."""
     processes: int = 8
@@ -66,10 +92,12 @@ class Limits:
     """Of files in its folder, ``/tmp``."""
     output_bytes: int = 1 << 20
     """Of what it prints."""
-    message_bytes: int = 4 << 20
-    """Of the arguments or the result of one call."""
+    message_bytes: int = 16 << 20
+    """Of the arguments or the result of one call, in hexadecimal."""
     calls: int = 100_000
     """From the tests into the program."""
+    numpy: bool = False
+    """Whether a program may import numpy, beside the standard library. Tests may where they name it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +109,23 @@ class Check:
     tests: tuple[str, ...]
     """Sources that raise where the program is wrong. Names that neither they nor ``setup`` define are the program's."""
     entry_point: str = ""
-    """A name that is the program's even where ``setup`` defines it."""
+    """A name that is the program's even where Python, an import or ``setup`` has it."""
+    names: tuple[str, ...] = ()
+    """More such names."""
+
+
+def names_defined(source: str) -> tuple[str, ...]:
+    """Returns what a reference solution defines at its top level, for ``Check.names``; nothing of what is no Python."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # its verdict says so
+        return ()
+    named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = [node.name for node in tree.body if isinstance(node, named)]
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -106,12 +150,14 @@ def judge_all(
 
     Args:
         items: all read at once.
+        limits: a slower machine's programs have ``slowness()`` times as many seconds.
         num_workers: one more than cores by default, since each waits now and then.
 
     Raises ``UserError`` where no sandbox can be had.
     """
-    limits = limits or Limits()
     check_sandbox()
+    limits = limits or Limits()
+    limits = replace(limits, seconds=limits.seconds * slowness())
     workers = num_workers or usable_cores() + 1
     with ThreadPoolExecutor(workers, thread_name_prefix="sandbox") as pool:
         judges: queue.SimpleQueue[Judge] = queue.SimpleQueue()
@@ -132,6 +178,17 @@ def judge_all(
             pool.shutdown(cancel_futures=True)
             for judge in every:
                 judge.close()
+
+
+@cache
+def slowness() -> float:
+    """How many times as long as elsewhere a program takes here, at least 1: measured once, in the sandbox."""
+    judge = Judge(Limits(seconds=_START_SECONDS), 0)
+    try:
+        verdicts = [judge(_WORK, Check(tests=("assert answer() == 100_000",))) for _ in range(3)]
+    finally:
+        judge.close()
+    return max(1.0, round(min(verdict.seconds for verdict in verdicts) / _REFERENCE_SECONDS, 1))
 
 
 @cache
@@ -183,12 +240,12 @@ class Judge:
 
     def __call__(self, program: str, check: Check) -> Verdict:
         started = time.monotonic()
-        with _Inside("candidate", self.limits, 2 * self.slot) as candidate:
+        with _Inside("candidate", self.limits, 2 * self.slot, numpy=self.limits.numpy) as candidate:
             candidate.expect_hello()
-            checker = self._ready_checker()
-            started = time.monotonic()  # from here on it is the program's time
             try:
-                kind, detail = self._relay(program, check, candidate, checker, started + self.limits.seconds)
+                checker = self._ready_checker(check)
+                started = time.monotonic()  # from here on it is the program's time
+                kind, detail = self._relay(program, candidate, checker, started + self.limits.seconds)
             except _Ended as end:
                 kind, detail = end.kind, end.detail
         return Verdict(kind, detail, time.monotonic() - started)
@@ -206,15 +263,31 @@ class Judge:
             self._checker = None
             self._checked = None
 
-    def _ready_checker(self) -> _Inside:
-        if self._checker is None:
-            self._checker = _Inside("checker", self.limits, 2 * self.slot + 1)
-            self._checker.expect_hello()
+    def _ready_checker(self, check: Check) -> _Inside:
+        """Returns a checker that has read the problem's tests, which takes none of the program's time."""
+        try:
+            numpy = self.limits.numpy or any("numpy" in text for text in (check.setup, *check.tests))
+            if self._checker is not None and numpy and not self._checker.numpy:
+                self.close()
+            if self._checker is None:
+                self._checker = _Inside("checker", self.limits, 2 * self.slot + 1, numpy=numpy)
+                self._checker.expect_hello()
+            if check != self._checked:
+                deadline = time.monotonic() + _START_SECONDS
+                if self._checked is not None:
+                    self._checker.send(b'["end"]', deadline)
+                    self._checker.receive(deadline)
+                self._checked = check
+                own = [check.entry_point, *check.names] if check.entry_point else check.names
+                message = {"setup": check.setup, "tests": check.tests, "names": own}
+                self._checker.send(json.dumps(message).encode(), deadline)
+                self._checker.receive(deadline)
+        except BaseException:
+            self.close()
+            raise
         return self._checker
 
-    def _relay(
-        self, program: str, check: Check, candidate: _Inside, checker: _Inside, deadline: float
-    ) -> tuple[str, str]:
+    def _relay(self, program: str, candidate: _Inside, checker: _Inside, deadline: float) -> tuple[str, str]:
         """Returns kind and detail of the verdict; raises ``_Ended`` where it is not the checker's."""
         candidate.send(program.encode("utf-8", "surrogatepass").hex().encode(), deadline)
         reply = candidate.receive(deadline)
@@ -223,15 +296,7 @@ class Judge:
             raise _Ended("error", _name_of(reply))
         try:
             checker.printed_bytes = 0
-            if check != self._checked:
-                if self._checked is not None:
-                    checker.send(b'["end"]', deadline)
-                    checker.receive(deadline)
-                self._checked = check
-                message = {"setup": check.setup, "tests": check.tests, "entry_point": check.entry_point}
-                checker.send(json.dumps(message).encode(), deadline)
-            else:
-                checker.send(b'["again"]', deadline)
+            checker.send(b'["run"]', deadline)
             return self._carry(candidate, checker, deadline)
         except BaseException:
             # Whatever state the tests are in, the next problem begins with a checker of its own.
@@ -243,7 +308,7 @@ class Judge:
         for _ in range(self.limits.calls + 1):
             request = checker.receive(deadline)
             if request.startswith(b'["done"'):
-                _, kind, detail, _ = json.loads(request)
+                _, kind, detail = json.loads(request)
                 return kind, bytes.fromhex(detail).decode("utf-8", "replace")
             try:
                 candidate.send(request, deadline)
@@ -287,29 +352,25 @@ def _stops(checker: _Inside) -> bool:
 class _Inside:
     """A process in a sandbox and its pipes."""
 
-    def __init__(self, side: str, limits: Limits, user: int) -> None:
-        self.side, self.limits = side, limits
+    def __init__(self, side: str, limits: Limits, user: int, *, numpy: bool) -> None:
+        self.side, self.limits, self.numpy = side, limits, numpy
         self._received, self.printed_bytes = b"", 0
-        read_end, inner_write = os.pipe()
-        self._from_inside = read_end
-        settings = _settings(side, limits, user, inner_write)
-        command = [*_bubblewrap(limits.scratch_bytes), *_interpreter(), "-c", _START, repr(settings)]
-        try:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=(inner_write,),
-                env={},
-                start_new_session=True,
-            )
-        finally:
-            os.close(inner_write)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self._to_inside, self._output = self.process.stdin.fileno(), self.process.stdout.fileno()
+        settings = _settings(side, limits, user, numpy)
+        command = [*_bubblewrap(limits.scratch_bytes, numpy), *_interpreter(), "-c", _START, repr(settings)]
+        # Messages take the standard streams, whose numbers are the same however many files this process has open:
+        # a limit inside is on numbers of descriptors.
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={},
+            start_new_session=True,
+        )
+        self._pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
+        self._to_inside, self._from_inside, self._output = (pipe.fileno() for pipe in self._pipes if pipe)
         with suppress(BrokenPipeError):  # it has ended; expect_hello says why
-            os.write(self._to_inside, _code())
+            os.write(self._to_inside, _code(side))
         os.set_blocking(self._to_inside, False)
         os.set_blocking(self._output, False)
         self._first_output = b""
@@ -324,9 +385,8 @@ class _Inside:
         """Kills bubblewrap and with it, as their parent and as the first process of their namespace, all inside."""
         self.process.kill()
         self.process.wait()
-        os.close(self._from_inside)
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
+        for pipe in self._pipes:
+            if pipe:
                 pipe.close()
 
     def expect_hello(self) -> None:
@@ -373,7 +433,8 @@ class _Inside:
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise _Ended("timeout")
+                whose = "program" if self.side == "candidate" else "tests"
+                raise _Ended("timeout", f"after {self.limits.seconds:.3g} s, in the {whose}")
             # Awake now and then: a child that outlives the program may hold the pipes open.
             ready = dict(poll.poll(min(left, 0.25) * 1000))
             if self._output in ready and not self._read_output():
@@ -402,7 +463,9 @@ class _Inside:
         except subprocess.TimeoutExpired:  # it closed its pipe and lives on
             return _Ended("exited", "closed its pipe")
         self._drain()
-        return _Ended("timeout", "processor time") if code == _CPU_LIMIT_REACHED else _Ended("exited", f"code {code}")
+        if code == _CPU_LIMIT_REACHED:
+            return _Ended("timeout", f"after {math.ceil(self.limits.seconds)} s of processor time")
+        return _Ended("exited", f"code {code}")
 
     def _drain(self) -> None:
         """Reads what was printed last, for the message of a sandbox that did not start."""
@@ -413,30 +476,31 @@ class _Inside:
 _code_lock = threading.Lock()
 
 
-def _code() -> bytes:
+def _code(side: str) -> bytes:
     with _code_lock:
-        return _compiled()
+        return _compiled(side)
 
 
 @cache
-def _compiled() -> bytes:
-    path = Path(__file__).with_name("inside.py")
-    code = marshal.dumps(compile(path.read_text(encoding="utf-8"), "<sandbox>", "exec", optimize=2))
+def _compiled(side: str) -> bytes:
+    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _FILES[side]]
+    code = marshal.dumps([compile(text, "<sandbox>", "exec", dont_inherit=True, optimize=2) for text in texts])
     assert len(code) < _PIPE_BYTES
     return code
 
 
-def _settings(side: str, limits: Limits, user: int, write_to: int) -> dict[str, Any]:
-    seconds = math.ceil(limits.seconds)
-    # A checker's child has as much; the checker itself lives on, and only waits.
-    cpu = (seconds, seconds + 1) if side == "candidate" else (-1, -1)
+def _settings(side: str, limits: Limits, user: int, numpy: bool) -> dict[str, Any]:
+    memory = limits.memory_bytes + numpy * _NUMPY_BYTES
+    cpu = (math.ceil(limits.seconds), math.ceil(limits.seconds) + 1)
+    if side == "checker":  # it lives on, and the wall clock ends its children
+        memory, cpu = memory + _TESTS_BYTES, (-1, -1)
     return {
         "side": side,
-        "write_to": write_to,
+        "packages": _PACKAGES if numpy else "",
         "message_bytes": limits.message_bytes,
         "user": _FIRST_USER + (os.getpid() * _SPREAD + user) % _NUM_USERS if os.geteuid() == 0 else 0,
         "limits": {
-            "AS": (limits.memory_bytes,) * 2,
+            "AS": (memory, memory),
             "CPU": cpu,
             "FSIZE": (limits.scratch_bytes,) * 2,
             # Kernels before 5.14 count all of a user's processes here: the checker, who is trusted, must still fork.
@@ -448,7 +512,7 @@ def _settings(side: str, limits: Limits, user: int, write_to: int) -> dict[str, 
 
 
 @cache
-def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
+def _bubblewrap(scratch_bytes: int, numpy: bool = False) -> tuple[str, ...]:
     """The command that makes the sandbox, up to the program's own."""
     bwrap = shutil.which("bwrap")
     assert bwrap is not None, "check_sandbox comes first"
@@ -459,7 +523,7 @@ def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user"]
-    for path in map(Path, ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/etc/ld.so.cache")):
+    for path in map(Path, _SYSTEM):
         if path.is_symlink():
             command += ["--symlink", os.readlink(path), str(path)]
         elif path.exists():
@@ -469,7 +533,11 @@ def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
         for path in (base / "bin", base / "lib", base / "lib64"):
             if path.exists():
                 command += _read_only(path)
-    command += ["--perms", "0755", "--dir", "/dev"]
+    if numpy:
+        command += [*_make_folder(_PACKAGES), *(part for name in _ONE_THREAD for part in ("--setenv", name, "1"))]
+        for folder in _numpy_folders():
+            command += ["--ro-bind", str(folder), f"{_PACKAGES}/{folder.name}"]
+    command += _make_folder("/dev")
     for name in _DEVICES:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp", "--remount-ro", "/"]
@@ -479,8 +547,21 @@ def _bubblewrap(scratch_bytes: int) -> tuple[str, ...]:
 def _read_only(path: Path) -> list[str]:
     """A folder of the system, read-only, under parents that every user may pass through."""
     parents = [str(parent) for parent in reversed(path.parents) if parent != Path("/")]
-    made = [option for parent in parents for option in ("--perms", "0755", "--dir", parent)]
+    made = [option for parent in parents for option in _make_folder(parent)]
     return [*made, "--ro-bind", str(path), str(path)]
+
+
+def _make_folder(path: str) -> list[str]:
+    return ["--perms", "0755", "--dir", path]
+
+
+def _numpy_folders() -> list[Path]:
+    """This environment's numpy and, where its wheel has them, the libraries beside it; not imported."""
+    spec = importlib.util.find_spec("numpy")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the tests or the programs may import numpy, and it is not installed here: pip install numpy")
+    folder = Path(spec.submodule_search_locations[0]).resolve()
+    return [path for path in (folder, folder.with_name("numpy.libs")) if path.is_dir()]
 
 
 def _interpreter() -> tuple[str, ...]:

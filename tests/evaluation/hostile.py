@@ -130,7 +130,7 @@ HOSTILE = {
     ),
     "its own AssertionError": (CALLS + "raise AssertionError", "error"),
     "another checker": (
-        "import __main__, builtins, sys\nfor name in ('encode', 'decode', '_attempt', '_failure', '_run_tests'):\n"
+        "import __main__, builtins, sys\nfor name in ('encode', 'decode', '_attempt', 'exception_to_reply', 'run'):\n"
         "    setattr(__main__, name, lambda *a: ['value', ['b', '1'], ['l']])\nbuiltins.isinstance = lambda *a: True\n"
         + CALLS
         + "return 1",

@@ -150,3 +150,28 @@ def test_nothing_runs_unless_it_is_allowed(model_folder, tmp_path, capsys, monke
 def test_results_of_a_run_lie_in_it(run_folder):
     assert default_folder(run_folder, "humaneval") == run_folder / "humaneval" / "step-00001000-humaneval"
     assert default_folder("org/name", "google/mbpp:test") == Path("humaneval/name-mbpp")
+
+
+def test_programs_import_numpy_where_they_may(model_folder, tmp_path):
+    completed(model_folder, tmp_path / "r", limit=1, temperatures=(0.6,))
+    kept = rows(tmp_path / "r", "generations-t0.6")
+    for row in kept:
+        row["completion"] = "\n    import numpy\n    return a + b if numpy.arange(3).sum() == 3 else None"
+    write(tmp_path / "r", "generations-t0.6", kept)
+    command = [
+        "humaneval",
+        str(model_folder),
+        "--problems",
+        str(FILE),
+        "--limit",
+        "1",
+        "--num-samples",
+        "2",
+        "--k",
+        "1",
+    ]
+    command += ["--temperatures", "0.6", "--max-new-tokens", "8", "--out", str(tmp_path / "r"), "--allow-execution"]
+    for options, kind in ((["--imports", "numpy"], "passed"), ([], "error")):
+        (tmp_path / "r" / "verdicts-t0.6.jsonl").unlink(missing_ok=True)
+        assert main([*command, *options]) == 0
+        assert {row["kind"] for row in rows(tmp_path / "r", "verdicts-t0.6")} == {kind}

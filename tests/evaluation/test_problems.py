@@ -90,3 +90,15 @@ def test_names_that_lead_nowhere_are_told(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             load_problems(source)
     assert not datasets.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_function_that_is_named_like_a_built_in_is_judged_itself(tmp_path):
+    rows = [
+        {"task_id": 1, "text": "t", "code": "def abs(x):\n    return max(x, -x)", "test_list": ["assert abs(-3) == 3"]},
+        {"task_id": 2, "text": "t", "code": "def sum(a, b):\n    return a + b", "test_list": ["assert sum(1, 2) == 3"]},
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load_problems(path)
+    assert score(problems, [problem.solution for problem in problems]) == 1.0
+    assert score(problems, ["\ndef abs(x): return 'wrong'", "\ndef sum(*values): return 4"]) == 0.0

@@ -1,5 +1,6 @@
 """The sandbox: right programs pass, hostile ones neither pass nor do harm, and every verdict has its kind."""
 
+import builtins
 import os
 import re
 import socket
@@ -7,14 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.sandbox import judge as sandbox
-from codeparrot_ds.sandbox.judge import KINDS, Check, Judge, Limits, check_sandbox, judge_all
+from codeparrot_ds.sandbox.judge import KINDS, Check, Judge, Limits, check_sandbox, judge_all, names_defined
 from tests.evaluation.hostile import HOSTILE
+from tests.evaluation.wrong import PROBLEMS, WRONG
+from tests.evaluation.wrong import RIGHT as RIGHT_OF_PROBLEMS
 
 SECRET = "secret-5e0f3a"
 PATIENT = Limits(seconds=30.0, memory_bytes=256 << 20)  # a busy machine is no reason for another verdict
@@ -115,9 +119,44 @@ def test_a_hostile_program_does_not_pass_and_is_classified(hostile_verdicts, nam
     assert hostile_verdicts[name].kind in kinds, hostile_verdicts[name]
 
 
+@pytest.fixture
+def many_open_files():
+    """As in a process that has done much before: the next descriptors are beyond what a sandbox may open."""
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(200)]
+    yield
+    for file in files:
+        os.close(file)
+
+
+@pytest.mark.parametrize("name", ["endless message", "closed pipes", "a verdict of its own", "a reply of its own"])
+def test_verdicts_do_not_depend_on_how_many_files_the_judge_has_open(many_open_files, name):
+    text, kinds = HOSTILE[name]
+    before = sorted(os.listdir("/proc/self/fd"))
+    assert Judge(PATIENT, 0).once(text, Check(tests=("assert answer() == 0",))).kind == kinds
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 def test_there_are_forty_hostile_programs_and_the_answer_would_pass(judge):
     assert len(HOSTILE) >= 40
     assert judge(f"def answer():\n    return {SECRET!r}", Check(tests=(f"assert answer() == {SECRET!r}",))).passed
+
+
+@pytest.fixture(scope="module")
+def wrong_verdicts():
+    items = [(program, PROBLEMS[problem]) for problem, program in WRONG.values()]
+    return dict(zip(WRONG, judge_all(items, limits=PATIENT), strict=True))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_program_does_not_pass(wrong_verdicts, name):
+    assert wrong_verdicts[name].kind in ("failed", "error", "exited"), wrong_verdicts[name]
+
+
+@pytest.mark.parametrize("problem", RIGHT_OF_PROBLEMS)
+def test_a_right_program_of_the_same_problem_passes(judge, problem):
+    assert len(WRONG) >= 40 and {problem for problem, _ in WRONG.values()} <= {*RIGHT_OF_PROBLEMS, "constant"}
+    verdict = judge(RIGHT_OF_PROBLEMS[problem], PROBLEMS[problem])
+    assert verdict.passed, verdict
 
 
 RIGHT = {
@@ -125,9 +164,15 @@ RIGHT = {
         "def f(x):\n    return x",
         "from collections import deque\n"
         "for x in (None, True, -(10 ** 40), 0.1, float('inf'), 1j, 'ö\\ud800\\0', b'\\xff', bytearray(b'a'), [1, [2]],"
-        " (1, ()), {1, 2}, frozenset('a'), {'a': {'b': 1}, 2: None}, range(3, 9, 2), deque([1])):\n"
+        " (1, ()), {1, 2}, frozenset('a'), {'a': {'b': 1}, 2: None}, range(3, 9, 2), deque([1]),"
+        " [-1, 2.5, 0, -(16 ** 40), float('-inf'), 1e-300], (3, True), (4, -0.5), [[1, 2], [3]]):\n"
         "    y = f(x)\n    assert x == y and type(x) is type(y), x\n"
+        "assert [type(v) for v in f((1, 2.0, True))] == [int, float, bool] and str(f([float('nan')])) == '[nan]'\n"
         "assert str(f(float('nan'))) == 'nan' and str(f(-0.0)) == '-0.0'",
+    ),
+    "large values": (
+        "def f(n):\n    return list(range(n))\ndef g(n):\n    return 'x' * n",
+        "assert f(500_000) == list(range(500_000)) and g(6 << 20) == 'x' * (6 << 20)",
     ),
     "arguments changed in place": (
         "def f(a, b, c):\n    a.sort()\n    b['x'] = 1\n    c.clear()\n    a.append([])\ndef g(a):\n    a[0].append(1)",
@@ -149,6 +194,37 @@ RIGHT = {
         "try:\n    f(1)\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert False\n"
         "try:\n    f(0)\nexcept KeyError:\n    pass",
     ),
+    "functions as arguments": (
+        "def apply(f, *values):\n    return [f(v) for v in values]\ndef twice(f):\n    return lambda x: f(f(x))\n"
+        "from functools import reduce\ndef same(f):\n    return f\ndef fold(f, values):\n    return reduce(f, values)\n"
+        "def double(x):\n    return 2 * x\ndef name(f):\n    return f.__name__",
+        "import math, operator\nseen = []\ndef one_more(x):\n    return double(x) + 1\n"
+        "assert apply(lambda v: [v, v], 1, 2) == [[1, 1], [2, 2]]\n"
+        "assert apply(len, 'ab', ()) == [2, 0] and apply(math.sqrt, 4) == [2.0] and apply(str.upper, 'a') == ['A']\n"
+        "assert apply(seen.append, 1, 2) == [None, None] and seen == [1, 2]\n"
+        "assert twice(lambda x: x * 3)(2) == 18 and twice(one_more)(1) == 7 and twice(double)(1) == 4\n"
+        "assert same(one_more) is one_more and name(one_more) == 'one_more' and fold(operator.add, 'abc') == 'abc'\n"
+        "assert fold(lambda a, b: a if a > b else b, [1, 3, 2]) == 3 and sorted([3, 1], key=double) == [1, 3]",
+    ),
+    "types as arguments": (
+        "def f(value, kind):\n    return isinstance(value, kind)\ndef make(kind):\n    return kind('12')\n"
+        "def kinds(*values):\n    return [type(v) for v in values]",
+        "from collections import OrderedDict\nfrom numbers import Number\n"
+        "assert f(1, int) and not f(1, (str, list)) and f(None, type(None))\n"
+        "assert f(2.5, Number) and not f([], OrderedDict)\n"
+        "assert make(int) == 12 and make(list) == ['1', '2'] and kinds(1, None, {}) == [int, type(None), dict]",
+    ),
+    "iterators as arguments": (
+        "def total(values):\n    return sum(values)\ndef first(values):\n    return next(values)",
+        "from itertools import count\nassert total(iter([1, 2])) == 3 and total(x for x in (1, 2, 3)) == 6\n"
+        "numbers = count(5)\nassert (first(numbers), first(numbers)) == (5, 6) and total(map(int, '12')) == 3",
+    ),
+    "exceptions of the tests' functions": (
+        "def f(g):\n    try:\n        return g()\n    except KeyError as error:\n        return error.args\n"
+        "def loud(g):\n    return g()",
+        "def bad():\n    raise KeyError('a')\ndef worse():\n    raise ValueError('b')\nassert f(bad) == ('a',)\n"
+        "try:\n    loud(worse)\nexcept ValueError as error:\n    assert str(error) == 'b'\nelse:\n    assert False",
+    ),
     "keywords and printing": (
         "print('hello')\nimport sys\ndef f(*, a, b=2):\n    print(a, file=sys.stderr)\n    return a + b",
         "assert f(a=1) == 3",
@@ -169,6 +245,105 @@ def test_a_right_program_passes(judge, name):
     program, tests = RIGHT[name]
     verdict = judge(program, Check(tests=(tests,)))
     assert verdict.passed and verdict.seconds > 0, verdict
+
+
+def test_no_exception_of_a_program_ends_a_loop_of_the_tests(judge):
+    kinds = [value for value in vars(builtins).values() if isinstance(value, type) and issubclass(value, BaseException)]
+    names = [
+        kind.__name__ for kind in kinds if not issubclass(kind, (SystemExit, MemoryError))
+    ]  # which end all at once
+    assert len(names) > 60 and "StopIteration" in names
+    program = (
+        "import builtins\ndef f(name):\n    raise getattr(builtins, name)('x')\nclass A:\n"
+        "    def __init__(self, name): self.name = name\n    def __iter__(self): return self\n"
+        "    def __next__(self): f(self.name)\n    @property\n    def value(self): f(self.name)"
+    )
+    ways = ("list(map(f, [name]))", "[*filter(f, [name])]", "[A(name).value for _ in 'a']")
+    tests = (
+        f"for name in {names!r}:\n    for way in {ways!r}:\n        try:\n            eval(way)\n"
+        "        except BaseException:\n            continue\n        assert False, (name, way)\n"
+        "assert list(A('StopIteration')) == []  # which is how an iterator ends"
+    )
+    verdict = judge(program, Check(setup="f, A", tests=(tests,)))
+    assert verdict.passed, verdict
+
+
+USES_NUMPY = "import numpy as np\ndef f(x):\n    return np.asarray(x) * 2\ndef g(x):\n    return np.asarray(x).sum()"
+
+
+def test_tests_may_import_numpy_and_programs_where_their_limits_say_so(judge):
+    tests = (
+        "import numpy as np\nassert isinstance(f([1, 2]), np.ndarray) and f([1, 2]).tolist() == [2, 4]\n"
+        "assert f(np.array([0.5])).tolist() == [1.0] and f([]).shape == (0,) and g([1, 2]) == 3\n"
+        "from numpy import linalg\nassert linalg.norm(f([1.5, 2.0])) == 5.0",
+    )
+    verdict = judge(USES_NUMPY, Check(tests=tests))
+    assert (verdict.kind, verdict.detail) == ("error", "ModuleNotFoundError")
+    with_numpy = Judge(replace(PATIENT, numpy=True), 0)
+    try:
+        assert with_numpy(USES_NUMPY, Check(tests=tests)).passed
+        assert with_numpy("def f(x): return 1", Check(tests=("assert f(1) == 1",))).passed
+        in_place = Check(tests=("import numpy as np\na = np.zeros(2)\nf(a)\nassert a.sum() == 2",))
+        assert with_numpy("def f(a): a += 1", in_place).passed and not with_numpy("def f(a): a + 1", in_place).passed
+        whole = Check(tests=("import numpy as np\nassert np.all(f() == np.array([1, 2]))",))
+        equal = "import numpy as np\nclass A(np.ndarray):\n    __eq__ = lambda self, other: True\n"
+        assert with_numpy(equal + "def f(): return np.array([5, 6]).view(A)", whole).kind == "failed"
+        assert with_numpy(equal + "def f(): return np.array([None], dtype=object)", whole).kind == "failed"
+        places = "import numpy, os\ndef f():\n    open(os.path.dirname(numpy.__file__) + '/x', 'w')"
+        assert with_numpy(places, Check(tests=("f()",))).detail == "OSError"
+        threads = "import numpy, os\ndef f():\n    return os.environ['OPENBLAS_NUM_THREADS']"
+        assert with_numpy(threads, Check(tests=("assert f() == '1'",))).passed
+        bomb = "import numpy\ndef f():\n    return numpy.ones(1 << 28)"
+        assert with_numpy(bomb, Check(tests=("f()",))).kind == "memory"
+    finally:
+        with_numpy.close()
+
+
+def test_too_slow_is_told_from_wrong(judge):
+    """A right program that takes longer than it may, and tests that do: neither is `failed`."""
+    hasty = Judge(HASTY, 0)
+    try:
+        slow = hasty("import time\ndef f():\n    time.sleep(60)\n    return 1", Check(tests=("assert f() == 1",)))
+        assert (slow.kind, slow.detail) == ("timeout", "after 1.5 s, in the program")
+        slow = hasty("def f(): return 1", Check(tests=("import time\nassert f() == 1\ntime.sleep(60)",)))
+        assert (slow.kind, slow.detail) == ("timeout", "after 1.5 s, in the tests")
+        assert hasty("def f(): return 2", Check(tests=("assert f() == 1",))).kind == "failed"
+    finally:
+        hasty.close()
+
+
+def test_reading_the_tests_takes_none_of_the_programs_time():
+    """Extended sets have thousands of inputs to a problem."""
+    many = "inputs = [" + "[1, 2, 3], " * 40_000 + "]\nassert all(f(x) == 3 for x in inputs[:3])"
+    judge = Judge(HASTY, 0)
+    try:
+        verdict = judge("def f(x): return len(x)", Check(tests=(many,)))
+        assert verdict.passed and verdict.seconds < 0.5, verdict
+    finally:
+        judge.close()
+
+
+def test_limits_follow_the_machines_speed(monkeypatch):
+    """The same machine, measured against one that is four times as fast as it."""
+    slowness = sandbox.slowness.__wrapped__
+    monkeypatch.setattr(sandbox, "_REFERENCE_SECONDS", 1e9)
+    assert slowness() == 1.0
+    monkeypatch.setattr(sandbox, "_REFERENCE_SECONDS", 1e-3)
+    assert slowness() > 4
+    monkeypatch.setattr(sandbox, "slowness", lambda: 4.0)
+    waits = "import time\ndef f():\n    time.sleep(1.2)\n    return 1"
+    (verdict,) = judge_all([(waits, Check(tests=("assert f() == 1",)))], limits=Limits(seconds=1.0), num_workers=1)
+    assert verdict.passed and verdict.seconds > 1.2
+    (verdict,) = judge_all([("while True: pass", Check(tests=("f()",)))], limits=Limits(seconds=0.1), num_workers=1)
+    assert verdict.kind == "timeout" and "after 0.4 s" in verdict.detail
+
+
+def test_names_defined_are_those_of_functions_and_classes():
+    source = (
+        "import os\nx = 1\nclass A:\n    def inner(self): pass\ndef abs(x):\n    def inner(): pass\nf = g = lambda: 1"
+    )
+    assert names_defined(source) == ("A", "abs", "f", "g")
+    assert names_defined("def f(:") == names_defined("x = '\0'") == ()
 
 
 def test_setup_helps_the_tests_and_the_entry_point_is_the_programs(judge):
