@@ -23,8 +23,10 @@ from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.folders import find_model, find_run
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.pass_at_k import PassAtK, estimate
-from codeparrot_ds.evaluation.problems import Problem, load_problems
+from codeparrot_ds.evaluation.problems import load_problems, public_name
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
+from codeparrot_ds.problem_sets.problem import Problem
+from codeparrot_ds.problem_sets.references import References, check_references
 from codeparrot_ds.sandbox.judge import Limits, check_sandbox, judge_all
 from codeparrot_ds.terminal import Progress
 from codeparrot_ds.version import __version__
@@ -76,6 +78,7 @@ def humaneval(
     num_processes: int | None = 1,
     share: tuple[int, int] = (0, 1),
     overwrite: bool = False,
+    accept_failing_references: bool = False,
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -92,10 +95,13 @@ def humaneval(
         num_workers: programs that are judged at once; see ``judge_all``.
         num_processes: that generate, each with a model of its own; None: one per GPU, or one.
         share: ``(i, n)`` generates every n-th problem from the i-th on, and does nothing else: such a process's part.
+        accept_failing_references: whether problems are used whose own solutions do not pass; the results say so.
         say: gets a line before what takes long begins.
 
-    Raises ``UserError`` before anything is generated where no sandbox can be had or the folder is another model's.
+    Raises ``UserError`` before anything is generated where no sandbox can be had, the problems' own solutions do not
+    pass, or the folder is another model's.
     """
+    limits = limits or Limits()
     if judge:
         check_sandbox()
     problems = load_problems(settings.problems, say)
@@ -103,6 +109,18 @@ def humaneval(
     folder = Path(out) if out is not None else default_folder(source, settings.problems)
     identity = _identity(model, problems, settings)
     problems = problems[: settings.limit]
+    references = None
+    if judge:
+        references = check_references(
+            problems,
+            settings.problems,
+            limits=limits,
+            accept_failing=accept_failing_references,
+            num_workers=num_workers,
+            more_time="--seconds",
+            progress=progress,
+            say=say,
+        )
     started = time.time()
     if share == (0, 1):
         _open_folder(folder, identity, overwrite=overwrite)
@@ -111,15 +129,13 @@ def humaneval(
     if number > 1:
         _generate_in_processes(source, folder, settings, number, batch_size=batch_size, device=device)
     _generate(model, folder, problems[share[0] :: share[1]], settings, batch_size, device, share, progress)
-    if share != (0, 1) or not judge:
+    if share != (0, 1) or references is None:
         return {}
     verdicts = {
-        temperature: _judge(
-            folder, problems, temperature, settings.samples(temperature), limits or Limits(), num_workers, progress
-        )
+        temperature: _judge(folder, problems, temperature, settings.samples(temperature), limits, num_workers, progress)
         for temperature in settings.temperatures
     }
-    results = _results(str(source), model, problems, settings, verdicts, k, time.time() - started)
+    results = _results(str(source), model, problems, references, settings, verdicts, k, time.time() - started)
     durable.replace_file(folder / "results.json", [durable.json_bytes(results)])
     return results | {"folder": str(folder)}
 
@@ -135,7 +151,7 @@ def default_folder(source: str | Path, problems: str) -> Path:
 
 
 def _name_of(problems: str) -> str:
-    return Path(problems).name.partition(".")[0].partition(":")[0]
+    return Path(public_name(problems)).name.partition(".")[0].partition(":")[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -361,6 +377,7 @@ def _results(
     source: str,
     model: str,
     problems: Sequence[Problem],
+    references: References,
     settings: Settings,
     verdicts: dict[float, dict[Key, dict[str, Any]]],
     k: Sequence[int],
@@ -423,6 +440,7 @@ def _results(
             "version": __version__,
             "source": source,
             "settings": asked,
+            "references": references.as_json(),
             "best": best,
             "temperatures": by_temperature,
         },
@@ -455,6 +473,7 @@ def describe(results: dict[str, Any]) -> str:
             cells.append(f"{text:<24}")
         lines.append(f"{temperature:<13}{''.join(cells)}{found['problems_solved']}".rstrip())
     lines.append("* the best temperature; in brackets the 95% interval over problems")
+    lines.append(f"reference solutions: {own['references']['text']}")
     for temperature, found in temperatures.items():
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(found["verdicts"].items(), key=lambda x: -x[1]))
         lines.append(f"programs at {temperature}: {kinds}")

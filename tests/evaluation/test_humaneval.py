@@ -147,6 +147,30 @@ def test_nothing_runs_unless_it_is_allowed(model_folder, tmp_path, capsys, monke
     assert not (tmp_path / "r").exists()
 
 
+def test_problems_whose_own_solutions_fail_are_refused_unless_that_is_accepted(model_folder, tmp_path, capsys):
+    problems = [json.loads(line) for line in FILE.read_text().splitlines()[:2]]
+    problems[1]["canonical_solution"] = problems[1].pop("mutated_solution")
+    path = tmp_path / "wrong.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in problems))
+    options = ["--num-samples", "1", "--temperatures", "0", "--max-new-tokens", "2", "--out", str(tmp_path / "r")]
+    command = ["humaneval", str(model_folder), "--problems", str(path), *options]
+    assert main([*command, "--allow-execution"]) == 2
+    assert f"1 of 2 reference solutions of {path} do not pass their own tests here (own/largest: failed " in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "r").exists()  # nothing was generated
+    assert main([*command, "--allow-execution", "--limit", "1"]) == 0  # those that are judged count
+    assert "reference solutions: 1 of 1 pass their own tests\n" in capsys.readouterr().out
+    assert main([*command, "--allow-execution", "--accept-failing-references"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nreference solutions: 1 of 2 pass their own tests; not own/largest: failed AssertionError\n" in printed
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    found = results["codeparrot_ds"]["references"]
+    assert found["passed"] == 1 and found["failed"] == {"own/largest": "failed AssertionError"}
+    assert main([*command, "--generate-only"]) == 0  # nothing is run, no solution either
+
+
 def test_results_of_a_run_lie_in_it(run_folder):
     assert default_folder(run_folder, "humaneval") == run_folder / "humaneval" / "step-00001000-humaneval"
     assert default_folder("org/name", "google/mbpp:test") == Path("humaneval/name-mbpp")
+    assert default_folder("org/name", "mbpp+") == Path("humaneval/name-mbppplus")
