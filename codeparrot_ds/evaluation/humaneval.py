@@ -26,7 +26,7 @@ from codeparrot_ds.evaluation.pass_at_k import PassAtK, estimate
 from codeparrot_ds.evaluation.problems import load_problems, public_name
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
 from codeparrot_ds.problem_sets.problem import Problem
-from codeparrot_ds.problem_sets.references import References, check_references
+from codeparrot_ds.problem_sets.references import References, check_references, verdict_key
 from codeparrot_ds.sandbox.judge import Limits, check_sandbox, judge_all
 from codeparrot_ds.terminal import Progress
 from codeparrot_ds.version import __version__
@@ -338,10 +338,19 @@ def _judge(
     num_workers: int | None,
     progress: Progress,
 ) -> dict[Key, dict[str, Any]]:
-    """Returns the verdict of every sample; equal programs of a problem are run once."""
-    generations, verdicts = (_read(folder, kind, temperature) for kind in ("generations", "verdicts"))
+    """Returns the verdict of every sample; equal programs of a problem are run once.
+
+    A verdict of other tests, limits or another judge than today's is none.
+    """
+    generations = _read(folder, "generations", temperature)
     keys = [(problem.task_id, sample) for problem in problems for sample in range(num_samples)]
     by_id = {problem.task_id: problem for problem in problems}
+    judged_with = {problem.task_id: verdict_key(problem, limits) for problem in problems}
+    verdicts = {
+        key: row
+        for key, row in _read(folder, "verdicts", temperature).items()
+        if row.get("judged_with") == judged_with.get(key[0])
+    }
     programs = {key: by_id[key[0]].program(by_id[key[0]].cut(generations[key]["completion"])) for key in keys}
     known = {(key[0], programs[key]): verdicts[key] for key in keys if key in verdicts}
     missing = [key for key in keys if key not in verdicts]
@@ -353,7 +362,8 @@ def _judge(
 
         def keep(program: tuple[str, str], verdict: dict[str, Any]) -> None:
             for task_id, sample in wanted[program]:
-                verdicts[task_id, sample] = {**verdict, "task_id": task_id, "sample": sample}
+                place = {"task_id": task_id, "sample": sample, "judged_with": judged_with[task_id]}
+                verdicts[task_id, sample] = verdict | place
                 append(verdicts[task_id, sample])
 
         for program in wanted:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -158,16 +159,24 @@ def _named(failed: dict[str, str]) -> str:
 # What is remembered. Only what passed: what fails may pass once a module is installed or the machine is less busy.
 
 
+def verdict_key(problem: Problem, limits: Limits) -> str:
+    """Returns what a verdict on a program depends on beside the program: tests, limits, judge, Python, as a hash."""
+    content = [dataclasses.astuple(problem.check), dataclasses.asdict(limits), _judge_version()]
+    return _hash(content)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 def _remembered_in(problems: Sequence[Problem], limits: Limits) -> Path:
-    """The file of what passed, by all that a verdict depends on."""
-    rows = [[problem.task_id, *dataclasses.astuple(problem.check), problem.solution] for problem in problems]
-    prompts = [problem.prompt for problem in problems]
-    content = [rows, prompts, dataclasses.asdict(limits), _judge_version()]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    """The file of what passed, by all that the verdicts depend on."""
+    rows = [[problem.task_id, *_reference(problem)[:1], verdict_key(problem, limits)] for problem in problems]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "codeparrot-ds" / "references" / f"{key}.json"
+    return cache / "codeparrot-ds" / "references" / f"{_hash(rows)}.json"
 
 
+@functools.cache
 def _judge_version() -> list[str]:
     sources = (path.read_bytes() for path in sorted(Path(sandbox.__path__[0]).glob("*.py")))
     numpy = importlib.metadata.version("numpy")  # that tests may import

@@ -30,8 +30,7 @@ _LANGUAGE_KEYS = frozenset({"language", "lang", "programming_language"})
 _PYTHON = frozenset({"python", "python3", "py"})
 # As task_ids of sets in many languages begin: CPP/0, Java/0.
 _OTHER_LANGUAGES = frozenset(
-    "bash c c++ cpp c# cs csharp d go haskell java javascript js julia jl kotlin lua ocaml perl php r racket rb ruby "
-    "rs rust scala sh swift ts typescript".split()
+    "c++ cpp c# csharp go java javascript julia kotlin lua perl php ruby rust scala swift typescript".split()
 )
 
 

@@ -1,5 +1,6 @@
 """humaneval, from completions to the result file: resumed, shared among processes, judged in the sandbox."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import pytest
 
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation import humaneval as judging
 from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
 from codeparrot_ds.evaluation.pass_at_k import estimate
 from codeparrot_ds.evaluation.problems import load_problems
+from codeparrot_ds.sandbox.judge import Limits
 
 FILE = Path(__file__).with_name("problems.jsonl")
 SETTINGS = Settings(problems=str(FILE), num_samples=2, temperatures=(0.0, 0.6), max_new_tokens=8)
@@ -84,10 +87,26 @@ def test_a_killed_command_goes_on_where_it_was(model_folder, tmp_path, monkeypat
     results = humaneval(model_folder, tmp_path / "r", settings=SETTINGS, num_workers=2)
     verdicts = (tmp_path / "r" / "verdicts-t0.6.jsonl").read_bytes()
     monkeypatch.setattr("codeparrot_ds.evaluation.models.load_model", None)
-    monkeypatch.setattr("codeparrot_ds.evaluation.humaneval.judge_all", None)
+    judged = []
+
+    def judge_all(items, **settings):
+        items = list(items)
+        judged.append({check for _, check in items})
+        return real(items, **settings)
+
+    real = judging.judge_all
+    monkeypatch.setattr(judging, "judge_all", judge_all)
     again = humaneval(model_folder, tmp_path / "r", settings=SETTINGS)
-    assert again["results"] == results["results"]
+    assert again["results"] == results["results"] and not judged
     assert (tmp_path / "r" / "verdicts-t0.6.jsonl").read_bytes() == verdicts
+    # But for what other tests or limits would say.
+    problems = load_problems(FILE)
+    other = [dataclasses.replace(problems[0], check=dataclasses.replace(problems[0].check, setup="import math"))]
+    monkeypatch.setattr(judging, "load_problems", lambda *_: other + problems[1:])
+    humaneval(model_folder, tmp_path / "r", settings=SETTINGS, num_workers=2)
+    assert judged == [{other[0].check}] * 2  # temperatures
+    humaneval(model_folder, tmp_path / "r", settings=SETTINGS, limits=Limits(seconds=9), num_workers=2)
+    assert judged[2:] == [{problem.check for problem in other + problems[1:]}] * 2
 
 
 def test_processes_share_the_problems_and_write_the_same(model_folder, tmp_path):
