@@ -186,7 +186,6 @@ def _judge_version() -> list[str]:
 def _remembered(file: Path) -> set[str]:
     try:
         return set(json.loads(file.read_text(encoding="utf-8"))["passed"])
-    except FileNotFoundError:
-        return set()
-    except (ValueError, KeyError, TypeError):  # damaged: judged again, and written anew
+    except (OSError, ValueError, KeyError, TypeError):
+        # Not there yet, or damaged: all are judged, and it is written anew, which says what is wrong with its place.
         return set()

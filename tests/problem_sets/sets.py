@@ -2,7 +2,9 @@
 
 _HEAD = 'def halves(numbers):\n    """Return each number divided by two."""\n'
 _HEAD_SOLUTION = "    return [number / 2 for number in numbers]\n"
-_WRONG_HALVES = ("    return [1.0, 2.0]\n", "    return [number // 2 for number in numbers]\n", "    return numbers\n")
+_WRONG_HALVES = tuple(
+    f"\n    return {text}\n" for text in ("[1.0, 2.0]", "[number // 2 for number in numbers]", "numbers")
+)
 
 HUMANEVAL = {
     "task_id": "Own/0",
