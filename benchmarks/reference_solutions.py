@@ -22,9 +22,15 @@ def main() -> None:
     parser = record_parser(__doc__, name="reference-solutions-cpu")
     parser.add_argument("sources", nargs="+", help="as humaneval --problems")
     parser.add_argument("--seconds", type=float, default=Limits().seconds)
+    parser.add_argument("--memory-mb", type=int, default=Limits().memory_bytes >> 20)
     parser.add_argument("--num-workers", type=int, default=None)
     options = parser.parse_args()
-    raw: dict[str, object] = {"limits": vars(Limits(seconds=options.seconds))}
+    limits = Limits(
+        seconds=options.seconds,
+        memory_bytes=options.memory_mb << 20,
+        message_bytes=max(Limits.message_bytes, options.memory_mb << 13),  # as the command has it
+    )
+    raw: dict[str, object] = {"limits": vars(limits)}
     lines = ["| problems | SHA-256 of the file | pass | do not pass | s |", "|---|---|---|---|---|"]
     for source in options.sources:
         path = Path(source if Path(source).is_file() else source.rpartition(":")[0])
@@ -36,7 +42,7 @@ def main() -> None:
             found = check_references(
                 problems,
                 source,
-                limits=Limits(seconds=options.seconds),
+                limits=limits,
                 accept_failing=True,
                 num_workers=options.num_workers,
             )

@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from codeparrot_ds.problem_sets.problem import Problem
 from codeparrot_ds.sandbox.judge import Limits, Verdict, judge_all
 from codeparrot_ds.terminal import Progress
 
+_NO_OPTIONS: Mapping[str, str] = {}
 _NAMED = 5
 """So many failing ones are named in a message."""
 
@@ -61,7 +62,7 @@ def check_references(
     limits: Limits,
     accept_failing: bool = False,
     num_workers: int | None = None,
-    more_time: str = "",
+    options: Mapping[str, str] = _NO_OPTIONS,
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> References:
@@ -70,7 +71,7 @@ def check_references(
     Args:
         source: the set's name, for messages.
         accept_failing: whether a set may be used whose solutions do not pass; they are returned in any case.
-        more_time: the option that allows a program more time.
+        options: by kind of a verdict, the option that allows a program more.
         say: gets a line before what takes long, and where there are no reference solutions.
 
     Raises ``UserError`` with those that do not pass, and why.
@@ -100,11 +101,11 @@ def check_references(
         say(f"the reference solutions are judged again each time: {file} cannot be written ({error.strerror})")
     references = References(problems=len(problems), failed=failed, missing=missing)
     if failed and not accept_failing:
-        slow = more_time and any(why.startswith("timeout") for why in failed.values())
+        more = dict.fromkeys(options[kind] for why in failed.values() if (kind := why.split()[0]) in options)
         raise UserError(
             f"{len(failed)} of {len(with_solution)} reference solutions of {source} do not pass their own tests here "
             f"({_named(failed)}), so what they say of a model would be wrong: correct or remove these problems"
-            f"{f', allow more time with {more_time}' if slow else ''}, or accept that with --accept-failing-references"
+            f"{', allow more with ' if more else ''}{' and '.join(more)}, or accept that with --accept-failing-references"
         )
     return references
 
