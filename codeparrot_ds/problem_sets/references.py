@@ -105,7 +105,7 @@ def check_references(
         raise UserError(
             f"{len(failed)} of {len(with_solution)} reference solutions of {source} do not pass their own tests here "
             f"({_named(failed)}), so what they say of a model would be wrong: correct or remove these problems"
-            f"{', allow more with ' if more else ''}{' and '.join(more)}, or accept that with --accept-failing-references"
+            f"{', allow more with ' if more else ''}{' and '.join(more)}, or accept them (--accept-failing-references)"
         )
     return references
 

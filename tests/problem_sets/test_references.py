@@ -51,7 +51,7 @@ def test_those_that_do_not_pass_are_named_with_the_reason():
     assert str(refusal.value) == (
         "2 of 3 reference solutions of own.jsonl do not pass their own tests here (wrong: failed AssertionError, "
         "module: error ModuleNotFoundError for absent_module), so what they say of a model would be wrong: correct or "
-        "remove these problems, or accept that with --accept-failing-references"
+        "remove these problems, or accept them (--accept-failing-references)"
     )
     found = check(GOOD, WRONG, NO_MODULE, accept_failing=True)
     assert found.passed == 1 and list(found.failed) == ["wrong", "module"]
@@ -110,7 +110,7 @@ def test_a_cache_that_cannot_be_used_costs_time_alone(judged, cache, tmp_path):
 
 def test_one_that_needs_more_time_is_judged_alone_and_then_named(judged):
     slow = parse_row({**MBPP, "task_id": "slow", "code": "import time\ntime.sleep(30)\n" + MBPP["code"]}, "").problem
-    with pytest.raises(UserError, match=r"\(slow: timeout after 0.5 s\).*, allow more with --seconds, or accept"):
+    with pytest.raises(UserError, match=r"\(slow: timeout after 0.5 s\).*, allow more with --seconds, or accept them"):
         check(slow, limits=Limits(seconds=0.5), options={"timeout": "--seconds", "output": "--memory-mb"})
     assert judged == [1, 1]
 
