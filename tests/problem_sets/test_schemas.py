@@ -18,6 +18,26 @@ def test_own_solutions_pass_and_wrong_programs_do_not(name):
     assert kinds == ["passed", *["failed"] * len(wrong)]
 
 
+EQUAL = "class Equal(float):\n    __eq__ = __ne__ = __le__ = __lt__ = __sub__ = __rsub__ = __abs__ = lambda *_: True\n"
+CHEATS = (
+    "def before(values):\n    return Equal(1)\n" + EQUAL,
+    "def before(values):\n    return type('Equal', (), {'__eq__': lambda *_: True})()\n",
+    "def before(values):\n    raise StopIteration\n",
+    "def before(values):\n    raise SystemExit(0)\n",
+    "def before(values):\n    values[:] = []\n",
+    "def before(values):\n    from __main__ import REFERENCE\n    return REFERENCE(values)\n",
+    "def before(values):\n    yield 1\n",
+    "REFERENCE = INPUTS = RULES = check = _evalplus = exec = len\nbefore = len\n",
+    "",
+)
+
+
+def test_no_trick_passes_inputs():
+    problem = parse_row(MBPPPLUS_FILE, "line 1").problem
+    verdicts = list(judge_all([(problem.program("\n" + text), problem.check) for text in CHEATS], num_workers=2))
+    assert [verdict.kind for verdict in verdicts if verdict.kind not in ("failed", "error", "exited")] == []
+
+
 def test_further_tests_are_read_wherever_a_schema_has_them():
     """A program that is right on the first test alone."""
     only_first = "\ndef largest(values):\n    return 9\n"
