@@ -90,7 +90,9 @@ def parse_row(row: Any, where: str) -> ParsedRow:
             _check_type(row, key, kind, where)
     problem = schema.build(row, where)
     if problem.solution is None:  # nothing of the set's own will show whether its tests run
-        _check_is_python("\n".join([problem.check.setup, *problem.check.tests]), where)
+        for source in (problem.check.setup, *problem.check.tests):
+            if error := _syntax_error(source):
+                raise UserError(f"{where}: the tests are no Python ({error}); only problems in Python can be judged")
     return ParsedRow(problem, frozenset(unread))
 
 
@@ -124,13 +126,15 @@ def _list_of_keys(schema: Schema) -> str:
     return f"{', '.join(schema.keys)}, and maybe {', '.join(schema.optional)}"
 
 
-def _check_is_python(source: str, where: str) -> None:
+def _syntax_error(source: str) -> str:
+    """Why a text is no Python; empty where it is."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in other people's tests
             ast.parse(source)
     except (SyntaxError, ValueError) as error:  # ValueError: a null character
-        raise UserError(f"{where}: the tests are no Python ({error}); only problems in Python can be judged") from error
+        return str(error)
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -139,8 +143,10 @@ def _check_is_python(source: str, where: str) -> None:
 
 def _humaneval(row: dict[str, Any], where: str) -> Problem:
     """The prompt is a function's head and docstring: what stands before it helps the tests as well as the program."""
-    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-    return _of_function_head(row, Check(setup=row["prompt"], tests=(tests,), entry_point=row["entry_point"]))
+    setup, tests = row["prompt"], f"{row['test']}\ncheck({row['entry_point']})\n"
+    if _syntax_error(setup):  # a head without a docstring
+        setup = setup.rstrip() + "\n    pass\n"
+    return _of_function_head(row, Check(setup=setup, tests=(tests,), entry_point=row["entry_point"]))
 
 
 def _of_function_head(row: dict[str, Any], check: Check) -> Problem:

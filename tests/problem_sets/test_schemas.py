@@ -97,6 +97,14 @@ def test_what_matters_to_no_verdict_is_let_through_and_named():
     assert parse_row({**MBPP, "latest": 3, "greatest_age": 1}, "line 1").unread == {"latest", "greatest_age"}
 
 
+def test_a_prompt_may_be_a_head_alone():
+    for end in ("", "\n", "  # the average\n"):
+        row = {**HUMANEVAL, "prompt": f"import math\n\n\ndef halves(numbers):{end}"}
+        problem = parse_row({**row, "canonical_solution": "\n" + row["canonical_solution"]}, "line 1").problem
+        (verdict,) = judge_all([(problem.program(problem.solution), problem.check)], num_workers=1)
+        assert verdict.passed, verdict
+
+
 def test_a_set_may_have_no_solutions():
     assert parse_row(without(HUMANEVAL, "canonical_solution"), "line 1").problem.solution is None
     assert parse_row({**MBPP, "code": ""}, "line 1").problem.solution is None
