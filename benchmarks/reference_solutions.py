@@ -25,11 +25,7 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, default=Limits().memory_bytes >> 20)
     parser.add_argument("--num-workers", type=int, default=None)
     options = parser.parse_args()
-    limits = Limits(
-        seconds=options.seconds,
-        memory_bytes=options.memory_mb << 20,
-        message_bytes=max(Limits.message_bytes, options.memory_mb << 13),  # as the command has it
-    )
+    limits = Limits(seconds=options.seconds, memory_bytes=options.memory_mb << 20)
     raw: dict[str, object] = {"limits": vars(limits)}
     lines = ["| problems | SHA-256 of the file | pass | do not pass | s |", "|---|---|---|---|---|"]
     for source in options.sources:

@@ -255,11 +255,7 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
             settings=settings,
             k=arguments.k,
             judge=arguments.allow_execution,
-            limits=Limits(
-                seconds=arguments.seconds,
-                memory_bytes=arguments.memory_mb << 20,
-                message_bytes=max(Limits.message_bytes, arguments.memory_mb << 13),
-            ),
+            limits=Limits(seconds=arguments.seconds, memory_bytes=arguments.memory_mb << 20),
             num_workers=arguments.num_workers,
             batch_size=arguments.batch_size,
             device=arguments.device,

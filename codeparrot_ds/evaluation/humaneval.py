@@ -117,7 +117,7 @@ def humaneval(
             limits=limits,
             accept_failing=accept_failing_references,
             num_workers=num_workers,
-            options={"timeout": "--seconds", "memory": "--memory-mb", "output": "--memory-mb"},
+            options={"timeout": "--seconds", "memory": "--memory-mb"},
             progress=progress,
             say=say,
         )
