@@ -14,8 +14,8 @@ MODULES = {
 # ground, but for those that are named here.
 ORDER = (
     *("ground", "supervision", "sandbox", "config", "model", "data", "ds_config", "resolved_run", "engine", "corpus"),
-    *("hub", "checkpoint", "memory", "telemetry", "evaluation", "report", "launch", "training", "train", "compare"),
-    *("demo", "cli", "__main__"),
+    *("hub", "checkpoint", "memory", "telemetry", "problem_sets", "evaluation", "report", "launch"),
+    *("training", "train", "compare", "demo", "cli", "__main__"),
 )
 MAX_FILES = 12  # beside __init__.py
 MAX_SHARE = 0.15  # of the package's lines
@@ -29,6 +29,7 @@ LIGHT = {
     "ds_config",
     "corpus",
     "hub",
+    "problem_sets",
     "launch",
     "demo",
     "cli",

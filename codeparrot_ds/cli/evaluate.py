@@ -177,10 +177,15 @@ def add_humaneval(commands: Any) -> None:
     group.add_argument(
         "--problems", type=name_argument, default="humaneval", metavar="SRC",
         help=default_of(
-            "humaneval, mbpp, a .jsonl or .jsonl.gz file in the schema of either, or org/name[:split]", "humaneval"
+            "humaneval, humaneval+, mbpp, mbpp+, a .jsonl, .jsonl.gz, .json or .parquet file in the schema of one, or "
+            "org/name[:split]", "humaneval"
         ),
     )  # fmt: skip
     group.add_argument("--limit", type=types.count, metavar="N", help="only the first N problems (default: all)")
+    group.add_argument(
+        "--accept-failing-references", action="store_true",
+        help="judge although some of the problems' own solutions do not pass; the results say so (default: off)",
+    )  # fmt: skip
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--num-samples", type=types.count, default=20, metavar="N", help=default_of("completions of each problem", 20)
@@ -264,6 +269,7 @@ def _run_humaneval(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             num_processes=arguments.num_processes,
             overwrite=arguments.overwrite,
+            accept_failing_references=arguments.accept_failing_references,
             progress=progress,
             say=say_aside,
         )

@@ -168,6 +168,9 @@ class RunConfig:
     allow_execution: bool = _setting(
         False, "evaluation", "run the programs that solve eval_problems, in a sandbox; needed for them"
     )
+    accept_failing_references: bool = _setting(
+        False, "evaluation", "use eval_problems although their own solutions do not pass their tests"
+    )
 
     output_dir: str = _setting("runs", "saving", "folder that holds the runs", is_path=_is_anything_but())
     run_name: str | None = _setting(None, "saving", "name of the run, its folder and branch (none: made up)")

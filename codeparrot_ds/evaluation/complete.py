@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.evaluation.models import load_model
+from codeparrot_ds.problem_sets.problem import BLOCK_STARTS, cut
 
-BLOCK_STARTS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
-"""Each starts another block at the left margin, which ends the one before."""
 SEPARATOR = "\n" + "=" * 80 + "\n"
 LINE = "-" * 80
 
@@ -37,11 +36,6 @@ def first_block(string: str) -> str:
     A block starts with ``class``, ``def``, ``#``, ``@``, ``print`` or ``if``.
     """
     return cut(string, BLOCK_STARTS).rstrip()
-
-
-def cut(text: str, ends: Sequence[str]) -> str:
-    """Returns a text up to the first of the ends."""
-    return text[: min((position for end in ends if (position := text.find(end)) >= 0), default=None)]
 
 
 def complete_code(

@@ -14,7 +14,7 @@ import numpy as np
 
 from codeparrot_ds.data.shards import BadDocuments, Piece, Shard, read_documents
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.evaluation.problems import Problem
+from codeparrot_ds.problem_sets.problem import Problem
 from codeparrot_ds.terminal import Progress
 
 NGRAM_TOKENS = 10
@@ -62,7 +62,12 @@ def find_contamination(
     """
     if ngram_tokens < 1:
         raise UserError(f"n-grams have at least 1 token, not {ngram_tokens}")
-    index = _Index.of([problem.solution for problem in problems], ngram_tokens)
+    solutions = {problem.task_id: problem.solution for problem in problems if problem.solution is not None}
+    if len(solutions) < len(problems):
+        first = next(problem.task_id for problem in problems if problem.solution is None)
+        count = len(problems) - len(solutions)
+        raise UserError(f"{count} problems, {first} the first, have no reference solution that could be looked for")
+    index = _Index.of(solutions.values(), ngram_tokens)
     best: list[tuple[int, str]] = [(0, "")] * len(problems)
     for done, found in enumerate(_results(index, shards, num_workers), start=1):
         for problem, (count, document) in found.items():

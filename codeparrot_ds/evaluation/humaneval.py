@@ -23,8 +23,10 @@ from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.folders import find_model, find_run
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.pass_at_k import PassAtK, estimate
-from codeparrot_ds.evaluation.problems import Problem, load_problems
+from codeparrot_ds.evaluation.problems import load_problems, public_name
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
+from codeparrot_ds.problem_sets.problem import Problem
+from codeparrot_ds.problem_sets.references import References, check_references, verdict_key
 from codeparrot_ds.sandbox.judge import Limits, check_sandbox, judge_all, slowness
 from codeparrot_ds.terminal import Progress
 from codeparrot_ds.version import __version__
@@ -76,6 +78,7 @@ def humaneval(
     num_processes: int | None = 1,
     share: tuple[int, int] = (0, 1),
     overwrite: bool = False,
+    accept_failing_references: bool = False,
     progress: Progress = lambda *_: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -92,22 +95,37 @@ def humaneval(
         num_workers: programs that are judged at once; see ``judge_all``.
         num_processes: that generate, each with a model of its own; None: one per GPU, or one.
         share: ``(i, n)`` generates every n-th problem from the i-th on, and does nothing else: such a process's part.
+        accept_failing_references: whether problems are used whose own solutions do not pass; the results say so.
         say: gets a line before what takes long begins.
 
-    Raises ``UserError`` before anything is generated where no sandbox can be had or the folder is another model's.
+    Raises ``UserError`` before anything is generated where no sandbox can be had, the problems' own solutions do not
+    pass, or the folder is another model's.
     """
+    limits = limits or Limits()
     if judge:
         check_sandbox()
         if (times := slowness()) > 1:
             say(
                 f"programs take {times:g} times as long on this machine as on the one that limits are made for, and "
-                f"have as many times the {(limits or Limits()).seconds:g} s"
+                f"have as many times the {limits.seconds:g} s"
             )
     problems = load_problems(settings.problems, say)
     model = find_model(source)
     folder = Path(out) if out is not None else default_folder(source, settings.problems)
     identity = _identity(model, problems, settings)
     problems = problems[: settings.limit]
+    references = None
+    if judge:
+        references = check_references(
+            problems,
+            settings.problems,
+            limits=limits,
+            accept_failing=accept_failing_references,
+            num_workers=num_workers,
+            options={"timeout": "--seconds", "memory": "--memory-mb"},
+            progress=progress,
+            say=say,
+        )
     started = time.time()
     if share == (0, 1):
         _open_folder(folder, identity, overwrite=overwrite)
@@ -116,15 +134,13 @@ def humaneval(
     if number > 1:
         _generate_in_processes(source, folder, settings, number, batch_size=batch_size, device=device)
     _generate(model, folder, problems[share[0] :: share[1]], settings, batch_size, device, share, progress)
-    if share != (0, 1) or not judge:
+    if share != (0, 1) or references is None:
         return {}
     verdicts = {
-        temperature: _judge(
-            folder, problems, temperature, settings.samples(temperature), limits or Limits(), num_workers, progress
-        )
+        temperature: _judge(folder, problems, temperature, settings.samples(temperature), limits, num_workers, progress)
         for temperature in settings.temperatures
     }
-    results = _results(str(source), model, problems, settings, verdicts, k, time.time() - started)
+    results = _results(str(source), model, problems, references, settings, verdicts, k, time.time() - started)
     durable.replace_file(folder / "results.json", [durable.json_bytes(results)])
     return results | {"folder": str(folder)}
 
@@ -140,7 +156,7 @@ def default_folder(source: str | Path, problems: str) -> Path:
 
 
 def _name_of(problems: str) -> str:
-    return Path(problems).name.partition(".")[0].partition(":")[0]
+    return Path(public_name(problems)).name.partition(".")[0].partition(":")[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -327,10 +343,19 @@ def _judge(
     num_workers: int | None,
     progress: Progress,
 ) -> dict[Key, dict[str, Any]]:
-    """Returns the verdict of every sample; equal programs of a problem are run once."""
-    generations, verdicts = (_read(folder, kind, temperature) for kind in ("generations", "verdicts"))
+    """Returns the verdict of every sample; equal programs of a problem are run once.
+
+    A verdict of other tests, limits or another judge than today's is none.
+    """
+    generations = _read(folder, "generations", temperature)
     keys = [(problem.task_id, sample) for problem in problems for sample in range(num_samples)]
     by_id = {problem.task_id: problem for problem in problems}
+    judged_with = {problem.task_id: verdict_key(problem, limits) for problem in problems}
+    verdicts = {
+        key: row
+        for key, row in _read(folder, "verdicts", temperature).items()
+        if row.get("judged_with") == judged_with.get(key[0])
+    }
     programs = {key: by_id[key[0]].program(by_id[key[0]].cut(generations[key]["completion"])) for key in keys}
     known = {(key[0], programs[key]): verdicts[key] for key in keys if key in verdicts}
     missing = [key for key in keys if key not in verdicts]
@@ -342,7 +367,8 @@ def _judge(
 
         def keep(program: tuple[str, str], verdict: dict[str, Any]) -> None:
             for task_id, sample in wanted[program]:
-                verdicts[task_id, sample] = {**verdict, "task_id": task_id, "sample": sample}
+                place = {"task_id": task_id, "sample": sample, "judged_with": judged_with[task_id]}
+                verdicts[task_id, sample] = verdict | place
                 append(verdicts[task_id, sample])
 
         for program in wanted:
@@ -366,6 +392,7 @@ def _results(
     source: str,
     model: str,
     problems: Sequence[Problem],
+    references: References,
     settings: Settings,
     verdicts: dict[float, dict[Key, dict[str, Any]]],
     k: Sequence[int],
@@ -428,6 +455,7 @@ def _results(
             "version": __version__,
             "source": source,
             "settings": asked,
+            "references": references.as_json(),
             "best": best,
             "temperatures": by_temperature,
         },
@@ -460,6 +488,7 @@ def describe(results: dict[str, Any]) -> str:
             cells.append(f"{text:<24}")
         lines.append(f"{temperature:<13}{''.join(cells)}{found['problems_solved']}".rstrip())
     lines.append("* the best temperature; in brackets the 95% interval over problems")
+    lines.append(f"reference solutions: {own['references']['text']}")
     for temperature, found in temperatures.items():
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(found["verdicts"].items(), key=lambda x: -x[1]))
         lines.append(f"programs at {temperature}: {kinds}")

@@ -1,95 +1,139 @@
-"""Programming problems with unit tests, in HumanEval's schema or MBPP's: from a file, or through ``datasets``."""
+"""Programming problems with unit tests: from a file in one of the published schemas, or through ``datasets``."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError, first_line
-from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.paths import did_you_mean_path, exists, expand, may_be_on_hub
-from codeparrot_ds.sandbox.judge import Check, names_defined
+from codeparrot_ds.problem_sets.problem import Problem
+from codeparrot_ds.problem_sets.schemas import parse_row
 
-PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test"}
-"""Short names of the public sets."""
+PUBLIC = {
+    "humaneval": "openai/openai_humaneval:test",
+    "humanevalplus": "evalplus/humanevalplus:test",
+    "mbpp": "google-research-datasets/mbpp:test",
+    "mbppplus": "evalplus/mbppplus:test",
+}
+"""Short names of the public sets; ``humaneval+`` and ``mbpp+`` are names as well."""
+_PUBLISHED_FILES = {
+    "openai/openai_humaneval": "HumanEval.jsonl.gz of github.com/openai/human-eval",
+    "evalplus/humanevalplus": "HumanEvalPlus.jsonl.gz of github.com/evalplus/humanevalplus_release",
+    "google-research-datasets/mbpp": "mbpp/mbpp.jsonl of github.com/google-research/google-research",
+    "evalplus/mbppplus": "MbppPlus.jsonl.gz of github.com/evalplus/mbppplus_release",
+}
+_MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+"""Of the one file that MBPP is published in, by ``task_id``."""
+FILES = ".jsonl, .jsonl.gz, .json or .parquet"
 
-_HUMANEVAL = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-_MBPP = ("task_id", "code", "test_list")
 _WITH_SPLIT = re.compile(r"[\w.-]+/[\w.-]+:\w+")  # also of a folder, which the library takes as a data set
-# A completion of an MBPP prompt begins with the function itself, or a class, which the recipe's ends would cut off.
-_MBPP_ENDS = ("\nassert", '\n"""', "\nprint", "\nif")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One problem."""
-
-    task_id: str
-    prompt: str
-    """What a model completes: without the space at its end, which tokenizers join to what follows, as in the recipe."""
-    solution: str
-    """A right completion."""
-    check: Check
-    ends: tuple[str, ...]
-    """Texts of which the first ends a completion."""
-
-    def cut(self, completion: str) -> str:
-        """Returns a completion up to its block's end, without trailing space."""
-        return cut(completion, self.ends).rstrip()
-
-    def program(self, completion: str) -> str:
-        """Returns the source that is judged."""
-        return self.prompt + completion + "\n"
 
 
 def load_problems(source: str | Path, say: Callable[[str], None] = lambda line: None) -> list[Problem]:
     """Reads problems.
 
     Args:
-        source: a ``.jsonl`` or ``.jsonl.gz`` file; ``humaneval`` or ``mbpp``; or ``org/name[:split]`` for ``datasets``,
-            split ``test`` by default.
-        say: gets a line before what takes long begins.
+        source: a file of JSON lines (maybe ``.gz``), a JSON array or parquet (of MBPP's one file with ``:split``); a
+            name in ``PUBLIC``; or ``org/name[:split]`` for ``datasets``, split ``test`` by default.
+        say: gets a line before what takes long begins, and one with the keys that are not read.
 
-    Raises ``UserError`` with the line and the key of what is no problem in either schema.
+    Raises ``UserError`` with the line and the key of what is no problem in any schema, or cannot be judged.
     """
+    file, _, split = str(source).rpartition(":")
+    if split in _MBPP_SPLITS and Path(expand(file)).is_file():
+        return _mbpp_split(load_problems(file, say), str(source), _MBPP_SPLITS[split])
     name, path = str(source), Path(expand(str(source)))
-    if exists(path) and not (name in PUBLIC and path.is_dir()):  # `humaneval` makes a folder of that name
+    public = PUBLIC.get(public_name(name))
+    if exists(path) and not (public and path.is_dir()):  # `humaneval` makes a folder of that name
         rows = _file_rows(path)
-    elif name in PUBLIC or _WITH_SPLIT.fullmatch(name) or may_be_on_hub(name):
-        rows = _dataset_rows(PUBLIC.get(name, name), say)
+    elif public or _WITH_SPLIT.fullmatch(name) or may_be_on_hub(name):
+        rows = _dataset_rows(public or name, say)
     else:
         kinds = f"neither {', '.join(PUBLIC)} nor a data set's name (org/name or org/name:split)"
         raise UserError(f"problems {name}: no such file, and {kinds}{did_you_mean_path(name)}")
-    problems = [_problem(row, where) for where, row in rows]
+    problems: dict[str, Problem] = {}
+    unread: set[str] = set()
+    for where, row in rows:
+        problem, keys = parse_row(row, where)
+        if problem.task_id in problems:
+            raise UserError(f"{source}: two problems have the task_id '{problem.task_id}'")
+        problems[problem.task_id] = problem
+        unread |= keys
     if not problems:
         raise UserError(f"{source} holds no problem")
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.task_id in seen:
-            raise UserError(f"{source}: two problems have the task_id '{problem.task_id}'")
-        seen.add(problem.task_id)
-    return problems
+    if unread:
+        say(f"keys of {source} that are not read: {', '.join(sorted(unread))}")
+    return list(problems.values())
+
+
+def _mbpp_split(problems: list[Problem], source: str, task_ids: range) -> list[Problem]:
+    by_id = {problem.task_id: problem for problem in problems}
+    missing = [task_id for task_id in task_ids if str(task_id) not in by_id]
+    if missing:
+        raise UserError(
+            f"{source} would be the problems {task_ids[0]} to {task_ids[-1]} of MBPP, and the file has no task_id "
+            f"{missing[0]}; name the file without a split for all that it has"
+        )
+    return [by_id[str(task_id)] for task_id in task_ids]
+
+
+def public_name(name: str) -> str:
+    """A name as ``PUBLIC`` has it: EvalPlus writes its sets' names with a sign, the Hub without."""
+    return name.replace("+", "plus") if name.replace("+", "plus") in PUBLIC else name
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
     opened = gzip.open if path.suffix == ".gz" else open
+    number = 0
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
+        with opened(path, "rt", encoding="utf-8-sig") as lines:
+            if path.name.removesuffix(".gz").endswith(".json"):
+                rows = _array(lines.read())
+                if rows is not None:
+                    yield from ((f"{path}, problem {place}", row) for place, row in enumerate(rows, start=1))
+                    return
+                lines.seek(0)
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}, line {number}", json.loads(line)
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a .jsonl or .jsonl.gz file of problems") from None
+        raise UserError(f"{path} is a folder; name a {FILES} file of problems") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: no JSON: {error.msg} at column {error.pos + 1}") from error
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}, line {number or error.lineno}: no JSON: {error.msg} at column {error.colno}"
+        ) from error
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as {path.suffix} text: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        place = f"{path}, line {number}" if number else str(path)
+        raise UserError(f"{place}: cannot be read: {first_line(error)}") from error
+
+
+def _array(text: str) -> list[Any] | None:
+    """The rows of a JSON array; None of a text that is none, such as JSON lines under the name of .json."""
+    return json.loads(text) if text.lstrip().startswith("[") else None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from error
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
@@ -97,8 +141,9 @@ def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, 
     import datasets
 
     repo, _, split = name.partition(":")
+    published = f", such as {_PUBLISHED_FILES[repo]}" if repo in _PUBLISHED_FILES else ""
     try:
-        with first_look(repo, "name a .jsonl file of problems"):
+        with first_look(repo, f"name a .jsonl file of problems{published}"):
             rows: Iterable[Any] = datasets.load_dataset(repo, split=split or "test")
     except UserError:
         raise
@@ -106,48 +151,3 @@ def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, 
         raise UserError(f"{name} is no file here, and cannot be loaded as a data set: {first_line(error)}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row
-
-
-def _problem(row: Any, where: str) -> Problem:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a problem is a JSON object, not {type(row).__name__}")
-    schema, build = (_MBPP, _mbpp) if "test_list" in row else (_HUMANEVAL, _humaneval)
-    for key in schema:
-        kind: Any = list if key == "test_list" else (str, int) if key == "task_id" else str
-        if not isinstance(row.get(key), kind):
-            said = "is missing" if row.get(key) is None else f"is a {type(row[key]).__name__}"
-            raise UserError(
-                f"{where}: {key} {said}; HumanEval's keys are {', '.join(_HUMANEVAL)}, MBPP's "
-                f"{', '.join(_MBPP)} and text or prompt"
-            )
-    return build(row, where)
-
-
-def _humaneval(row: dict[str, Any], where: str) -> Problem:
-    """The prompt is a function's head and docstring: what stands before it helps the tests as well as the program."""
-    tests = f"{row['test']}\ncheck({row['entry_point']})\n"
-    prompt = row["prompt"].rstrip()
-    return Problem(
-        task_id=str(row["task_id"]),
-        prompt=prompt,
-        solution=row["prompt"][len(prompt) :] + row["canonical_solution"],
-        check=Check(setup=row["prompt"], tests=(tests,), entry_point=row["entry_point"]),
-        ends=BLOCK_STARTS,
-    )
-
-
-def _mbpp(row: dict[str, Any], where: str) -> Problem:
-    """The prompt is the task and one test in a docstring, as for other models that follow no instructions."""
-    text = row.get("text") or row.get("prompt")
-    tests = [*row["test_list"], *(row.get("challenge_test_list") or [])]
-    if not isinstance(text, str) or not tests or not all(isinstance(test, str) for test in tests):
-        raise UserError(f"{where}: an MBPP problem has a text (or prompt) and a test_list of texts")
-    imports = row.get("test_imports") or []
-    setup = "\n".join([*imports, row.get("test_setup_code") or ""])
-    return Problem(
-        task_id=str(row["task_id"]),
-        prompt=f'"""\n{text}\n{tests[0]}\n"""',
-        solution="\n" + row["code"].replace("\r\n", "\n"),
-        check=Check(setup=setup, tests=tuple(tests), names=names_defined(row["code"])),
-        ends=_MBPP_ENDS,
-    )

@@ -10,12 +10,16 @@ from pathlib import Path
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS
-from codeparrot_ds.evaluation.problems import Problem, load_problems
+from codeparrot_ds.evaluation.problems import load_problems
 from codeparrot_ds.paths import did_you_mean_path, nearest_of
-from codeparrot_ds.sandbox.judge import check_sandbox
+from codeparrot_ds.problem_sets.problem import Problem
+from codeparrot_ds.problem_sets.references import check_references
+from codeparrot_ds.sandbox.judge import Limits, check_sandbox
 
 EXAMPLES = "examples"
 """As ``eval_prompts``: the recipe's four."""
+TRAINING_LIMITS = Limits(seconds=2.0)
+"""Of the programs that a model writes while it trains: the other ranks wait."""
 
 
 def read_prompts(path: str | Path, words: Sequence[str] = ()) -> list[str]:
@@ -61,7 +65,8 @@ def gather_prompts(prompts: Sequence[str], files: Sequence[str | Path] = ()) -> 
 def what_to_complete(config: RunConfig) -> tuple[list[str], list[Problem]]:
     """Returns the prompts and problems of a run's evaluations.
 
-    Raises ``UserError`` for those that cannot be read, and for problems where programs may not run or cannot.
+    Raises ``UserError`` for those that cannot be read, for problems where programs may not run or cannot, and for those
+    whose own solutions do not pass their tests.
     """
     prompts = []
     if config.eval_prompts == EXAMPLES:
@@ -78,4 +83,7 @@ def what_to_complete(config: RunConfig) -> tuple[list[str], list[Problem]]:
         )
     problems = load_problems(config.eval_problems)
     check_sandbox()
+    check_references(
+        problems, config.eval_problems, limits=TRAINING_LIMITS, accept_failing=config.accept_failing_references
+    )
     return prompts, problems

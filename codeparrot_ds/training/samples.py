@@ -19,13 +19,12 @@ from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.engine.ranks import Ranks
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.evaluation.generate import Completion, Request, Sampling, generate
-from codeparrot_ds.evaluation.problems import Problem
-from codeparrot_ds.evaluation.prompts import what_to_complete
-from codeparrot_ds.sandbox.judge import Limits, judge_all
+from codeparrot_ds.evaluation.prompts import TRAINING_LIMITS, what_to_complete
+from codeparrot_ds.problem_sets.problem import Problem
+from codeparrot_ds.sandbox.judge import judge_all
 from codeparrot_ds.supervision.heartbeat import beat
 
 _BATCH_SIZE = 16
-_LIMITS = Limits(seconds=2.0)  # the other ranks wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +106,7 @@ class Sampler:
 
     def _judge(self, texts: Sequence[str]) -> list[str]:
         items = [(problem.program(text), problem.check) for problem, text in zip(self.problems, texts, strict=True)]
-        return [verdict.kind for verdict in judge_all(items, limits=_LIMITS)] if items else []
+        return [verdict.kind for verdict in judge_all(items, limits=TRAINING_LIMITS)] if items else []
 
 
 def open_sampler(config: RunConfig, ranks: Ranks, *, together: bool) -> Sampler | None:

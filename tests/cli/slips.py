@@ -129,6 +129,12 @@ RUNS = [
         "humaneval first --generate-only --problems org/nope",
         "): name a .jsonl file of problems",
     ),
+    Slip("a public set", "humaneval first --generate-only --problems mbpp+", "such as MbppPlus.jsonl.gz of github.com"),
+    Slip(
+        "problems to fill in",
+        "humaneval first --generate-only --problems infilling.jsonl",
+        "infilling.jsonl, line 1: the row has a suffix",
+    ),
     Slip("an unknown device", "evaluate first --device tpu", "choose cpu, cuda, cuda:N, mps or xpu"),
     Slip("a GPU that is not there", "complete first --device cuda:99", "device 'cuda:99': this machine"),
     Slip("rows longer than a model's", "evaluate first --seq-length 9999", "the model reads rows of 2 to"),
@@ -295,6 +301,7 @@ def prepare(folder: Path) -> IO[str]:
         "mine.json": "{}",
         "prompts.txt": "def f():\n",
         "problems.jsonl": "{}\n",
+        "infilling.jsonl": '{"task_id": "SingleLineInfilling/HumanEval/0/L0", "suffix": "    return 1"}',
     }.items():
         (folder / name).write_text(content)
     _write_model(folder / "model")

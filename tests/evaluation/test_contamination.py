@@ -1,5 +1,6 @@
 """Solutions that are planted in a corpus are found and named, whatever their formatting; others are not."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def test_the_command_names_the_problems(planted, capsys):
     assert main([*command, "--split", "validation", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["contaminated"] == ["own/decode"]
     assert main(["data", "contamination", str(planted / "absent"), "--problems", str(FILE)]) == 2
+
+
+def test_problems_without_a_solution_are_refused(planted):
+    problems = [dataclasses.replace(problem, solution=None) for problem in load_problems(FILE)]
+    with pytest.raises(UserError, match="5 problems, own/add the first, have no reference solution"):
+        find_contamination(problems, find_shards(planted, "train"))
 
 
 def test_wrong_sizes_are_refused(planted):

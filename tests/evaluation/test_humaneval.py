@@ -1,5 +1,6 @@
 """humaneval, from completions to the result file: resumed, shared among processes, judged in the sandbox."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import pytest
 
 from codeparrot_ds.cli.main import main
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.evaluation import humaneval as judging
 from codeparrot_ds.evaluation.humaneval import Settings, default_folder, describe, humaneval
 from codeparrot_ds.evaluation.pass_at_k import estimate
 from codeparrot_ds.evaluation.problems import load_problems
+from codeparrot_ds.sandbox.judge import Limits
 
 FILE = Path(__file__).with_name("problems.jsonl")
 SETTINGS = Settings(problems=str(FILE), num_samples=2, temperatures=(0.0, 0.6), max_new_tokens=8)
@@ -84,10 +87,26 @@ def test_a_killed_command_goes_on_where_it_was(model_folder, tmp_path, monkeypat
     results = humaneval(model_folder, tmp_path / "r", settings=SETTINGS, num_workers=2)
     verdicts = (tmp_path / "r" / "verdicts-t0.6.jsonl").read_bytes()
     monkeypatch.setattr("codeparrot_ds.evaluation.models.load_model", None)
-    monkeypatch.setattr("codeparrot_ds.evaluation.humaneval.judge_all", None)
+    judged = []
+
+    def judge_all(items, **settings):
+        items = list(items)
+        judged.append({check for _, check in items})
+        return real(items, **settings)
+
+    real = judging.judge_all
+    monkeypatch.setattr(judging, "judge_all", judge_all)
     again = humaneval(model_folder, tmp_path / "r", settings=SETTINGS)
-    assert again["results"] == results["results"]
+    assert again["results"] == results["results"] and not judged
     assert (tmp_path / "r" / "verdicts-t0.6.jsonl").read_bytes() == verdicts
+    # But for what other tests or limits would say.
+    problems = load_problems(FILE)
+    other = [dataclasses.replace(problems[0], check=dataclasses.replace(problems[0].check, setup="import math"))]
+    monkeypatch.setattr(judging, "load_problems", lambda *_: other + problems[1:])
+    humaneval(model_folder, tmp_path / "r", settings=SETTINGS, num_workers=2)
+    assert judged == [{other[0].check}] * 2  # temperatures
+    humaneval(model_folder, tmp_path / "r", settings=SETTINGS, limits=Limits(seconds=9), num_workers=2)
+    assert judged[2:] == [{problem.check for problem in other + problems[1:]}] * 2
 
 
 def test_processes_share_the_problems_and_write_the_same(model_folder, tmp_path):
@@ -147,9 +166,33 @@ def test_nothing_runs_unless_it_is_allowed(model_folder, tmp_path, capsys, monke
     assert not (tmp_path / "r").exists()
 
 
+def test_problems_whose_own_solutions_fail_are_refused_unless_that_is_accepted(model_folder, tmp_path, capsys):
+    problems = [json.loads(line) for line in FILE.read_text().splitlines()[:2]]
+    problems[1]["canonical_solution"] = problems[1].pop("mutated_solution")
+    path = tmp_path / "wrong.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in problems))
+    options = ["--num-samples", "1", "--temperatures", "0", "--max-new-tokens", "2", "--out", str(tmp_path / "r")]
+    command = ["humaneval", str(model_folder), "--problems", str(path), *options]
+    assert main([*command, "--allow-execution"]) == 2
+    assert f"1 of 2 reference solutions of {path} do not pass their own tests here (own/largest: failed " in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "r").exists()  # nothing was generated
+    assert main([*command, "--allow-execution", "--limit", "1"]) == 0  # those that are judged count
+    assert "reference solutions: 1 of 1 pass their own tests\n" in capsys.readouterr().out
+    assert main([*command, "--allow-execution", "--accept-failing-references"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nreference solutions: 1 of 2 pass their own tests; not own/largest: failed AssertionError\n" in printed
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    found = results["codeparrot_ds"]["references"]
+    assert found["passed"] == 1 and found["failed"] == {"own/largest": "failed AssertionError"}
+    assert main([*command, "--generate-only"]) == 0  # nothing is run, no solution either
+
+
 def test_results_of_a_run_lie_in_it(run_folder):
     assert default_folder(run_folder, "humaneval") == run_folder / "humaneval" / "step-00001000-humaneval"
     assert default_folder("org/name", "google/mbpp:test") == Path("humaneval/name-mbpp")
+    assert default_folder("org/name", "mbpp+") == Path("humaneval/name-mbppplus")
 
 
 def test_programs_import_numpy_where_they_may(model_folder, tmp_path):

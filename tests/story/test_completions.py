@@ -106,11 +106,13 @@ def test_reports_and_trackers_show_them(runs, tmp_path):
 
 
 def test_what_cannot_be_completed_is_said_before_anything_starts(workshop, tmp_path):
-    bad = tmp_path / "bad.jsonl"
+    bad, wrong = tmp_path / "bad.jsonl", tmp_path / "wrong.jsonl"
     bad.write_text("{}\n")
+    wrong.write_text(PROBLEMS.read_text().splitlines()[0].replace("return a + b", "return a"))
     for options, words in (
         (("--eval-problems", str(PROBLEMS)), "allow that with --allow-execution"),
         (("--eval-problems", str(bad), "--allow-execution"), "bad.jsonl, line 1: task_id is missing"),
+        (("--eval-problems", str(wrong), "--allow-execution"), f"1 of 1 reference solutions of {wrong} do not pass"),
         (("--eval-prompts", "absent.txt"), "absent.txt: no such file"),
     ):
         answer = workshop.refuse(*options, "--run-name", "refused", output_dir=tmp_path)

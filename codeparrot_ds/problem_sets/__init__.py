@@ -1,0 +1,1 @@
+"""Sets of programming problems: the published schemas, and whether a set's own solutions pass its tests."""
