@@ -15,6 +15,7 @@ from codeparrot_ds.checkpoint.folders import EXPORT, TOKENIZER_FILES, Checkpoint
 from codeparrot_ds.checkpoint.state import RunState, read_state
 from codeparrot_ds.checkpoint.tensor_files import FragmentReader, TensorEntry, write_tensor_file
 from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.data.encoder import TOKENIZER_SETTINGS, tokenizer_settings
 from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision
 from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.hub.card import Card, model_card
@@ -23,6 +24,7 @@ from codeparrot_ds.staging import staged_folder
 
 TRAINING_STATE = "training_state.json"
 """Of an export, by a run's precision."""
+SPECIAL_TOKENS = ("bos", "eos", "unk", "pad")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ def run_export(
 def write_export(
     folder: Path, export: Export, shapes: Mapping[str, Sequence[int]], weights: Iterable[torch.Tensor]
 ) -> dict[str, WrittenFile]:
-    """Writes what ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` need, and the card.
+    """Writes what ``transformers`` and the converters to other formats need (docs/checkpoints.md), and the card.
 
     Args:
         folder: empty.
@@ -130,23 +132,81 @@ def write_export(
     entries = [TensorEntry(name=name, dtype=dtype, shape=tuple(shape)) for name, shape in shapes.items()]
     written = {WEIGHTS: write_tensor_file(folder / WEIGHTS, entries, weights, {"format": "pt"})}
     config = type(export.model_config).from_dict(export.model_config.to_dict())
-    config.architectures = ["GPT2LMHeadModel"]
-    config.dtype = dtype
+    tokenizer, special_tokens = tokenizer_files(
+        export.tokenizer, eos_token_id=config.eos_token_id, context=config.n_positions
+    )
+    token_ids = {f"{kind}_token_id": special_tokens[kind] for kind in ("bos", "eos", "pad")}
+    config.update({"architectures": ["GPT2LMHeadModel"], "dtype": dtype, **token_ids})
     config.use_cache = True  # Off in training, wanted in generation.
-    eos = config.eos_token_id
-    generation = GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos)
-    contents = {
-        "config.json": config.to_json_string().encode(),
-        "generation_config.json": generation.to_json_string().encode(),
+    # Names of the same from before, which converters (n_ctx: llama.cpp's) and transformers until 4.55 ask for.
+    older = {"n_ctx": config.n_positions, "torch_dtype": export.dtype}
+    contents = tokenizer | {
+        "config.json": _json_bytes(json.loads(config.to_json_string()) | older),
+        "generation_config.json": GenerationConfig(**token_ids).to_json_string().encode(),
         "README.md": export.card.encode(),
         TRAINING_STATE: durable.json_bytes(export.training_state),
     }
-    for name in TOKENIZER_FILES:
-        if (export.tokenizer / name).is_file():
-            contents[name] = (export.tokenizer / name).read_bytes()
     for name, content in contents.items():
         written[name] = durable.write_file(folder / name, [content])
     return written
+
+
+def tokenizer_files(folder: Path, *, eos_token_id: int, context: int) -> tuple[dict[str, bytes], dict[str, int]]:
+    """A run's tokenizer as an export has it, for programs that ask for special tokens and for the longest input.
+
+    ``tokenizer.json`` stays byte for byte, and is all that training reads of a tokenizer: what is said beside it may
+    neither change how it splits a text nor add tokens, which the model would not know.
+
+    Args:
+        folder: of the tokenizer.
+        eos_token_id: the end-of-sequence token, which takes the place of special tokens that the folder does not name
+            and of those that ``tokenizer.json`` does not have.
+        context: tokens that the model reads at once.
+
+    Returns:
+        Contents by file name, and the id of each of `SPECIAL_TOKENS`.
+    """
+    from tokenizers import Tokenizer
+
+    kept = [name for name in TOKENIZER_FILES if name not in TOKENIZER_SETTINGS and (folder / name).is_file()]
+    contents = {name: (folder / name).read_bytes() for name in kept}
+    vocabulary = Tokenizer.from_str(contents["tokenizer.json"].decode())
+
+    def token_id(token: Any) -> int | None:
+        return vocabulary.token_to_id(token["content"] if isinstance(token, dict) else token)
+
+    settings = tokenizer_settings(folder)
+    ids = {}
+    for kind in SPECIAL_TOKENS:
+        key = f"{kind}_token"
+        found = token_id(settings[key]) if key in settings and kind != "eos" else None
+        if found is None:
+            settings[key], found = vocabulary.id_to_token(eos_token_id), eos_token_id
+        ids[kind] = found
+    for key in ("cls_token", "sep_token", "mask_token"):
+        if key in settings and token_id(settings[key]) is None:
+            del settings[key]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(settings.get(key), list):
+            settings[key] = [token for token in settings[key] if token_id(token) is not None]
+    settings.pop("added_tokens_decoder", None)  # those of tokenizer.json once more, or others
+    settings |= {
+        # Takes tokenizer.json as it is; transformers 5's GPT2Tokenizer makes its own pre-tokenizer instead.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # That class would give GPT-2 token types, too, whose embedding the model adds to each token's.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": context,
+        # A completion continues the end of its row.
+        "padding_side": "left",
+        # The clean-up joins "x ." to "x.": a decoded program would not be the program.
+        "clean_up_tokenization_spaces": False,
+    }
+    return contents | {"tokenizer_config.json": _json_bytes(settings)}, ids
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    """As transformers writes its files."""
+    return f"{json.dumps(values, indent=2, sort_keys=True)}\n".encode()
 
 
 def export_checkpoint(checkpoint: Checkpoint, out: Path, *, dtype: str, overwrite: bool) -> None:

@@ -122,6 +122,7 @@ def _transformers_config() -> dict:
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "unk_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
         "add_prefix_space": False,
         # The clean-up joins "x ." to "x.": a decoded program would not be the program.
         "clean_up_tokenization_spaces": False,

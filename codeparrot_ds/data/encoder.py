@@ -24,6 +24,8 @@ from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
 logger = logging.getLogger(__name__)
 
 DEFAULT_EOS_TOKEN = "<|endoftext|>"
+TOKENIZER_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
+"""The second counts where both say something."""
 PROOF_CHARACTERS = 1 << 18
 """Text of the corpus on which both encoders are compared; the library takes about a tenth of a second for it."""
 # What code is made of, and what tokenizers have been seen to disagree on.
@@ -182,19 +184,27 @@ def load_encoder(tokenizer: str | Path) -> Encoder:
     return Encoder(loaded, eos_token_id=eos_token_id, fingerprint=hashlib.sha256(data).hexdigest())
 
 
-def _eos_token(folder: Path) -> str:
-    """The end-of-sequence token that the folder's config names, or the usual one."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """What a tokenizer's folder says beside ``tokenizer.json``, without what is null.
+
+    Raises:
+        UserError: one of `TOKENIZER_SETTINGS` is no JSON object.
+    """
+    settings: dict[str, Any] = {}
+    for path in (folder / name for name in TOKENIZER_SETTINGS):
         if not path.is_file():
             continue
         try:
-            token = orjson.loads(path.read_bytes()).get("eos_token")
+            settings |= {key: value for key, value in orjson.loads(path.read_bytes()).items() if value is not None}
         except (orjson.JSONDecodeError, AttributeError):
             raise UserError(f"{path} is not a JSON object; save the tokenizer again.") from None
-        if token:
-            return token["content"] if isinstance(token, dict) else token
-    return DEFAULT_EOS_TOKEN
+    return settings
+
+
+def _eos_token(folder: Path) -> str:
+    """The end-of-sequence token that the folder's config names, or the usual one."""
+    token = tokenizer_settings(folder).get("eos_token") or DEFAULT_EOS_TOKEN
+    return token["content"] if isinstance(token, dict) else token
 
 
 def estimate_chars_per_token(dataset: Iterable[dict[str, Any]], tokenizer: Any, num_documents: int = 500) -> float:

@@ -99,7 +99,7 @@ class _Writer:
         number = self.settings.num_completions
         requests = []
         for place, prompt in enumerate(prompts):
-            tokens = len(self.tokenizer(prompt)["input_ids"])
+            tokens = len(self.tokenizer(prompt, verbose=False)["input_ids"])
             longest = self.settings.max_length
             if max_lengths is not None:
                 longest = max(max_lengths[place], tokens + EXAMPLE_ROOM)

@@ -87,7 +87,7 @@ def generate(
         agree: makes the next tokens, (rows,), the same on all ranks, where a forward pass needs them all.
     """
     prompts = list(dict.fromkeys(request.prompt for request in requests))
-    ids = {prompt: list(tokenizer(prompt)["input_ids"]) for prompt in prompts}
+    ids = {prompt: list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts}
     for prompt, tokens in ids.items():
         if not tokens:  # something must be read for something to come next
             ids[prompt] = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]

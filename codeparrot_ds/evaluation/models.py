@@ -104,6 +104,8 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = 
         if shows_bars:
             transformers.utils.logging.enable_progress_bar()
     model, report = loaded
+    # Rows here are whole or come with a mask: transformers would take an end-of-sequence token at an end for padding.
+    model.config.pad_token_id = None
     if report["missing_keys"]:  # transformers would continue with random values
         raise UserError(f"{place}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     if len(tokenizer) > model.config.vocab_size:

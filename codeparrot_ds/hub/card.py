@@ -30,6 +30,11 @@ _HYPERPARAMETERS = (
     "num_lanes",
     "seed",
 )
+# The oldest that read the files of an export: tokenizers 0.20 is the first that reads merges as pairs.
+_NEEDED = (
+    "Needs `transformers` 4.45 with `tokenizers` 0.20, or newer, and `safetensors`. A list of prompts with "
+    "`batch_size=…` is completed in batches: the tokenizer has a pad token, and pads on the left."
+)
 _LIMITS = (
     "## Limits\n\n"
     "The model continues text in the manner of the files that it saw. What it writes may be wrong, insecure, or a copy "
@@ -141,7 +146,8 @@ def _usage(card: Card) -> str:
     return (
         f"## How to load\n\n```python\nfrom transformers import pipeline\n\n"
         f'generate = pipeline("text-generation", model={model})  # {where}\n'
-        f'print(generate("def fibonacci(n):", max_new_tokens=64)[0]["generated_text"])\n```'
+        f'print(generate("def fibonacci(n):", max_new_tokens=64)[0]["generated_text"])\n```\n\n'
+        f"{_NEEDED}"
     )
 
 

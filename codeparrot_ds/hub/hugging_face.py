@@ -29,6 +29,8 @@ TOKEN_VARIABLE = "HF_TOKEN"
 TIMEOUT_SECONDS = 60.0
 """Of silence on a connection; the library's own is none at all."""
 TIMEOUT_VARIABLE = "CODEPARROT_HUB_TIMEOUT_SECONDS"
+XET_VARIABLE = "HF_HUB_DISABLE_XET"
+"""The client's own; ``0`` asks for uploads through Xet."""
 ATTRIBUTES = ".gitattributes"  # the Hub's own, without which git shows pointers
 # Worth another attempt: timeouts, conflicts with another writer, a moved parent, rate limits.
 _TEMPORARY = {408, 409, 412, 423, 425, 429}
@@ -98,7 +100,7 @@ class HubRepository:
         names = folder_files(folder)
         if not names:
             raise UserError(f"{folder}: no files to commit")
-        with self._asking(f"committing to branch '{branch}'") as api:
+        with self._asking(f"committing to branch '{branch}'") as api, _lfs_unless_asked():
             there = api.model_info(self.repo_id, revision=branch)
             if parent is not None and there.sha != parent:
                 raise UnavailableError(f"{self}: branch '{branch}' moved on meanwhile", retry_after=0)
@@ -270,6 +272,23 @@ def require_token(repo_id: str) -> None:
             f"hub {repo_id}: {TOKEN_VARIABLE} is not set; make a token that may write at "
             f"https://huggingface.co/settings/tokens and `export {TOKEN_VARIABLE}=…`"
         )
+
+
+@contextlib.contextmanager
+def _lfs_unless_asked() -> Iterator[None]:
+    """Uploads by LFS, which the tests cover, where the user's environment does not say which way to take."""
+    from huggingface_hub import constants
+
+    if os.environ.get(XET_VARIABLE):
+        yield
+        return
+    # Setting the variable would come too late: the client reads it once, when it is imported. The constant is read by
+    # each upload. Downloads keep the client's own way.
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 def _set_timeouts(seconds: float) -> None:

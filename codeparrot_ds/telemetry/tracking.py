@@ -119,12 +119,15 @@ class Metrics:
 class Tracker:
     """Rank 0's record of a run; on the other ranks every method does nothing."""
 
-    def __init__(self, folder: RunFolder, *, active: bool, mode: str, hyperparameters: dict[str, Any]) -> None:
-        """Opens TensorBoard and wandb, where ``active`` (on rank 0).
+    def __init__(
+        self, folder: RunFolder, *, active: bool, mode: str, hyperparameters: dict[str, Any], last_step: int = -1
+    ) -> None:
+        """Opens TensorBoard and wandb, where ``active`` (on rank 0), and drops the rows after ``last_step``.
 
         Args:
             mode: ``auto``, ``online``, ``offline`` or ``off`` for wandb.
             hyperparameters: the run config and derived figures, flat.
+            last_step: the last whose rows of earlier starts stay; -1 keeps none.
         """
         self.metrics = Metrics(folder.path / "metrics.jsonl")
         self.samples = Metrics(folder.path / "samples.jsonl")
@@ -137,7 +140,10 @@ class Tracker:
         if active:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"))
+            for log in (self.metrics, self.samples):
+                log.truncate_after(last_step)
+            # A file of its own per start: its first event makes TensorBoard forget the later steps in those before.
+            self.tensorboard = SummaryWriter(str(folder.path / "tensorboard"), purge_step=last_step + 1)
             # wandb takes seconds to start, longer without an answer from its server: training does not wait, nor for
             # what it is sent, and it starts beside the second step. One thread keeps the order.
             self._wandb_thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="wandb")
@@ -230,7 +236,9 @@ class Tracker:
         plain = {
             key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in self.hyperparameters.items()
         }
-        self.tensorboard.add_hparams(plain, figures, run_name=".")
+        # At its own step, so that the figures of the next start do not stand beside these at the same one.
+        step = last.get("step")
+        self.tensorboard.add_hparams(plain, figures, run_name=".", global_step=step)
         self.tensorboard.close()
         self._started_wandb()
         self._to_wandb(lambda run: run.finish())
@@ -270,6 +278,7 @@ def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) 
         run = wandb.init(mode=mode, **options)
     run.define_metric("*", step_metric="step")
     offline = shlex.quote(str(folder.path / "wandb"))  # the star is the shell's
+    # In one command, since wandb syncs the parts of one run in their order, which is that of the run's starts.
     hint = "" if mode == "online" else f"; upload later with: wandb sync {offline}/offline-run-*"
     logger.info("wandb: %s, run %s%s", mode, folder.name, hint)
     return run

@@ -64,10 +64,14 @@ def open_tracker(run: ResolvedRun, ranks: Ranks, folder: RunFolder, step: int) -
         "vocab_size": run.shape.vocab_size,
         "gradient_accumulation_steps": run.accumulation_steps,
     }
-    tracker = Tracker(folder, active=ranks.is_main, mode=run.config.wandb, hyperparameters=hyperparameters)
+    tracker = Tracker(
+        folder,
+        active=ranks.is_main,
+        mode=run.config.wandb,
+        hyperparameters=hyperparameters,
+        last_step=step if step else -1,  # a fresh start evaluates step 0 again
+    )
     if ranks.is_main:
-        for log in (tracker.metrics, tracker.samples):
-            log.truncate_after(step if step else -1)  # a fresh start evaluates step 0 again
         folder.update(parameters=run.parameters, **run.layout)
     return tracker
 

@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 
 from codeparrot_ds.checkpoint.export import TRAINING_STATE, Export, write_export
+from codeparrot_ds.corpus.tokenizer import _transformers_config
+from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
@@ -24,8 +26,9 @@ UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False)
 def export(tmp_path, tokenizer_dir):
     """Exports a fresh model and returns it with the folder."""
 
-    def make(shape=TIED, dtype=torch.float32):
-        model = build_model(shape, eos_token_id=256, seed=1, dropout=0.1).to(dtype)
+    def make(shape=TIED, dtype=torch.float32, tokenizer=tokenizer_dir):
+        eos_token_id = load_encoder(tokenizer).eos_token_id
+        model = build_model(shape, eos_token_id=eos_token_id, seed=1, dropout=0.1).to(dtype)
         weights = {name: weight.detach() for name, weight in model.named_parameters()}
         folder = tmp_path / "checkpoint" / "export"
         folder.mkdir(parents=True)
@@ -33,7 +36,7 @@ def export(tmp_path, tokenizer_dir):
             folder,
             Export(
                 model_config=model.config,
-                tokenizer=tokenizer_dir,
+                tokenizer=tokenizer,
                 dtype=str(dtype).removeprefix("torch."),
                 card="# A card\n",
                 training_state={"step": 7},
@@ -81,12 +84,109 @@ def test_config_holds_nothing_of_training(export, tokenizer_dir):
     config = json.loads((folder / "config.json").read_text())
     assert "codeparrot_causal" not in json.dumps(config) and not any("attn_impl" in key for key in config)
     assert config["architectures"] == ["GPT2LMHeadModel"] and config["model_type"] == "gpt2"
-    assert config["dtype"] == "bfloat16" and config["use_cache"] is True and config["eos_token_id"] == 256
-    generation = json.loads((folder / "generation_config.json").read_text())
-    assert (generation["eos_token_id"], generation["pad_token_id"]) == (256, 256)
+    assert config["dtype"] == "bfloat16" and config["use_cache"] is True and config["eos_token_id"] == 0
     assert (folder / "README.md").read_text() == "# A card\n"
     assert json.loads((folder / TRAINING_STATE).read_text()) == {"step": 7}
     assert (folder / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
+
+
+def test_config_has_what_converters_and_older_versions_read(export):
+    _, folder = export(TIED, torch.bfloat16)
+    config, generation = (json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json"))
+    assert config["n_ctx"] == config["n_positions"] == 32
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    for kind in ("bos", "eos", "pad"):
+        assert config[f"{kind}_token_id"] == generation[f"{kind}_token_id"] == 0
+    needed = ("vocab_size", "n_embd", "n_head", "n_layer", "layer_norm_epsilon", "activation_function")
+    assert all(config[key] is not None for key in needed)
+
+
+EOS = "<|endoftext|>"
+TOKENIZERS = {  # what is changed in tokenizer.json, and what is said beside it
+    "as codeparrot-ds makes it": ({}, {"tokenizer_config.json": _transformers_config()}),
+    "of 0.1.0": (
+        {},
+        {"tokenizer_config.json": {key: v for key, v in _transformers_config().items() if key != "pad_token"}},
+    ),
+    "nothing said": ({}, {}),
+    "a class that splits otherwise": (
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ]}},
+        {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": True}},
+    ),
+    "a space in front": (
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"tokenizer_config.json": {"eos_token": EOS}},
+    ),
+    "tokens that are not there": ({}, {"tokenizer_config.json": {
+        "eos_token": EOS, "pad_token": "[PAD]", "unk_token": {"content": "<unk>", "special": True}, "mask_token": "<m>",
+        "additional_special_tokens": ["<fim>", EOS], "added_tokens_decoder": {"300": {"content": "<more>"}},
+    }}),
+    "another file says it": ({}, {
+        "special_tokens_map.json": {"eos_token": {"content": EOS}, "pad_token": "!", "bos_token": "#"},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": None, "bos_token": '"'},
+    }),
+    "a pad of its own": ({}, {"tokenizer_config.json": {"eos_token": EOS, "pad_token": "!"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_tokenizer_is_that_of_training_whatever_is_said_beside_it(export, tokenizer_dir, tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    changes, said = TOKENIZERS[kind]
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    content = json.loads((tokenizer_dir / "tokenizer.json").read_text()) | changes
+    content["model"]["vocab"] |= {"12": 257, "34": 258, "1234": 259}  # which a pre-tokenizer may keep apart
+    content["model"]["merges"] = [["1", "2"], ["3", "4"], ["12", "34"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    for name, values in said.items():
+        (folder / name).write_text(json.dumps(values))
+    _, exported = export(dataclasses.replace(TIED, vocab_size=260), tokenizer=folder)
+    assert (exported / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert not (exported / "special_tokens_map.json").exists()
+    encoder = load_encoder(folder)
+    assert load_encoder(exported).fingerprint == encoder.fingerprint
+
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    text = "def f(x): return x . y == 1234 # naïve  \n\n"
+    (ids,) = encoder.encode_batch([text])
+    assert list(tokenizer(text)) == ["input_ids", "attention_mask"]
+    assert tokenizer(text)["input_ids"] == ids.tolist()
+    assert tokenizer.decode(ids) == encoder.decode(ids)
+    assert len(tokenizer) == 260 and tokenizer.model_max_length == 32
+    own = {"another file says it": ('"', "!"), "a pad of its own": (EOS, "!")}.get(kind, (EOS, EOS))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (own[0], EOS, own[1])
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert [generation[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [
+        *(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    ]
+
+
+def test_batches_complete_as_single_prompts_do(export):
+    """Padded, and longer than the model reads: with what the folder says and nothing else."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    _, folder = export()
+    pipe = pipeline("text-generation", model=str(folder), device="cpu")
+    prompts = ["def f(x):", "x", "import os\n", "class LongerThanTheModelReads:\n    pass  # " + "=" * 40]
+    options = {"max_new_tokens": 6, "do_sample": False, "handle_long_generation": "hole"}
+    single = [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    batched = [rows[0]["generated_text"] for rows in pipe(prompts, batch_size=len(prompts), **options)]
+    assert batched == single and all(text.startswith(prompt) for text, prompt in zip(single[:3], prompts, strict=False))
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+    assert rows["input_ids"].shape == (4, 32)
+    together = model.generate(**rows, max_new_tokens=1, do_sample=False)[:, -1]
+    alone = [
+        model.generate(**tokenizer(prompt, truncation=True, return_tensors="pt"), max_new_tokens=1, do_sample=False)
+        for prompt in prompts
+    ]
+    assert together.tolist() == [row[0, -1].item() for row in alone]
 
 
 def test_an_export_is_a_shape_to_train_from(export):

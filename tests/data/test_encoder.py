@@ -76,6 +76,10 @@ def test_what_is_missing_is_named(tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not a JSON object"):
         load_encoder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+    (tmp_path / "special_tokens_map.json").write_text("[]")  # an export needs it, hours later
+    with pytest.raises(UserError, match=r"special_tokens_map\.json is not a JSON object"):
+        load_encoder(tmp_path)
 
 
 def test_chars_per_token_as_in_the_recipe(tokenizer_dir: Path) -> None:

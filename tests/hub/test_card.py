@@ -77,7 +77,8 @@ def test_the_body_holds_every_figure_and_no_local_path():
         "`learning_rate` | 0.0005", '"stage": 2', "| exact_duplicates | 90 | 80 | 8 |", "| mit | 50 |",
         "apache-2.0\\|or-later", "| train | 70 | 7,000 |", 'model="org/code", revision="brave-fox-1"', "<details>",
         "## Limits", "| 7,500 | 1.7500 |", "| training shards | 2 |", "| their bytes | 10,000 |", "f" * 64,
-        f"`org/data@{'c' * 40}`", "These weights come under `apache-2.0`",
+        f"`org/data@{'c' * 40}`", "Needs `transformers` 4.45 with `tokenizers` 0.20",
+        "These weights come under `apache-2.0`",
     ):  # fmt: skip
         assert shown in text, shown
     assert "secret-place" not in text

@@ -88,6 +88,25 @@ def test_files_in_parts(hub, repository, tmp_path):
     assert hub.content("org/model", "brave-fox-1", "model.safetensors") == (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("variable", [None, "", "1", "0"])
+def test_uploads_take_lfs_unless_the_user_asks_for_xet(hub, repository, tmp_path, monkeypatch, variable):
+    """The local Hub has no Xet: an upload that asks for its token there has taken that way."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", variable == "1")  # what the client's import makes of it
+    monkeypatch.delenv("HF_HUB_DISABLE_XET")
+    if variable is not None:
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", variable)
+    if variable == "0":
+        with pytest.raises(UserError):
+            repository.commit_folder("brave-fox-1", checkpoint(tmp_path, 1), "step 1")
+    else:
+        repository.commit_folder("brave-fox-1", checkpoint(tmp_path, 1), "step 1")
+    assert bool(requests(hub, "PUT /store")) == (variable != "0")
+    assert bool(requests(hub, "xet-write-token")) == (variable == "0")
+    assert (variable == "1") == constants.HF_HUB_DISABLE_XET  # downloads keep the client's own way
+
+
 def test_the_token_goes_to_the_hub_and_not_to_its_store(hub, repository, tmp_path):
     repository.commit_folder("brave-fox-1", checkpoint(tmp_path, 1), "step 1")
     repository.download("brave-fox-1", tmp_path)

@@ -11,6 +11,7 @@ import time
 
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from codeparrot_ds.checkpoint.folders import list_checkpoints
 from tests.needs import needs
@@ -89,6 +90,10 @@ def test_a_run_that_goes_back_to_an_older_checkpoint_sets_the_later_one_aside(on
     assert losses(run) == losses(on_two_ranks["zero3_fp32"])
     rows = [(row.step, row.aside) for row in list_checkpoints(run)]
     assert rows == [(10, False), (20, True), (20, False)]
+    shown = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == list(range(1, 21))
+    assert [event.step for event in shown.Scalars("validation/perplexity")] == list(evaluations(run))
+    assert len(list((run / "tensorboard").iterdir())) > 1
 
 
 @needs(on_two_ranks=["zero2"], continued=["new batch"])

@@ -140,6 +140,22 @@ def test_the_launcher_itself_gives_the_same_run(workshop, on_two_ranks, tmp_path
     assert losses(tmp_path / "bare") == losses(on_two_ranks["zero2"])
 
 
+@pytest.mark.parametrize("stage", range(4))
+@needs(on_two_ranks=lambda stage: [f"zero{stage}"])
+def test_the_export_of_every_stage_completes_in_batches(on_two_ranks, stage):
+    """With nothing but what its folder says; `benchmarks/downstream.py` takes such exports to other programs, too."""
+    from transformers import pipeline
+
+    export = on_two_ranks[f"zero{stage}"] / "checkpoints" / "step-00000020" / "export"
+    pipe = pipeline("text-generation", model=str(export), device="cpu", dtype="float32")
+    assert pipe.model.config.n_ctx == pipe.tokenizer.model_max_length == 1024
+    assert pipe.tokenizer.pad_token_id == pipe.model.generation_config.pad_token_id == pipe.tokenizer.eos_token_id
+    prompts = ["def f(x):", "import os", "class A:\n    def g(self):\n        return"]
+    options = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}  # after 20 steps it repeats one
+    batched = [rows[0]["generated_text"] for rows in pipe(prompts, batch_size=3, **options)]
+    assert batched == [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
+
+
 @pytest.mark.parametrize("name", [name for name in catalogue() if name.endswith("_fp16")])
 def test_fp16_is_refused_on_a_cpu_before_any_rank_starts(workshop, name, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # some CPUs have it

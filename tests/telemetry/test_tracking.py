@@ -7,10 +7,12 @@ import logging
 import math
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -172,6 +174,44 @@ def test_tensorboard_is_read_back(folder, loggers):
     assert second["eval_loss"] == 3.25 and second["bits_per_byte"] is None
 
 
+def steps_shown(folder):
+    """The steps of every curve and text, as TensorBoard itself reads a folder of runs."""
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
+    shown = EventMultiplexer(tensor_size_guidance={"scalars": 0, "text": 0}).AddRunsFromDirectory(str(folder)).Reload()
+    ((run, tags),) = shown.Runs().items()
+    curves = [tag for tag in tags["tensors"] if "hparams" not in tag]
+    return {tag: [event.step for event in shown.Tensors(run, tag)] for tag in curves}
+
+
+def test_tensorboard_shows_each_step_once_however_often_a_run_continues(folder, loggers):
+    sample = {"prompt": "def f", "completion": "(x):"}
+
+    def train(first, last, *, last_step, ends):
+        tracker = Tracker(folder, active=True, mode="off", hyperparameters={"model": "demo"}, last_step=last_step)
+        for step in range(first, last + 1):
+            if step:
+                tracker.train(dataclasses.replace(TRAINING_ROW, step=step, loss=float(step)))
+            if step % 2 == 0:
+                tracker.evaluation(dataclasses.replace(EVALUATION_ROW, step=step))
+                tracker.completions(step, [sample])
+        tracker.close() if ends else tracker.tensorboard.flush()
+        time.sleep(1.1)  # TensorBoard orders a run's files by the second in their names
+
+    train(0, 3, last_step=-1, ends=False)  # killed before its first checkpoint
+    train(0, 6, last_step=-1, ends=True)
+    train(5, 8, last_step=4, ends=False)  # from an older checkpoint, and killed
+    train(7, 8, last_step=6, ends=True)
+    shown = steps_shown(folder.path.parent)
+    assert shown.pop("train/loss") == shown.pop("train/learning_rate") == list(range(1, 9))
+    assert shown.pop("validation/perplexity") == shown.pop("completions/text_summary") == [0, 2, 4, 6, 8]
+    assert shown.pop("final/eval_loss") == [8]
+    assert len(shown) > 5 and all(len(set(steps)) == len(steps) for steps in shown.values())
+    assert [row["step"] for row in rows(Tracker(folder, active=False, mode="off", hyperparameters={}).metrics)] == [
+        *(0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8)
+    ]
+
+
 def test_the_other_ranks_write_nothing(folder):
     tracker = Tracker(folder, active=False, mode="offline", hyperparameters={"model": "demo"})
     tracker.train(TRAINING_ROW)
@@ -206,7 +246,24 @@ def test_wandb_runs_offline_under_the_runs_name(folder, stranger, loggers, caplo
     content = Path(stored).read_bytes()
     assert b"brave-otter-7" in content and b"train/loss" in content
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("wandb: ")]
-    assert line.startswith("wandb: offline, run brave-otter-7") and "wandb sync" in line
+    assert line.startswith("wandb: offline, run brave-otter-7")
+    command = shlex.split(line.partition("upload later with: ")[2])
+    assert command[:2] == ["wandb", "sync"] and glob.glob(command[2]) == [str(Path(stored).parent)]
+
+
+def test_every_start_of_an_offline_run_is_synced_to_one_run(folder, stranger):
+    """As far as it goes without an account: `wandb sync` finds the file of each start, and all name the same run."""
+    for last_step, step in ((-1, 5), (4, 6)):
+        tracker = Tracker(folder, active=True, mode="offline", hyperparameters={}, last_step=last_step)
+        tracker.train(dataclasses.replace(TRAINING_ROW, step=step))
+        tracker.close()
+        wandb.teardown()
+        time.sleep(1.1)  # the names of its folders have the second in them
+    starts = sorted(glob.glob(f"{folder.path}/wandb/offline-run-*"))
+    assert len(starts) == 2 and all(start.endswith("-brave-otter-7-abc123") for start in starts)
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run", *starts]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "Would sync 2 run(s)" in found.stdout + found.stderr
 
 
 def test_wandb_off(folder, stranger, caplog):
