@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.paths import did_you_mean_path, exists, expand, may_be_on_hub
+from codeparrot_ds.rows.reading import BadRow, read_row_file, text_of
 from codeparrot_ds.sandbox.judge import Check
 
 PUBLIC = {"humaneval": "openai/openai_humaneval:test", "mbpp": "google-research-datasets/mbpp:test"}
@@ -52,8 +51,8 @@ def load_problems(source: str | Path, say: Callable[[str], None] = lambda line: 
     """Reads problems.
 
     Args:
-        source: a ``.jsonl`` or ``.jsonl.gz`` file; ``humaneval`` or ``mbpp``; or ``org/name[:split]`` for ``datasets``,
-            split ``test`` by default.
+        source: a file of rows (``.jsonl``, ``.jsonl.gz``, ``.parquet`` …); ``humaneval`` or ``mbpp``; or
+            ``org/name[:split]`` for ``datasets``, split ``test`` by default.
         say: gets a line before what takes long begins.
 
     Raises ``UserError`` with the line and the key of what is no problem in either schema.
@@ -78,18 +77,16 @@ def load_problems(source: str | Path, say: Callable[[str], None] = lambda line: 
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a .jsonl or .jsonl.gz file of problems") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: no JSON: {error.msg} at column {error.pos + 1}") from error
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix} text: {error}") from error
+    """The rows of a file of rows, their texts without what is no text; JSON lines by any other name."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file of problems, such as one of .jsonl or .parquet")
+    for place, row in read_row_file(path):
+        for name in [name for name in row if isinstance(row[name], (str, bytes))] if isinstance(row, dict) else ():
+            try:
+                row[name] = text_of(row, name)
+            except BadRow as error:
+                raise UserError(f"{place}: {error}") from None
+        yield place, row
 
 
 def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, Any]]:

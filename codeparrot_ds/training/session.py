@@ -149,7 +149,7 @@ class Session:
         beat("evaluate", step=step)
         batches = ValidationLoader(
             self.data.validation,
-            self.run.encoder,
+            self.data.stream.encoder,
             seq_length=config.seq_length,
             num_lanes=config.num_lanes,
             batch_size=config.micro_batch_rows,
