@@ -14,9 +14,10 @@ from codeparrot_ds.rows.access import RandomAccess
 DAMAGE = (EOFError, zlib.error, zstandard.ZstdError)
 """What reading raises where a file cannot be decompressed."""
 _GZIP_STEP_BYTES = 1 << 20
-_ZSTD_STEP_BYTES = 1 << 10
-"""Of the file. A zstd block of 4 bytes may stand for 128 KiB, and its library returns all that it is given at once:
-so much gives 32 MiB at most."""
+_ZSTD_STEP_BYTES, _MAX_ZSTD_STEP_BYTES = 1 << 10, 1 << 12
+"""Of the file: the larger where the text is like any text. A zstd block of 4 bytes may stand for 128 KiB, and its
+library returns at once all that it is given, which is 128 MiB at most."""
+_USUAL_RATIO = 64
 
 
 class Frames(io.RawIOBase):
@@ -38,6 +39,7 @@ class Frames(io.RawIOBase):
         self._frame: Any = None
         self._has_more = False  # text that the frame holds back, because a step was full
         self._input = self._output = memoryview(b"")
+        self._step_bytes = _ZSTD_STEP_BYTES
         if format_ == "zst":
             decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
             self._new_frame: Any = decompressor.decompressobj
@@ -85,8 +87,10 @@ class Frames(io.RawIOBase):
     def _step(self) -> None:
         """Decompresses a little of the input."""
         if self._format == "zst":
-            step = self._input[:_ZSTD_STEP_BYTES]
+            step = self._input[: self._step_bytes]
             output = self._frame.decompress(step)
+            usual = len(output) < _USUAL_RATIO * len(step)
+            self._step_bytes = min(2 * self._step_bytes, _MAX_ZSTD_STEP_BYTES) if usual else _ZSTD_STEP_BYTES
             unused = len(self._frame.unused_data) + len(self._input) - len(step)
         else:
             output = self._frame.decompress(self._input, _GZIP_STEP_BYTES)

@@ -389,15 +389,15 @@ def rows_of_table(
             continue
         try:
             for batch in table.batches(group, wanted or table.names[:1]):
-                if row + batch.num_rows > start and row < end:
-                    names = batch.schema.names
-                    texts = [cells(column, as_text=not as_before) for column in batch.columns]
-                    for values in zip(*texts, strict=True):
-                        row += 1
-                        if start < row <= end:
-                            yield known | dict(zip(names, values, strict=True)), Position(row, row - first)
-                else:
-                    row += batch.num_rows
+                batch_row, row = row, row + batch.num_rows
+                if row > start:
+                    batch = batch.slice(max(0, start - batch_row), end - max(batch_row, start))
+                    columns_of_batch = [cells(column, as_text=not as_before) for column in batch.columns]
+                    for number, values in enumerate(
+                        zip(*columns_of_batch, strict=True), start=max(batch_row, start) + 1
+                    ):
+                        cells_of_row = dict(zip(batch.schema.names, values, strict=True))
+                        yield known | cells_of_row if known else cells_of_row, Position(number, number - first)
                 if row >= end:
                     return
         except (pyarrow.ArrowException, OSError) as error:

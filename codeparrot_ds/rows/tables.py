@@ -114,19 +114,18 @@ def cells(column: Any, *, as_text: bool = True) -> list[Any]:
         as_text: without it, what the column's type calls bytes stays bytes.
     """
     import pyarrow
-    from pyarrow import types
 
-    if types.is_dictionary(column.type):
+    if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    # Arrow does not check that its strings are UTF-8.
-    for is_text, binary in (
-        (types.is_string, pyarrow.binary()),
-        (types.is_large_string, pyarrow.large_binary()),
-        (types.is_string_view, pyarrow.binary_view()),
-    ):
-        if is_text(column.type):
-            column, as_text = column.cast(binary), True
-    values = column.to_pylist()
+    binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    binary[pyarrow.string_view()] = pyarrow.binary_view()
+    try:
+        values = column.to_pylist()
+        as_text = as_text and column.type not in binary  # most are, with nothing left to do
+    except UnicodeDecodeError as error:  # Arrow does not check that its strings are UTF-8
+        if column.type not in binary:
+            raise pyarrow.ArrowInvalid(str(error)) from error
+        values, as_text = column.cast(binary[column.type]).to_pylist(), True
     return [_decoded(value) for value in values] if as_text else values
 
 
