@@ -26,8 +26,8 @@ def add_corpus(commands: Any) -> None:
     )
     parser.add_argument(
         "sources", nargs="+", type=name_argument, metavar="SRC",
-        help="folders, git checkouts, row files (.jsonl or .json, plain, .gz or .zst; .parquet), and data sets of the "
-        "datasets library (org/name or org/name:split)",
+        help="folders, git checkouts, row files (.jsonl or .json, plain, .gz or .zst; .parquet; .arrow), data sets of "
+        "the datasets library (org/name or org/name:split) and what they save to disk",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="folder of the corpus (required)"

@@ -12,6 +12,7 @@ from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.evaluation.complete import BLOCK_STARTS, cut
 from codeparrot_ds.paths import did_you_mean_path, exists, expand, may_be_on_hub
+from codeparrot_ds.rows.files import saved_files
 from codeparrot_ds.rows.reading import BadRow, read_row_file, text_of
 from codeparrot_ds.sandbox.judge import Check
 
@@ -78,7 +79,7 @@ def load_problems(source: str | Path, say: Callable[[str], None] = lambda line: 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file of rows, their texts without what is no text; JSON lines by any other name."""
-    if path.is_dir():
+    if path.is_dir() and saved_files(path) is None:
         raise UserError(f"{path} is a folder; name a file of problems, such as one of .jsonl or .parquet")
     for place, row in read_row_file(path):
         for name in [name for name in row if isinstance(row[name], (str, bytes))] if isinstance(row, dict) else ():

@@ -12,7 +12,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.complete import EXAMPLE_PROMPTS
 from codeparrot_ds.evaluation.problems import Problem, load_problems
 from codeparrot_ds.paths import did_you_mean_path, nearest_of
-from codeparrot_ds.rows.files import file_format
+from codeparrot_ds.rows.files import file_format, saved_files
 from codeparrot_ds.rows.reading import BadRow, read_row_file, text_of
 from codeparrot_ds.sandbox.judge import check_sandbox
 
@@ -27,13 +27,14 @@ def read_prompts(path: str | Path, words: Sequence[str] = ()) -> list[str]:
     A file that is not there may be one of ``words`` mistyped.
     """
     path = Path(path)
-    if path.is_dir():
+    is_saved = saved_files(path) is not None
+    if path.is_dir() and not is_saved:
         raise UserError(f"{path} is a folder: name a file of prompts")
     if not path.exists():
         word = nearest_of(str(path), words)
         hint = f"; did you mean {word!r}?" if word else did_you_mean_path(path)
         raise UserError(f"{path}: no such file of a prompt{hint}")
-    if file_format(path.name):
+    if is_saved or file_format(path.name):
         return [_prompt_of(row, place) for place, row in read_row_file(path)]
     try:
         return [path.read_text(encoding="utf-8-sig").rstrip("\n")]

@@ -93,10 +93,16 @@ def read_rows(
 
 
 def read_row_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a whole file, JSON lines by any other name, each with its place for people.
+    """The rows of a whole file, JSON lines by any other name, or of a saved data set, each with its place for people.
 
     Raises a UserError with place and reason for one that cannot be read, and for a file that cannot.
     """
+    saved = files.saved_files(path)
+    for file in [path] if saved is None else saved:
+        yield from _rows_with_places(file)
+
+
+def _rows_with_places(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         file: contextlib.AbstractContextManager[RandomAccess]
         if path.is_file():

@@ -186,6 +186,8 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path: Path) -> None:
     data.save_to_disk(tmp_path / "saved", num_shards=2)
     (tmp_path / "saved" / "cache-0.arrow").write_bytes(b"of somebody's map()")
     assert as_stream(tmp_path / "saved") == as_corpus(tmp_path / "saved") == (TEXTS, [])
+    assert read_prompts(tmp_path / "saved") == TEXTS
+    assert [problem.prompt for problem in load_problems(tmp_path / "saved")] == TEXTS
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "splits")
     assert as_stream(tmp_path / "splits") == (TEXTS, [])
     assert as_corpus(tmp_path / "splits" / "test") == (TEXTS, [])
