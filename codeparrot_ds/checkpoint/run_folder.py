@@ -377,7 +377,6 @@ def open_run(
     folder.record.setdefault("name", folder.name)
     folder.record.setdefault("id", f"{folder.name}-{os.urandom(3).hex()}")
     folder.record.setdefault("created", now)
-    folder.record.setdefault("order_version", order_version)
     starts = folder.record.get("starts", [])
     typed = shlex.join(command or sys.argv)
     starts.append({"time": now, "world_size": world_size, "command": typed, "hosts": sorted(set(hosts))})
@@ -388,6 +387,7 @@ def open_run(
         rank_hosts=hosts,
         starts=starts,
         outcome={"status": "running", "step": None},
+        order_version=order_version,
     )
     return folder
 

@@ -270,7 +270,7 @@ class Session:
             counters,
             bad_documents=[text for texts in bad for text in texts],
             rows_per_lane={lane: count for table in rows for lane, count in table.items()},
-            encoder=self.run.encoder.name,
+            encoder=self.data.stream.encoder.name,
         )
 
     def finish(self, step: int, status: str) -> dict[str, Any]:
