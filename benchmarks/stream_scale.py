@@ -24,8 +24,9 @@ from codeparrot_ds.corpus.build import build_corpus
 from codeparrot_ds.corpus.tokenizer import train_tokenizer
 from codeparrot_ds.data.datasets import StreamStart, saved_stream
 from codeparrot_ds.data.encoder import load_encoder
-from codeparrot_ds.data.shards import BadDocuments, LocalFile, find_shards, read_documents
+from codeparrot_ds.data.shards import BadDocuments, find_shards, read_documents
 from codeparrot_ds.data.stream import StreamConfig, lane_pieces, stream_fingerprint
+from codeparrot_ds.rows.access import LocalFile
 
 sys.path[:0] = [str(REPOSITORY)]
 

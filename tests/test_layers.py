@@ -13,8 +13,8 @@ MODULES = {
 # From the ground up: a module imports from its own folder and from those before it. Files beside the folders are the
 # ground, but for those that are named here.
 ORDER = (
-    *("ground", "supervision", "sandbox", "config", "model", "data", "ds_config", "resolved_run", "engine", "corpus"),
-    *("hub", "checkpoint", "memory", "telemetry", "problem_sets", "evaluation", "report", "launch"),
+    *("ground", "rows", "supervision", "sandbox", "config", "model", "data", "ds_config", "resolved_run", "engine"),
+    *("corpus", "hub", "checkpoint", "memory", "telemetry", "problem_sets", "evaluation", "report", "launch"),
     *("training", "train", "compare", "demo", "cli", "__main__"),
 )
 MAX_FILES = 12  # beside __init__.py
@@ -23,6 +23,7 @@ HEAVY = {"torch", "deepspeed", "transformers"}
 # Importing a module of these folders imports nothing heavy: `check`, `plan`, `--help` and errors answer at once.
 LIGHT = {
     "ground",
+    "rows",
     "supervision",
     "sandbox",
     "config",

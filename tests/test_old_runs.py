@@ -139,6 +139,8 @@ def test_it_goes_on_as_if_it_was_never_stopped(old, resumed, expected, name):
     before, after = old / "runs" / name, resumed / "runs" / name
     stop, whole = record(before)["outcome"]["step"], expected["runs"][name]
     assert record(after)["outcome"]["status"] == "finished" and len(record(after)["starts"]) == 2
+    newest = after / "checkpoints" / f"step-{LAST_STEP:08d}" / "data.json"
+    assert json.loads(newest.read_text())["fingerprint"]["order_version"] == record(after)["order_version"] == 1
     rows = metrics(before)
     assert metrics(after)[: len(rows)] == rows  # it did not begin anew
     assert list(losses(after)) == list(range(1, LAST_STEP + 1))

@@ -103,6 +103,7 @@ def run_export(
                 "batch_size": config.micro_batch_size,
                 "max_eval_steps": config.max_eval_steps,
                 "intra_document_masking": config.intra_document_masking,
+                "order_version": state.data["fingerprint"]["order_version"],
             },
         },
     )

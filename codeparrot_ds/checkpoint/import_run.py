@@ -132,6 +132,7 @@ def import_deepspeed(
             parameters=num_parameters(shape),
             imported=account,
             data_pins=pinned_names(config, datasets),
+            order_version=stream.order_version,
             outcome={"status": "imported", "step": source.step, "run": str(run)},
         )
     durable.sync_folder(run.parent)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from codeparrot_ds.checkpoint.folders import (
+    DATA,
     REPLACED,
     STATE,
     Checkpoint,
@@ -127,6 +128,26 @@ def _recorded(path: Path) -> dict[str, Any]:
 def recorded_pins(path: Path) -> dict[str, str]:
     """The commits of Hub data sets that a run began with; empty for a run that starts."""
     return dict(_recorded(path).get("data_pins", {}))
+
+
+def order_version_of(path: Path, resume: str = "auto") -> int | None:
+    """The version of the stream's order that a run keeps, which it began with; None for a run that begins.
+
+    The checkpoint says it that the run resumes from, else the run's record.
+
+    Args:
+        path: the run's folder.
+        resume: as in the run config; a checkpoint may be another run's.
+    """
+    of_its_own = resume in ("auto", "never")
+    checkpoint = newest_checkpoint(path / "checkpoints") if of_its_own else Checkpoint(Path(resume))
+    if checkpoint is not None:
+        try:
+            return int(checkpoint.read_json(DATA)["fingerprint"]["order_version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # a damaged checkpoint: the ranks verify it, name the damage and look for an older one
+    record = _recorded(path)
+    return int(record.get("order_version", 1)) if record else None  # 0.1.0 recorded none
 
 
 def recorded_hub(path: Path) -> str | None:
@@ -331,9 +352,12 @@ def open_run(
     Raises:
         UserError: the folder belongs to another config or another process, or cannot be written.
     """
+    from codeparrot_ds.data.stream import ORDER_VERSION
+
     path = run_path(config)
     check_continuation(config, path)
     check_ds_continuation(config, path, ds_config)
+    order_version = order_version_of(path, config.resume) or ORDER_VERSION
     folder = RunFolder(path)
     is_new = not path.exists()
     try:
@@ -363,6 +387,7 @@ def open_run(
         rank_hosts=hosts,
         starts=starts,
         outcome={"status": "running", "step": None},
+        order_version=order_version,
     )
     return folder
 

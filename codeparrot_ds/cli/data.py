@@ -26,8 +26,8 @@ def add_corpus(commands: Any) -> None:
     )
     parser.add_argument(
         "sources", nargs="+", type=name_argument, metavar="SRC",
-        help="folders, git checkouts, row files (.jsonl or .json, plain, .gz or .zst; .parquet), and data sets of the "
-        "datasets library (org/name or org/name:split)",
+        help="folders, git checkouts, row files (.jsonl or .json, plain, .gz or .zst; .parquet; .arrow), data sets of "
+        "the datasets library (org/name or org/name:split) and what they save to disk",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="folder of the corpus (required)"
@@ -240,14 +240,14 @@ def _run_data_contamination(arguments: argparse.Namespace) -> int:
 
 
 def _run_data_inspect(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.checkpoint.run_folder import recorded_pins
+    from codeparrot_ds.checkpoint.run_folder import order_version_of, recorded_pins
     from codeparrot_ds.data.inspect import RowPrinter, RowReader, inspection_config
     from codeparrot_ds.terminal import uses_colour
 
     stream = {name: getattr(arguments, name) for name in ("seq_length", "num_lanes", "shuffle_buffer", "seed")}
     source = in_runs(arguments.source)
     config = inspection_config(source, tokenizer=arguments.tokenizer, **stream)
-    reader = RowReader(config, arguments.split, recorded_pins(Path(source)))
+    reader = RowReader(config, arguments.split, recorded_pins(Path(source)), order_version_of(Path(source)))
     with progress_line("rows") as progress:
         rows = reader.rows(arguments.start_row, arguments.rows, progress)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -103,7 +103,7 @@ def add_complete(commands: Any) -> None:
     )
     parser.add_argument(
         "--file", action="append", default=[], type=path_argument, dest="files", metavar="FILE",
-        help="a prompt, or a .jsonl file with one a line; may be repeated (default: none)",
+        help="a prompt, or a file of rows (.jsonl, .parquet) with one per row; may be repeated (default: none)",
     )  # fmt: skip
     parser.add_argument("--interactive", action="store_true", help="ask for prompts (default: off)")
     parser.add_argument("--json", action="store_true", help="print an object a line, with log-probabilities")
@@ -177,7 +177,7 @@ def add_humaneval(commands: Any) -> None:
     group.add_argument(
         "--problems", type=name_argument, default="humaneval", metavar="SRC",
         help=default_of(
-            "humaneval, humaneval+, mbpp, mbpp+, a .jsonl, .jsonl.gz, .json or .parquet file in the schema of one, or "
+            "humaneval, humaneval+, mbpp, mbpp+, a file of rows (.jsonl, .json, .parquet …) in the schema of one, or "
             "org/name[:split]", "humaneval"
         ),
     )  # fmt: skip

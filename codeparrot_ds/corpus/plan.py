@@ -1,7 +1,8 @@
 """Cuts the sources of a corpus into units of work: the same sources give the same units on any number of cores.
 
-A unit is a few megabytes of a tree's files, a byte range of a plain file of JSON lines, a whole compressed file (its
-text can only be reached from its start), some row groups of a Parquet file, or one shard of a streamed data set. Its
+A unit is a few megabytes of a tree's files, a byte range of a plain file of JSON lines or of an Arrow file, a whole
+compressed file or JSON array (whose rows can only be reached from its start), some row groups of a Parquet file, or one
+shard of a streamed data set. Its
 ``key`` names everything that its result depends on, so a finished unit is reused exactly where it is still true.
 
 Memory: about 300 bytes per file of a source tree, until all units are read.
@@ -14,8 +15,9 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,11 @@ from codeparrot_ds.corpus.readers import ReadAccount, TreeFile, detect_license, 
 from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.paths import did_you_mean_path
+from codeparrot_ds.rows.files import FORMATS, file_format, is_splittable, local_shard, saved_files
 
 UNIT_BYTES = 8 << 20
-PLAIN_ROW_SUFFIXES = (".jsonl", ".json")
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet")
-UNIT_VERSION = 1
+ROW_SUFFIXES = tuple(FORMATS)
+UNIT_VERSION = 2
 """Raised when the code reads a unit to another result."""
 
 # Installed packages and caches inside a tree are other people's code or no code. A folder that is itself given as a
@@ -87,13 +89,22 @@ def plan_sources(sources: Sequence[str], *, suffixes: Sequence[str], content_col
     # One folder named twice would double the copies of all its files.
     unique = {os.path.realpath(source) if os.path.exists(source) else source: source for source in map(str, sources)}
     planned = []
+    units: Iterable[Unit]
     for number, (place, source) in enumerate(sorted(unique.items())):
         account = ReadAccount()
         rows = f"rows with the text column {content_column!r}"
-        if os.path.isdir(place):
+        if os.path.isdir(place) and (files := saved_files(Path(place))) is not None:
+            units = chain.from_iterable(_row_file_units(number, file, account) for file in files)
+            expected = rows
+        elif os.path.isfile(os.path.join(place, "dataset_dict.json")):
+            splits = " or ".join(
+                sorted(os.path.join(source, entry.name) for entry in os.scandir(place) if entry.is_dir())
+            )
+            raise UserError(f"{source} is a saved data set of several splits: name one, {splits}")
+        elif os.path.isdir(place):
             units = _tree_units(number, Path(place), account, tuple(suffixes))
             expected = "/".join(f"*{suffix}" for suffix in suffixes)
-        elif os.path.isfile(place) and source.endswith(ROW_SUFFIXES):
+        elif os.path.isfile(place) and file_format(os.path.basename(source)):
             units, expected = _row_file_units(number, Path(source), account), rows
         elif os.path.exists(place):
             raise UserError(f"{source} is neither a folder nor a row file ({', '.join(ROW_SUFFIXES)})")
@@ -159,11 +170,11 @@ def _walk(
 
 
 def _row_file_units(source: int, path: Path, account: ReadAccount) -> Iterator[Unit]:
-    status = path.stat()
+    status, shard = path.stat(), local_shard(path)
     state = (status.st_size, status.st_mtime_ns)
     if path.suffix == ".parquet":
         yield from _parquet_units(source, path, state, account)
-    elif path.suffix in PLAIN_ROW_SUFFIXES:
+    elif shard is not None and is_splittable(shard):
         for start in range(0, status.st_size, UNIT_BYTES):
             stop = min(start + UNIT_BYTES, status.st_size)
             yield Unit(source=source, kind="json", name=str(path), start=start, stop=stop, state=state)

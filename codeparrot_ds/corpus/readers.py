@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import codecs
 import configparser
-import gzip
+import contextlib
 import io
-import json
 import re
 import sysconfig
 import tokenize
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
+from codeparrot_ds.errors import UserError
+from codeparrot_ds.rows.files import Shard, local_shard, open_shard
+from codeparrot_ds.rows.reading import BLANK, BadRow, Piece, read_rows, rows_of_table, text_of
+from codeparrot_ds.rows.tables import Table, open_table
 
 UNKNOWN_LICENSE = "unknown"
 MAX_NAMED = 100
 """So many problems of a unit are named; all are counted."""
 SPDX_HEAD_CHARACTERS = 2000
 ROW_COLUMNS = ("repo_name", "path", "license", "copies")
-PARQUET_BATCH_ROWS = 256
 
 # The phrase that comes first in a licence decides: the GPLs name each other in their last paragraphs.
 _LICENSE_PHRASES = {
@@ -236,58 +236,78 @@ def _with_version(name: str, text: str) -> str:
 def read_json_rows(
     path: Path, account: ReadAccount, content_column: str, *, start: int = 0, stop: int | None = None
 ) -> Iterator[RawDocument]:
-    """The rows of a file of JSON lines; of a plain file only the lines that begin in bytes [start, stop)."""
-    number = 0
-    try:
-        for number, line in enumerate(_lines(path, start, stop), start=1):
-            account.rows = number
-            if line.strip():
-                yield from _row_document(line, content_column, path, number, account, parse=_parse)
-    except (OSError, EOFError, zlib.error) as error:
-        account.damage(str(path), number, getattr(error, "strerror", None) or str(error))
+    """The rows of a JSON or Arrow file; of one that can be entered anywhere those that begin in bytes [start, stop)."""
+    with _damage_noted(path, account):
+        shard = _shard(path)
+        piece = Piece(shard, start, shard.bytes if stop is None else stop)
+        for row, after in read_rows(piece, columns=(content_column, *ROW_COLUMNS)):
+            account.rows = after.line
+            yield from _row_document(row, content_column, path, after.line, account)
 
 
-def _parse(line: bytes) -> object:
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        if b"\\ud" in line.lower() and _has_lone_surrogate(line):
-            raise _LeftOut("lone_surrogates") from error
-        raise _LeftOut("bad_rows", str(error)) from error
-
-
-def _has_lone_surrogate(line: bytes) -> bool:
-    """Whether a row is good JSON but for halves of surrogate pairs, which are characters in no encoding."""
-    try:
-        json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    except ValueError:
-        pass
-    return False
-
-
-def _row_document(
-    raw: Any,
-    column: str,
-    path: Path,
-    number: int,
-    account: ReadAccount,
-    parse: Callable[[Any], object] = lambda row: row,
+def read_parquet_rows(
+    path: Path, account: ReadAccount, content_column: str, *, start: int, stop: int
 ) -> Iterator[RawDocument]:
-    """The document of one row, or none, with the reason in the account."""
+    """The rows of row groups [start, stop); a group that cannot be read is damage, the next ones are still read."""
+    with _damage_noted(path, account), _open_table(path) as table:
+        first, end = sum(table.group_rows[:start]), sum(table.group_rows[:stop])
+        account.rows = end - first
+        for row, after in rows_of_table(table, first, end, (content_column, *ROW_COLUMNS)):
+            yield from _row_document(row, content_column, path, after.line, account)
+
+
+def _shard(path: Path) -> Shard:
+    shard = local_shard(path)
+    assert shard is not None  # planning has looked at its name
+    return shard
+
+
+@contextlib.contextmanager
+def _open_table(path: Path) -> Iterator[Table]:
+    import pyarrow
+
+    shard = _shard(path)
     try:
-        row, content = _row_text(parse(raw), column)
-        _checked(content)
-    except _LeftOut as error:
-        account.leave_out(error.category, str(path), number, str(error))
+        with open_shard(shard) as file, open_table(file, shard) as table:
+            yield table
+    except pyarrow.ArrowException as error:
+        raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _damage_noted(path: Path, account: ReadAccount) -> Iterator[None]:
+    """Within, a file that cannot be opened or read any more, as it could when it was planned, is damage."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        account.damage(str(path), account.rows, getattr(error, "strerror", None) or str(error))
+
+
+def _row_document(row: Any, column: str, path: Path, number: int, account: ReadAccount) -> Iterator[RawDocument]:
+    """The document of one row, or none, with the reason in the account."""
+    if row is BLANK:
+        return
+    try:
+        content = text_of(row, column)
+        if not content.strip():
+            raise BadRow("empty", "")
+        if not content.isascii():
+            content.encode("utf-8")
+    except BadRow as error:
+        if error.kind == "damaged":
+            account.damage(str(path), number, error.reason)
+        else:
+            account.leave_out(error.kind, str(path), number, error.reason)
+        return
+    except UnicodeEncodeError:  # of the `datasets` library alone: JSON with such a row is not read
+        account.leave_out("lone_surrogates", str(path), number)
         return
     # CodeParrot's rows hold counts as text ("copies": "3"); rows of other origin may lack all but the text.
-    copies = str(row.get("copies") or 1)
-    license = str(row.get("license") or UNKNOWN_LICENSE)
+    copies = _word(row, "copies") or "1"
+    license = _word(row, "license") or UNKNOWN_LICENSE
     yield RawDocument(
-        repo_name=str(row.get("repo_name") or path.name),
-        path=str(row.get("path") or ""),
+        repo_name=_word(row, "repo_name") or path.name,
+        path=_word(row, "path"),
         license=spdx_license(content) or license if license == UNKNOWN_LICENSE else license,
         content=content,
         row=number,
@@ -295,119 +315,10 @@ def _row_document(
     )
 
 
-def _row_text(row: object, column: str) -> tuple[dict, str]:
-    if not isinstance(row, dict):
-        raise _LeftOut("bad_rows", "the row is not an object")
-    if column not in row:
-        raise _LeftOut("bad_rows", f"no column {column!r} (columns: {', '.join(map(str, row))})")
-    content = row[column]
-    if isinstance(content, bytes):
-        try:
-            return row, content.decode("utf-8")
-        except UnicodeError as error:
-            raise _LeftOut("not_text") from error
-    if not isinstance(content, str):
-        raise _LeftOut("bad_rows", f"column {column!r} is not text")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _LeftOut("lone_surrogates") from error
-    return row, content
-
-
-def _lines(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
-    if path.suffix == ".zst":
-        lines = _zstandard_lines(path)
-    elif path.suffix == ".gz":
-        lines = _gzip_lines(path)
-    else:
-        lines = _plain_lines(path, start, stop)
-    for number, line in enumerate(lines):
-        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 and start == 0 else line
-
-
-def _plain_lines(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        position = start
-        if start:
-            file.seek(start - 1)  # a line that begins exactly at start is ours
-            position += len(file.readline()) - 1
-        while stop is None or position < stop:
-            line = file.readline()
-            if not line:
-                return
-            position += len(line)
-            yield line
-
-
-def _gzip_lines(path: Path) -> Iterator[bytes]:
-    with gzip.open(path, "rb") as file:
-        yield from file
-
-
-def _zstandard_lines(path: Path) -> Iterator[bytes]:
-    """Lines of all frames. ``zstandard.open`` would end quietly where a file was cut off; this raises ``EOFError``."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor()
-    rest, frame, frame_data = b"", None, b""
-    with path.open("rb") as file:
-        while frame_data or (frame_data := file.read(1 << 18)):
-            frame = frame or decompressor.decompressobj()
-            try:
-                *lines, rest = (rest + frame.decompress(frame_data)).split(b"\n")
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-            yield from lines
-            frame_data = frame.unused_data
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the file ends in the middle of a zstd frame")
-    if rest:
-        yield rest
-
-
-def read_parquet_rows(
-    path: Path, account: ReadAccount, content_column: str, *, start: int, stop: int
-) -> Iterator[RawDocument]:
-    """The rows of row groups [start, stop); a group that cannot be read is damage, the next ones are still read."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        wanted = [name for name in (content_column, *ROW_COLUMNS) if name in names]
-        for group in range(start, stop):
-            first = account.rows
-            account.rows += file.metadata.row_group(group).num_rows
-            number = first
-            try:
-                for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=wanted or names[:1]):
-                    for row in _batch_rows(batch, content_column):
-                        number += 1
-                        if content_column not in names:
-                            row = dict.fromkeys(names)
-                        yield from _row_document(row, content_column, path, number, account)
-            except (OSError, pyarrow.ArrowException) as error:
-                account.damage(str(path), number, f"row group {group}: {error}")
-
-
-def _batch_rows(batch: Any, content_column: str) -> Iterator[dict]:
-    """Rows of an Arrow batch, the text as bytes: Arrow does not check that strings are UTF-8."""
-    import pyarrow
-
-    columns = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-            binary = pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary()
-            values = column.cast(binary).to_pylist()
-            if name != content_column:
-                values = [value and value.decode("utf-8", "replace") for value in values]
-        else:
-            values = column.to_pylist()
-        columns[name] = values
-    for number in range(batch.num_rows):
-        yield {name: values[number] for name, values in columns.items()}
+def _word(row: dict, column: str) -> str:
+    """What a column says beside the text; empty where it says nothing."""
+    value = row.get(column) or ""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else printable(str(value))
 
 
 def open_dataset(name: str) -> tuple[Any, list[str]]:

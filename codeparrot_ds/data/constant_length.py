@@ -20,6 +20,9 @@ class ConstantLengthDataset(IterableDataset):
     dropped. Every process that iterates it reads everything: training over several ranks uses
     ``codeparrot_ds.data.loader.TrainingLoader``, which drops nothing and reads each document once.
 
+    Documents are encoded as ``tokenizer`` does it, which is the recipe's: a special token in a text is that token, and
+    ``<|endoftext|>`` a border, as in runs with ``order_version`` 1 and unlike in those with 2.
+
     Args:
         tokenizer: a Hugging Face tokenizer with an end-of-sequence token.
         dataset: an iterable of ``{"content": str}``.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import Encoder
-from codeparrot_ds.data.shards import BadDocuments, Shard, find_shards, read_documents
+from codeparrot_ds.data.shards import BadDocuments, Shard, find_shards, in_version_1, read_documents
 from codeparrot_ds.data.stream import (
+    ORDER_VERSION,
+    ORDER_VERSIONS,
     Dataset,
     LaneState,
     LaneStates,
@@ -91,11 +93,24 @@ def pinned_names(config: RunConfig, datasets: Sequence[Dataset]) -> dict[str, st
     return {name: dataset.name for name, dataset in zip(names, datasets, strict=True) if name != dataset.name}
 
 
-def stream_of(config: RunConfig, datasets: Sequence[Dataset], encoder: Encoder) -> StreamConfig:
-    """The training stream of a run config over its data sets."""
+def stream_of(
+    config: RunConfig, datasets: Sequence[Dataset], encoder: Encoder, order_version: int | None = None
+) -> StreamConfig:
+    """The training stream of a run config over its data sets.
+
+    Args:
+        order_version: the one that the run began with; None for a run that begins. One that is not known here is
+            left to the comparison of fingerprints, which names it.
+    """
+    if order_version not in ORDER_VERSIONS:
+        order_version = ORDER_VERSION
+    if order_version == 1:
+        datasets = [replace(dataset, shards=in_version_1(dataset.shards)) for dataset in datasets]
+        encoder = encoder.in_version_1()
     return StreamConfig(
         datasets=datasets,
         encoder=encoder,
+        order_version=order_version,
         seq_length=config.seq_length,
         num_lanes=config.num_lanes,
         shuffle_buffer=config.shuffle_buffer,

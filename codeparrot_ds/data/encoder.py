@@ -6,6 +6,7 @@ library's own ids on the corpus's own text (``prove_fast_encoding``).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -53,23 +54,54 @@ def _byte_letters() -> dict[str, int]:
 
 
 _BYTE_OF_LETTER = _byte_letters()
+_IN_NO_TEXT = "\U0010ffff"  # Unicode gives it to no character, for ever
 
 
 class Encoder:
-    """The tokenizer as the stream uses it: batches of texts in, arrays of ids out, no special tokens added."""
+    """The tokenizer as the stream uses it: batches of texts in, arrays of ids out.
 
-    def __init__(self, tokenizer: Tokenizer, *, eos_token_id: int, fingerprint: str) -> None:
+    No special token is added, and none is found: ``<|endoftext|>`` in a text is text, and a border only where a
+    document ends. (Of a tokenizer that has no other tokens for it, such as one of whole words, it is what is unknown.)
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, eos_token_id: int, fingerprint: str, finds_special_tokens: bool = False
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        # encode_batch_fast leaves out the character offsets, which nobody here reads; older versions lack it.
-        self._encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
+        self._tokenizer, self._finds_special_tokens = tokenizer, finds_special_tokens
         self._fast_encode: Callable[[str], np.ndarray] | None = None
         self.eos_token_id = eos_token_id
         self.fingerprint = fingerprint
         """SHA-256 of tokenizer.json."""
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+
+    def in_version_1(self) -> Encoder:
+        """The encoder of a run that began with ``order_version`` 1: it finds special tokens in texts."""
+        return Encoder(
+            self._tokenizer,
+            eos_token_id=self.eos_token_id,
+            fingerprint=self.fingerprint,
+            finds_special_tokens=True,
+        )
+
+    @functools.cached_property
+    def _special_tokens(self) -> list[str]:
+        added = orjson.loads(self._tokenizer.to_str())["added_tokens"]
+        return [token["content"] for token in added if token["special"] or token["id"] == self.eos_token_id]
+
+    @functools.cached_property
+    def _of_texts(self) -> Tokenizer:
+        """The tokenizer that encodes."""
+        if self._finds_special_tokens or not self._special_tokens:
+            return self._tokenizer
+        return _without(self._tokenizer, self._special_tokens)
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        # encode_batch_fast leaves out the character offsets, which nobody here reads; older versions lack it.
+        encode = getattr(self._of_texts, "encode_batch_fast", self._of_texts.encode_batch)
+        return list(encode(texts, add_special_tokens=False))
 
     @property
     def name(self) -> str:
@@ -85,8 +117,7 @@ class Encoder:
         """The ids of each text, unsigned or of ``dtype``; all fit into ``dtype``."""
         if self._fast_encode is not None:
             return [self._fast_encode(text) for text in texts]
-        encodings = self._encode(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in self._encode(list(texts))]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids, special tokens included."""
@@ -99,13 +130,14 @@ class Encoder:
         try:
             import gigatoken
 
-            fast_encode = gigatoken.Tokenizer.from_json(self._tokenizer.to_str()).encode
+            fast_encode = gigatoken.Tokenizer.from_json(self._of_texts.to_str()).encode
         except Exception as error:  # whatever it cannot load or parse, the tokenizers library can
             return f"gigatoken cannot be used with this tokenizer ({' '.join(str(error).split())[:200]})"
         num_characters = 0
-        for text in chain(_HARD_TEXTS, texts):
+        special = [f"x{token}{token} {token}\n" for token in self._special_tokens]
+        for text in chain(_HARD_TEXTS, special, texts):
             text = text[:PROOF_CHARACTERS]
-            [expected] = self._encode([text], add_special_tokens=False)
+            [expected] = self._encode([text])
             if fast_encode(text).tolist() != expected.ids:
                 return f"gigatoken encodes {text[:40]!r}… differently from the tokenizers library"
             num_characters += len(text)
@@ -137,6 +169,37 @@ class Encoder:
         for added in description["added_tokens"]:
             contents[added["id"]] = b"" if added["special"] else added["content"].encode()
         return contents
+
+
+def _without(tokenizer: Tokenizer, special_tokens: Sequence[str]) -> Tokenizer:
+    """A tokenizer that takes its special tokens in a text for text; all others keep their ids.
+
+    They leave the added tokens, which are looked for before all else. One that the model does not know stays there
+    under a name that no text has, since the library numbers such tokens in their order. Vocabularies of words or pieces
+    find theirs in a text all the same: then those get such names, too.
+    """
+    description = orjson.loads(tokenizer.to_str())
+    model, known = description["model"], tokenizer.get_vocab(with_added_tokens=False)
+    added, ids = [], set()
+    for token in description["added_tokens"]:
+        if token["content"] in special_tokens:
+            ids.add(token["id"])
+            if token["content"] in known:
+                continue
+            token["content"] = f"{_IN_NO_TEXT}{token['content']}"
+        added.append(token)
+    description["added_tokens"] = added
+    plain = Tokenizer.from_str(orjson.dumps(description).decode())
+    probes = [text for token in special_tokens for text in (token, f"a {token} a", f"a{token}a")]
+    if all(ids.isdisjoint(encoding.ids) for encoding in plain.encode_batch(probes, add_special_tokens=False)):
+        return plain
+    vocabulary = model["vocab"]
+    for token in (token for token in special_tokens if token in known and token != model.get("unk_token")):
+        if isinstance(vocabulary, list):  # of pieces with their scores, by id
+            vocabulary[known[token]][0] = f"{_IN_NO_TEXT}{token}"
+        else:
+            vocabulary[f"{_IN_NO_TEXT}{token}"] = vocabulary.pop(token)
+    return Tokenizer.from_str(orjson.dumps(description).decode())
 
 
 def find_tokenizer(name: str | Path) -> Path:

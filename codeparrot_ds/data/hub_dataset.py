@@ -53,6 +53,10 @@ class HubFile:
     def __str__(self) -> str:
         return f"hf://datasets/{self.repo}@{self.commit[:8]}/{self.path}"
 
+    def open(self) -> HubReader:
+        """For reading; nothing is asked of the Hub yet."""
+        return HubReader(self)
+
 
 def resolve_hub_dataset(name: str, split: str) -> list[HubFile]:
     """The files of a split, sorted by path, at the commit that ``name`` stands for now.

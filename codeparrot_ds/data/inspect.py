@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.datasets import open_datasets, proof_texts, split_shards, stream_of
-from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
-from codeparrot_ds.data.shards import BadDocuments, Shard, read_texts
+from codeparrot_ds.data.encoder import load_encoder
+from codeparrot_ds.data.shards import BadDocuments, Shard, in_version_1, read_texts
 from codeparrot_ds.data.stream import Lane, LaneState, StreamConfig
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
@@ -89,21 +88,30 @@ class RowReader:
     Args:
         split: one of SPLITS.
         pins: what the run found under the names of its data: see ``datasets.open_datasets``.
+        order_version: of the run; None for what a run that begins now has.
     """
 
-    def __init__(self, config: RunConfig, split: str, pins: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        split: str,
+        pins: Mapping[str, str] | None = None,
+        order_version: int | None = None,
+    ) -> None:
         self._config, self._split = config, split
         self._data = config.validation_data or config.data if split == "validation" else config.data
         self.bad_documents = BadDocuments(config.max_bad_documents)
         self.encoder = load_encoder(config.tokenizer)
-        self._decoder = Tokenizer.from_file(str(find_tokenizer(config.tokenizer) / "tokenizer.json"))
         self._stream: StreamConfig | None = None
         self._shards: list[Shard] = []
         if split == "train":
-            self._stream = stream_of(config, open_datasets(config, pins), self.encoder)
+            self._stream = stream_of(config, open_datasets(config, pins), self.encoder, order_version)
+            self.encoder = self._stream.encoder
             texts = proof_texts(self._stream)
         else:
             self._shards = split_shards(self._data, split)
+            if order_version == 1:
+                self._shards, self.encoder = in_version_1(self._shards), self.encoder.in_version_1()
             texts = read_texts(self._shards, BadDocuments(limit=None))
         self.slow_reason = self.encoder.prove_fast_encoding(texts)
         """Why gigatoken is not used; None where it is."""
@@ -195,7 +203,7 @@ class RowReader:
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of some ids; what is cut off inside a character becomes U+FFFD."""
-        return self._decoder.decode(ids.tolist(), skip_special_tokens=False)
+        return self.encoder.decode(ids)
 
 
 class RowPrinter:

@@ -1,89 +1,21 @@
-"""Shards of documents, read one document at a time from any position of any piece of them.
+"""Shards of documents: found by the names of their splits, read one document at a time from any position of any piece.
 
-A row of a shard is a JSON object (or a parquet row) whose ``content`` is the text of one document. Lanes read pieces of
-shards: a range of bytes where a reader can start anywhere (JSON lines, parquet), every n-th line where it cannot
-(compressed files). The position after a document travels with it, so that a reader can stop anywhere and continue
-later without reading the past again.
-
-All reading goes through ``read_at``, so a shard may lie on a disk or on the Hugging Face Hub.
+A row of a shard is a JSON object, or a row of a table, whose ``content`` is the text of one document. How files are
+read, and what a piece and a position are, says ``codeparrot_ds.rows``.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import hashlib
-import io
-import os
-import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import orjson
+from typing import NamedTuple
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
-
-_LINES = ("json", "jsonl")  # the published dumps of code call JSON lines .json
-FORMATS = {
-    **{f".{name}.gz": "gz" for name in _LINES},
-    **{f".{name}.zst": "zst" for name in _LINES},
-    **{f".{name}": "jsonl" for name in _LINES},
-    ".parquet": "parquet",
-}
-READ_BYTES = 1 << 18
-"""Bytes that a reader asks the disk for at once; one open piece per lane holds about so much."""
-REMOTE_READ_BYTES = 1 << 21
-"""The same on the Hub, where each request costs a round trip."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One file of documents."""
-
-    path: Path | str
-    """Where it is, for people: a path, or hf://datasets/… on the Hub."""
-    name: str
-    """What identifies the shard in a fingerprint, wherever the corpus lies: its file name, or its path on the Hub."""
-    format: str
-    """One of the values of FORMATS."""
-    bytes: int
-    """Size of the file."""
-    remote: Any = None
-    """A ``hub_dataset.HubFile`` where the shard is on the Hub."""
-
-    @property
-    def read_bytes(self) -> int:
-        return REMOTE_READ_BYTES if self.remote else READ_BYTES
-
-
-class Piece(NamedTuple):
-    """A part of a shard: the documents that begin in its bytes [begin, end).
-
-    Of a compressed shard, which is always read from 0 to its end, those whose line (from 0) is ``phase`` modulo
-    ``stride``.
-    """
-
-    shard: Shard
-    begin: int
-    end: int
-    phase: int = 0
-    stride: int = 1
-
-
-class Position(NamedTuple):
-    """A place between two documents of a piece."""
-
-    offset: int
-    """JSON lines: the byte of the file. Parquet: the row. Compressed: the byte of the text since ``frame`` began."""
-    line: int
-    """Lines before it, counted from the start of the piece, bad ones included; 0 in parquet."""
-    frame: int = 0
-    """Compressed: the byte of the file at which the gzip member or zstd frame begins; 0 elsewhere."""
-
-
-START = Position(0, 0)
+from codeparrot_ds.rows.files import FORMATS, TABLES, Shard, file_format, local_shard, open_shard, saved_files
+from codeparrot_ds.rows.reading import BLANK, START, BadRow, Piece, Position, read_rows, row_number, text_of
 
 
 class BadDocument(NamedTuple):
@@ -164,23 +96,20 @@ def find_shards(data: str | Path, split: str) -> list[Shard]:
 
 
 def _shards_in(folder: Path) -> list[Shard]:
-    shards = []
-    for path in sorted(folder.iterdir()):
-        format_ = file_format(path.name)
-        # A corpus folder holds its card, corpus.json, beside the splits.
-        if format_ and path.name != "corpus.json" and path.is_file():
-            shards.append(Shard(path=path, name=path.name, format=format_, bytes=path.stat().st_size))
-    return shards
+    saved = saved_files(folder)
+    # A corpus folder holds its card, corpus.json, beside the splits.
+    paths = [path for path in sorted(folder.iterdir()) if path.name != "corpus.json"] if saved is None else saved
+    shards = [local_shard(path) for path in paths if file_format(path.name) and path.is_file()]
+    return [shard for shard in shards if shard is not None]
 
 
 def _only_shard(path: Path) -> Shard:
-    format_ = file_format(path.name)
-    if format_ is None:
+    shard = local_shard(path)
+    if shard is None:
         raise UserError(
             f"the data {path} is a file of a kind that is not read: the name of a shard ends in one of "
             f"{', '.join(FORMATS)}, and each of its rows has a `content` column"
         )
-    shard = Shard(path=path, name=path.name, format=format_, bytes=path.stat().st_size)
     if not shard.bytes:
         raise UserError(f"the shard {path} is empty")
     return shard
@@ -201,14 +130,9 @@ def _hub_shards(name: str, split: str) -> list[Shard]:
     ]
 
 
-def file_format(name: str) -> str | None:
-    """The format that a file's name stands for, or None."""
-    return next((format_ for suffix, format_ in FORMATS.items() if name.endswith(suffix)), None)
-
-
-def is_splittable(shard: Shard) -> bool:
-    """Whether a reader can start anywhere in the shard."""
-    return shard.format in ("jsonl", "parquet")
+def in_version_1(shards: Iterable[Shard]) -> list[Shard]:
+    """The same shards, read as a run that began with ``order_version`` 1 has read them."""
+    return [dataclasses.replace(shard, is_values=False, as_before=True) for shard in shards]
 
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
@@ -230,49 +154,6 @@ def content_id(shard: Shard) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Bytes
-
-
-class RandomAccess(Protocol):
-    """What a reader needs of a file: ``read_at`` is short at the end of the file only."""
-
-    def read_at(self, offset: int, size: int) -> bytes: ...
-
-
-class LocalFile:
-    """A file on a disk."""
-
-    def __init__(self, path: Path | str) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor, size, offset)
-        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
-            data += more
-        return data
-
-    def __enter__(self) -> LocalFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-
-def open_shard(shard: Shard) -> contextlib.AbstractContextManager[RandomAccess]:
-    """Opens a shard for reading. Raises a UserError where the system refuses, and FileNotFoundError."""
-    if shard.remote is not None:
-        from codeparrot_ds.data.hub_dataset import HubReader
-
-        return contextlib.nullcontext(HubReader(shard.remote))
-    try:
-        return LocalFile(shard.path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UserError(f"The shard {shard.path} cannot be read: {error.strerror or error}.") from error
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Documents
 
 
@@ -280,26 +161,29 @@ def read_documents(piece: Piece, position: Position = START, *, bad: BadDocument
     """The documents of ``piece`` from ``position`` on, each with the position after it.
 
     A bad document is skipped and counted in ``bad``; a damaged or missing file costs what cannot be read of it. Raises
-    a UserError when the system refuses to read or ``bad`` is over its limit.
+    a UserError when the system refuses to read, a table has no ``content``, or ``bad`` is over its limit.
     """
     shard = piece.shard
     if shard.bytes == 0:
         bad.add(BadDocument(str(shard.path), 0, "the shard is empty"))
         return
+    as_before = shard.as_before
     try:
-        opened = open_shard(shard)
+        for row, after in read_rows(piece, position, ("content",)):
+            if row is BLANK:
+                continue
+            try:
+                text = text_of(row, as_before=as_before)
+            except BadRow as error:
+                if shard.format in TABLES and isinstance(row, dict) and "content" not in row:
+                    raise UserError(f"{shard.path} has no column `content`; it has {', '.join(row)}.") from None
+                # Of damage the position is the last before it.
+                number = row_number(piece, after) + (error.kind == "damaged")
+                bad.add(BadDocument(str(shard.path), number, error.reason))
+                continue
+            yield text, after
     except FileNotFoundError:
         bad.add(BadDocument(str(shard.path), 0, "the shard is gone"))
-        return
-    reader = {"jsonl": _read_lines, "parquet": _read_parquet}.get(shard.format, _read_compressed)
-    with opened as file:
-        try:
-            yield from reader(file, piece, position, bad)
-        except _Damage as damage:
-            reason = f"the shard is truncated or damaged from here on ({damage.cause})"
-            bad.add(BadDocument(str(shard.path), damage.line, reason))
-        except OSError as error:
-            raise UserError(f"The shard {shard.path} cannot be read: {error.strerror or error}.") from error
 
 
 def read_texts(shards: Iterable[Shard], bad: BadDocuments) -> Iterator[str]:
@@ -307,262 +191,3 @@ def read_texts(shards: Iterable[Shard], bad: BadDocuments) -> Iterator[str]:
     for shard in shards:
         for text, _ in read_documents(Piece(shard, 0, shard.bytes), bad=bad):
             yield text
-
-
-class _Damage(Exception):
-    """A compressed file or a parquet file cannot be decoded from ``line`` (1-based) on."""
-
-    def __init__(self, line: int, cause: Exception) -> None:
-        super().__init__(line, cause)
-        self.line, self.cause = line, cause
-
-
-def _document(line: bytes | memoryview) -> str | None:
-    """The text of one JSON line, None for a blank one. Raises a ValueError with the reason when there is none."""
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        if bytes(line).isspace() or not len(line):
-            return None
-        # orjson refuses lone surrogates and invalid UTF-8 here as well.
-        raise ValueError(f"broken JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    if "content" not in row:
-        raise ValueError("no `content` column")
-    return _text(row["content"])
-
-
-def _text(content: object) -> str:
-    if not isinstance(content, str):
-        raise ValueError(f"`content` is {type(content).__name__}, not a string")
-    if "\0" in content:
-        raise ValueError("`content` has a NUL character: not text")
-    return content
-
-
-def _read_lines(
-    file: RandomAccess, piece: Piece, position: Position, bad: BadDocuments
-) -> Iterator[tuple[str, Position]]:
-    """JSON lines that begin in the piece, parsed in place in blocks of the file."""
-    shard, end = piece.shard, piece.end
-    line = position.line
-    offset = position.offset if position.offset > piece.begin else _line_start(file, piece)
-    longer = 0  # bytes to read at least, when a line is longer than what was read
-    while offset < end:
-        # A short piece asks for little more than itself.
-        size = max(longer, min(shard.read_bytes, max(end - offset, 1 << 15)))
-        block = file.read_at(offset, size)
-        if not block:
-            raise _Damage(_line_number(file, piece, line + 1), EOFError(f"it had {shard.bytes} bytes before"))
-        at_end = len(block) < size or offset + size >= shard.bytes
-        view = memoryview(block)
-        start = 0
-        while start < len(block) and offset + start < end:
-            newline = block.find(b"\n", start)
-            if newline < 0 and not at_end:
-                break
-            stop = newline if newline >= 0 else len(block)
-            line += 1
-            try:
-                text = _document(view[start:stop])
-            except ValueError as error:
-                bad.add(BadDocument(str(shard.path), _line_number(file, piece, line), str(error)))
-                text = None
-            start = stop + 1
-            if text is not None:
-                yield text, Position(min(offset + start, shard.bytes), line)
-        longer = 0 if start else 2 * len(block)
-        offset += start
-
-
-def _line_start(file: RandomAccess, piece: Piece) -> int:
-    """Where the first line begins that begins in the piece; its end when none does."""
-    if piece.begin == 0:
-        return 0
-    offset = piece.begin - 1  # a line begins at ``begin`` when the byte before it ends one
-    while offset < piece.end:
-        block = file.read_at(offset, min(piece.shard.read_bytes, piece.end - offset))
-        if not block:
-            break
-        newline = block.find(b"\n")
-        if newline >= 0:
-            return offset + newline + 1
-        offset += len(block)
-    return piece.end
-
-
-def _line_number(file: RandomAccess, piece: Piece, line: int) -> int:
-    """The 1-based line in the shard of the ``line``-th line of the piece; counts those before, for an error only."""
-    before, offset, start = 0, 0, _line_start(file, piece)
-    while offset < start:
-        block = file.read_at(offset, min(READ_BYTES, start - offset))
-        before += block.count(b"\n")
-        offset += len(block) or start
-    return before + line
-
-
-def _read_compressed(
-    file: RandomAccess, piece: Piece, position: Position, bad: BadDocuments
-) -> Iterator[tuple[str, Position]]:
-    """Lines of gzip members or zstd frames; a position names its member, so that none before it is decompressed."""
-    shard = piece.shard
-    frames = _Frames(file, position.frame, shard)
-    line, offset = position.line, position.offset  # bytes of text since ``position.frame``
-    try:
-        with io.BufferedReader(frames, READ_BYTES) as text_file:
-            _skip(text_file, offset)
-            for raw in text_file:
-                offset += len(raw)
-                line += 1
-                if (line - 1) % piece.stride != piece.phase:
-                    continue
-                try:
-                    text = _document(raw)
-                except ValueError as error:
-                    bad.add(BadDocument(str(shard.path), line, str(error)))
-                    continue
-                if text is not None:
-                    begin, frame = frames.frame_at(offset)
-                    yield text, Position(offset - begin, line, frame)
-    except frames.damage as error:
-        raise _Damage(line + 1, error) from error
-
-
-def _skip(file: Any, size: int) -> None:
-    while size and (chunk := file.read(min(READ_BYTES, size))):
-        size -= len(chunk)
-
-
-class _Frames(io.RawIOBase):
-    """The text of a compressed file from one gzip member or zstd frame on, which knows where each one began.
-
-    The zstandard package's own ``stream_reader`` ends a truncated frame without an error, as nothing here may.
-    """
-
-    def __init__(self, file: RandomAccess, frame: int, shard: Shard) -> None:
-        self._file, self._shard = file, shard
-        self._next_read = frame  # byte of the file
-        self._text_bytes = 0
-        self._starts = [(0, frame)]  # (byte of the text, byte of the file) of the frames that are still needed
-        self._frame: Any = None
-        self._input = self._output = memoryview(b"")
-        self.damage: tuple[type[Exception], ...] = (EOFError, zlib.error)
-        if shard.format == "zst":
-            import zstandard
-
-            decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-            self._new_frame: Any = decompressor.decompressobj
-            self.damage = (EOFError, zstandard.ZstdError)
-        else:
-            self._new_frame = lambda: zlib.decompressobj(wbits=31)
-
-    def readable(self) -> bool:
-        return True
-
-    def frame_at(self, text_byte: int) -> tuple[int, int]:
-        """Where the frame that holds a byte of the text begins: in the text and in the file. Must not go backwards."""
-        if text_byte == self._text_bytes and not self._output:
-            # At the end of a frame: the next one is named whatever was read ahead, so that a position is one position.
-            with contextlib.suppress(*self.damage):  # raised again by the next read
-                self._decompress()
-        while len(self._starts) > 1 and self._starts[1][0] <= text_byte:
-            del self._starts[0]
-        return self._starts[0]
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._output and not self._decompress():
-            return 0
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size
-
-    def _decompress(self) -> bool:
-        """Fills the empty output; False at the end of the file."""
-        while not self._output:
-            if not self._input and not self._read_more():
-                if self._frame is not None:
-                    raise EOFError(f"the file ended inside a {self._shard.format} frame")
-                return False
-            if self._frame is None:
-                self._frame = self._new_frame()
-                self._starts.append((self._text_bytes, self._next_read - len(self._input)))
-            self._output = memoryview(self._frame.decompress(self._input))
-            self._text_bytes += len(self._output)
-            # Zeros after a gzip member are padding.
-            rest = self._frame.unused_data.lstrip(b"\0") if self._frame.eof else b""
-            self._input = memoryview(rest)
-            self._frame = None if self._frame.eof else self._frame
-        return True
-
-    def _read_more(self) -> bool:
-        data = self._file.read_at(self._next_read, self._shard.read_bytes >> 2)
-        self._next_read += len(data)
-        self._input = memoryview(data)
-        return bool(data)
-
-
-def _read_parquet(
-    file: RandomAccess, piece: Piece, position: Position, bad: BadDocuments
-) -> Iterator[tuple[str, Position]]:
-    """Rows of the ``content`` column; row groups before the position are not read."""
-    import pyarrow
-    import pyarrow.parquet
-
-    shard, row = piece.shard, 0
-    try:
-        source = pyarrow.PythonFile(_SeekableFile(file, shard.bytes), mode="r")
-        # Small buffers and no Arrow threads: many lanes have a shard open at once, and a forked loader worker must not
-        # depend on its parent's thread pool.
-        with pyarrow.parquet.ParquetFile(source, buffer_size=shard.read_bytes, pre_buffer=False) as table:
-            names = table.schema_arrow.names
-            if "content" not in names:
-                raise UserError(f"{shard.path} has no column `content`; it has {', '.join(names)}.")
-            num_rows = table.metadata.num_rows
-            first, end = (num_rows * byte // shard.bytes for byte in (piece.begin, piece.end))
-            first = max(first, position.offset)
-            for group in range(table.num_row_groups):
-                group_rows = table.metadata.row_group(group).num_rows
-                if row + group_rows <= first or row >= end:
-                    row += group_rows
-                    continue
-                for batch in table.iter_batches(64, row_groups=[group], columns=["content"], use_threads=False):
-                    for value in batch.column(0):
-                        row += 1
-                        if not first < row <= end:
-                            continue
-                        try:
-                            text = _text(value.as_py())  # a UnicodeDecodeError is a ValueError
-                        except ValueError as error:
-                            bad.add(BadDocument(str(shard.path), row, str(error)))
-                            continue
-                        yield text, Position(row, 0)
-                    if row >= end:
-                        return
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _Damage(row + 1, error) from error
-
-
-class _SeekableFile(io.RawIOBase):
-    """``read_at`` as the file object that pyarrow reads from."""
-
-    def __init__(self, file: RandomAccess, size: int) -> None:
-        self._file, self._size, self._offset = file, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._offset = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._size}[whence]
-        return self._offset
-
-    def tell(self) -> int:
-        return self._offset
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read_at(self._offset, max(0, self._size - self._offset) if size < 0 else size)
-        self._offset += len(data)
-        return data

@@ -21,20 +21,19 @@ import numpy as np
 
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.packing import Packer
-from codeparrot_ds.data.shards import (
-    START,
-    BadDocuments,
-    Piece,
-    Position,
-    Shard,
-    content_id,
-    is_splittable,
-    read_documents,
-)
+from codeparrot_ds.data.shards import BadDocuments, content_id, read_documents
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.rows.files import TABLES, Shard, is_splittable
+from codeparrot_ds.rows.reading import START, Piece, Position
 
-ORDER_VERSION = 1
-"""Changes with whatever makes the same data give other rows: pieces, windows, permutations, packing."""
+ORDER_VERSION = 2
+"""Changes with whatever makes the same data give other rows: pieces, windows, permutations, reading, encoding, packing.
+
+Version 1 lost the first document behind a byte order mark, read no bytes as text, took JSON lines for granted, and
+made a border of every special token in a text. Documents without any of these have the same rows in both.
+"""
+ORDER_VERSIONS = (1, ORDER_VERSION)
+"""Those that a run can continue with; it keeps the one that it began with."""
 MIN_PIECE_BYTES, MAX_PIECE_BYTES = 1 << 15, 1 << 24
 PIECES_PER_LANE = 16
 """Each epoch takes a lane's pieces in another order, which mixes further than a window does."""
@@ -63,6 +62,8 @@ class StreamConfig:
     seed: int
     max_bad_documents: int = 100
     """Unreadable documents that a rank skips before it gives up."""
+    order_version: int = ORDER_VERSION
+    """Of ``ORDER_VERSIONS``; shards and encoder belong to it (``datasets.stream_of``)."""
 
     @property
     def window_documents(self) -> int:
@@ -78,7 +79,7 @@ class LaneState:
     piece: int = 0
     """Place, in this epoch's order of the lane's pieces, of the one in which the window starts."""
     offset: int = 0
-    """Position in that piece at which the window starts: see shards.Position."""
+    """Position in that piece at which the window starts: see ``rows.reading.Position``."""
     line: int = 0
     frame: int = 0
     window: int = 0
@@ -128,8 +129,9 @@ def lane_pieces(shards: Sequence[Shard], num_lanes: int, lane: int) -> list[Piec
     """The lane's share of a data set; every document is in exactly one piece of one lane.
 
     Shards in which a reader can start anywhere are laid end to end and cut into pieces of one size, dealt to the lanes
-    in turn: the lanes' shares differ by one document per piece at most. Compressed shards go whole to the lane that has
-    least so far or, when there are fewer than lanes, line by line to several lanes, each of which decompresses it all.
+    in turn: the lanes' shares differ by one document per piece at most. Other shards, such as compressed ones, go whole
+    to the lane that has least so far or, when there are fewer than lanes, line by line to several lanes, each of which
+    reads it all.
     """
     pieces = _dealt_pieces(list(filter(is_splittable, shards)), num_lanes, lane)
     return pieces + _whole_pieces([shard for shard in shards if not is_splittable(shard)], num_lanes, lane)
@@ -189,7 +191,7 @@ def describe_place(config: StreamConfig, lane: int, before: np.ndarray, after: n
     piece = pieces[order[state.piece]]
     if not is_splittable(piece.shard):
         place = f"line {state.line}"
-    elif piece.shard.format == "parquet" and state.offset:
+    elif piece.shard.format in TABLES and state.offset:
         place = f"row {state.offset}"
     else:
         place = f"byte {max(piece.begin, state.offset)}"
@@ -419,7 +421,7 @@ def _find_empty_lane(shards: Sequence[Shard], num_lanes: int) -> int | None:
 def stream_fingerprint(config: StreamConfig) -> dict[str, Any]:
     """What must be equal for saved lane states to mean the same documents, as JSON."""
     return {
-        "order_version": ORDER_VERSION,
+        "order_version": config.order_version,
         "datasets": [
             {
                 "name": dataset.name,

@@ -196,7 +196,7 @@ def evaluate_model(
     """
     from codeparrot_ds.config.run_config import RunConfig
     from codeparrot_ds.data.datasets import split_shards
-    from codeparrot_ds.data.shards import BadDocuments, read_texts
+    from codeparrot_ds.data.shards import BadDocuments, in_version_1, read_texts
 
     as_trained = _evaluated_with(source)
     batch_size = as_trained.get("batch_size", 8) if batch_size is None else batch_size
@@ -214,6 +214,8 @@ def evaluate_model(
         seq_length = as_trained.get("seq_length") or min(context or 1024, 1024)
     check_seq_length(seq_length, context)
     encoder = _encoder_of(tokenizer)
+    if as_trained and as_trained.get("order_version", 1) == 1:  # 0.1.0 wrote no version
+        shards, encoder = in_version_1(shards), encoder.in_version_1()
     encoder.prove_fast_encoding(read_texts(shards, BadDocuments(limit=None)))
     loader = ValidationLoader(
         shards,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.paths import did_you_mean_path, exists, expand, may_be_on_hub
 from codeparrot_ds.problem_sets.problem import Problem
 from codeparrot_ds.problem_sets.schemas import parse_row
+from codeparrot_ds.rows.files import saved_files
+from codeparrot_ds.rows.reading import BadRow, read_row_file, text_of
 
 PUBLIC = {
     "humaneval": "openai/openai_humaneval:test",
@@ -31,7 +30,6 @@ _PUBLISHED_FILES = {
 }
 _MBPP_SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 """Of the one file that MBPP is published in, by ``task_id``."""
-FILES = ".jsonl, .jsonl.gz, .json or .parquet"
 
 _WITH_SPLIT = re.compile(r"[\w.-]+/[\w.-]+:\w+")  # also of a folder, which the library takes as a data set
 
@@ -40,8 +38,8 @@ def load_problems(source: str | Path, say: Callable[[str], None] = lambda line: 
     """Reads problems.
 
     Args:
-        source: a file of JSON lines (maybe ``.gz``), a JSON array or parquet (of MBPP's one file with ``:split``); a
-            name in ``PUBLIC``; or ``org/name[:split]`` for ``datasets``, split ``test`` by default.
+        source: a file of rows (``.jsonl``, ``.json``, ``.parquet`` …; of MBPP's one file with ``:split``); a name in
+            ``PUBLIC``; or ``org/name[:split]`` for ``datasets``, split ``test`` by default.
         say: gets a line before what takes long begins, and one with the keys that are not read.
 
     Raises ``UserError`` with the line and the key of what is no problem in any schema, or cannot be judged.
@@ -90,50 +88,16 @@ def public_name(name: str) -> str:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    opened = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opened(path, "rt", encoding="utf-8-sig") as lines:
-            if path.name.removesuffix(".gz").endswith(".json"):
-                rows = _array(lines.read())
-                if rows is not None:
-                    yield from ((f"{path}, problem {place}", row) for place, row in enumerate(rows, start=1))
-                    return
-                lines.seek(0)
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name a {FILES} file of problems") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {number or error.lineno}: no JSON: {error.msg} at column {error.colno}"
-        ) from error
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix} text: {error}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-        place = f"{path}, line {number}" if number else str(path)
-        raise UserError(f"{place}: cannot be read: {first_line(error)}") from error
-
-
-def _array(text: str) -> list[Any] | None:
-    """The rows of a JSON array; None of a text that is none, such as JSON lines under the name of .json."""
-    return json.loads(text) if text.lstrip().startswith("[") else None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as parquet: {first_line(error)}") from error
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    """The rows of a file of rows, their texts without what is no text; JSON lines by any other name."""
+    if path.is_dir() and saved_files(path) is None:
+        raise UserError(f"{path} is a folder; name a file of problems, such as one of .jsonl or .parquet")
+    for place, row in read_row_file(path):
+        for name in [name for name in row if isinstance(row[name], (str, bytes))] if isinstance(row, dict) else ():
+            try:
+                row[name] = text_of(row, name)
+            except BadRow as error:
+                raise UserError(f"{place}: {error}") from None
+        yield place, row
 
 
 def _dataset_rows(name: str, say: Callable[[str], None]) -> Iterator[tuple[str, Any]]:

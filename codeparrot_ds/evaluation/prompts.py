@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.errors import UserError
@@ -14,6 +14,8 @@ from codeparrot_ds.evaluation.problems import load_problems
 from codeparrot_ds.paths import did_you_mean_path, nearest_of
 from codeparrot_ds.problem_sets.problem import Problem
 from codeparrot_ds.problem_sets.references import check_references
+from codeparrot_ds.rows.files import file_format, saved_files
+from codeparrot_ds.rows.reading import BadRow, read_row_file, text_of
 from codeparrot_ds.sandbox.judge import Limits, check_sandbox
 
 EXAMPLES = "examples"
@@ -23,37 +25,34 @@ TRAINING_LIMITS = Limits(seconds=2.0)
 
 
 def read_prompts(path: str | Path, words: Sequence[str] = ()) -> list[str]:
-    """Returns the prompts of a file: its text, or where its name ends in ``.jsonl`` one per line, as a text or an
-    object with one under ``prompt``.
+    """Returns the prompts of a file: its text, or where its name is that of a file of rows (``.jsonl``, ``.parquet`` …)
+    one per row, as a text or an object with one under ``prompt``.
 
     A file that is not there may be one of ``words`` mistyped.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name a file of prompts") from None
-    except (FileNotFoundError, NotADirectoryError):
+    is_saved = saved_files(path) is not None
+    if path.is_dir() and not is_saved:
+        raise UserError(f"{path} is a folder: name a file of prompts")
+    if not path.exists():
         word = nearest_of(str(path), words)
         hint = f"; did you mean {word!r}?" if word else did_you_mean_path(path)
-        raise UserError(f"{path}: no such file of a prompt{hint}") from None
+        raise UserError(f"{path}: no such file of a prompt{hint}")
+    if is_saved or file_format(path.name):
+        return [_prompt_of(row, place) for place, row in read_row_file(path)]
+    try:
+        return [path.read_text(encoding="utf-8-sig").rstrip("\n")]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        return [text.rstrip("\n")]
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: no JSON: {error}") from error
-        prompt = row.get("prompt") if isinstance(row, dict) else row
-        if not isinstance(prompt, str):
-            raise UserError(f"{path}, line {number}: neither a text nor an object with a text under 'prompt'")
-        prompts.append(prompt)
-    return prompts
+
+
+def _prompt_of(row: Any, place: str) -> str:
+    if not isinstance(row, (str, dict)) or (isinstance(row, dict) and row.get("prompt") is None):
+        raise UserError(f"{place}: neither a text nor an object with a text under 'prompt'")
+    try:
+        return text_of(row if isinstance(row, dict) else {"prompt": row}, "prompt")
+    except BadRow as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def gather_prompts(prompts: Sequence[str], files: Sequence[str | Path] = ()) -> list[str]:

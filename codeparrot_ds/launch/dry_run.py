@@ -7,7 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from codeparrot_ds.checkpoint.folders import DATA, Checkpoint, newest_checkpoint
-from codeparrot_ds.checkpoint.run_folder import continued_from, finished_checkpoint, recorded_pins, run_path
+from codeparrot_ds.checkpoint.run_folder import (
+    continued_from,
+    finished_checkpoint,
+    order_version_of,
+    recorded_pins,
+    run_path,
+)
 from codeparrot_ds.config.arguments import shown_value
 from codeparrot_ds.config.run_config import FIELDS, RunConfig
 from codeparrot_ds.data.datasets import open_datasets, validation_shards
@@ -166,7 +172,7 @@ def _rows(config: RunConfig) -> Iterator[str]:
         yield f"  those from row {first:,} on; to see them:"
         yield f"  {pasteable('data', 'inspect', checkpoint.run, '--start-row', first)}"
         return
-    reader = RowReader(config, "train", recorded_pins(run))
+    reader = RowReader(config, "train", recorded_pins(run), order_version_of(run, config.resume))
     printer = RowPrinter(reader, width=WIDTH)
     for row in reader.rows(0, FIRST_ROWS):
         lines = printer.row(row).rstrip("\n").splitlines()

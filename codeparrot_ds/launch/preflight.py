@@ -18,6 +18,7 @@ from codeparrot_ds.checkpoint.run_folder import (
     check_continuation,
     check_ds_continuation,
     check_run_name,
+    order_version_of,
     recorded_pins,
 )
 from codeparrot_ds.config.run_config import REQUIRED, RunConfig, with_absolute_paths
@@ -104,7 +105,8 @@ def check_run(
     check_continuation(config, path)
     changed = check_ds_continuation(config, path, run.ds_config)
     checkpoint = check_checkpoint(config, path, run.shape)
-    _check_data(config, path, checkpoint, stream_of(config, datasets, run.encoder))
+    stream = stream_of(config, datasets, run.encoder, order_version_of(path, config.resume))
+    _check_data(config, path, checkpoint, stream)
     if open_repository(config.hub, config.output_dir) is not None and is_remote(config.hub):
         require_token(config.hub)
     _check_space(Path(config.output_dir), run.parameters, config.keep_checkpoints)

@@ -19,7 +19,7 @@ from codeparrot_ds.data.datasets import (
     validation_shards,
 )
 from codeparrot_ds.data.loader import TrainingLoader
-from codeparrot_ds.data.shards import Shard
+from codeparrot_ds.data.shards import Shard, in_version_1
 from codeparrot_ds.data.stream import Dataset, StreamConfig, stream_fingerprint
 from codeparrot_ds.engine.ranks import Ranks
 from codeparrot_ds.resolved_run import ResolvedRun
@@ -60,7 +60,9 @@ def open_data(run: ResolvedRun, folder: RunFolder, ranks: Ranks) -> RunData:
     """Opens the run's data sets, which stay at the Hub commits that the run began with; collective."""
     # On rank 0 alone: on the Hub each look costs requests.
     datasets, validation = ranks.on_main(lambda: _open(run.config, folder))
-    stream = stream_of(run.config, datasets, run.encoder)
+    stream = stream_of(run.config, datasets, run.encoder, folder.record["order_version"])
+    if stream.order_version == 1:
+        validation = in_version_1(validation)
     fingerprint = ranks.on_main(lambda: stream_fingerprint(stream))
     _choose_encoding(stream, ranks)
     return RunData(stream=stream, validation=validation, fingerprint=fingerprint)

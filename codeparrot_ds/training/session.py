@@ -149,7 +149,7 @@ class Session:
         beat("evaluate", step=step)
         batches = ValidationLoader(
             self.data.validation,
-            self.run.encoder,
+            self.data.stream.encoder,
             seq_length=config.seq_length,
             num_lanes=config.num_lanes,
             batch_size=config.micro_batch_rows,
@@ -270,7 +270,7 @@ class Session:
             counters,
             bad_documents=[text for texts in bad for text in texts],
             rows_per_lane={lane: count for table in rows for lane, count in table.items()},
-            encoder=self.run.encoder.name,
+            encoder=self.data.stream.encoder.name,
         )
 
     def finish(self, step: int, status: str) -> dict[str, Any]:

@@ -63,6 +63,10 @@ ABSENT = [
     Slip("a corpus to look at", "data inspect corpsu --tokenizer tokenizer", "did you mean 'corpus'?"),
     Slip("a corpus with problems", "data contamination corpsu", "did you mean 'corpus'?"),
     Slip("a corpus to evaluate on", "evaluate first --data corpsu", "did you mean 'corpus'?"),
+    Slip(
+        "a split of a saved data set", "corpus saved --out new", "several splits: name one, saved/test or saved/train"
+    ),
+    Slip("a file of a saved data set", TRAIN + " --data saved/train", "of which data.arrow is gone: save it again"),
     Slip("a source", "corpus srcc --out new", "source srcc does not exist; did you mean 'src'?"),
     Slip("a tokenizer", "train demo --data corpus --tokenizer tokenzier", "did you mean 'tokenizer'?"),
     Slip("a tokenizer's path", "train demo --data corpus --tokenizer ./tok", "make one with `codeparrot-ds tokenizer"),
@@ -290,7 +294,11 @@ def prepare(folder: Path) -> IO[str]:
     write_tokenizer(folder / "tokenizer")
     (folder / "src").mkdir()
     (folder / "src" / "a.py").write_text("x = 1\n")
+    for split in ("train", "test"):
+        (folder / "saved" / split).mkdir(parents=True)
     for name, content in {
+        "saved/dataset_dict.json": json.dumps({"splits": ["train", "test"]}),
+        "saved/train/state.json": json.dumps({"_data_files": [{"filename": "data.arrow"}]}),
         "shard.jsonl": documents[0],
         "empty.jsonl": "",
         "rows.csv": "content\nx = 1\n",

@@ -31,6 +31,12 @@ def write_rows(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def write_arrow(path: Path, texts: list) -> None:
+    table = pyarrow.table({"content": texts})
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, 5)
+
+
 def write_parquet(path: Path, texts: list, row_group_size: int = 5) -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"content": texts}), path, row_group_size=row_group_size)
     return path
@@ -102,7 +108,7 @@ def test_every_kind_of_row_file_is_planned_and_read(tmp_path, suffix, monkeypatc
     monkeypatch.setattr(corpus_plan, "UNIT_BYTES", 300)
     texts = [f"text {number}" for number in range(30)]
     path = tmp_path / f"rows{suffix}"
-    write_parquet(path, texts) if suffix == ".parquet" else write_rows(path, texts)
+    {".parquet": write_parquet, ".arrow": write_arrow}.get(suffix, write_rows)(path, texts)
     (source,) = plan_sources([str(path)], suffixes=[".py"], content_column="content")
     assert len(source.units) > 1 or suffix.endswith(("gz", "zst"))
     found = []
@@ -128,7 +134,7 @@ def test_parquet_without_the_column_names_those_there_are(tmp_path):
     path = write_parquet(tmp_path / "rows.parquet", ["x"])
     account = ReadAccount()
     assert not list(read_parquet_rows(path, account, "text", start=0, stop=1))
-    assert account.named == [(str(path), 1, "no column 'text' (columns: content)")]
+    assert account.named == [(str(path), 1, "no `text` column (columns: content)")]
 
 
 def test_a_broken_row_group_costs_that_group(tmp_path):
@@ -143,7 +149,7 @@ def test_a_broken_row_group_costs_that_group(tmp_path):
     found = [each.content for each in read_parquet_rows(path, account, "content", start=0, stop=3)]
     assert found == texts[:5] + texts[10:]
     ((file, row, reason),) = account.damaged
-    assert (file, row) == (str(path), 5) and reason.startswith("row group 1: ")
+    assert (file, row) == (str(path), 5) and reason.startswith("row group 1 is damaged (")
 
 
 def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):

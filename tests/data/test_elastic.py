@@ -15,8 +15,9 @@ import torch
 
 from codeparrot_ds.data.encoder import Encoder, load_encoder
 from codeparrot_ds.data.loader import BLOCK_ROWS, TrainingLoader, token_ids
-from codeparrot_ds.data.shards import LocalFile, find_shards
+from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.stream import Dataset, LaneStates, StreamConfig
+from codeparrot_ds.rows.access import LocalFile
 from tests.data.conftest import make_documents, write_shard
 from tests.data.streams import RowStream
 

@@ -93,3 +93,50 @@ def test_chars_per_token_as_in_the_recipe(tokenizer_dir: Path) -> None:
     assert estimate_chars_per_token(dataset, tokenizer, num_documents=20) == characters / tokens
     with pytest.raises(UserError, match="no text"):
         estimate_chars_per_token([], tokenizer)
+
+
+def with_special_tokens(tokenizer: Tokenizer, folder: Path) -> Encoder:
+    """A tokenizer with three special tokens, of which one is no word of the model's, and an added one that is text."""
+    tokenizer.add_special_tokens([EOS, "<pad>", "<|new|>"])
+    tokenizer.add_tokens(["own word"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return load_encoder(folder)
+
+
+WORDS = [EOS, "<pad>", "[UNK]", "a", "b", "<", "|", ">"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "words", "pieces", "merges that are not needed"])
+def test_a_special_token_in_a_text_is_text(tokenizer_dir: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "byte-level":
+        tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    elif kind == "words":
+        tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    elif kind == "pieces":
+        tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in WORDS], unk_id=2))
+    else:
+        tokenizer = Tokenizer(
+            models.BPE({word: n for n, word in enumerate(WORDS)}, [], unk_token="[UNK]", ignore_merges=True)
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = with_special_tokens(tokenizer, tmp_path)
+    special = {tokenizer.token_to_id(token) for token in (EOS, "<pad>", "<|new|>")}
+    own = tokenizer.token_to_id("own word")
+    texts = [EOS, f"a {EOS} b", f"a{EOS}b<pad>", "<|new|> a", f"{EOS}{EOS}"]
+    for text, ids in zip(texts, encoder.encode_batch(texts), strict=True):
+        assert special.isdisjoint(ids.tolist()), text
+        assert kind != "byte-level" or encoder.decode(ids) == text
+    assert own in encoder.encode_batch(["a own word b"])[0].tolist()
+    assert encoder.decode([encoder.eos_token_id]) == EOS
+    for text, ids in zip(texts, encoder.in_version_1().encode_batch(texts), strict=True):
+        assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+        assert not special.isdisjoint(ids.tolist())
+
+
+def test_gigatoken_takes_a_special_token_for_text_as_well(tokenizer_dir: Path, tmp_path: Path) -> None:
+    encoder = with_special_tokens(Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")), tmp_path)
+    texts = [*make_documents(20), f"x = 1 {EOS}\n", f"{EOS}{EOS}<pad><|new|>", "own word"]
+    expected = [ids.tolist() for ids in encoder.encode_batch(texts)]
+    assert encoder.prove_fast_encoding([]) is None and encoder.name == "gigatoken"
+    assert [ids.tolist() for ids in encoder.encode_batch(texts)] == expected

@@ -3,19 +3,17 @@ from pathlib import Path
 
 import pytest
 
-from codeparrot_ds.data import shards as sources
 from codeparrot_ds.data.shards import (
-    START,
     BadDocuments,
-    LocalFile,
-    Piece,
-    Position,
-    Shard,
     content_id,
     find_shards,
     read_documents,
 )
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.rows import files
+from codeparrot_ds.rows.access import LocalFile
+from codeparrot_ds.rows.files import Shard
+from codeparrot_ds.rows.reading import START, Piece, Position
 from tests.data.conftest import compressed, make_documents, write_shard
 
 SUFFIXES = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
@@ -106,7 +104,7 @@ def test_a_position_names_its_frame(tmp_path: Path, suffix: str, monkeypatch: py
     read = list(read_documents(whole(shard), bad=BadDocuments()))
     assert [text for text, _ in read] == texts
     assert len({position.frame for _, position in read}) == 20
-    monkeypatch.setattr(sources, "READ_BYTES", 512)
+    monkeypatch.setattr(files, "READ_BYTES", 512)
     asked: list[int] = []
     read_at = LocalFile.read_at
 
@@ -175,7 +173,7 @@ def test_nothing_to_read_is_named(tmp_path: Path) -> None:
     [
         (b'{"content": "x"', "broken JSON"),
         (b'{"content": "a\x00b"}', "broken JSON"),
-        (b'{"content": "\\ud800"}', "broken JSON"),
+        (b'{"content": "\\ud800"}', "a lone surrogate"),
         (b'{"content": "\xff"}', "broken JSON"),
         (b'{"content": "a\\u0000b"}', "`content` has a NUL character"),
         (b'{"text": "x"}', "no `content` column"),

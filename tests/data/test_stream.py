@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from codeparrot_ds.data import shards as sources
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.shards import BadDocuments, Piece, find_shards, read_documents
 from codeparrot_ds.data.stream import (
@@ -28,6 +27,7 @@ from codeparrot_ds.data.stream import (
     stream_fingerprint,
 )
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.rows import files
 from tests.data.conftest import EOS, make_documents, write_shard
 from tests.data.streams import Row, RowStream
 
@@ -239,7 +239,7 @@ def bytes_read() -> int:
 def test_resume_reads_a_window_a_lane_wherever_it_stands(
     make_config: ConfigMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "READ_BYTES", 4096)
+    monkeypatch.setattr(files, "READ_BYTES", 4096)
     texts = [f"# {number}\n" + "x = 1\n" * 200 for number in range(800)]  # 1.2 kB each, 1 MB in all
     config = make_config(texts, num_shards=2, num_lanes=4, shuffle_buffer=16, seq_length=256)
     rows = [row for row in take(RowStream(config), 6000) if row.states[0].epoch == 0]
@@ -363,7 +363,7 @@ def test_fingerprint_differences_are_spelled_out(make_config: ConfigMaker) -> No
     ]
     older = {**saved, "order_version": 0}
     assert fingerprint_differences(older, stream_fingerprint(config)) == [
-        "order_version is 1, but the run was started with 0."
+        "order_version is 2, but the run was started with 0."
     ]
     data = whole.shards[0].path.read_bytes()
     whole.shards[0].path.write_bytes(data.replace(b"document", b"DOCUMENT"))

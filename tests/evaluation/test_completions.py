@@ -131,7 +131,7 @@ def test_prompts_that_do_not_fit_are_refused_before_anything_is_printed(model_fo
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe")
     for file, message in (
         ("bad.jsonl", "bad.jsonl, line 2: neither a text"),
-        ("worse.jsonl", "worse.jsonl, line 1: no JSON"),
+        ("worse.jsonl", "worse.jsonl, line 1: broken JSON"),
         ("binary.py", "no UTF-8"),
         ("absent.py", "no such file"),
     ):

@@ -55,6 +55,20 @@ def test_loss_equals_that_of_transformers(model_folder, corpus_folder):
     assert (result["dtype"], result["seq_length"], result["split"]) == ("float32", 64, "validation")
 
 
+def test_an_exports_data_is_read_as_its_run_read_it(run_folder, model_folder, tmp_path):
+    (tmp_path / "data" / "validation").mkdir(parents=True)
+    rows = "".join(json.dumps({"content": f"x = {number}  # not <|endoftext|> yet"}) + "\n" for number in range(40))
+    (tmp_path / "data" / "validation" / "part-0.jsonl").write_text("\ufeff" + rows, encoding="utf-8")
+    export = run_folder / "checkpoints" / "step-00000500" / "export"
+    settings = {"data": tmp_path / "data", "seq_length": 64, "num_lanes": 1}
+    before = evaluate_model(export, **settings)["eval_tokens"]  # 0.1.0 wrote no version
+    for version in (1, 2):
+        (export / "training_state.json").write_text(json.dumps({"evaluated_with": {"order_version": version}}))
+        found = evaluate_model(export, **settings)["eval_tokens"]
+        assert found == before if version == 1 else found > before + 40 * 3
+    assert found == evaluate_model(model_folder, **settings)["eval_tokens"]
+
+
 def test_token_losses_do_not_depend_on_the_chunks_and_leave_out_ignored_labels(monkeypatch):
     logits = torch.randn(3, 7, 11, dtype=torch.bfloat16)
     labels = torch.randint(0, 11, (3, 7))

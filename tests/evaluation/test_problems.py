@@ -149,7 +149,7 @@ GOOD = json.loads(FILES["problems"].read_text().splitlines()[0])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (json.dumps(GOOD) + "\n{'a'}\n", "line 2: no JSON"),
+        (json.dumps(GOOD) + "\n{'a'}\n", "line 2: broken JSON"),
         (json.dumps({**GOOD, "entry_point": None}), "line 1: entry_point is missing; HumanEval's keys are task_id"),
         (json.dumps({**GOOD, "test": 3}), "line 1: test is a int"),
         (
@@ -162,7 +162,7 @@ GOOD = json.loads(FILES["problems"].read_text().splitlines()[0])
         ("[]", "line 1: a problem is a JSON object, not list"),
         ("\n\n", "holds no problem"),
         (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", "two problems have the task_id 'own/add'"),
-        (b"\xff\xfe", "cannot be read as .jsonl text"),
+        (b"\xff\xfe", "line 1: UTF-16, not UTF-8"),
     ],
 )
 def test_a_bad_file_is_told_by_line_and_key(tmp_path, content, message):

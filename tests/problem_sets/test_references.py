@@ -110,7 +110,10 @@ def test_a_cache_that_cannot_be_used_costs_time_alone(judged, cache, tmp_path):
 
 def test_one_that_needs_more_time_is_judged_alone_and_then_named(judged):
     slow = parse_row({**MBPP, "task_id": "slow", "code": "import time\ntime.sleep(30)\n" + MBPP["code"]}, "").problem
-    with pytest.raises(UserError, match=r"\(slow: timeout after [\d.]+ s, in the program\).*, allow more with --seconds, or accept them"):
+    with pytest.raises(
+        UserError,
+        match=r"\(slow: timeout after [\d.]+ s, in the program\).*, allow more with --seconds, or accept them",
+    ):
         check(slow, limits=Limits(seconds=0.5), options={"timeout": "--seconds", "output": "--memory-mb"})
     assert judged == [1, 1]
 
