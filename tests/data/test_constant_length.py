@@ -7,7 +7,7 @@ import torch
 
 from codeparrot_ds.data.constant_length import ConstantLengthDataset
 from codeparrot_ds.errors import UserError
-from tests.data.conftest import make_documents
+from tests.data.conftest import EOS, make_documents
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,9 @@ def recipe_rows(
 def test_rows_are_the_recipes(
     tokenizer: Any, seq_length: int, num_of_sequences: int, chars_per_token: float, infinite: bool
 ) -> None:
-    documents = [{"content": text} for text in make_documents(50)]
+    # Special tokens and byte order marks are what the recipe's tokenizer makes of them, as in ``order_version`` 1.
+    marked = [f"a = 1 {EOS} b = 2\n", "\ufeffx = 1\n"]
+    documents = [{"content": text} for text in make_documents(50) + marked]
     dataset = ConstantLengthDataset(
         tokenizer, documents, seq_length, num_of_sequences, chars_per_token, infinite=infinite
     )

@@ -249,6 +249,11 @@ BAD_ROWS: dict[str, tuple[str, Callable[[], bytes], str]] = {
         "broken JSON (depth limit exceeded",
     ),
     "UTF-16": ("a.jsonl", lambda: with_line('{"content": "x"}'.encode("utf-16")), "UTF-16, not UTF-8"),
+    "an indented array in JSON lines": (
+        "a.jsonl",
+        lambda: with_line(b"["),
+        "broken JSON (unexpected end of data: line 1 column 2 (char 1)); an array or indented JSON is read from a",
+    ),
     "brackets, gzip": (
         "a.json.gz",
         lambda: gzip.compress(with_line(b"{" * 100_000)),
