@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,13 @@ def gather_prompts(prompts: Sequence[str], files: Sequence[str | Path] = ()) -> 
     return texts + [text for path in files for text in read_prompts(path)]
 
 
-def what_to_complete(config: RunConfig) -> tuple[list[str], list[Problem]]:
+def what_to_complete(
+    config: RunConfig, say: Callable[[str], None] = lambda line: None
+) -> tuple[list[str], list[Problem]]:
     """Returns the prompts and problems of a run's evaluations.
+
+    Args:
+        say: gets what is to be known of the problems, and a line before what takes long.
 
     Raises ``UserError`` for those that cannot be read, for problems where programs may not run or cannot, and for those
     whose own solutions do not pass their tests.
@@ -80,9 +85,13 @@ def what_to_complete(config: RunConfig) -> tuple[list[str], list[Problem]]:
         raise UserError(
             "eval_problems: the programs that the model writes are run in a sandbox; allow that with --allow-execution"
         )
-    problems = load_problems(config.eval_problems)
+    problems = load_problems(config.eval_problems, say)
     check_sandbox()
     check_references(
-        problems, config.eval_problems, limits=TRAINING_LIMITS, accept_failing=config.accept_failing_references
+        problems,
+        config.eval_problems,
+        limits=TRAINING_LIMITS,
+        accept_failing=config.accept_failing_references,
+        say=say,
     )
     return prompts, problems

@@ -97,7 +97,7 @@ def check_run(
         model_hidden_size=model[1].n_embd,
         libaio=libaio_installed() or are_built(["async_io"]),
     )
-    what_to_complete(config)
+    what_to_complete(config, lambda line: print(line, file=sys.stderr))
     datasets = open_datasets(config, recorded_pins(path))
     check_datasets(config, datasets)
     check_world_size(config.num_lanes, world_size)

@@ -118,6 +118,14 @@ def test_what_cannot_be_completed_is_said_before_anything_starts(workshop, tmp_p
         answer = workshop.refuse(*options, "--run-name", "refused", output_dir=tmp_path)
         assert answer.returncode == 2 and words in answer.stderr, answer.stderr
     assert not (tmp_path / "refused").exists()
+    # Accepted, or with nothing to accept, the next mistake is the one that ends it.
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({**json.loads(wrong.read_text()), "canonical_solution": ""}))
+    for problems, words in ((wrong, "judging the reference solutions of"), (bare, "all 1 problems of")):
+        options = ("--eval-problems", str(problems), "--allow-execution", "--accept-failing-references")
+        answer = workshop.refuse(*options, "--resume", str(tmp_path), "--run-name", "refused", output_dir=tmp_path)
+        assert answer.returncode == 2 and words in answer.stderr, answer.stderr
+        assert "reference solutions of" not in answer.stderr.splitlines()[-1], answer.stderr
     shutil.rmtree(tmp_path)
 
 
