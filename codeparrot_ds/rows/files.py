@@ -53,6 +53,8 @@ class Shard:
     """Whether the text is one JSON array, or JSON objects over several lines each, and not JSON lines."""
     as_before: bool = False
     """Whether it is read as 0.1.0 read it, mistakes included: for runs that began with ``order_version`` 1."""
+    exact_numbers: bool = False
+    """Whether whole numbers of any size, infinity and NaN are read, which texts do without and tests may need."""
 
     @property
     def read_bytes(self) -> int:

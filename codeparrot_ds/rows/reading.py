@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import io
 import json
 import sys
@@ -108,10 +109,11 @@ def _rows_with_places(path: Path) -> Iterator[tuple[str, Any]]:
         if path.is_file():
             shard = local_shard(path, "jsonl")
             assert shard is not None
+            shard = dataclasses.replace(shard, exact_numbers=True)
             file = open_shard(shard)
         else:  # a pipe has no places
             data = path.read_bytes()
-            shard = Shard(path=path, name=path.name, format="jsonl", bytes=len(data))
+            shard = Shard(path=path, name=path.name, format="jsonl", bytes=len(data), exact_numbers=True)
             file = contextlib.nullcontext(HeldFile(data))
         unit = "row" if shard.format in TABLES or shard.is_values else "line"
         with file as opened:
@@ -173,25 +175,36 @@ def text_of(row: Any, column: str = "content", *, as_before: bool = False) -> st
     return text.removeprefix("\ufeff")
 
 
-def _parsed(line: bytes | memoryview, *, as_before: bool) -> Any:
-    """What a JSON line holds: a row, a BadRow or BLANK."""
+def _parsed(line: bytes | memoryview, *, as_before: bool, exact: bool = False) -> Any:
+    """What a JSON line holds: a row, a BadRow or BLANK; numbers of any size where they are to be exact."""
     try:
-        return orjson.loads(line)
+        row = orjson.loads(line)
+        return _exactly(bytes(line)) or row if exact else row
     except orjson.JSONDecodeError as error:
         text = bytes(line)
         if not text or text.isspace():
             return BLANK
         # Files that were joined have marks at any line.
         if text.startswith(codecs.BOM_UTF8) and not as_before:
-            return _parsed(text.removeprefix(codecs.BOM_UTF8), as_before=True)
+            return _parsed(text.removeprefix(codecs.BOM_UTF8), as_before=True, exact=exact)
         if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return BadRow("not_text", "UTF-16, not UTF-8: convert the file")
         if b"\\ud" in text.lower() and _has_lone_surrogate(text):
             return BadRow("lone_surrogates", "a lone surrogate, which is half a character")
+        if exact and (row := _exactly(text)) is not None:
+            return row
         hint = ""
         if text.strip() in (b"[", b"{") or text.startswith(b"[{"):
             hint = "; an array or indented JSON is read from a local file whose name ends in .json"
         return BadRow("bad_rows", f"broken JSON ({error}){hint}")
+
+
+def _exactly(line: bytes) -> Any:
+    """A row as json reads it, which knows NaN, infinity and 2**64, a float to orjson; None where it cannot."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _has_lone_surrogate(line: bytes) -> bool:
@@ -218,7 +231,7 @@ def _damage(error: Exception, line: int) -> tuple[BadRow, Position]:
 def _lines(file: RandomAccess, piece: Piece, position: Position) -> Iterator[tuple[Any, Position]]:
     """JSON lines that begin in the piece, parsed in place in blocks of the file."""
     shard, end = piece.shard, piece.end
-    as_before, longest = shard.as_before, _longest(shard)
+    as_before, exact, longest = shard.as_before, shard.exact_numbers, _longest(shard)
     line = position.line
     offset = position.offset if position.offset > piece.begin else _line_start(file, piece)
     longer = 0  # bytes to read at least, when a line is longer than what was read
@@ -238,7 +251,7 @@ def _lines(file: RandomAccess, piece: Piece, position: Position) -> Iterator[tup
                 break
             stop = newline if newline >= 0 else len(block)
             line += 1
-            row = _parsed(view[start:stop], as_before=as_before)
+            row = _parsed(view[start:stop], as_before=as_before, exact=exact)
             start = stop + 1
             yield row, Position(min(offset + start, shard.bytes), line)
         if start == 0 and len(block) > longest:
@@ -289,7 +302,7 @@ def _compressed(file: RandomAccess, piece: Piece, position: Position) -> Iterato
                 line += 1
                 if (line - 1) % piece.stride != piece.phase:
                     continue
-                row = _TOO_LONG if is_long else _parsed(raw, as_before=shard.as_before)
+                row = _TOO_LONG if is_long else _parsed(raw, as_before=shard.as_before, exact=shard.exact_numbers)
                 begin, frame = frames.frame_at(offset)
                 yield row, Position(offset - begin, line, frame)
     except DAMAGE as error:
@@ -327,7 +340,7 @@ def _values(file: RandomAccess, piece: Piece, position: Position) -> Iterator[tu
             line += 1
             if (line - 1) % piece.stride != piece.phase:
                 continue
-            row = _TOO_LONG if value is None else _parsed(value, as_before=False)
+            row = _TOO_LONG if value is None else _parsed(value, as_before=False, exact=shard.exact_numbers)
             begin, frame = (0, 0) if frames is None else frames.frame_at(base + end)
             yield row, Position(base + end - begin, line, frame)
     except DAMAGE as error:
