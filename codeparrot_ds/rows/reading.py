@@ -71,7 +71,8 @@ class BadRow(Exception):
         self.kind, self.reason = kind, reason
 
 
-_TOO_LONG = BadRow("too_long", f"longer than {MAX_ROW_BYTES >> 20} MiB")
+def _too_long() -> BadRow:
+    return BadRow("too_long", "longer than 64 MiB")
 
 
 def read_rows(
@@ -171,7 +172,7 @@ def text_of(row: Any, column: str = "content", *, as_before: bool = False) -> st
     if as_before:
         return text
     if len(text) > MAX_ROW_BYTES:
-        raise _TOO_LONG
+        raise _too_long()
     return text.removeprefix("\ufeff")
 
 
@@ -257,7 +258,7 @@ def _lines(file: RandomAccess, piece: Piece, position: Position) -> Iterator[tup
         if start == 0 and len(block) > longest:
             line += 1
             start = _next_line(file, offset + len(block), shard) - offset
-            yield _TOO_LONG, Position(offset + start, line)
+            yield _too_long(), Position(offset + start, line)
         longer = 0 if start else min(2 * len(block), longest + 1)
         offset += start
 
@@ -302,7 +303,7 @@ def _compressed(file: RandomAccess, piece: Piece, position: Position) -> Iterato
                 line += 1
                 if (line - 1) % piece.stride != piece.phase:
                     continue
-                row = _TOO_LONG if is_long else _parsed(raw, as_before=shard.as_before, exact=shard.exact_numbers)
+                row = _too_long() if is_long else _parsed(raw, as_before=shard.as_before, exact=shard.exact_numbers)
                 begin, frame = frames.frame_at(offset)
                 yield row, Position(offset - begin, line, frame)
     except DAMAGE as error:
@@ -340,7 +341,7 @@ def _values(file: RandomAccess, piece: Piece, position: Position) -> Iterator[tu
             line += 1
             if (line - 1) % piece.stride != piece.phase:
                 continue
-            row = _TOO_LONG if value is None else _parsed(value, as_before=False, exact=shard.exact_numbers)
+            row = _too_long() if value is None else _parsed(value, as_before=False, exact=shard.exact_numbers)
             begin, frame = (0, 0) if frames is None else frames.frame_at(base + end)
             yield row, Position(base + end - begin, line, frame)
     except DAMAGE as error:

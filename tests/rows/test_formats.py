@@ -20,7 +20,7 @@ from pyarrow import ipc
 
 from codeparrot_ds.corpus.plan import plan_sources
 from codeparrot_ds.corpus.readers import ReadAccount, read_json_rows, read_parquet_rows
-from codeparrot_ds.data.shards import BadDocuments, find_shards, read_documents
+from codeparrot_ds.data.shards import BadDocuments, find_shards, in_version_1, read_documents
 from codeparrot_ds.data.stream import lane_pieces
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.problems import load_problems
@@ -326,6 +326,25 @@ def test_damage_costs_what_is_behind_it(tmp_path: Path, name: str) -> None:
     for reader in (read_prompts, load_problems):
         with pytest.raises(UserError, match="truncated or damaged from here on"):
             reader(path)
+
+
+def test_a_broken_row_group_costs_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet(row_group_size=2))
+    data = bytearray(path.read_bytes())
+    metadata = pyarrow.parquet.read_metadata(path)
+    for column in range(2):
+        chunk = metadata.row_group(1).column(column)
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
+    texts, [(number, reason)] = as_stream(path)
+    assert texts == TEXTS[:2] + TEXTS[4:] and number == 3 and reason.startswith("row group 1 is damaged (")
+    assert as_corpus(path) == (texts, [(3, reason)])
+    bad = BadDocuments()
+    (piece,) = lane_pieces(in_version_1(find_shards(path, "train")), 1, 0)
+    assert [text for text, _ in read_documents(piece, bad=bad)] == TEXTS[:2]
+    assert [found.line for found in bad] == [3]
 
 
 def test_a_row_that_is_too_long_costs_itself_and_no_memory(tmp_path: Path) -> None:
