@@ -31,9 +31,9 @@ import orjson
 from codeparrot_ds.corpus import dedup, redaction
 from codeparrot_ds.corpus.filters import FILTER_NAMES, select_filters, unit_interval
 from codeparrot_ds.corpus.index import CorpusIndex, Documents, drop_exact_duplicates, group_by, index_units
-from codeparrot_ds.corpus.plan import Source, plan_sources
+from codeparrot_ds.corpus.plan import Source, plan_sources, row_files_in
 from codeparrot_ds.corpus.pool import WorkerPool
-from codeparrot_ds.corpus.readers import ReadAccount, printable
+from codeparrot_ds.corpus.readers import UNKNOWN_LICENSE, ReadAccount, printable
 from codeparrot_ds.corpus.split import split_documents
 from codeparrot_ds.corpus.units import (
     KEPT,
@@ -48,11 +48,12 @@ from codeparrot_ds.corpus.units import (
 from codeparrot_ds.corpus.write_shards import COMPRESSIONS, ShardPlan, finished_shard, write_shard
 from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.layouts import CARD as CARD_NAME
+from codeparrot_ds.layouts import parse_columns
 from codeparrot_ds.staging import RESULT, refuse_existing, resumable_folder
 from codeparrot_ds.terminal import Progress
 from codeparrot_ds.version import __version__
 
-CARD_NAME = "corpus.json"
 CARD_VERSION = 2
 MIN_TRAIN_SHARDS = 8
 MIN_COMPRESSED_TRAIN_SHARDS = 64
@@ -74,7 +75,7 @@ def build_corpus(
     near_duplicate_threshold: float = dedup.THRESHOLD,
     redact: bool = False,
     suffixes: Sequence[str] = (".py",),
-    content_column: str = "content",
+    columns: str = "",
     num_workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -99,7 +100,8 @@ def build_corpus(
         near_duplicate_threshold: Jaccard similarity of the sets of tokens from which on two are nearly equal.
         redact: Replace e-mail addresses, public IP addresses and secret keys by placeholders (``redaction``).
         suffixes: Names of files in source trees that are read.
-        content_column: The column of row files that holds the text.
+        columns: Of row files: ``content=text,license=terms``, or the text's alone; those of published data sets of code
+            (``layouts.COLUMNS``) are known.
         num_workers: Processes; as many as cores by default.
         overwrite: Replace a corpus that is already at ``out``; it stays whole until the new one is complete.
 
@@ -108,7 +110,8 @@ def build_corpus(
     """
     _check_arguments(sources, validation_fraction, compress, shard_bytes, suffixes, near_duplicate_threshold)
     refuse_existing(Path(os.path.abspath(out)), marker=CARD_NAME, overwrite=overwrite)
-    settings = _unit_settings(content_column, filters, seed, tokenizer, redact)
+    content_column = parse_columns(columns).get("content", "content")
+    settings = _unit_settings(columns, filters, seed, tokenizer, redact)
     report: Progress = progress or (lambda phase, done, total: None)
     planned = plan_sources(sources, suffixes=suffixes, content_column=content_column)
     num_units = sum(len(source.units) for source in planned)
@@ -168,7 +171,7 @@ def _check_arguments(
 
 
 def _unit_settings(
-    content_column: str, filters: Iterable[str], seed: int, tokenizer: Path | None, redact: bool
+    columns: str, filters: Iterable[str], seed: int, tokenizer: Path | None, redact: bool
 ) -> UnitSettings:
     fingerprint = ""
     if tokenizer is not None:
@@ -176,7 +179,7 @@ def _unit_settings(
 
         fingerprint = load_encoder(tokenizer).fingerprint
     return UnitSettings(
-        content_column=content_column,
+        columns=columns,
         filters=tuple(each.name for each in select_filters(filters)),
         seed=seed,
         tokenizer=None if tokenizer is None else os.path.abspath(tokenizer),
@@ -374,12 +377,17 @@ def _account_for(sources: Sequence[Source], loaded: Sequence[LoadedUnit], bases:
     position = 0
     for source in sources:
         stop = position + len(source.units)
+        lacking = sum((unit.lacking for unit in loaded[position:stop]), Counter())
         parts = [(source.account, 0)]
         parts += [(unit.account, base) for unit, base in zip(loaded[position:stop], bases[position:stop], strict=True)]
         position = stop
-        cards.append(_source_card(source.name, parts))
+        cards.append({**_source_card(source.name, parts), "lacking": dict(sorted(lacking.items()))})
     for source, card in zip(sources, cards, strict=True):
-        if not card["documents"] and (not card["damaged"] or not any(each["documents"] for each in cards)):
+        if (
+            not source.is_sidecar
+            and not card["documents"]
+            and (not card["damaged"] or not any(each["documents"] for each in cards))
+        ):
             raise UserError(_nothing_usable(source, card))
     return cards
 
@@ -416,8 +424,11 @@ def describe(card: dict) -> tuple[list[str], list[str]]:
     if redactions := card["redactions"]:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in redactions["counts"].items()) or "nothing"
         lines.append(f"redacted {counts} in {redactions['documents']:,} documents ({redactions['limits']})")
-    warnings = []
+    sidecars = [source["source"] for source in card["sources"] if "sidecars" in source["left_out"]]
+    warnings = [f"left out, for they lie beside data and are none: {', '.join(sidecars)}"] if sidecars else []
     for source in card["sources"]:
+        if source["source"] in sidecars:
+            continue
         warnings += source["damaged"]
         # An empty file is nothing that anybody must look at: packages are full of them.
         left_out = {name.replace("_", " "): count for name, count in source["left_out"].items() if name != "empty"}
@@ -425,13 +436,30 @@ def describe(card: dict) -> tuple[list[str], list[str]]:
             reasons = ", ".join(f"{count:,} {name}" for name, count in left_out.items())
             first = source["left_out_first"][0]
             warnings.append(f"{source['source']}: left out {reasons} (first: {first}; more in {CARD_NAME})")
+        warnings += _what_rows_lack(source)
     return lines, warnings
+
+
+def _what_rows_lack(source: dict) -> list[str]:
+    """What rows of a source did not say, and what that costs."""
+    costs = {
+        "repo": "the file stands for the repository, so files of one are not held out together",
+        "path": "numbers stand for paths",
+        "license": f"it is {UNKNOWN_LICENSE}",
+    }
+    return [
+        f"{source['source']}: {count:,} of {source['documents']:,} rows have no known column of {what}: {costs[what]}; "
+        f"--columns {what}=NAME names one"
+        for what, count in source["lacking"].items()
+    ]
 
 
 def _nothing_usable(source: Source, card: dict) -> str:
     counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in card["left_out"].items())
     first = f"first: {card['left_out_first'][0]}" if card["left_out_first"] else ""
-    detail = "; ".join(filter(None, [counts, first, *card["damaged"][:1]]))
+    rows = row_files_in(Path(source.name)) if os.path.isdir(source.name) and not card["left_out"] else []
+    hint = f"row files are sources by their own names, as {rows[0]}" if rows else ""
+    detail = "; ".join(filter(None, [counts, first, *card["damaged"][:1], hint]))
     return f"{source.name} holds no usable {source.expected}" + (f" ({detail})" if detail else "")
 
 

@@ -23,11 +23,12 @@ from typing import Any
 
 import orjson
 
+from codeparrot_ds.layouts import find_columns, no_text
+
 UNKNOWN_LICENSE = "unknown"
 MAX_NAMED = 100
 """So many problems of a unit are named; all are counted."""
 SPDX_HEAD_CHARACTERS = 2000
-ROW_COLUMNS = ("repo_name", "path", "license", "copies")
 PARQUET_BATCH_ROWS = 256
 
 # The phrase that comes first in a licence decides: the GPLs name each other in their last paragraphs.
@@ -52,6 +53,9 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Codecs of Python for other purposes than files: they would rewrite escapes, or take a minute for a megabyte.
+_NO_ENCODINGS_OF_FILES = {"unicode-escape", "unicode_escape", "raw-unicode-escape", "raw_unicode_escape"}
+_NO_ENCODINGS_OF_FILES |= {"idna", "punycode", "undefined"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +151,8 @@ def decode(data: bytes) -> tuple[str, str]:
             raise
     try:
         cookie, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        if codecs.lookup(cookie).name in _NO_ENCODINGS_OF_FILES:
+            raise LookupError(f"no file is written in {cookie}")
         return data.decode(cookie), cookie
     except (SyntaxError, LookupError) as error:  # no cookie or one that names nothing
         raise UnicodeError(str(error)) from error
@@ -158,6 +164,10 @@ def _checked(content: str) -> str:
         raise _LeftOut("nul_bytes")
     if not content.strip():
         raise _LeftOut("empty")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:  # a codec of escapes, or UTF-7, can make them of harmless bytes
+        raise _LeftOut("lone_surrogates") from error
     return content
 
 
@@ -234,7 +244,7 @@ def _with_version(name: str, text: str) -> str:
 
 
 def read_json_rows(
-    path: Path, account: ReadAccount, content_column: str, *, start: int = 0, stop: int | None = None
+    path: Path, account: ReadAccount, columns: str, *, start: int = 0, stop: int | None = None
 ) -> Iterator[RawDocument]:
     """The rows of a file of JSON lines; of a plain file only the lines that begin in bytes [start, stop)."""
     number = 0
@@ -242,7 +252,7 @@ def read_json_rows(
         for number, line in enumerate(_lines(path, start, stop), start=1):
             account.rows = number
             if line.strip():
-                yield from _row_document(line, content_column, path, number, account, parse=_parse)
+                yield from _row_document(line, columns, path, number, account, parse=_parse)
     except (OSError, EOFError, zlib.error) as error:
         account.damage(str(path), number, getattr(error, "strerror", None) or str(error))
 
@@ -269,7 +279,7 @@ def _has_lone_surrogate(line: bytes) -> bool:
 
 def _row_document(
     raw: Any,
-    column: str,
+    columns: str,
     path: Path,
     number: int,
     account: ReadAccount,
@@ -277,17 +287,17 @@ def _row_document(
 ) -> Iterator[RawDocument]:
     """The document of one row, or none, with the reason in the account."""
     try:
-        row, content = _row_text(parse(raw), column)
+        row, content = _row_text(parse(raw), columns)
         _checked(content)
     except _LeftOut as error:
         account.leave_out(error.category, str(path), number, str(error))
         return
     # CodeParrot's rows hold counts as text ("copies": "3"); rows of other origin may lack all but the text.
-    copies = str(row.get("copies") or 1)
-    license = str(row.get("license") or UNKNOWN_LICENSE)
+    found = {what: _words(row[name]) for what, name in find_columns(tuple(row), columns).items() if what != "content"}
+    copies, license = found.get("copies") or "1", found.get("license") or UNKNOWN_LICENSE
     yield RawDocument(
-        repo_name=str(row.get("repo_name") or path.name),
-        path=str(row.get("path") or ""),
+        repo_name=found.get("repo") or path.name,
+        path=found.get("path", ""),
         license=spdx_license(content) or license if license == UNKNOWN_LICENSE else license,
         content=content,
         row=number,
@@ -295,11 +305,19 @@ def _row_document(
     )
 
 
-def _row_text(row: object, column: str) -> tuple[dict, str]:
+def _words(value: object) -> str:
+    """A value of a column that describes the text; of several licences all, as GitHub writes them."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(printable(str(each)).lower() for each in value)
+    return printable(str(value)) if value else ""
+
+
+def _row_text(row: object, columns: str) -> tuple[dict, str]:
     if not isinstance(row, dict):
         raise _LeftOut("bad_rows", "the row is not an object")
-    if column not in row:
-        raise _LeftOut("bad_rows", f"no column {column!r} (columns: {', '.join(map(str, row))})")
+    column = find_columns(tuple(row), columns).get("content")
+    if column is None:
+        raise _LeftOut("bad_rows", no_text(tuple(row), columns))
     content = row[column]
     if isinstance(content, bytes):
         try:
@@ -308,10 +326,6 @@ def _row_text(row: object, column: str) -> tuple[dict, str]:
             raise _LeftOut("not_text") from error
     if not isinstance(content, str):
         raise _LeftOut("bad_rows", f"column {column!r} is not text")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _LeftOut("lone_surrogates") from error
     return row, content
 
 
@@ -368,7 +382,7 @@ def _zstandard_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_parquet_rows(
-    path: Path, account: ReadAccount, content_column: str, *, start: int, stop: int
+    path: Path, account: ReadAccount, columns: str, *, start: int, stop: int
 ) -> Iterator[RawDocument]:
     """The rows of row groups [start, stop); a group that cannot be read is damage, the next ones are still read."""
     import pyarrow
@@ -376,23 +390,24 @@ def read_parquet_rows(
 
     with pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        wanted = [name for name in (content_column, *ROW_COLUMNS) if name in names]
+        found = find_columns(tuple(names), columns)
+        wanted = list(found.values()) if "content" in found else []
         for group in range(start, stop):
             first = account.rows
             account.rows += file.metadata.row_group(group).num_rows
             number = first
             try:
                 for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group], columns=wanted or names[:1]):
-                    for row in _batch_rows(batch, content_column):
+                    for row in _batch_rows(batch, found.get("content")):
                         number += 1
-                        if content_column not in names:
+                        if not wanted:
                             row = dict.fromkeys(names)
-                        yield from _row_document(row, content_column, path, number, account)
+                        yield from _row_document(row, columns, path, number, account)
             except (OSError, pyarrow.ArrowException) as error:
                 account.damage(str(path), number, f"row group {group}: {error}")
 
 
-def _batch_rows(batch: Any, content_column: str) -> Iterator[dict]:
+def _batch_rows(batch: Any, content_column: str | None) -> Iterator[dict]:
     """Rows of an Arrow batch, the text as bytes: Arrow does not check that strings are UTF-8."""
     import pyarrow
 
@@ -428,7 +443,7 @@ def open_dataset(name: str) -> tuple[Any, list[str]]:
 
 
 def read_dataset_rows(
-    name: str, account: ReadAccount, content_column: str, *, shard: int, num_shards: int
+    name: str, account: ReadAccount, columns: str, *, shard: int, num_shards: int
 ) -> Iterator[RawDocument]:
     """The rows of one shard of a streamed data set."""
     path = Path(name)
@@ -437,6 +452,6 @@ def read_dataset_rows(
         if num_shards > 1:
             dataset = dataset.shard(num_shards=num_shards, index=shard)
         for account.rows, row in enumerate(dataset, start=1):
-            yield from _row_document(row, content_column, path, account.rows, account)
+            yield from _row_document(row, columns, path, account.rows, account)
     except Exception as error:  # the library raises many kinds; each is named and costs the rest of a shard
         account.damage(name, account.rows, f"shard {shard}: {error or repr(error)}")

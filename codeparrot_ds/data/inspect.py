@@ -24,7 +24,6 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import exists, may_be_on_hub, no_run
 from codeparrot_ds.terminal import VISIBLE, Progress, visible
 
-SPLITS = ("train", "validation")
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 VISIBLE |= {0x7F: "\u2421"} | {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
 
@@ -52,7 +51,7 @@ class InspectedRow:
         return parts if len(parts[-1]) else parts[:-1]
 
 
-def inspection_config(source: str, *, tokenizer: str | None = None, **fields: int | None) -> RunConfig:
+def inspection_config(source: str, *, tokenizer: str | None = None, **fields: int | str | None) -> RunConfig:
     """The run config whose stream is to be seen.
 
     Args:
@@ -87,11 +86,17 @@ class RowReader:
     Only the lanes of the wanted rows are read, each from its start: a lane's state at a row is known no other way.
 
     Args:
-        split: one of SPLITS.
-        pins: what the run found under the names of its data: see ``datasets.open_datasets``.
+        split: one of ``layouts.SPLITS``.
+        pins, began: of the run, where it is one: see ``datasets.open_datasets``.
     """
 
-    def __init__(self, config: RunConfig, split: str, pins: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        split: str,
+        pins: Mapping[str, str] | None = None,
+        began: Mapping[str, Any] | None = None,
+    ) -> None:
         self._config, self._split = config, split
         self._data = config.validation_data or config.data if split == "validation" else config.data
         self.bad_documents = BadDocuments(config.max_bad_documents)
@@ -100,10 +105,11 @@ class RowReader:
         self._stream: StreamConfig | None = None
         self._shards: list[Shard] = []
         if split == "train":
-            self._stream = stream_of(config, open_datasets(config, pins), self.encoder)
+            self._stream = stream_of(config, open_datasets(config, pins, began), self.encoder)
             texts = proof_texts(self._stream)
         else:
-            self._shards = split_shards(self._data, split)
+            named = bool(config.validation_data)
+            self._shards = split_shards(self._data, split, named=named, columns=config.columns, began=began)
             texts = read_texts(self._shards, BadDocuments(limit=None))
         self.slow_reason = self.encoder.prove_fast_encoding(texts)
         """Why gigatoken is not used; None where it is."""

@@ -1,6 +1,7 @@
 """Shards of documents, read one document at a time from any position of any piece of them.
 
-A row of a shard is a JSON object (or a parquet row) whose ``content`` is the text of one document. Lanes read pieces of
+A row of a shard is a JSON object (or a parquet row) with the text of one document, in ``content`` or where published
+data sets have it (``layouts``). Lanes read pieces of
 shards: a range of bytes where a reader can start anywhere (JSON lines, parquet), every n-th line where it cannot
 (compressed files). The position after a document travels with it, so that a reader can stop anywhere and continue
 later without reading the past again.
@@ -16,13 +17,14 @@ import io
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import orjson
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.layouts import CARD, Layout, find_columns, lay_out, no_text
 from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
 
 _LINES = ("json", "jsonl")  # the published dumps of code call JSON lines .json
@@ -52,6 +54,8 @@ class Shard:
     """Size of the file."""
     remote: Any = None
     """A ``hub_dataset.HubFile`` where the shard is on the Hub."""
+    text_column: str = ""
+    """The column of the texts; where empty the one that published data sets have (``layouts.COLUMNS``)."""
 
     @property
     def read_bytes(self) -> int:
@@ -134,43 +138,88 @@ class BadDocuments:
 # Finding shards
 
 
-def find_shards(data: str | Path, split: str) -> list[Shard]:
+def find_shards(
+    data: str | Path, split: str, *, named: bool = False, by_names: bool = True, text_column: str = ""
+) -> list[Shard]:
     """The shards of a split, sorted by name. Raises a UserError when there is nothing to read.
 
-    ``data`` is a folder with one folder per split, a folder of shards or one shard (which then are the split, whatever
-    its name is), or the name of a Hub dataset (``org/name``, with ``:config`` and ``@revision`` where wanted).
+    ``data`` is a folder whose names tell splits apart (``layouts``) or do not (then all is ``train``), one shard (which
+    is the split, whatever its name is), or the name of a Hub dataset (``org/name``, with ``:config`` and ``@revision``
+    where wanted).
+
+    Args:
+        data: what to read.
+        split: one of ``layouts.SPLITS``.
+        named: it was named for this split: a folder that has no splits then is it, as a test split is validation.
+        by_names: False for what a run of version 0.1 found, to resume it: all of a folder that has none per split.
+        text_column: see ``Shard``.
     """
     folder = Path(data)
     if not exists(folder):
         if may_be_on_hub(str(data)):
-            return _hub_shards(str(data), split)
+            return [replace(shard, text_column=text_column) for shard in _hub_shards(str(data), split)]
         hint = did_you_mean_path(data, "make a corpus with `codeparrot-ds corpus SRC --out DIR`")
         raise UserError(f"the data {data} does not exist{hint}")
     if not folder.is_dir():
-        return [_only_shard(folder)]
-    root = folder / split
-    if not root.is_dir() and _shards_in(folder):
-        root = folder
-    if not root.is_dir():
-        neighbours = sorted(path.name for path in folder.glob("*/"))
-        hint = f"it has {', '.join(neighbours)}" if neighbours else "make one with `codeparrot-ds corpus SRC --out DIR`"
-        raise UserError(f"The corpus folder {folder} has no split {split!r}; {hint}.")
-    shards = _shards_in(root)
-    if not shards:
-        raise UserError(f"{root} has no shards; a shard's name ends in one of {', '.join(FORMATS)}.")
+        return [replace(_only_shard(folder), text_column=text_column)]
+    found = _split_of_folder(folder, split, named) if by_names else _whole_folder(folder, split)
+    shards = [
+        Shard(
+            path=path,
+            name=name,
+            format=str(file_format(path.name)),
+            bytes=path.stat().st_size,
+            text_column=text_column,
+        )
+        for path, name in found
+    ]
     if not any(shard.bytes for shard in shards):
-        raise UserError(f"Every shard in {root} is empty; build the corpus again.")
+        raise UserError(f"Every shard in {_split_folder(folder, split)} is empty; build the corpus again.")
     return shards
 
 
-def _shards_in(folder: Path) -> list[Shard]:
-    shards = []
-    for path in sorted(folder.iterdir()):
-        format_ = file_format(path.name)
-        # A corpus folder holds its card, corpus.json, beside the splits.
-        if format_ and path.name != "corpus.json" and path.is_file():
-            shards.append(Shard(path=path, name=path.name, format=format_, bytes=path.stat().st_size))
-    return shards
+def layout_of(folder: Path) -> Layout:
+    """Which shards of a folder are of which split."""
+    return lay_out(folder, lambda name: file_format(name) is not None)
+
+
+def _split_of_folder(folder: Path, split: str, named: bool) -> list[tuple[Path, str]]:
+    layout = layout_of(folder)
+    chosen = split
+    if named and split == "validation" and split not in layout.splits:
+        chosen = "test" if layout.told_apart else "train"
+    if paths := layout.splits.get(chosen):
+        return list(zip(paths, layout.names(chosen), strict=True))
+    if not layout.splits:
+        raise _no_shards(folder, split)
+    if not layout.told_apart:
+        count = len(layout.splits["train"])
+        raise UserError(
+            f"The corpus folder {folder} has no split {split!r}: no name tells any of its {count:,} shard(s) from the "
+            "others, and all are to train on."
+        )
+    raise UserError(f"The corpus folder {folder} has no split {split!r}; it has {', '.join(layout.splits)}.")
+
+
+def _whole_folder(folder: Path, split: str) -> list[tuple[Path, str]]:
+    root = _split_folder(folder, split)
+    paths = [path for path in sorted(root.iterdir()) if file_format(path.name) and path.is_file()]
+    paths = [path for path in paths if path.name != CARD]
+    if not paths:
+        raise _no_shards(folder, split)
+    return [(path, path.name) for path in paths]
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    return folder / split if (folder / split).is_dir() else folder
+
+
+def _no_shards(folder: Path, split: str) -> UserError:
+    if (folder / split).is_dir():
+        return UserError(f"{folder / split} has no shards; a shard's name ends in one of {', '.join(FORMATS)}.")
+    neighbours = sorted(path.name for path in folder.glob("*/") if path.name[0] != ".")
+    hint = f"it has {', '.join(neighbours)}" if neighbours else "make one with `codeparrot-ds corpus SRC --out DIR`"
+    return UserError(f"The corpus folder {folder} has no split {split!r}; {hint}.")
 
 
 def _only_shard(path: Path) -> Shard:
@@ -317,7 +366,7 @@ class _Damage(Exception):
         self.line, self.cause = line, cause
 
 
-def _document(line: bytes | memoryview) -> str | None:
+def _document(line: bytes | memoryview, text_column: str) -> str | None:
     """The text of one JSON line, None for a blank one. Raises a ValueError with the reason when there is none."""
     try:
         row = orjson.loads(line)
@@ -328,16 +377,26 @@ def _document(line: bytes | memoryview) -> str | None:
         raise ValueError(f"broken JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    if "content" not in row:
-        raise ValueError("no `content` column")
-    return _text(row["content"])
+    column = text_column or "content"
+    if column not in row:
+        column = _text_column(tuple(row), text_column)
+    return _text(row[column], column)
 
 
-def _text(content: object) -> str:
+def _text_column(names: tuple[str, ...], text_column: str) -> str:
+    """The column of the texts among these. Raises a ValueError when there is none."""
+    columns = f"content={text_column}" if text_column else ""
+    column = find_columns(names, columns).get("content")
+    if column is None:
+        raise ValueError(no_text(names, columns))
+    return column
+
+
+def _text(content: object, column: str) -> str:
     if not isinstance(content, str):
-        raise ValueError(f"`content` is {type(content).__name__}, not a string")
+        raise ValueError(f"`{column}` is {type(content).__name__}, not a string")
     if "\0" in content:
-        raise ValueError("`content` has a NUL character: not text")
+        raise ValueError(f"`{column}` has a NUL character: not text")
     return content
 
 
@@ -365,7 +424,7 @@ def _read_lines(
             stop = newline if newline >= 0 else len(block)
             line += 1
             try:
-                text = _document(view[start:stop])
+                text = _document(view[start:stop], shard.text_column)
             except ValueError as error:
                 bad.add(BadDocument(str(shard.path), _line_number(file, piece, line), str(error)))
                 text = None
@@ -418,7 +477,7 @@ def _read_compressed(
                 if (line - 1) % piece.stride != piece.phase:
                     continue
                 try:
-                    text = _document(raw)
+                    text = _document(raw, shard.text_column)
                 except ValueError as error:
                     bad.add(BadDocument(str(shard.path), line, str(error)))
                     continue
@@ -505,7 +564,7 @@ class _Frames(io.RawIOBase):
 def _read_parquet(
     file: RandomAccess, piece: Piece, position: Position, bad: BadDocuments
 ) -> Iterator[tuple[str, Position]]:
-    """Rows of the ``content`` column; row groups before the position are not read."""
+    """Rows of the column of texts; row groups before the position are not read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -515,9 +574,10 @@ def _read_parquet(
         # Small buffers and no Arrow threads: many lanes have a shard open at once, and a forked loader worker must not
         # depend on its parent's thread pool.
         with pyarrow.parquet.ParquetFile(source, buffer_size=shard.read_bytes, pre_buffer=False) as table:
-            names = table.schema_arrow.names
-            if "content" not in names:
-                raise UserError(f"{shard.path} has no column `content`; it has {', '.join(names)}.")
+            try:
+                column = _text_column(tuple(table.schema_arrow.names), shard.text_column)
+            except ValueError as error:
+                raise UserError(f"{shard.path} has {error}") from None
             num_rows = table.metadata.num_rows
             first, end = (num_rows * byte // shard.bytes for byte in (piece.begin, piece.end))
             first = max(first, position.offset)
@@ -526,13 +586,13 @@ def _read_parquet(
                 if row + group_rows <= first or row >= end:
                     row += group_rows
                     continue
-                for batch in table.iter_batches(64, row_groups=[group], columns=["content"], use_threads=False):
+                for batch in table.iter_batches(64, row_groups=[group], columns=[column], use_threads=False):
                     for value in batch.column(0):
                         row += 1
                         if not first < row <= end:
                             continue
                         try:
-                            text = _text(value.as_py())  # a UnicodeDecodeError is a ValueError
+                            text = _text(value.as_py(), column)  # a UnicodeDecodeError is a ValueError
                         except ValueError as error:
                             bad.add(BadDocument(str(shard.path), row, str(error)))
                             continue
