@@ -20,7 +20,7 @@ import platform
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -229,16 +229,14 @@ class _Build:
         place = self.folder / "sketches"
         # Sketches number documents by unit and record; `number` below says which of those each document has.
         by_place = np.lexsort((documents.record, documents.unit))
-        tasks = []
-        for unit, members in group_by(documents.unit):
-            records = np.sort(documents.record[members])
-            for start in range(0, len(records), SKETCH_DOCUMENTS):
-                part = records[start : start + SKETCH_DOCUMENTS]
-                folder = place / _sketch_key(index.folders[unit], part, threshold)
-                tasks.append((index.folders[unit], part, threshold, folder))
+        rensa = version("rensa")
+        tasks = [
+            (parts, threshold, place / _sketch_key(parts, threshold, rensa))
+            for parts in _sketch_parts(index, documents)
+        ]
         _keep_only(place, {folder.name for *_, folder in tasks})
         todo = [task for task in tasks if not (task[-1]).is_dir()]
-        done = len(documents) - sum(len(records) for _, records, *_ in todo)
+        done = len(documents) - sum(len(records) for parts, *_ in todo for _, records in parts)
         for _, count in self.pool.run(_sketch_documents, todo):
             done += count
             self.report("sketching", done, len(documents))
@@ -295,15 +293,37 @@ def _keep_only(folder: Path, names: set[str]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _sketch_key(unit: Path, records: np.ndarray, threshold: float) -> str:
-    facts = [unit.name, hashlib.sha256(records.tobytes()).hexdigest(), threshold, version("rensa")]
+_SketchParts = list[tuple[Path, np.ndarray]]
+"""Folders of units with the numbers of records there."""
+
+
+def _sketch_parts(index: CorpusIndex, documents: Documents) -> Iterator[_SketchParts]:
+    """What to sketch at once, by unit and record: parts of a large unit, or as many small ones as make a sketch."""
+    parts: _SketchParts = []
+    size = 0
+    for unit, members in group_by(documents.unit):
+        records = np.sort(documents.record[members])
+        while len(records):
+            taken, records = np.split(records, [SKETCH_DOCUMENTS - size])
+            parts.append((index.folders[unit], taken))
+            size += len(taken)
+            if size == SKETCH_DOCUMENTS:
+                yield parts
+                parts, size = [], 0
+    if parts:
+        yield parts
+
+
+def _sketch_key(parts: _SketchParts, threshold: float, rensa: str) -> str:
+    facts = [[(unit.name, hashlib.sha256(records.tobytes()).hexdigest()) for unit, records in parts], threshold, rensa]
     return hashlib.blake2b(orjson.dumps(facts), digest_size=16).hexdigest()
 
 
-def _sketch_documents(unit: Path, records: np.ndarray, threshold: float, folder: Path) -> int:
+def _sketch_documents(parts: _SketchParts, threshold: float, folder: Path) -> int:
     with complete_folder(folder) as staging:
-        dedup.sketch(read_texts(unit, load_unit(unit).index[records]), threshold).save(staging)
-    return len(records)
+        texts = (text for unit, records in parts for text in read_texts(unit, load_unit(unit).index[records]))
+        dedup.sketch(texts, threshold).save(staging)
+    return sum(len(records) for _, records in parts)
 
 
 def _shard_plans(

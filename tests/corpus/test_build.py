@@ -300,6 +300,24 @@ def test_columns_of_published_data_sets_are_kept(tmp_path, suffix, text, repo, p
     assert {row["path"] for row in all_rows(tmp_path / "out")} == {row[path] for row in rows}
 
 
+def test_many_small_files_of_rows_share_a_sketch(tmp_path, monkeypatch):
+    for number in range(30):
+        (tmp_path / f"{number:02}.jsonl").write_text(
+            json.dumps({"content": program(number // 2) + "\n" * (number % 2)})
+        )
+    sizes = []
+    sketch = corpus._sketch_documents
+
+    def note(*task):
+        sizes.append(sketch(*task))
+        return sizes[-1]
+
+    monkeypatch.setattr(corpus, "_sketch_documents", note)
+    monkeypatch.setattr(corpus, "SKETCH_DOCUMENTS", 6)
+    card = build_corpus([str(path) for path in tmp_path.glob("*.jsonl")], tmp_path / "out", num_workers=1)
+    assert sizes == [6, 6, 3] and card["documents"] == 15
+
+
 def test_what_rows_do_not_say_is_said(tmp_path):
     """StarCoder data has no licences; a column that nobody knows is none."""
     rows = [{"content": program(i), "max_stars_repo_name": f"a/b{i}", "file": f"{i}.py"} for i in range(4)]
