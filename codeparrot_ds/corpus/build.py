@@ -31,7 +31,7 @@ import orjson
 from codeparrot_ds.corpus import dedup, redaction
 from codeparrot_ds.corpus.filters import FILTER_NAMES, select_filters, unit_interval
 from codeparrot_ds.corpus.index import CorpusIndex, Documents, drop_exact_duplicates, group_by, index_units
-from codeparrot_ds.corpus.plan import Source, plan_sources, row_files_in
+from codeparrot_ds.corpus.plan import UNIT_BYTES, Source, plan_sources, row_files_in
 from codeparrot_ds.corpus.pool import WorkerPool
 from codeparrot_ds.corpus.readers import UNKNOWN_LICENSE, ReadAccount, printable
 from codeparrot_ds.corpus.split import split_documents
@@ -300,7 +300,7 @@ _SketchParts = list[tuple[Path, np.ndarray]]
 def _sketch_parts(index: CorpusIndex, documents: Documents) -> Iterator[_SketchParts]:
     """What to sketch at once, by unit and record: parts of a large unit, or as many small ones as make a sketch."""
     parts: _SketchParts = []
-    size = 0
+    size = num_bytes = 0
     for unit, members in group_by(documents.unit):
         records = np.sort(documents.record[members])
         while len(records):
@@ -309,7 +309,11 @@ def _sketch_parts(index: CorpusIndex, documents: Documents) -> Iterator[_SketchP
             size += len(taken)
             if size == SKETCH_DOCUMENTS:
                 yield parts
-                parts, size = [], 0
+                parts, size, num_bytes = [], 0, 0
+        num_bytes += int(documents.size[members].sum())
+        if parts and num_bytes >= UNIT_BYTES:  # so that all cores have some
+            yield parts
+            parts, size, num_bytes = [], 0, 0
     if parts:
         yield parts
 
