@@ -45,7 +45,7 @@ def check_import(folder: Path, run: Path, config: RunConfig, tag: str | None = N
     find_tag(folder, tag)
     encoder_and_shape(config)
     read_ds_config(find_ds_config(config.deepspeed))
-    check_local_data(config.data, "train")
+    check_local_data(config.data, "train", named=True)
     return dataclasses.replace(config, output_dir=str(run.parent), run_name=run.name)
 
 

@@ -31,9 +31,16 @@ from codeparrot_ds.checkpoint.tensor_files import fragment_entries, fragment_fil
 from codeparrot_ds.config.files import save_config
 from codeparrot_ds.config.run_config import RunConfig, with_absolute_paths
 from codeparrot_ds.config.warnings import ConfigWarning, Continued, config_warnings, learning_rate_at
-from codeparrot_ds.data.datasets import StreamStart, open_datasets, pinned_names, saved_stream, stream_of
+from codeparrot_ds.data.datasets import (
+    StreamStart,
+    open_datasets,
+    pinned_names,
+    run_fingerprint,
+    saved_stream,
+    stream_of,
+)
 from codeparrot_ds.data.loader import TrainingLoader
-from codeparrot_ds.data.stream import StreamConfig, stream_fingerprint
+from codeparrot_ds.data.stream import StreamConfig
 from codeparrot_ds.ds_config.changes import changes
 from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.precision import with_precision
@@ -96,7 +103,7 @@ def import_deepspeed(
     state = RunState(
         step=source.step,
         tokens=source.samples * config.seq_length,
-        data=saved_stream(stream_fingerprint(stream), start),
+        data=saved_stream(run_fingerprint(config, stream), start),
         layout={
             "world_size": source.world_size,
             "zero_stage": source.zero_stage,

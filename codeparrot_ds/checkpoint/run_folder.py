@@ -150,6 +150,29 @@ def order_version_of(path: Path, resume: str = "auto") -> int | None:
     return int(record.get("order_version", 1)) if record else None  # 0.1.0 recorded none
 
 
+def recorded_fingerprint(run: Path, resume: str = "auto") -> dict[str, Any] | None:
+    """The fingerprint of the data that a run has begun with; None for one that starts.
+
+    Args:
+        run: its folder.
+        resume: as in a run config.
+    """
+    if resume == "never":
+        return None
+    checkpoints = checkpoint_folders(run / "checkpoints") if resume == "auto" else [Checkpoint(Path(resume))]
+    for checkpoint in checkpoints:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: an older one says the same
+            return dict(checkpoint.read_json(DATA)["fingerprint"])
+    return None
+
+
+def began_data(config: RunConfig) -> dict[str, Any] | None:
+    """The fingerprint of the data that a run of this config continues on; None for one that starts, there or anew."""
+    if config.run_name is None or config.on_data_change == "restart":
+        return None
+    return recorded_fingerprint(Path(config.output_dir) / config.run_name, config.resume)
+
+
 def recorded_hub(path: Path) -> str | None:
     """Where a run's checkpoints are pushed; None where they are not."""
     return _recorded(path).get("hub")

@@ -11,6 +11,7 @@ from codeparrot_ds.config import option_types as types
 from codeparrot_ds.config.arguments import ArgumentParser
 from codeparrot_ds.config.run_config import FIELDS
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.layouts import parse_columns
 from codeparrot_ds.paths import expand, name_argument
 
 PROGRAM = "codeparrot-ds"
@@ -76,6 +77,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def default_of(text: str, value: Any) -> str:
     return f"{text} (default: {value})"
+
+
+def add_columns(group: Any) -> None:
+    group.add_argument(
+        "--columns", type=columns_name, default="", metavar="WHAT=COLUMN,…",
+        help="columns of rows, as content=text (default: those that published data sets of code have)",
+    )  # fmt: skip
+
+
+def columns_name(text: str) -> str:
+    """The type of an argument that means what the run config's ``columns`` means."""
+    try:
+        parse_columns(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("columns: ")) from None
+    return text
 
 
 def data_name(text: str) -> str:

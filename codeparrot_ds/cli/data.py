@@ -11,10 +11,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from codeparrot_ds.cli.common import PROGRAM, SEED, SHARE, add_command, data_name, default_of, say_aside
+from codeparrot_ds.cli.common import (
+    PROGRAM,
+    SEED,
+    SHARE,
+    add_columns,
+    add_command,
+    data_name,
+    default_of,
+    say_aside,
+)
 from codeparrot_ds.config import option_types as types
 from codeparrot_ds.config.run_config import FIELDS
 from codeparrot_ds.cpu import usable_cores
+from codeparrot_ds.layouts import SPLITS, parse_columns
 from codeparrot_ds.paths import in_runs, name_argument, path_argument
 from codeparrot_ds.shell import next_steps, pasteable
 from codeparrot_ds.terminal import progress_line, size_text
@@ -37,8 +47,9 @@ def add_corpus(commands: Any) -> None:
         "--suffixes", nargs="+", default=[".py"], metavar="SUFFIX", help=default_of("files to read", ".py")
     )
     group.add_argument(
-        "--content-column", default="content", metavar="NAME", help=default_of("column of text", "content")
+        "--content-column", metavar="NAME", help="column of the text, as --columns content=NAME (default: see there)"
     )
+    add_columns(group)
     group.add_argument("--num-workers", type=types.count, metavar="N", help="processes (default: one a core)")
     group = parser.add_argument_group("cleaning")
     group.add_argument(
@@ -83,6 +94,9 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.data.encoder import find_tokenizer
     from codeparrot_ds.staging import working_folder
 
+    text = f"content={arguments.content_column}" if arguments.content_column else ""
+    columns = ",".join(filter(None, (text, arguments.columns)))
+    parse_columns(columns)
     try:
         with progress_line() as progress:
             card = build_corpus(
@@ -98,7 +112,7 @@ def _run_corpus(arguments: argparse.Namespace) -> int:
                 near_duplicate_threshold=arguments.near_duplicate_threshold,
                 redact=arguments.redact,
                 suffixes=arguments.suffixes,
-                content_column=arguments.content_column,
+                columns=columns,
                 num_workers=arguments.num_workers,
                 overwrite=arguments.overwrite,
                 progress=progress,
@@ -135,12 +149,16 @@ def add_tokenizer(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=SEED, default=1, metavar="N", help=default_of("order of shards under a limit", 1)
     )
+    add_columns(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
 
 
 def _run_tokenizer(arguments: argparse.Namespace) -> int:
     from codeparrot_ds.corpus.tokenizer import train_tokenizer
+    from codeparrot_ds.data.datasets import describe_layouts
 
+    for line in describe_layouts(arguments.data):
+        say_aside(line)
     with progress_line() as progress:
         result = train_tokenizer(
             arguments.data,
@@ -149,6 +167,7 @@ def _run_tokenizer(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             max_documents=arguments.max_documents,
             max_bytes=arguments.max_bytes,
+            columns=arguments.columns,
             overwrite=arguments.overwrite,
             progress=progress,
         )
@@ -180,7 +199,8 @@ def add_data(commands: Any) -> None:
         metavar="DIR",
         help="folder or Hub name of the tokenizer (default: the run's)",
     )
-    action.add_argument("--split", choices=("train", "validation"), default="train", help=default_of("part", "train"))
+    action.add_argument("--split", choices=SPLITS, default="train", help=default_of("part", "train"))
+    add_columns(action)
     action.add_argument("--rows", type=types.count, default=3, metavar="N", help=default_of("rows to show", 3))
     action.add_argument(
         "--start-row", type=types.index, default=0, metavar="K",
@@ -207,7 +227,8 @@ def add_data(commands: Any) -> None:
         metavar="SRC",
         help=default_of("as for humaneval", "humaneval"),
     )
-    action.add_argument("--split", choices=("train", "validation"), default="train", help=default_of("part", "train"))
+    action.add_argument("--split", choices=SPLITS, default="train", help=default_of("part", "train"))
+    add_columns(action)
     action.add_argument(
         "--ngram-tokens", type=types.count, default=10, metavar="N", help=default_of("of an n-gram", 10)
     )
@@ -220,11 +241,13 @@ def add_data(commands: Any) -> None:
 
 
 def _run_data_contamination(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.data.datasets import split_shards
+    from codeparrot_ds.data.datasets import describe_layouts, split_shards
     from codeparrot_ds.evaluation.contamination import as_json, describe, find_contamination
     from codeparrot_ds.evaluation.problems import load_problems
 
-    shards = split_shards(arguments.data, arguments.split)
+    shards = split_shards(arguments.data, arguments.split, columns=arguments.columns)
+    for line in describe_layouts(arguments.data):
+        say_aside(line)
     problems = load_problems(arguments.problems, say_aside)
     with progress_line("shards") as progress:
         found = find_contamination(
@@ -240,14 +263,19 @@ def _run_data_contamination(arguments: argparse.Namespace) -> int:
 
 
 def _run_data_inspect(arguments: argparse.Namespace) -> int:
-    from codeparrot_ds.checkpoint.run_folder import order_version_of, recorded_pins
+    from codeparrot_ds.checkpoint.run_folder import order_version_of, recorded_fingerprint, recorded_pins
+    from codeparrot_ds.data.datasets import describe_layouts
     from codeparrot_ds.data.inspect import RowPrinter, RowReader, inspection_config
     from codeparrot_ds.terminal import uses_colour
 
     stream = {name: getattr(arguments, name) for name in ("seq_length", "num_lanes", "shuffle_buffer", "seed")}
     source = in_runs(arguments.source)
-    config = inspection_config(source, tokenizer=arguments.tokenizer, **stream)
-    reader = RowReader(config, arguments.split, recorded_pins(Path(source)), order_version_of(Path(source)))
+    config = inspection_config(source, tokenizer=arguments.tokenizer, columns=arguments.columns or None, **stream)
+    run = Path(source)
+    began = recorded_fingerprint(run)
+    reader = RowReader(config, arguments.split, recorded_pins(run), began, order_version_of(run))
+    for line in describe_layouts(config.data, config.validation_data, began=began):
+        say_aside(line)
     with progress_line("rows") as progress:
         rows = reader.rows(arguments.start_row, arguments.rows, progress)
     if isinstance(sys.stdout, io.TextIOWrapper):

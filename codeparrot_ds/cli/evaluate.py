@@ -9,7 +9,17 @@ import os
 import sys
 from typing import Any
 
-from codeparrot_ds.cli.common import SEED, SHARE, TEMPERATURE, add_command, add_model, data_name, default_of, say_aside
+from codeparrot_ds.cli.common import (
+    SEED,
+    SHARE,
+    TEMPERATURE,
+    add_columns,
+    add_command,
+    add_model,
+    data_name,
+    default_of,
+    say_aside,
+)
 from codeparrot_ds.config import option_types as types
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import name_argument, path_argument
@@ -27,8 +37,12 @@ def add_evaluate(commands: Any) -> None:
         "--data", type=data_name, metavar="DIR", help="corpus, shards, mixture or Hub name (default: the run's own)"
     )
     group.add_argument(
-        "--split", choices=("validation", "train"), default="validation", help=default_of("part of it", "validation")
+        "--split",
+        choices=("validation", "train", "test"),
+        default="validation",
+        help=default_of("part of it", "validation"),
     )
+    add_columns(group)
     group.add_argument(
         "--seq-length", type=types.count, metavar="N", help="tokens per row (default: the run's, or the model's)"
     )
@@ -47,10 +61,13 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.data.datasets import describe_layouts
     from codeparrot_ds.evaluation.models import data_of, named_model
 
     source = named_model(arguments.source, device=arguments.device, seq_length=arguments.seq_length)
-    data = data_of(source, arguments.split, arguments.data)
+    data = data_of(source, arguments.split, arguments.data, arguments.columns)
+    for line in describe_layouts(data.name, began=data.began):
+        say_aside(line)
     say_aside(f"importing torch, then reading {arguments.source}")
 
     from codeparrot_ds.evaluation.perplexity import evaluate_in_processes
@@ -60,7 +77,8 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     result = evaluate_in_processes(
         source,
         num_processes=arguments.num_processes,
-        data=data,
+        data=arguments.data,
+        columns=arguments.columns,
         split=arguments.split,
         seq_length=arguments.seq_length,
         batch_size=arguments.batch_size,

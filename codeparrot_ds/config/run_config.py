@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from codeparrot_ds.config.option_types import whole_number
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.layouts import parse_columns
 from codeparrot_ds.paths import RUNS, did_you_mean, expand
 
 
@@ -60,7 +61,8 @@ class RunConfig:
     data: str = _setting(
         "",
         "data",
-        "corpus folder, folder of shards, one shard, or Hub data set (org/name); several as NAME=WEIGHT,NAME=WEIGHT",
+        "corpus folder, folder of shards (split by their names), one shard, or Hub data set (org/name); several as "
+        "NAME=WEIGHT,NAME=WEIGHT",
         is_path=os.path.exists,
         mixture=True,
     )
@@ -70,6 +72,11 @@ class RunConfig:
         "the same, to evaluate on (default: the validation split of data)",
         is_path=os.path.exists,
         mixture=True,
+    )
+    columns: str = _setting(
+        "",
+        "data",
+        "columns of the data, as content=text (default: those of published data sets of code, content before all)",
     )
     tokenizer: str = _setting(
         "",
@@ -238,6 +245,10 @@ class RunConfig:
 
     def _cross_field_problems(self) -> list[str]:
         problems = []
+        try:
+            parse_columns(self.columns)
+        except UserError as error:
+            problems.append(str(error))
         if not self.auto_micro_batch and self.global_batch_size % self.micro_batch_rows:
             sizes = _nearest_divisors(self.global_batch_size, self.micro_batch_rows)
             problems.append(

@@ -20,7 +20,7 @@ import platform
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,9 +31,9 @@ import orjson
 from codeparrot_ds.corpus import dedup, redaction
 from codeparrot_ds.corpus.filters import FILTER_NAMES, select_filters, unit_interval
 from codeparrot_ds.corpus.index import CorpusIndex, Documents, drop_exact_duplicates, group_by, index_units
-from codeparrot_ds.corpus.plan import Source, plan_sources
+from codeparrot_ds.corpus.plan import UNIT_BYTES, Source, plan_sources, row_files_in
 from codeparrot_ds.corpus.pool import WorkerPool
-from codeparrot_ds.corpus.readers import ReadAccount, printable
+from codeparrot_ds.corpus.readers import UNKNOWN_LICENSE, ReadAccount, printable
 from codeparrot_ds.corpus.split import split_documents
 from codeparrot_ds.corpus.units import (
     KEPT,
@@ -48,11 +48,12 @@ from codeparrot_ds.corpus.units import (
 from codeparrot_ds.corpus.write_shards import COMPRESSIONS, ShardPlan, finished_shard, write_shard
 from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.layouts import CARD as CARD_NAME
+from codeparrot_ds.layouts import parse_columns
 from codeparrot_ds.staging import RESULT, refuse_existing, resumable_folder
 from codeparrot_ds.terminal import Progress
 from codeparrot_ds.version import __version__
 
-CARD_NAME = "corpus.json"
 CARD_VERSION = 2
 MIN_TRAIN_SHARDS = 8
 MIN_COMPRESSED_TRAIN_SHARDS = 64
@@ -74,7 +75,7 @@ def build_corpus(
     near_duplicate_threshold: float = dedup.THRESHOLD,
     redact: bool = False,
     suffixes: Sequence[str] = (".py",),
-    content_column: str = "content",
+    columns: str = "",
     num_workers: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -99,7 +100,8 @@ def build_corpus(
         near_duplicate_threshold: Jaccard similarity of the sets of tokens from which on two are nearly equal.
         redact: Replace e-mail addresses, public IP addresses and secret keys by placeholders (``redaction``).
         suffixes: Names of files in source trees that are read.
-        content_column: The column of row files that holds the text.
+        columns: Of row files: ``content=text,license=terms``, or the text's alone; those of published data sets of code
+            (``layouts.COLUMNS``) are known.
         num_workers: Processes; as many as cores by default.
         overwrite: Replace a corpus that is already at ``out``; it stays whole until the new one is complete.
 
@@ -108,7 +110,8 @@ def build_corpus(
     """
     _check_arguments(sources, validation_fraction, compress, shard_bytes, suffixes, near_duplicate_threshold)
     refuse_existing(Path(os.path.abspath(out)), marker=CARD_NAME, overwrite=overwrite)
-    settings = _unit_settings(content_column, filters, seed, tokenizer, redact)
+    content_column = parse_columns(columns).get("content", "content")
+    settings = _unit_settings(columns, filters, seed, tokenizer, redact)
     report: Progress = progress or (lambda phase, done, total: None)
     planned = plan_sources(sources, suffixes=suffixes, content_column=content_column)
     num_units = sum(len(source.units) for source in planned)
@@ -168,7 +171,7 @@ def _check_arguments(
 
 
 def _unit_settings(
-    content_column: str, filters: Iterable[str], seed: int, tokenizer: Path | None, redact: bool
+    columns: str, filters: Iterable[str], seed: int, tokenizer: Path | None, redact: bool
 ) -> UnitSettings:
     fingerprint = ""
     if tokenizer is not None:
@@ -176,7 +179,7 @@ def _unit_settings(
 
         fingerprint = load_encoder(tokenizer).fingerprint
     return UnitSettings(
-        content_column=content_column,
+        columns=columns,
         filters=tuple(each.name for each in select_filters(filters)),
         seed=seed,
         tokenizer=None if tokenizer is None else os.path.abspath(tokenizer),
@@ -226,16 +229,14 @@ class _Build:
         place = self.folder / "sketches"
         # Sketches number documents by unit and record; `number` below says which of those each document has.
         by_place = np.lexsort((documents.record, documents.unit))
-        tasks = []
-        for unit, members in group_by(documents.unit):
-            records = np.sort(documents.record[members])
-            for start in range(0, len(records), SKETCH_DOCUMENTS):
-                part = records[start : start + SKETCH_DOCUMENTS]
-                folder = place / _sketch_key(index.folders[unit], part, threshold)
-                tasks.append((index.folders[unit], part, threshold, folder))
+        rensa = version("rensa")
+        tasks = [
+            (parts, threshold, place / _sketch_key(parts, threshold, rensa))
+            for parts in _sketch_parts(index, documents)
+        ]
         _keep_only(place, {folder.name for *_, folder in tasks})
         todo = [task for task in tasks if not (task[-1]).is_dir()]
-        done = len(documents) - sum(len(records) for _, records, *_ in todo)
+        done = len(documents) - sum(len(records) for parts, *_ in todo for _, records in parts)
         for _, count in self.pool.run(_sketch_documents, todo):
             done += count
             self.report("sketching", done, len(documents))
@@ -292,15 +293,41 @@ def _keep_only(folder: Path, names: set[str]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _sketch_key(unit: Path, records: np.ndarray, threshold: float) -> str:
-    facts = [unit.name, hashlib.sha256(records.tobytes()).hexdigest(), threshold, version("rensa")]
+_SketchParts = list[tuple[Path, np.ndarray]]
+"""Folders of units with the numbers of records there."""
+
+
+def _sketch_parts(index: CorpusIndex, documents: Documents) -> Iterator[_SketchParts]:
+    """What to sketch at once, by unit and record: parts of a large unit, or as many small ones as make a sketch."""
+    parts: _SketchParts = []
+    size = num_bytes = 0
+    for unit, members in group_by(documents.unit):
+        records = np.sort(documents.record[members])
+        while len(records):
+            taken, records = np.split(records, [SKETCH_DOCUMENTS - size])
+            parts.append((index.folders[unit], taken))
+            size += len(taken)
+            if size == SKETCH_DOCUMENTS:
+                yield parts
+                parts, size, num_bytes = [], 0, 0
+        num_bytes += int(documents.size[members].sum())
+        if parts and num_bytes >= UNIT_BYTES:  # so that all cores have some
+            yield parts
+            parts, size, num_bytes = [], 0, 0
+    if parts:
+        yield parts
+
+
+def _sketch_key(parts: _SketchParts, threshold: float, rensa: str) -> str:
+    facts = [[(unit.name, hashlib.sha256(records.tobytes()).hexdigest()) for unit, records in parts], threshold, rensa]
     return hashlib.blake2b(orjson.dumps(facts), digest_size=16).hexdigest()
 
 
-def _sketch_documents(unit: Path, records: np.ndarray, threshold: float, folder: Path) -> int:
+def _sketch_documents(parts: _SketchParts, threshold: float, folder: Path) -> int:
     with complete_folder(folder) as staging:
-        dedup.sketch(read_texts(unit, load_unit(unit).index[records]), threshold).save(staging)
-    return len(records)
+        texts = (text for unit, records in parts for text in read_texts(unit, load_unit(unit).index[records]))
+        dedup.sketch(texts, threshold).save(staging)
+    return sum(len(records) for _, records in parts)
 
 
 def _shard_plans(
@@ -374,12 +401,17 @@ def _account_for(sources: Sequence[Source], loaded: Sequence[LoadedUnit], bases:
     position = 0
     for source in sources:
         stop = position + len(source.units)
+        lacking = sum((unit.lacking for unit in loaded[position:stop]), Counter())
         parts = [(source.account, 0)]
         parts += [(unit.account, base) for unit, base in zip(loaded[position:stop], bases[position:stop], strict=True)]
         position = stop
-        cards.append(_source_card(source.name, parts))
+        cards.append({**_source_card(source.name, parts), "lacking": dict(sorted(lacking.items()))})
     for source, card in zip(sources, cards, strict=True):
-        if not card["documents"] and (not card["damaged"] or not any(each["documents"] for each in cards)):
+        if (
+            not source.is_sidecar
+            and not card["documents"]
+            and (not card["damaged"] or not any(each["documents"] for each in cards))
+        ):
             raise UserError(_nothing_usable(source, card))
     return cards
 
@@ -416,8 +448,11 @@ def describe(card: dict) -> tuple[list[str], list[str]]:
     if redactions := card["redactions"]:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in redactions["counts"].items()) or "nothing"
         lines.append(f"redacted {counts} in {redactions['documents']:,} documents ({redactions['limits']})")
-    warnings = []
+    sidecars = [source["source"] for source in card["sources"] if "sidecars" in source["left_out"]]
+    warnings = [f"left out, for they lie beside data and are none: {', '.join(sidecars)}"] if sidecars else []
     for source in card["sources"]:
+        if source["source"] in sidecars:
+            continue
         warnings += source["damaged"]
         # An empty file is nothing that anybody must look at: packages are full of them.
         left_out = {name.replace("_", " "): count for name, count in source["left_out"].items() if name != "empty"}
@@ -425,13 +460,30 @@ def describe(card: dict) -> tuple[list[str], list[str]]:
             reasons = ", ".join(f"{count:,} {name}" for name, count in left_out.items())
             first = source["left_out_first"][0]
             warnings.append(f"{source['source']}: left out {reasons} (first: {first}; more in {CARD_NAME})")
+        warnings += _what_rows_lack(source)
     return lines, warnings
+
+
+def _what_rows_lack(source: dict) -> list[str]:
+    """What rows of a source did not say, and what that costs."""
+    costs = {
+        "repo": "the file stands for the repository, so files of one are not held out together",
+        "path": "numbers stand for paths",
+        "license": f"it is {UNKNOWN_LICENSE}",
+    }
+    return [
+        f"{source['source']}: {count:,} of {source['documents']:,} rows have no known column of {what}: {costs[what]}; "
+        f"--columns {what}=NAME names one"
+        for what, count in source["lacking"].items()
+    ]
 
 
 def _nothing_usable(source: Source, card: dict) -> str:
     counts = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in card["left_out"].items())
     first = f"first: {card['left_out_first'][0]}" if card["left_out_first"] else ""
-    detail = "; ".join(filter(None, [counts, first, *card["damaged"][:1]]))
+    rows = row_files_in(Path(source.name)) if os.path.isdir(source.name) and not card["left_out"] else []
+    hint = f"row files are sources by their own names, as {rows[0]}" if rows else ""
+    detail = "; ".join(filter(None, [counts, first, *card["damaged"][:1], hint]))
     return f"{source.name} holds no usable {source.expected}" + (f" ({detail})" if detail else "")
 
 

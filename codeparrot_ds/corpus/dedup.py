@@ -15,16 +15,19 @@ the version and never outlives a build. Its ``RMinHashLSH`` is not used: it hold
 not verify by the sets.
 
 Memory: one band at a time, 24 bytes per document that is compared; then 16 bytes for each time that a document shares a
-band's bucket with another (512 at most, were every document to share all 32), and the buckets' lists of kept ones.
+band's bucket with another (512 at most, were every document to share all 32), the buckets' lists of kept ones, and of
+those in crowded buckets some 100 bytes per token of a seventh of their tokens.
 Signatures and token hashes stay on disk: per document, 512 bytes and 8 per distinct token.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +37,12 @@ MIN_TOKENS = 10
 MIN_RECALL = 0.9995
 """Of pairs exactly at the threshold, so many at least become candidates."""
 
+CROWDED_BUCKET = 64
+"""Documents in a bucket from which on its members are compared by their rare tokens (``_Crowd``)."""
 _SEED = 1
 _SKETCH_BATCH = 256
 _OPEN_PARTS = 128
+_COUNTERS = 1 << 22
 _SEPARATORS = bytes(
     byte if byte < 128 and (chr(byte).isalnum() or byte == ord("_")) else ord(" ") for byte in range(256)
 )
@@ -112,7 +118,7 @@ class Sketch:
 
 
 def _map(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="r").view(np.ndarray)  # a memmap's own indexing is ten times as slow
 
 
 def sketch(texts: Iterable[bytes], threshold: float = THRESHOLD) -> Sketch:
@@ -208,19 +214,98 @@ def find_near_duplicates(
         return witness
     documents = _Documents(folders, order)
     numbers, buckets = _shared_buckets(documents, num_bands(threshold))
-    kept_in: dict[int, list[int]] = {}
+    crowded = np.bincount(buckets) > CROWDED_BUCKET
+    crowd = _Crowd(documents, np.unique(numbers[crowded[buckets]]), threshold)
+    # Of each bucket, those that stay in no crowd and in one: of a crowd two find each other by their tokens.
+    alone_in: dict[int, list[int]] = {}
+    crowd_in: dict[int, list[int]] = {}
     bounds = np.flatnonzero(np.diff(numbers, prepend=-1, append=-1))
     for done, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True), start=1):
-        number, own = int(numbers[start]), buckets[start:stop].tolist()
-        candidates = {other for bucket in own for other in kept_in.get(bucket, ())}
+        number, own = int(numbers[start]), buckets[start:stop]
+        in_crowd = bool(crowded[own].any())
+        prefix = crowd.prefix(number) if in_crowd else []
+        candidates = crowd.candidates(prefix)
+        few = own[~crowded[own]].tolist()
+        for lists in (alone_in,) if in_crowd else (alone_in, crowd_in):
+            candidates.update(other for bucket in few for other in lists.get(bucket, ()))
         similar = _first_similar(documents, number, sorted(candidates), threshold) if candidates else -1
         if similar >= 0:
             witness[order[number]] = order[similar]
         else:
-            for bucket in own:
-                kept_in.setdefault(bucket, []).append(number)
+            crowd.keep(number, prefix)
+            for bucket in few:
+                (crowd_in if in_crowd else alone_in).setdefault(bucket, []).append(number)
         progress(done, len(bounds) - 1)
     return witness
+
+
+class _Crowd:
+    """The kept documents of crowded buckets, found by their rare tokens.
+
+    Small files with one licence or one template, each a little different, meet in the same buckets by thousands, and to
+    compare all of them takes the square of their number. In any one order of all tokens, a set's prefix is its first
+    n - ceil(t n) + 1. Two sets of n and m with a Jaccard of at least t have a = ceil(t (n + m) / (1 + t)) in common; so
+    their prefixes, of p and q tokens, have at least min(p - n, q - m) + a in common, and behind the first that they
+    share there are still enough (prefix filters: PPJoin, Xiao et al. 2008; AdaptJoin, Wang et al. 2012). With rare
+    tokens first, that is not what everybody has.
+    """
+
+    def __init__(self, documents: _Documents, members: np.ndarray, threshold: float) -> None:
+        self._documents, self._threshold = documents, threshold
+        # By token, then by the size of a document and how many of its tokens come behind this one.
+        self._kept: dict[int, dict[tuple[int, int], list[int]]] = {}
+        # Counts of hashes that share a place add up, which makes another order, as good as any for being right.
+        self._counts = np.zeros(_COUNTERS if len(members) else 0, dtype=np.uint32)
+        for number in members.tolist():
+            self._counts[self._places(documents.tokens(number))] += 1
+
+    @staticmethod
+    def _places(tokens: np.ndarray) -> np.ndarray:
+        return (tokens & np.uint64(_COUNTERS - 1)).astype(np.int64)
+
+    def prefix(self, number: int) -> list[tuple[int, int]]:
+        """The prefix of a document's tokens, each with the number of those behind it."""
+        tokens = np.array(self._documents.tokens(number))
+        order = np.argsort(self._counts[self._places(tokens)], kind="stable")  # equal counts: by hash, as they lie
+        size = int(_prefix_size(len(tokens), self._threshold))
+        return list(zip(tokens[order[:size]].tolist(), range(len(tokens) - 1, -1, -1), strict=False))
+
+    def candidates(self, prefix: Sequence[tuple[int, int]]) -> set[int]:
+        """The kept documents that can be similar enough to the one of this prefix."""
+        shared: Counter[int] = Counter()
+        passed_over = 0  # tokens that many have, and behind which nobody has enough: not counted, so as good as shared
+        size = prefix[0][1] + 1 if prefix else 0
+        for token, behind in prefix:
+            groups = self._kept.get(token, {})
+            few = sum(map(len, groups.values())) <= 256 + 4 * len(shared)
+            if few or any(
+                1 + min(behind, other_behind) >= _least_common(size, other_size, self._threshold)
+                for other_size, other_behind in groups
+            ):
+                for numbers in groups.values():
+                    shared.update(numbers)
+            else:
+                passed_over += 1
+        if not shared:
+            return set()
+        others = np.fromiter(shared, np.int64, len(shared))
+        sizes = self._documents.num_tokens[others].astype(np.int64)
+        counts = np.fromiter(shared.values(), np.int64, len(shared)) + passed_over
+        spare = np.minimum(len(prefix) - size, _prefix_size(sizes, self._threshold) - sizes)
+        return set(others[counts >= spare + _least_common(size, sizes, self._threshold)].tolist())
+
+    def keep(self, number: int, prefix: Sequence[tuple[int, int]]) -> None:
+        for token, behind in prefix:
+            self._kept.setdefault(token, {}).setdefault((prefix[0][1] + 1, behind), []).append(number)
+
+
+# Of one number or an array; a rounding error must cost no pair.
+def _prefix_size(size: Any, threshold: float) -> Any:
+    return size + (1e-9 - threshold * size) // 1 + 1
+
+
+def _least_common(size: int, other: Any, threshold: float) -> Any:
+    return -((1e-9 - threshold / (1 + threshold) * (size + other)) // 1)
 
 
 def _shared_buckets(documents: _Documents, bands: int) -> tuple[np.ndarray, np.ndarray]:

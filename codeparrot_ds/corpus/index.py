@@ -6,8 +6,10 @@ each document that has an exact duplicate while the one that stays is chosen.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 
@@ -72,7 +74,13 @@ class CorpusIndex:
     def text(self, documents: Documents, number: int) -> bytes:
         folder = self.folders[documents.unit[number]]
         record = documents.record[number]
-        return next(read_texts(folder, load_unit(folder, mapped=True).index[record : record + 1]))
+        return next(read_texts(folder, _mapped_index(folder)[record : record + 1]))
+
+
+@functools.lru_cache(maxsize=64)
+def _mapped_index(folder: Path) -> np.ndarray:
+    """A unit's records. Each text of a group of equal ones at one place is looked up by itself."""
+    return load_unit(folder, mapped=True).index
 
 
 def group_by(values: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -1,9 +1,9 @@
 """Cuts the sources of a corpus into units of work: the same sources give the same units on any number of cores.
 
-A unit is a few megabytes of a tree's files, a byte range of a plain file of JSON lines or of an Arrow file, a whole
-compressed file or JSON array (whose rows can only be reached from its start), some row groups of a Parquet file, or one
-shard of a streamed data set. Its
-``key`` names everything that its result depends on, so a finished unit is reused exactly where it is still true.
+A unit is a few megabytes or thousands of a tree's files, a byte range of a plain file of JSON lines or of an Arrow
+file, a whole compressed file or JSON array (whose rows can only be reached from its start), some row groups of a
+Parquet file, or one shard of a streamed data set. Its ``key`` names everything that its result depends on, so a
+finished unit is reused exactly where it is still true.
 
 Memory: about 300 bytes per file of a source tree, until all units are read.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 import os
 import re
 import sysconfig
@@ -26,10 +27,13 @@ import orjson
 from codeparrot_ds.corpus.readers import ReadAccount, TreeFile, detect_license, open_dataset, repository_name
 from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError, first_line
+from codeparrot_ds.layouts import is_sidecar, lay_out
 from codeparrot_ds.paths import did_you_mean_path
 from codeparrot_ds.rows.files import FORMATS, file_format, is_splittable, local_shard, saved_files
 
 UNIT_BYTES = 8 << 20
+UNIT_FILES = 4096
+"""Of a tree: opening a small file costs as much as reading some kilobytes."""
 ROW_SUFFIXES = tuple(FORMATS)
 UNIT_VERSION = 2
 """Raised when the code reads a unit to another result."""
@@ -57,10 +61,13 @@ class Unit:
     def key(self, settings: Sequence[Any]) -> str:
         """Name of the result: equal for equal sources read with equal settings."""
         fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "source"}
-        fields["files"] = [dataclasses.astuple(each) for each in self.files]
+        fields["files"] = [_identity(each) for each in self.files]
         # A file name need not be valid Unicode; such a file is left out, but it has a place in its unit's name.
         data = orjson.dumps([UNIT_VERSION, settings, orjson.Fragment(_dump(fields))])
         return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+_identity = operator.attrgetter(*(item.name for item in dataclasses.fields(TreeFile)))
 
 
 def _dump(value: Any) -> bytes:
@@ -78,6 +85,8 @@ class Source:
     expected: str
     units: list[Unit]
     account: ReadAccount
+    is_sidecar: bool = False
+    """Whether it lies beside data and is none, as where a shell named all files of a folder."""
 
 
 def plan_sources(sources: Sequence[str], *, suffixes: Sequence[str], content_column: str) -> list[Source]:
@@ -89,10 +98,17 @@ def plan_sources(sources: Sequence[str], *, suffixes: Sequence[str], content_col
     # One folder named twice would double the copies of all its files.
     unique = {os.path.realpath(source) if os.path.exists(source) else source: source for source in map(str, sources)}
     planned = []
+    sidecars = {place for place in unique if os.path.isfile(place) and is_sidecar(os.path.basename(place))}
+    if len(sidecars) == len(unique):
+        sidecars.clear()  # it must have been meant
     units: Iterable[Unit]
     for number, (place, source) in enumerate(sorted(unique.items())):
         account = ReadAccount()
         rows = f"rows with the text column {content_column!r}"
+        if place in sidecars:
+            account.leave_out("sidecars", source, reason="it lies beside data and is none")
+            planned.append(Source(name=source, expected=rows, units=[], account=account, is_sidecar=True))
+            continue
         if os.path.isdir(place) and (files := saved_files(Path(place))) is not None:
             units = chain.from_iterable(_row_file_units(number, file, account) for file in files)
             expected = rows
@@ -124,49 +140,86 @@ def _names_dataset(source: str) -> bool:
 
 
 def _tree_units(source: int, root: Path, account: ReadAccount, suffixes: tuple[str, ...]) -> Iterator[Unit]:
-    """Files in name order, cut where ``UNIT_BYTES`` are reached."""
+    """Files in name order, cut where ``UNIT_BYTES`` or ``UNIT_FILES`` are reached."""
     if str(root) == os.path.realpath(sysconfig.get_paths()["stdlib"]):
         # Debian ships the library without its licence, and a folder name such as "python3.11" tells a reader nothing.
-        files = _walk(root, root, "python/cpython", "psf-2.0", account, suffixes)
+        files = _walk(root, "python/cpython", "psf-2.0", account, suffixes)
     else:
-        files = _walk(root, root, repository_name(root), detect_license(root), account, suffixes)
+        files = _walk(root, repository_name(root), detect_license(root), account, suffixes)
     group: list[TreeFile] = []
     size = 0
     for each in files:
         group.append(each)
         size += each.size_bytes
-        if size >= UNIT_BYTES:
+        if size >= UNIT_BYTES or len(group) == UNIT_FILES:
             yield Unit(source=source, kind="tree", name=str(root), files=tuple(group))
             group, size = [], 0
     if group:
         yield Unit(source=source, kind="tree", name=str(root), files=tuple(group))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Folder:
+    """A folder of a tree on the way: what of it is left to look at, and what its files belong to."""
+
+    entries: Iterator[os.DirEntry[str]]
+    prefix: str
+    """Of the paths of its files in their repository."""
+    repo_name: str
+    license: str
+
+
 def _walk(
-    folder: Path, root: Path, repo_name: str, license: str, account: ReadAccount, suffixes: tuple[str, ...]
+    root: Path, repo_name: str, license: str, account: ReadAccount, suffixes: tuple[str, ...]
 ) -> Iterator[TreeFile]:
     """Walk in name order. A git checkout below the root is a repository of its own, with its own name and licence."""
-    try:
-        if folder != root and (folder / ".git").exists():
-            root, repo_name, license = folder, repository_name(folder), detect_license(folder)
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        account.leave_out("unreadable", str(folder), reason=error.strerror or str(error))
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
+    way = list(_enter(str(root), "", repo_name, license, account))
+    while way:
+        folder = way[-1]
+        entry = next(folder.entries, None)
+        if entry is None:
+            way.pop()
+        elif entry.is_dir(follow_symlinks=False):
             if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith("."):
-                yield from _walk(Path(entry.path), root, repo_name, license, account, suffixes)
-        elif entry.name.endswith(suffixes) and entry.is_file():
-            status = entry.stat()
+                prefix = f"{folder.prefix}{entry.name}/"
+                way += _enter(entry.path, prefix, folder.repo_name, folder.license, account, may_be_checkout=True)
+        elif entry.name.endswith(suffixes):
+            try:
+                if not entry.is_file():
+                    continue
+                status = entry.stat()
+            except OSError as error:  # it went away meanwhile
+                account.leave_out("unreadable", entry.path, reason=error.strerror or str(error))
+                continue
             yield TreeFile(
                 file=entry.path,
-                path=os.path.relpath(entry.path, root),
-                repo_name=repo_name,
-                license=license,
+                path=folder.prefix + entry.name,
+                repo_name=folder.repo_name,
+                license=folder.license,
                 size_bytes=status.st_size,
                 mtime_ns=status.st_mtime_ns,
             )
+
+
+def _enter(
+    folder: str, prefix: str, repo_name: str, license: str, account: ReadAccount, *, may_be_checkout: bool = False
+) -> list[_Folder]:
+    """The folder, or nothing where it cannot be looked into."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        if may_be_checkout and any(entry.name == ".git" for entry in entries):
+            prefix, repo_name, license = "", repository_name(Path(folder)), detect_license(Path(folder))
+    except OSError as error:
+        account.leave_out("unreadable", folder, reason=error.strerror or str(error))
+        return []
+    return [_Folder(entries=iter(entries), prefix=prefix, repo_name=repo_name, license=license)]
+
+
+def row_files_in(folder: Path) -> list[Path]:
+    """The row files in a folder that was named for a source tree."""
+    layout = lay_out(folder, lambda name: name.endswith(ROW_SUFFIXES))
+    return [path for paths in layout.splits.values() for path in paths]
 
 
 def _row_file_units(source: int, path: Path, account: ReadAccount) -> Iterator[Unit]:

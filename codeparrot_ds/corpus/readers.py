@@ -14,21 +14,21 @@ import re
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.layouts import find_columns
 from codeparrot_ds.rows.files import Shard, local_shard, open_shard
-from codeparrot_ds.rows.reading import BLANK, BadRow, Piece, read_rows, rows_of_table, text_of
+from codeparrot_ds.rows.reading import BLANK, BadRow, Piece, document_of, read_rows, rows_of_table
 from codeparrot_ds.rows.tables import Table, open_table
 
 UNKNOWN_LICENSE = "unknown"
 MAX_NAMED = 100
 """So many problems of a unit are named; all are counted."""
 SPDX_HEAD_CHARACTERS = 2000
-ROW_COLUMNS = ("repo_name", "path", "license", "copies")
 
 # The phrase that comes first in a licence decides: the GPLs name each other in their last paragraphs.
 _LICENSE_PHRASES = {
@@ -52,6 +52,9 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# Codecs of Python for other purposes than files: they would rewrite escapes, or take a minute for a megabyte.
+_NO_ENCODINGS_OF_FILES = {"unicode-escape", "unicode_escape", "raw-unicode-escape", "raw_unicode_escape"}
+_NO_ENCODINGS_OF_FILES |= {"idna", "punycode", "undefined"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +150,8 @@ def decode(data: bytes) -> tuple[str, str]:
             raise
     try:
         cookie, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        if codecs.lookup(cookie).name in _NO_ENCODINGS_OF_FILES:
+            raise LookupError(f"no file is written in {cookie}")
         return data.decode(cookie), cookie
     except (SyntaxError, LookupError) as error:  # no cookie or one that names nothing
         raise UnicodeError(str(error)) from error
@@ -158,6 +163,10 @@ def _checked(content: str) -> str:
         raise _LeftOut("nul_bytes")
     if not content.strip():
         raise _LeftOut("empty")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:  # a codec of escapes, or UTF-7, can make them of harmless bytes
+        raise _LeftOut("lone_surrogates") from error
     return content
 
 
@@ -234,26 +243,32 @@ def _with_version(name: str, text: str) -> str:
 
 
 def read_json_rows(
-    path: Path, account: ReadAccount, content_column: str, *, start: int = 0, stop: int | None = None
+    path: Path, account: ReadAccount, columns: str, *, start: int = 0, stop: int | None = None
 ) -> Iterator[RawDocument]:
     """The rows of a JSON or Arrow file; of one that can be entered anywhere those that begin in bytes [start, stop)."""
     with _damage_noted(path, account):
         shard = _shard(path)
         piece = Piece(shard, start, shard.bytes if stop is None else stop)
-        for row, after in read_rows(piece, columns=(content_column, *ROW_COLUMNS)):
+        for row, after in read_rows(piece, columns=lambda names: _wanted(names, columns)):
             account.rows = after.line
-            yield from _row_document(row, content_column, path, after.line, account)
+            yield from _row_document(row, columns, path, after.line, account)
 
 
 def read_parquet_rows(
-    path: Path, account: ReadAccount, content_column: str, *, start: int, stop: int
+    path: Path, account: ReadAccount, columns: str, *, start: int, stop: int
 ) -> Iterator[RawDocument]:
     """The rows of row groups [start, stop); a group that cannot be read is damage, the next ones are still read."""
     with _damage_noted(path, account), _open_table(path) as table:
         first, end = sum(table.group_rows[:start]), sum(table.group_rows[:stop])
         account.rows = end - first
-        for row, after in rows_of_table(table, first, end, (content_column, *ROW_COLUMNS)):
-            yield from _row_document(row, content_column, path, after.line, account)
+        for row, after in rows_of_table(table, first, end, lambda names: _wanted(names, columns)):
+            yield from _row_document(row, columns, path, after.line, account)
+
+
+def _wanted(names: Sequence[str], columns: str) -> list[str]:
+    """What is read of a table with columns of these names; nothing where none is that of the texts."""
+    found = find_columns(tuple(names), columns)
+    return list(found.values()) if "content" in found else []
 
 
 def _shard(path: Path) -> Shard:
@@ -283,12 +298,12 @@ def _damage_noted(path: Path, account: ReadAccount) -> Iterator[None]:
         account.damage(str(path), account.rows, getattr(error, "strerror", None) or str(error))
 
 
-def _row_document(row: Any, column: str, path: Path, number: int, account: ReadAccount) -> Iterator[RawDocument]:
+def _row_document(row: Any, columns: str, path: Path, number: int, account: ReadAccount) -> Iterator[RawDocument]:
     """The document of one row, or none, with the reason in the account."""
     if row is BLANK:
         return
     try:
-        content = text_of(row, column)
+        content = document_of(row, columns)
         if not content.strip():
             raise BadRow("empty", "")
         if not content.isascii():
@@ -303,11 +318,11 @@ def _row_document(row: Any, column: str, path: Path, number: int, account: ReadA
         account.leave_out("lone_surrogates", str(path), number)
         return
     # CodeParrot's rows hold counts as text ("copies": "3"); rows of other origin may lack all but the text.
-    copies = _word(row, "copies") or "1"
-    license = _word(row, "license") or UNKNOWN_LICENSE
+    found = {what: _words(row[name]) for what, name in find_columns(tuple(row), columns).items() if what != "content"}
+    copies, license = found.get("copies") or "1", found.get("license") or UNKNOWN_LICENSE
     yield RawDocument(
-        repo_name=_word(row, "repo_name") or path.name,
-        path=_word(row, "path"),
+        repo_name=found.get("repo") or path.name,
+        path=found.get("path", ""),
         license=spdx_license(content) or license if license == UNKNOWN_LICENSE else license,
         content=content,
         row=number,
@@ -315,10 +330,13 @@ def _row_document(row: Any, column: str, path: Path, number: int, account: ReadA
     )
 
 
-def _word(row: dict, column: str) -> str:
-    """What a column says beside the text; empty where it says nothing."""
-    value = row.get(column) or ""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else printable(str(value))
+def _words(value: object) -> str:
+    """A value of a column that describes the text; of several licences all, as GitHub writes them."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_words(each).lower() for each in value)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return printable(str(value)) if value else ""
 
 
 def open_dataset(name: str) -> tuple[Any, list[str]]:
@@ -339,7 +357,7 @@ def open_dataset(name: str) -> tuple[Any, list[str]]:
 
 
 def read_dataset_rows(
-    name: str, account: ReadAccount, content_column: str, *, shard: int, num_shards: int
+    name: str, account: ReadAccount, columns: str, *, shard: int, num_shards: int
 ) -> Iterator[RawDocument]:
     """The rows of one shard of a streamed data set."""
     path = Path(name)
@@ -348,6 +366,6 @@ def read_dataset_rows(
         if num_shards > 1:
             dataset = dataset.shard(num_shards=num_shards, index=shard)
         for account.rows, row in enumerate(dataset, start=1):
-            yield from _row_document(row, content_column, path, account.rows, account)
+            yield from _row_document(row, columns, path, account.rows, account)
     except Exception as error:  # the library raises many kinds; each is named and costs the rest of a shard
         account.damage(name, account.rows, f"shard {shard}: {error or repr(error)}")

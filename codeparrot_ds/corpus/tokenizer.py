@@ -38,6 +38,7 @@ def train_tokenizer(
     seed: int = 1,
     max_documents: int | None = None,
     max_bytes: int | None = None,
+    columns: str = "",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict:
@@ -52,6 +53,7 @@ def train_tokenizer(
         seed: Order in which shards are taken, which matters only under a limit.
         max_documents: Train on at most so many documents.
         max_bytes: Train on about so many bytes of text.
+        columns: Of the rows, as in a run config.
 
     Returns:
         ``vocab_size``, ``chars_per_token`` (over 500 documents of the train split), ``documents``, ``bytes``, and the
@@ -62,7 +64,7 @@ def train_tokenizer(
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size is {vocab_size}; {MIN_VOCAB_SIZE} is the least (256 bytes and {END_OF_TEXT})")
-    shards = split_shards(str(data), "train")
+    shards = split_shards(str(data), "train", named=True, columns=columns)
     random.Random(seed).shuffle(shards)
     account = {"documents": 0, "bytes": 0}
     tokenizer = _empty_tokenizer()

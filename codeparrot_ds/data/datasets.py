@@ -11,7 +11,7 @@ from typing import Any
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import Encoder
-from codeparrot_ds.data.shards import BadDocuments, Shard, find_shards, in_version_1, read_documents
+from codeparrot_ds.data.shards import BadDocuments, Shard, find_shards, in_version_1, layout_of, read_documents
 from codeparrot_ds.data.stream import (
     ORDER_VERSION,
     ORDER_VERSIONS,
@@ -22,8 +22,10 @@ from codeparrot_ds.data.stream import (
     check_lanes,
     fingerprint_differences,
     lane_pieces,
+    stream_fingerprint,
 )
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.layouts import parse_columns
 from codeparrot_ds.paths import exists, may_be_on_hub
 from codeparrot_ds.terminal import size_text
 
@@ -46,41 +48,82 @@ def parse_mixture(data: str) -> list[tuple[str, float]]:
     return mixture
 
 
-def split_shards(data: str, split: str) -> list[Shard]:
-    """The shards of a split of every data set that ``data`` names."""
-    return [shard for name, _ in parse_mixture(data) for shard in find_shards(name, split)]
+def split_shards(
+    data: str, split: str, *, named: bool = False, columns: str = "", began: Mapping[str, Any] | None = None
+) -> list[Shard]:
+    """The shards of a split of every data set that ``data`` names.
+
+    Args:
+        data: as in a run config.
+        split: one of ``layouts.SPLITS``.
+        named: ``data`` was named for this split: see ``find_shards``.
+        columns: as in a run config.
+        began: the fingerprint (``run_fingerprint``) of the data that a run has begun with, which finds them again.
+    """
+    return [shard for name, _ in parse_mixture(data) for shard in _find(name, split, named, columns, began)]
 
 
-def check_local_data(data: str, split: str) -> None:
+def _find(name: str, split: str, named: bool, columns: str, began: Mapping[str, Any] | None) -> list[Shard]:
+    if began is not None and "columns" not in began:  # version 0.1 told no names apart and read one column
+        return find_shards(name, split, by_names=False, text_column="content")
+    return find_shards(name, split, named=named, text_column=parse_columns(columns).get("content", ""))
+
+
+def check_local_data(data: str, split: str, *, named: bool = False, began: Mapping[str, Any] | None = None) -> None:
     """Raises a UserError where data that is not on the Hub lacks a split; the Hub is not asked."""
     for name, _ in parse_mixture(data):
         if exists(name) or not may_be_on_hub(name):
-            find_shards(name, split)
+            _find(name, split, named, "", began)
 
 
-def validation_shards(config: RunConfig) -> list[Shard]:
+def validation_shards(config: RunConfig, began: Mapping[str, Any] | None = None) -> list[Shard]:
     """What a run evaluates on: ``validation_data``, or the validation split of its own data."""
+    if config.validation_data:
+        return split_shards(config.validation_data, "validation", named=True, columns=config.columns, began=began)
     files = [name for name, _ in parse_mixture(config.data) if Path(name).is_file()]
-    if files and not config.validation_data:
+    if files:
         raise UserError(f"{files[0]} is one shard, without a validation split: name another with --validation-data")
     try:
-        return split_shards(config.validation_data or config.data, "validation")
+        return split_shards(config.data, "validation", columns=config.columns, began=began)
     except UserError as error:
-        if config.validation_data:
-            raise
-        raise UserError(f"{error} Another data set can be named with --validation-data.") from None
+        raise UserError(f"{error} Name what to evaluate on with --validation-data.") from None
 
 
-def open_datasets(config: RunConfig, pins: Mapping[str, str] | None = None) -> list[Dataset]:
+def describe_layouts(*data: str, began: Mapping[str, Any] | None = None) -> list[str]:
+    """What is taken for what in the folders that some ``data`` names, a line for each where its names must tell it."""
+    names = dict.fromkeys(name for each in data if each for name, _ in parse_mixture(each))
+    lines = [layout_of(Path(name)).describe() for name in names if Path(name).is_dir()]
+    if any(lines) and began is not None and "columns" not in began:
+        return ["the run keeps the shards that it began with, whatever their names say now"]
+    return [line for line in lines if line]
+
+
+def describe_data(
+    config: RunConfig,
+    datasets: Sequence[Dataset],
+    validation: Sequence[Shard],
+    began: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """`describe_layouts` of a run's data, and a line where it evaluates on what it trains on, as a run may be told."""
+    trained = {str(shard.path) for dataset in datasets for shard in dataset.shards}
+    both = sum(str(shard.path) in trained for shard in validation)
+    lines = describe_layouts(config.data, config.validation_data, began=began)
+    return lines + [f"{both:,} of the {len(validation):,} shard(s) to evaluate on are trained on as well"] * bool(both)
+
+
+def open_datasets(
+    config: RunConfig, pins: Mapping[str, str] | None = None, began: Mapping[str, Any] | None = None
+) -> list[Dataset]:
     """The training data sets of a run config.
 
     Args:
         pins: what a run's earlier start found under the names in ``data`` (``pinned_names``): a Hub data set stays at
             the commit that the run began with.
+        began: the fingerprint of the data that the run has begun with: its shards stay the same, whatever their names.
     """
     datasets = []
     for name, weight in parse_mixture(config.data):
-        shards = find_shards((pins or {}).get(name, name), "train")
+        shards = _find((pins or {}).get(name, name), "train", True, config.columns, began)
         remote = shards[0].remote
         found = name if remote is None else f"{name.partition('@')[0]}@{remote.commit}"
         datasets.append(Dataset(name=found, shards=shards, weight=weight))
@@ -119,13 +162,16 @@ def stream_of(
     )
 
 
-def check_datasets(config: RunConfig, datasets: Sequence[Dataset]) -> None:
-    """Raises a UserError when a lane of a local data set has no document or there is nothing to evaluate on."""
-    validation_shards(config)
+def check_datasets(
+    config: RunConfig, datasets: Sequence[Dataset], began: Mapping[str, Any] | None = None
+) -> list[Shard]:
+    """The shards to evaluate on; raises a UserError when there are none or a lane of local data has no document."""
+    validation = validation_shards(config, began)
     for dataset in datasets:
         # On the Hub this would fetch the start of every lane; a lane that finds nothing says so when it is read.
         if not any(shard.remote for shard in dataset.shards):
             check_lanes(dataset, config.num_lanes)
+    return validation
 
 
 def proof_texts(stream: StreamConfig) -> Iterator[str]:
@@ -147,6 +193,13 @@ class StreamStart:
     lane_states: Mapping[int, LaneStates] = field(default_factory=dict)
 
 
+def run_fingerprint(config: RunConfig, stream: StreamConfig, began: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What must be equal for a run to continue on its data, as JSON; ``began`` is that of the run that continues."""
+    fingerprint = stream_fingerprint(stream)
+    # Those of version 0.1 say no columns, and are known by that.
+    return fingerprint if began is not None and "columns" not in began else fingerprint | {"columns": config.columns}
+
+
 def saved_stream(fingerprint: Mapping[str, Any], start: StreamStart) -> dict[str, Any]:
     """What a checkpoint keeps of the stream, as JSON; ``resume_stream`` reads it."""
     return {
@@ -165,7 +218,11 @@ def resume_stream(
 
     Raises a UserError when anything differs, unless ``on_data_change`` is ``restart``: then the stream begins anew.
     """
-    differences = fingerprint_differences(saved["fingerprint"], fingerprint)
+    began = saved["fingerprint"]
+    differences = fingerprint_differences(began, fingerprint)
+    columns, before = fingerprint.get("columns", ""), began.get("columns", "")
+    if columns != before:
+        differences.append(f"columns is {columns!r}, but the run was started with {before!r}.")
     if not differences:
         lanes = {
             int(lane): tuple(LaneState.from_json(state) for state in states) for lane, states in saved["lanes"].items()

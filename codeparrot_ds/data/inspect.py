@@ -23,7 +23,6 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import exists, may_be_on_hub, no_run
 from codeparrot_ds.terminal import VISIBLE, Progress, visible
 
-SPLITS = ("train", "validation")
 DIM, BOLD, PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
 VISIBLE |= {0x7F: "\u2421"} | {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
 
@@ -51,7 +50,7 @@ class InspectedRow:
         return parts if len(parts[-1]) else parts[:-1]
 
 
-def inspection_config(source: str, *, tokenizer: str | None = None, **fields: int | None) -> RunConfig:
+def inspection_config(source: str, *, tokenizer: str | None = None, **fields: int | str | None) -> RunConfig:
     """The run config whose stream is to be seen.
 
     Args:
@@ -86,8 +85,8 @@ class RowReader:
     Only the lanes of the wanted rows are read, each from its start: a lane's state at a row is known no other way.
 
     Args:
-        split: one of SPLITS.
-        pins: what the run found under the names of its data: see ``datasets.open_datasets``.
+        split: one of ``layouts.SPLITS``.
+        pins, began: of the run, where it is one: see ``datasets.open_datasets``.
         order_version: of the run; None for what a run that begins now has.
     """
 
@@ -96,6 +95,7 @@ class RowReader:
         config: RunConfig,
         split: str,
         pins: Mapping[str, str] | None = None,
+        began: Mapping[str, Any] | None = None,
         order_version: int | None = None,
     ) -> None:
         self._config, self._split = config, split
@@ -105,11 +105,12 @@ class RowReader:
         self._stream: StreamConfig | None = None
         self._shards: list[Shard] = []
         if split == "train":
-            self._stream = stream_of(config, open_datasets(config, pins), self.encoder, order_version)
+            self._stream = stream_of(config, open_datasets(config, pins, began), self.encoder, order_version)
             self.encoder = self._stream.encoder
             texts = proof_texts(self._stream)
         else:
-            self._shards = split_shards(self._data, split)
+            named = bool(config.validation_data)
+            self._shards = split_shards(self._data, split, named=named, columns=config.columns, began=began)
             if order_version == 1:
                 self._shards, self.encoder = in_version_1(self._shards), self.encoder.in_version_1()
             texts = read_texts(self._shards, BadDocuments(limit=None))

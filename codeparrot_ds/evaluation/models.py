@@ -6,13 +6,17 @@ import contextlib
 import importlib.metadata
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.checkpoint.folders import find_model, find_run
+from codeparrot_ds.checkpoint.run_folder import recorded_fingerprint
 from codeparrot_ds.config.files import load_config
-from codeparrot_ds.data.datasets import check_local_data
+from codeparrot_ds.data.datasets import check_local_data, split_shards
 from codeparrot_ds.data.hub_files import hub_file
+from codeparrot_ds.data.shards import Shard
 from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.paths import exists, in_runs
 
@@ -60,20 +64,45 @@ def _check_device(device: str) -> None:
         raise UserError(f"device {device!r}: this machine's GPUs are cuda:0 to cuda:{number - 1}")
 
 
-def data_of(source: str | Path, split: str, data: str | None = None) -> str:
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedData:
+    """The data that a model is evaluated on, and how its shards are found."""
+
+    name: str
+    named: bool
+    """Whether it was named for this: then a folder whose names tell no splits apart may be it."""
+    columns: str = ""
+    began: Mapping[str, Any] | None = None
+    """The fingerprint of the run's data, where it is that."""
+
+    def check(self, split: str) -> None:
+        """Raises a UserError where local data lacks the split; the Hub is not asked."""
+        check_local_data(self.name, split, named=self.named, began=self.began)
+
+    def shards(self, split: str) -> list[Shard]:
+        """The shards of the split."""
+        return split_shards(self.name, split, named=self.named, columns=self.columns, began=self.began)
+
+
+def data_of(source: str | Path, split: str, data: str | None = None, columns: str = "") -> EvaluatedData:
     """Returns the data that a model is evaluated on: the given, or the run's own.
 
     Raises ``UserError`` for a model that is no run's where none is given, and for data that is neither here nor on the
     Hub, which is not asked.
     """
     run = find_run(source)
-    if not data and run is not None:
-        config = load_config(run / "config.yaml")
-        data = (config.validation_data if split == "validation" else "") or config.data
-    if not data:
+    config = None if run is None else load_config(run / "config.yaml")
+    own = "" if config is None else (config.validation_data if split == "validation" else "") or config.data
+    if not data and not own:
         raise UserError(f"{source} does not say which corpus it belongs to; name one with --data")
-    check_local_data(data, split)
-    return data
+    if run is None or config is None or (data and data != own):
+        found = EvaluatedData(name=str(data), named=True, columns=columns)
+    else:
+        named = bool(data or config.validation_data)
+        began = recorded_fingerprint(run)
+        found = EvaluatedData(name=own, named=named, columns=columns or config.columns, began=began)
+    found.check(split)
+    return found
 
 
 def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:

@@ -164,6 +164,7 @@ def evaluate_model(
     *,
     data: str | Path | None = None,
     split: str = "validation",
+    columns: str = "",
     seq_length: int | None = None,
     batch_size: int | None = None,
     max_eval_steps: int | None = None,
@@ -181,7 +182,8 @@ def evaluate_model(
     Args:
         source: as for ``load_model``.
         data: corpus folder, a run's own by default.
-        split: ``validation`` or ``train``.
+        split: ``validation``, ``train`` or ``test``.
+        columns: as in a run config; the run's by default.
         seq_length: tokens per row; by default the model's context, at most 1024.
         batch_size: rows at once; 8 for a model that says nothing.
         max_eval_steps: batches at most; -1 for all, also for a model that says nothing.
@@ -195,7 +197,6 @@ def evaluate_model(
         ``perplexity``, ``bits_per_byte``, ``eval_tokens``, ``seconds``, and what ``Details.result`` returns.
     """
     from codeparrot_ds.config.run_config import RunConfig
-    from codeparrot_ds.data.datasets import split_shards
     from codeparrot_ds.data.shards import BadDocuments, in_version_1, read_texts
 
     as_trained = _evaluated_with(source)
@@ -206,8 +207,8 @@ def evaluate_model(
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     if max_eval_steps < 1 and max_eval_steps != -1:
         raise UserError(f"max_eval_steps is {max_eval_steps}; it must be at least 1, or -1 for all")
-    data = data_of(source, split, None if data is None else str(data))
-    shards = split_shards(data, split)  # before the model: a wrong folder is said at once
+    found = data_of(source, split, None if data is None else str(data), columns)
+    data, shards = found.name, found.shards(split)  # before the model: a wrong folder is said at once
     model, tokenizer = load_model(source, dtype=dtype, device=device)
     context = context_length(model)
     if seq_length is None:

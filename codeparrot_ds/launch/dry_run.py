@@ -8,6 +8,7 @@ from pathlib import Path
 
 from codeparrot_ds.checkpoint.folders import DATA, Checkpoint, newest_checkpoint
 from codeparrot_ds.checkpoint.run_folder import (
+    began_data,
     continued_from,
     finished_checkpoint,
     order_version_of,
@@ -115,12 +116,12 @@ def _machine(run: ResolvedRun, hosts: list[Host]) -> Iterator[tuple[str, str]]:
 
 def _data(config: RunConfig) -> Iterator[tuple[str, str]]:
     """What was found under the names of the data."""
-    datasets = open_datasets(config, recorded_pins(run_path(config)))
+    datasets = open_datasets(config, recorded_pins(run_path(config)), began := began_data(config))
     whole = sum(dataset.weight for dataset in datasets)
     for place, dataset in enumerate(datasets):
         share = f", {dataset.weight / whole:.0%} of the rows" if len(datasets) > 1 else ""
         yield "" if place else "data", f"{dataset.name}: {_size(dataset.shards)}{share}"
-    yield "", f"to evaluate on: {_size(validation_shards(config))}"
+    yield "", f"to evaluate on: {_size(validation_shards(config, began))}"
     yield "tokenizer", config.tokenizer
 
 
@@ -172,7 +173,7 @@ def _rows(config: RunConfig) -> Iterator[str]:
         yield f"  those from row {first:,} on; to see them:"
         yield f"  {pasteable('data', 'inspect', checkpoint.run, '--start-row', first)}"
         return
-    reader = RowReader(config, "train", recorded_pins(run), order_version_of(run, config.resume))
+    reader = RowReader(config, "train", recorded_pins(run), began_data(config), order_version_of(run, config.resume))
     printer = RowPrinter(reader, width=WIDTH)
     for row in reader.rows(0, FIRST_ROWS):
         lines = printer.row(row).rstrip("\n").splitlines()

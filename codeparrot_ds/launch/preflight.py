@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.checkpoint.folders import DATA, Checkpoint
 from codeparrot_ds.checkpoint.initial import with_initial_model, with_kept_tokenizer
 from codeparrot_ds.checkpoint.run_folder import (
+    began_data,
     check_checkpoint,
     check_continuation,
     check_ds_continuation,
@@ -22,8 +23,16 @@ from codeparrot_ds.checkpoint.run_folder import (
     recorded_pins,
 )
 from codeparrot_ds.config.run_config import REQUIRED, RunConfig, with_absolute_paths
-from codeparrot_ds.data.datasets import check_datasets, check_local_data, open_datasets, resume_stream, stream_of
-from codeparrot_ds.data.stream import StreamConfig, check_world_size, stream_fingerprint
+from codeparrot_ds.data.datasets import (
+    check_datasets,
+    check_local_data,
+    describe_data,
+    open_datasets,
+    resume_stream,
+    run_fingerprint,
+    stream_of,
+)
+from codeparrot_ds.data.stream import StreamConfig, check_world_size
 from codeparrot_ds.devices import smallest_gpu
 from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.lint import check_ds_config, libaio_installed
@@ -98,19 +107,20 @@ def check_run(
         libaio=libaio_installed() or are_built(["async_io"]),
     )
     what_to_complete(config, lambda line: print(line, file=sys.stderr))
-    datasets = open_datasets(config, recorded_pins(path))
-    check_datasets(config, datasets)
+    began = began_data(config)
+    datasets = open_datasets(config, recorded_pins(path), began)
+    validation = check_datasets(config, datasets, began)
     check_world_size(config.num_lanes, world_size)
     run = resolve_run(config, file, world_size=world_size, device=device, model=model)
     check_continuation(config, path)
     changed = check_ds_continuation(config, path, run.ds_config)
     checkpoint = check_checkpoint(config, path, run.shape)
     stream = stream_of(config, datasets, run.encoder, order_version_of(path, config.resume))
-    _check_data(config, path, checkpoint, stream)
+    _check_data(config, path, checkpoint, stream, began)
     if open_repository(config.hub, config.output_dir) is not None and is_remote(config.hub):
         require_token(config.hub)
     _check_space(Path(config.output_dir), run.parameters, config.keep_checkpoints)
-    for finding in warnings:
+    for finding in [*warnings, *describe_data(config, datasets, validation, began)]:
         print(finding, file=sys.stderr)
     if changed:
         print(f"{path} resumes with another DeepSpeed config: {'; '.join(map(str, changed))}", file=sys.stderr)
@@ -134,7 +144,7 @@ def check_named(config: RunConfig) -> None:
             raise UserError(
                 f"--{field} is missing: make one with `codeparrot-ds {'corpus' if field == 'data' else field}`"
             )
-    check_local_data(config.data, "train")
+    check_local_data(config.data, "train", named=True, began=began_data(config))
 
 
 def check_memory(run: ResolvedRun, *, refuse: bool = True) -> None:
@@ -174,7 +184,13 @@ def _warn_of_little_memory(memory: Memory, ranks: int) -> None:
         )
 
 
-def _check_data(config: RunConfig, run: Path, checkpoint: Checkpoint | None, stream: StreamConfig) -> None:
+def _check_data(
+    config: RunConfig,
+    run: Path,
+    checkpoint: Checkpoint | None,
+    stream: StreamConfig,
+    began: Mapping[str, Any] | None,
+) -> None:
     """Refuses to resume on other data than the checkpoint's."""
     if checkpoint is None:
         return
@@ -184,7 +200,7 @@ def _check_data(config: RunConfig, run: Path, checkpoint: Checkpoint | None, str
         return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
     if isinstance(saved, dict) and "fingerprint" in saved:
         try:
-            resume_stream(saved, stream_fingerprint(stream), on_data_change=config.on_data_change)
+            resume_stream(saved, run_fingerprint(config, stream, began), on_data_change=config.on_data_change)
         except UserError as error:
             raise UserError(f"{run}: {error}") from None
 

@@ -201,7 +201,7 @@ def wanted_of(config: RunConfig, launch: LaunchOptions, *, build: bool, clear_lo
     """
     for data, split in ((config.data, "train"), (config.validation_data, "validation")):
         if data:
-            check_local_data(data, split)
+            check_local_data(data, split, named=True)
     if config.tokenizer:
         find_tokenizer(config.tokenizer)
     existing_folder(Path(config.output_dir))

@@ -26,8 +26,6 @@ FORMATS = {
 }
 TABLES = ("parquet", "arrow")
 """Formats whose rows are numbered, not lines of text."""
-SIDECARS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""What `datasets` puts beside its files of rows."""
 READ_BYTES = 1 << 18
 """Bytes that a reader asks the disk for at once; one open piece per lane holds about so much."""
 REMOTE_READ_BYTES = 1 << 21
@@ -51,6 +49,8 @@ class Shard:
     """A ``hub_dataset.HubFile`` where the shard is on the Hub."""
     is_values: bool = False
     """Whether the text is one JSON array, or JSON objects over several lines each, and not JSON lines."""
+    text_column: str = ""
+    """The column of the texts; where empty the one that published data sets have (``layouts.COLUMNS``)."""
     as_before: bool = False
     """Whether it is read as 0.1.0 read it, mistakes included: for runs that began with ``order_version`` 1."""
     exact_numbers: bool = False
@@ -62,9 +62,7 @@ class Shard:
 
 
 def file_format(name: str) -> str | None:
-    """The format that a file's name stands for, or None."""
-    if name.startswith("._") or name in SIDECARS:  # the first are what macOS leaves in archives
-        return None
+    """The format that the ending of a file's name stands for, or None."""
     return next((format_ for suffix, format_ in FORMATS.items() if name.endswith(suffix)), None)
 
 

@@ -13,13 +13,14 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.layouts import find_columns, no_text, parse_columns
 from codeparrot_ds.rows import files
 from codeparrot_ds.rows.access import HeldFile, RandomAccess
 from codeparrot_ds.rows.compressed import DAMAGE, Frames
@@ -28,6 +29,7 @@ from codeparrot_ds.rows.values import split_values
 
 MAX_ROW_BYTES = 1 << 26
 """Of one row, and of one text: nobody writes a program of 64 MiB, and one of two gigabytes fits into 98 KB of zstd."""
+Columns = Callable[[Sequence[str]], Sequence[str]]
 BLANK = object()
 """In the place of a row: a line without one."""
 
@@ -76,14 +78,15 @@ def _too_long() -> BadRow:
 
 
 def read_rows(
-    piece: Piece, position: Position = START, columns: Sequence[str] | None = None
+    piece: Piece, position: Position = START, columns: Columns | None = None
 ) -> Iterator[tuple[Any, Position]]:
     """The rows of ``piece`` from ``position`` on, each with the position after it.
 
     A row is what its JSON says, or a dictionary of columns; a ``BadRow``; or BLANK.
 
     Args:
-        columns: of a table, those that are wanted where it has them; None for all.
+        columns: chooses those of a table that are read, by its names; None for all. Where it chooses none a row has the
+            names of all and no values.
 
     Raises a UserError where the system refuses to read, and FileNotFoundError.
     """
@@ -128,7 +131,7 @@ def _rows_with_places(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(
-    file: RandomAccess, piece: Piece, position: Position, columns: Sequence[str] | None
+    file: RandomAccess, piece: Piece, position: Position, columns: Columns | None
 ) -> Iterator[tuple[Any, Position]]:
     if piece.shard.format in TABLES:
         return _table_rows(file, piece, position, columns)
@@ -156,7 +159,18 @@ def row_number(piece: Piece, position: Position) -> int:
 # Texts
 
 
-def text_of(row: Any, column: str = "content", *, as_before: bool = False) -> str:
+def document_of(row: Any, columns: str, *, as_before: bool = False) -> str:
+    """The text of a row in the column that ``layouts.find_columns`` finds. Raises a BadRow where there is none."""
+    column = parse_columns(columns).get("content", "content")
+    if isinstance(row, dict) and column not in row:
+        found = find_columns(tuple(row), columns).get("content")
+        if found is None:
+            raise BadRow("bad_rows", no_text(tuple(row), columns))
+        column = found
+    return text_of(row, column, as_before=as_before)
+
+
+def text_of(row: Any, column: str, *, as_before: bool = False) -> str:
     """The text in a column of a row, without a byte order mark. Raises a BadRow where there is none."""
     if not isinstance(row, dict):
         raise row if isinstance(row, BadRow) else BadRow("bad_rows", "not a JSON object")
@@ -362,7 +376,7 @@ def _text_chunks(frames: Frames, offset: int) -> Iterator[bytes]:
 
 
 def _table_rows(
-    file: RandomAccess, piece: Piece, position: Position, columns: Sequence[str] | None
+    file: RandomAccess, piece: Piece, position: Position, columns: Columns | None
 ) -> Iterator[tuple[Any, Position]]:
     """The rows of a table whose share of the file lies in the piece."""
     import pyarrow
@@ -387,20 +401,19 @@ def _damage_behind(row: int, first: int, error: object) -> tuple[BadRow, Positio
 
 
 def rows_of_table(
-    table: Any, first: int, end: int, columns: Sequence[str] | None, *, skip: int = 0, as_before: bool = False
+    table: Any, first: int, end: int, columns: Columns | None, *, skip: int = 0, as_before: bool = False
 ) -> Iterator[tuple[Any, Position]]:
     """The rows [first, end) of a table from row ``skip`` on; a group of rows that cannot be read costs itself.
 
     Args:
         table: as ``tables.open_table`` gives it.
-        columns: as for ``read_rows``; where the first is not there, a row has the names of all columns only.
+        columns: as for ``read_rows``.
     """
     import pyarrow
 
     from codeparrot_ds.rows.tables import cells
 
-    wanted = [name for name in table.names if columns is None or name in columns]
-    known = {} if columns is None or columns[0] in wanted else dict.fromkeys(table.names)
+    wanted = table.names if columns is None else list(columns(table.names))
     start, row = max(first, skip), 0
     for group, group_rows in enumerate(table.group_rows):
         group_end = row + group_rows
@@ -416,8 +429,8 @@ def rows_of_table(
                     for number, values in enumerate(
                         zip(*columns_of_batch, strict=True), start=max(batch_row, start) + 1
                     ):
-                        cells_of_row = dict(zip(batch.schema.names, values, strict=True))
-                        yield known | cells_of_row if known else cells_of_row, Position(number, number - first)
+                        row_of_table = dict(zip(batch.schema.names, values, strict=True))
+                        yield row_of_table if wanted else dict.fromkeys(table.names), Position(number, number - first)
                 if row >= end:
                     return
         except (pyarrow.ArrowException, OSError) as error:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from codeparrot_ds.checkpoint.run_folder import RunFolder
+from codeparrot_ds.checkpoint.run_folder import RunFolder, began_data
 from codeparrot_ds.checkpoint.state import RunState
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.datasets import (
@@ -15,12 +15,13 @@ from codeparrot_ds.data.datasets import (
     pinned_names,
     proof_texts,
     resume_stream,
+    run_fingerprint,
     stream_of,
     validation_shards,
 )
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.shards import Shard, in_version_1
-from codeparrot_ds.data.stream import Dataset, StreamConfig, stream_fingerprint
+from codeparrot_ds.data.stream import Dataset, StreamConfig
 from codeparrot_ds.engine.ranks import Ranks
 from codeparrot_ds.resolved_run import ResolvedRun
 
@@ -59,21 +60,22 @@ class RunData:
 def open_data(run: ResolvedRun, folder: RunFolder, ranks: Ranks) -> RunData:
     """Opens the run's data sets, which stay at the Hub commits that the run began with; collective."""
     # On rank 0 alone: on the Hub each look costs requests.
-    datasets, validation = ranks.on_main(lambda: _open(run.config, folder))
+    datasets, validation, began = ranks.on_main(lambda: _open(run.config, folder))
     stream = stream_of(run.config, datasets, run.encoder, folder.record["order_version"])
     if stream.order_version == 1:
         validation = in_version_1(validation)
-    fingerprint = ranks.on_main(lambda: stream_fingerprint(stream))
+    fingerprint = ranks.on_main(lambda: run_fingerprint(run.config, stream, began))
     _choose_encoding(stream, ranks)
     return RunData(stream=stream, validation=validation, fingerprint=fingerprint)
 
 
-def _open(config: RunConfig, folder: RunFolder) -> tuple[list[Dataset], list[Shard]]:
-    datasets = open_datasets(config, folder.record.get("data_pins"))
+def _open(config: RunConfig, folder: RunFolder) -> tuple[list[Dataset], list[Shard], dict[str, Any] | None]:
+    began = began_data(config)
+    datasets = open_datasets(config, folder.record.get("data_pins"), began)
     pins = pinned_names(config, datasets)
     if pins:
         folder.update(data_pins=folder.record.get("data_pins", {}) | pins)
-    return datasets, validation_shards(config)
+    return datasets, validation_shards(config, began), began
 
 
 def _choose_encoding(stream: StreamConfig, ranks: Ranks) -> None:

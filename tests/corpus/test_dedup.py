@@ -108,6 +108,31 @@ def test_nothing_similar_stays_and_nothing_unlike_goes(tmp_path):
         assert (other >= 0) == (max(earlier, default=0) >= 0.85), number
 
 
+def test_a_crowd_of_one_template_is_sorted_out_as_pairs_are(tmp_path, monkeypatch):
+    """Hundreds of small texts that share most of their tokens meet in the same buckets."""
+    rng = random.Random(3)
+    header = b"# Licensed under some terms; you may use this file in compliance with them, on an as is basis\n"
+    texts = []
+    for _ in range(400):
+        names = b" = ".join(b"name_%d" % rng.randrange(40) for _ in range(3))
+        texts.append(header + names)
+    monkeypatch.setattr(dedup, "CROWDED_BUCKET", len(texts))
+    expected = find(tmp_path, texts)
+    assert 50 < sum(witness >= 0 for witness in expected) < 350
+    monkeypatch.setattr(dedup, "CROWDED_BUCKET", 8)
+    compared = []
+    first_similar = dedup._first_similar
+
+    def note(documents, number, candidates, threshold):
+        compared.extend(candidates)
+        return first_similar(documents, number, candidates, threshold)
+
+    monkeypatch.setattr(dedup, "_first_similar", note)
+    assert find(tmp_path, texts) == expected
+    kept = sum(witness < 0 for witness in expected)
+    assert len(compared) < kept * len(texts) / 8
+
+
 def test_no_chain_removes_what_has_no_like(tmp_path):
     """A~B and B~C but A unlike C: B goes for A, and C stays though it is like B."""
     tokens = [b"token_%d" % number for number in range(120)]

@@ -1,6 +1,8 @@
 import codecs
 import gzip
+import inspect
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -14,6 +16,7 @@ from codeparrot_ds.corpus.readers import (
     ReadAccount,
     decode,
     read_dataset_rows,
+    read_files,
     read_json_rows,
     read_parquet_rows,
     spdx_license,
@@ -64,6 +67,25 @@ def test_encodings_by_cookie():
     # Valid UTF-8 with a forgotten cookie is UTF-8: nobody writes "Ã©".
     own = text.format("latin-1")
     assert decode(own.encode("utf-8")) == (own, "utf-8")
+
+
+@pytest.mark.parametrize(
+    "cookie",
+    "unicode_escape raw_unicode_escape unicode-escape idna punycode rot13 hex base64 zip undefined mbcs utf-7".split(),
+)
+def test_a_codec_that_no_file_is_written_in_costs_its_file(tmp_path, cookie):
+    texts = {
+        "bad.py": f"# -*- coding: {cookie} -*-\nx = '\\ud800 +2AA- \xe9'\n".encode("latin-1"),
+        "good.py": b"x = 1\n",
+    }
+    for name, data in texts.items():
+        (tmp_path / name).write_bytes(data)
+    (source,) = plan_sources([str(tmp_path)], suffixes=[".py"], content_column="content")
+    account = ReadAccount()
+    found = [document.path for unit in source.units for document in read_files(unit.files, account)]
+    assert found == ["good.py"]
+    ((file, _, reason),) = account.named
+    assert file == str(tmp_path / "bad.py") and reason in ("not text", "lone surrogates")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +156,8 @@ def test_parquet_without_the_column_names_those_there_are(tmp_path):
     path = write_parquet(tmp_path / "rows.parquet", ["x"])
     account = ReadAccount()
     assert not list(read_parquet_rows(path, account, "text", start=0, stop=1))
-    assert account.named == [(str(path), 1, "no `text` column (columns: content)")]
+    ((file, row, reason),) = account.named
+    assert (file, row) == (str(path), 1) and reason.startswith("no column 'text' (columns: content)")
 
 
 def test_a_broken_row_group_costs_that_group(tmp_path):
@@ -188,6 +211,25 @@ def test_a_path_with_a_mistake_is_not_looked_for_on_the_hub(tmp_path, monkeypatc
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="source data/nowhere does not exist"):
         plan_sources(["data/nowhere"], suffixes=[".py"], content_column="content")
+
+
+def test_a_tree_is_cut_by_number_of_files_too_and_as_deep_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_plan, "UNIT_FILES", 7)
+    folder = tmp_path / "deep"
+    for number in range(200):
+        folder.mkdir()
+        if number % 10 == 0:
+            (folder / f"file{number}.py").write_text("x")
+        folder = folder / "d"
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 120)
+    try:
+        (source,) = plan_sources([str(tmp_path / "deep")], suffixes=[".py"], content_column="content")
+    finally:
+        sys.setrecursionlimit(before)
+    assert [len(unit.files) for unit in source.units] == [7, 7, 6]
+    paths = [each.path for unit in source.units for each in unit.files]
+    assert paths[-1] == "file0.py" and paths[0] == "d/" * 190 + "file190.py"
 
 
 def test_units_of_a_tree_depend_on_its_files_alone(tmp_path):

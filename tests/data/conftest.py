@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,17 +34,18 @@ def compressed(data: bytes, suffix: str) -> bytes:
     return zstandard.compress(data) if suffix.endswith(".zst") else data
 
 
-def write_shard(path: Path, texts: Sequence[str]) -> None:
-    """Writes rows of ``content`` in the format that the suffix of ``path`` names."""
+def write_shard(path: Path, texts: Sequence[str], columns: Mapping[str, str] | None = None) -> None:
+    """Writes rows of ``content``, or one of ``columns``, in the format that the suffix of ``path`` names."""
+    rows = [dict(columns)] if columns else [{"path": "a.py", "content": text} for text in texts]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
-        table = pyarrow.table({"path": ["a.py"] * len(texts), "content": list(texts)})
+        table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, path, row_group_size=7)
         return
-    data = "".join(json.dumps({"path": "a.py", "content": text}) + "\n" for text in texts).encode()
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(compressed(data, path.name[path.name.index(".") :]))
 
 

@@ -18,11 +18,13 @@ from codeparrot_ds.data.datasets import (
     StreamStart,
     check_datasets,
     data_account,
+    describe_data,
     open_datasets,
     parse_mixture,
     pinned_names,
     proof_texts,
     resume_stream,
+    run_fingerprint,
     saved_stream,
     split_shards,
     stream_of,
@@ -30,7 +32,8 @@ from codeparrot_ds.data.datasets import (
 )
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.data.loader import TrainingLoader, token_ids
-from codeparrot_ds.data.stream import stream_fingerprint
+from codeparrot_ds.data.shards import find_shards
+from codeparrot_ds.data.stream import Dataset, stream_fingerprint
 from codeparrot_ds.errors import UserError
 from tests.data.conftest import make_documents, write_shard
 from tests.data.hub_server import Fault, HubServer, client_process, running_hub
@@ -89,6 +92,83 @@ def test_a_mixture_opens_each_corpus(corpora: tuple[Path, Path], make_config: Ca
         validation_shards(make_config(data=str(b)))
     with pytest.raises(UserError, match="has no document"):
         check_datasets(replace(config, num_lanes=512), datasets)
+
+
+def test_a_folder_of_shards_is_split_by_its_names(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
+    for number, name in enumerate(["train-0.jsonl", "train-1.jsonl", "validation-0.jsonl", "test-0.jsonl"]):
+        write_shard(tmp_path / "clone" / "data" / name, make_documents(40, seed=number))
+    config = make_config(data=str(tmp_path / "clone"))
+    (dataset,) = open_datasets(config)
+    assert [shard.name for shard in dataset.shards] == ["data/train-0.jsonl", "data/train-1.jsonl"]
+    validation = check_datasets(config, [dataset])
+    assert [shard.name for shard in validation] == ["data/validation-0.jsonl"]
+    assert describe_data(config, [dataset], validation) == [
+        f"{tmp_path}/clone: shards by their names: train 2, validation 1, test 1 (test is not trained on)"
+    ]
+
+
+def test_nobody_evaluates_on_training_rows_without_being_told(
+    tmp_path: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    for number in range(2):
+        write_shard(tmp_path / "flat" / f"part-{number}.jsonl", make_documents(40, seed=number))
+    config = make_config(data=str(tmp_path / "flat"))
+    with pytest.raises(
+        UserError, match=r"no name tells any of its 2 shard\(s\).*to evaluate on with --validation-data"
+    ):
+        check_datasets(config, open_datasets(config))
+    told = replace(config, validation_data=config.data)
+    (dataset,) = open_datasets(told)
+    validation = check_datasets(told, [dataset])
+    assert validation == dataset.shards
+    assert describe_data(told, [dataset], validation)[1] == (
+        "2 of the 2 shard(s) to evaluate on are trained on as well"
+    )
+
+
+def test_a_run_keeps_the_shards_that_it_began_with(
+    tmp_path: Path, make_config: Callable[..., RunConfig], tokenizer_dir: Path
+) -> None:
+    """Version 0.1 took all of a folder for each split, and read `content` alone."""
+    for number, name in enumerate(["train-0.jsonl", "validation-0.jsonl", "test-0.jsonl", "state.json"]):
+        write_shard(tmp_path / "flat" / name, make_documents(40, seed=number))
+    config, encoder = make_config(data=str(tmp_path / "flat")), load_encoder(tokenizer_dir)
+    names = ["state.json", "test-0.jsonl", "train-0.jsonl", "validation-0.jsonl"]
+    old = [shard for shard in find_shards(config.data, "train", by_names=False)]
+    assert [shard.name for shard in old] == names
+    began = stream_fingerprint(stream_of(config, [Dataset(name=config.data, shards=old)], encoder))
+    saved = saved_stream(began, StreamStart(row=8))
+
+    datasets = open_datasets(config, began=began)
+    assert [shard.name for shard in datasets[0].shards] == names
+    assert [shard.name for shard in validation_shards(config, began)] == names
+    fingerprint = run_fingerprint(config, stream_of(config, datasets, encoder), began)
+    assert resume_stream(saved, fingerprint, on_data_change="refuse") == (StreamStart(row=8), [])
+    assert describe_data(config, datasets, [], began) == [
+        "the run keeps the shards that it began with, whatever their names say now"
+    ]
+    # One that begins today goes by the names, also after a shard to test on has come.
+    begun = run_fingerprint(config, stream_of(config, open_datasets(config), encoder))
+    write_shard(tmp_path / "flat" / "test-1.jsonl", make_documents(40, seed=9))
+    again = open_datasets(config, began=begun)
+    assert [shard.name for shard in again[0].shards] == ["train-0.jsonl"]
+    assert run_fingerprint(config, stream_of(config, again, encoder), begun) == begun
+    with pytest.raises(UserError, match="The shard test-1.jsonl is new"):
+        now = stream_of(config, open_datasets(config, began=began), encoder)
+        resume_stream(saved, run_fingerprint(config, now, began), on_data_change="refuse")
+
+
+def test_columns_are_part_of_what_a_run_began_with(
+    tmp_path: Path, make_config: Callable[..., RunConfig], tokenizer_dir: Path
+) -> None:
+    write_shard(tmp_path / "train.jsonl", ["not this"], {"content": "a summary", "body": "x = 1\n" * 500})
+    config = make_config(data=str(tmp_path / "train.jsonl"), columns="content=body")
+    stream = open_stream(config, load_encoder(tokenizer_dir))
+    assert list(proof_texts(stream)) == ["x = 1\n" * 500]
+    saved = saved_stream(run_fingerprint(config, stream), StreamStart())
+    other = run_fingerprint(replace(config, columns=""), stream)
+    with pytest.raises(UserError, match="columns is '', but the run was started with 'content=body'"):
+        resume_stream(saved, other, on_data_change="refuse")
 
 
 def test_the_encoder_is_proved_on_the_corpus(

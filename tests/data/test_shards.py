@@ -176,7 +176,7 @@ def test_nothing_to_read_is_named(tmp_path: Path) -> None:
         (b'{"content": "\\ud800"}', "a lone surrogate"),
         (b'{"content": "\xff"}', "broken JSON"),
         (b'{"content": "a\\u0000b"}', "`content` has a NUL character"),
-        (b'{"text": "x"}', "no `content` column"),
+        (b'{"text": "x"}', "no column 'content' (columns: text)"),
         (b'{"content": null}', "`content` is NoneType, not a string"),
         (b'{"content": 7}', "`content` is int, not a string"),
         (b'["x"]', "not a JSON object"),
@@ -251,7 +251,7 @@ def test_parquet_rows_without_text(tmp_path: Path) -> None:
     assert [text for text, _ in read_documents(whole(shard_of(path)), bad=bad)] == ["1", "3"]
     assert [(found.line, found.reason) for found in bad] == [(2, "`content` is NoneType, not a string")]
     pyarrow.parquet.write_table(pyarrow.table({"text": ["1"], "size": [1]}), path)
-    with pytest.raises(UserError, match="no column `content`; it has text, size"):
+    with pytest.raises(UserError, match=r"has no column 'content' \(columns: text, size\)"):
         next(read_documents(whole(shard_of(path)), bad=bad))
 
 
@@ -290,8 +290,55 @@ def test_a_shard_that_shrinks_is_named(tmp_path: Path) -> None:
     assert [found.line for found in bad] == [6, 7] or "broken" in next(iter(bad)).reason
 
 
-def test_a_folder_of_shards_is_any_split(tmp_path: Path) -> None:
+def test_a_folder_whose_names_say_no_split_is_to_train_on(tmp_path: Path) -> None:
     write_shard(tmp_path / "part-0.jsonl", ["1"])
     (tmp_path / "corpus.json").write_text("{}")
     assert [shard.name for shard in find_shards(tmp_path, "train")] == ["part-0.jsonl"]
-    assert find_shards(tmp_path, "validation") == find_shards(tmp_path, "train")
+    with pytest.raises(
+        UserError, match=r"no split 'validation': no name tells any of its 1 shard\(s\) from the others"
+    ):
+        find_shards(tmp_path, "validation")
+    assert find_shards(tmp_path, "validation", named=True) == find_shards(tmp_path, "train")
+
+
+def test_shards_of_the_usual_layout_are_found_by_split(tmp_path: Path) -> None:
+    """A cloned data set: each shard is of one split, under a name that no other has."""
+    names = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
+    names += ["data/test-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet"]
+    for name in names:
+        write_shard(tmp_path / name, [name])
+    (tmp_path / "data" / "dataset_info.json").write_text("{}")
+    assert [shard.name for shard in find_shards(tmp_path, "train")] == names[:2]
+    assert [shard.name for shard in find_shards(tmp_path, "test")] == names[2:3]
+    assert [shard.name for shard in find_shards(tmp_path, "validation")] == names[3:]
+    (tmp_path / "data" / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match="no split 'validation'; it has train, test"):
+        find_shards(tmp_path, "validation")
+    assert [shard.name for shard in find_shards(tmp_path, "validation", named=True)] == names[2:3]
+    # As version 0.1 found them: a folder per split, or else all of a folder.
+    assert [shard.name for shard in find_shards(tmp_path / "data", "train", by_names=False)] == [
+        *("dataset_info.json", "test-00000-of-00001.parquet", "train-00000-of-00002.parquet"),
+        "train-00001-of-00002.parquet",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet"])
+def test_the_text_is_where_published_data_sets_have_it_or_where_it_is_named(tmp_path: Path, suffix: str) -> None:
+    def texts(**columns: str) -> list[str]:
+        path = tmp_path / f"code{suffix}"
+        write_shard(path, ["not this"], columns)
+        shards = find_shards(path, "train", text_column=text_column)
+        return [text for text, _ in read_documents(whole(shards[0]), bad=BadDocuments())]
+
+    text_column = ""
+    assert texts(code="github-code", repo_name="a/b", path="x.py", content_id="1") == ["github-code"]
+    assert texts(code="other", content="The Stack", max_stars_repo_name="a/b") == ["The Stack"]
+    text_column = "text"
+    assert texts(content="summary", text="named") == ["named"]
+
+
+def test_the_stack_v2_is_said_to_have_no_contents(tmp_path: Path) -> None:
+    shard = write_lines(tmp_path / "train" / "0.jsonl", b'{"blob_id": "9c1", "repo_name": "a/b", "path": "x.py"}')
+    bad = BadDocuments()
+    assert not list(read_documents(whole(shard), bad=bad))
+    assert "ids of contents, as in The Stack v2, which has none" in str(list(bad)[0])

@@ -16,7 +16,7 @@ from codeparrot_ds.data.shards import find_shards
 from codeparrot_ds.data.validation import ValidationLoader
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation import perplexity
-from codeparrot_ds.evaluation.models import load_model
+from codeparrot_ds.evaluation.models import data_of, load_model
 from codeparrot_ds.evaluation.perplexity import (
     evaluate_batches,
     evaluate_in_processes,
@@ -204,6 +204,35 @@ def test_the_loss_is_the_token_weighted_mean_at_any_world_size(tmp_path, model_f
         for result in evaluate_in_threads(model, encoder, shards, world_size):
             assert result.eval_tokens == tokens
             assert result.loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_which_shards_a_model_is_evaluated_on(tmp_path, run_folder, model_folder):
+    """Those that names say; of a folder whose names say none all, but a run's own only where that is named."""
+
+    def write(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text('{"content": "x = 1"}\n')
+
+    def names(source, data=None, split="validation"):
+        return [shard.name for shard in data_of(source, split, data).shards(split)]
+
+    write("usual/train-0.jsonl", "usual/dev-0.jsonl", "usual/test-0.jsonl", "flat/0.jsonl", "flat/1.jsonl")
+    usual, flat = str(tmp_path / "usual"), str(tmp_path / "flat")
+    assert names(model_folder, usual) == ["dev-0.jsonl"] and names(model_folder, usual, "test") == ["test-0.jsonl"]
+    assert names(model_folder, flat) == ["0.jsonl", "1.jsonl"]
+    config = run_folder / "config.yaml"
+    config.write_text("".join(line for line in config.open() if not line.startswith("data:")) + f"data: {flat}\n")
+    with pytest.raises(UserError, match=r"no name tells any of its 2 shard\(s\) from the others"):
+        names(run_folder)
+    assert names(run_folder, flat) == names(run_folder, split="train") == ["0.jsonl", "1.jsonl"]
+    # A run of version 0.1 evaluated on all of such a folder, and its loss can be found again.
+    checkpoint = next((run_folder / "checkpoints").glob("step-*"))
+    (checkpoint / "data.json").write_text(json.dumps({"fingerprint": {"datasets": []}}))
+    assert names(run_folder) == ["0.jsonl", "1.jsonl"]
+    (checkpoint / "data.json").write_text(json.dumps({"fingerprint": {"datasets": [], "columns": ""}}))
+    with pytest.raises(UserError, match="no name tells"):
+        names(run_folder)
 
 
 def test_a_run_is_evaluated_on_its_own_rows(run_folder, model_folder, corpus_folder):
