@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,17 @@ def split_of(name: str) -> str | None:
     """
     said = {_WORDS.get(word) for word in _LETTERS.findall(name.lower())}
     return next((split for split in reversed(SPLITS) if split in said), None)
+
+
+def named_split(split: str, there: Collection[str], *, named: bool) -> str | None:
+    """Which of the splits that are there is taken for one; None where none is.
+
+    What somebody named to evaluate on is its validation split, else its test split, else the one split that it has:
+    published sets to evaluate on, as codeparrot's, call that train.
+    """
+    if split in there or not named or split != "validation":
+        return split if split in there else None
+    return "test" if "test" in there else next(iter(there)) if len(there) == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
