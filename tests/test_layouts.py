@@ -113,7 +113,7 @@ def test_names_are_told_apart_in_one_line(tmp_path: Path) -> None:
 
     assert line("plain", "train/0.jsonl", "validation/0.jsonl", "corpus.json") is None
     assert line("flat", "0.jsonl", "1.jsonl") == (
-        f"{tmp_path}/flat: no name tells splits apart: its 2 shard(s) are one split, train"
+        f"{tmp_path}/flat: no name tells splits apart: its 2 shard(s) are taken as one"
     )
     assert line("usual", "train-0.jsonl", "train-1.jsonl", "test-0.jsonl", "state.json") == (
         f"{tmp_path}/usual: shards by their names: train 2, test 1 (test is not trained on); left out: state.json"
