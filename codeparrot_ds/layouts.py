@@ -7,9 +7,10 @@ takes a second to import), columns by the schemas of the published data sets of 
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def split_of(name: str) -> str | None:
     return next((split for split in reversed(SPLITS) if split in said), None)
 
 
+def named_split(split: str, there: Collection[str], *, named: bool) -> str | None:
+    """Which of the splits that are there is taken for one; None where none is.
+
+    What somebody named to evaluate on is its validation split, else its test split, else the one split that it has:
+    published sets to evaluate on, as codeparrot's, call that train.
+    """
+    if split in there or not named or split != "validation":
+        return split if split in there else None
+    return "test" if "test" in there else next(iter(there)) if len(there) == 1 else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The files of data below a folder."""
@@ -81,9 +93,7 @@ class Layout:
             text = f"shards by their names: {', '.join(counts)}"
             text += " (test is not trained on)" if "test" in self.splits else ""
         else:
-            text = (
-                f"no name tells splits apart: its {len(self.splits.get('train', ())):,} shard(s) are one split, train"
-            )
+            text = f"no name tells splits apart: its {len(self.splits.get('train', ())):,} shard(s) are taken as one"
         if self.left_out:
             names = [str(path.relative_to(self.folder)) for path in self.left_out]
             more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
@@ -109,17 +119,15 @@ def lay_out(folder: Path, is_data: Callable[[str], bool]) -> Layout:
         splits = defaultdict(list)
         deeper: list[Path] = []
         plain: list[Path] = []
-        for path in (path for each in level for path in _visible(each)):
-            split = split_of(path.name)
-            if path.is_dir():
+        for entry in (entry for each in level for entry in _entries(each)):
+            split, path = split_of(entry.name), Path(entry.path)
+            if entry.is_dir():
                 if split is None:
                     deeper.append(path)
-                    continue
-                inside = list(_data_below(path, is_data, left_out))
-                if inside:
+                elif inside := list(_data_below(path, is_data, left_out)):
                     splits[split] += inside
-            elif is_data(path.name) and path.is_file():
-                chosen = left_out if is_sidecar(path.name) else plain if split is None else splits[split]
+            elif is_data(entry.name) and entry.is_file():
+                chosen = left_out if is_sidecar(entry.name) else plain if split is None else splits[split]
                 chosen.append(path)
         unsaid = unsaid or plain
         # A lone .json on the outside may describe what lies further in, as any other format does not.
@@ -140,24 +148,27 @@ def lay_out(folder: Path, is_data: Callable[[str], bool]) -> Layout:
     )
 
 
-def _visible(folder: Path) -> list[Path]:
-    """Sorted; hidden folders are left out, as the commit log of a table and a clone's ``.git`` are."""
-    paths = sorted(folder.iterdir())
-    return [path for path in paths if not (path.name.startswith((".", "_")) and path.is_dir())]
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Hidden folders are left out, as the commit log of a table and a clone's ``.git`` are.
+
+    A directory's entries know what they are: a large folder on a network costs no question per file.
+    """
+    with os.scandir(folder) as entries:
+        yield from (entry for entry in entries if not (entry.name.startswith((".", "_")) and entry.is_dir()))
 
 
 def _data_below(
     folder: Path, is_data: Callable[[str], bool], left_out: list[Path], depth: int = _MAX_DEPTH
 ) -> Iterator[Path]:
-    for path in _visible(folder):
-        if path.is_dir():
+    for entry in _entries(folder):
+        if entry.is_dir():
             if depth:
-                yield from _data_below(path, is_data, left_out, depth - 1)
-        elif is_data(path.name) and path.is_file():
-            if is_sidecar(path.name):
-                left_out.append(path)
+                yield from _data_below(Path(entry.path), is_data, left_out, depth - 1)
+        elif is_data(entry.name) and entry.is_file():
+            if is_sidecar(entry.name):
+                left_out.append(Path(entry.path))
             else:
-                yield path
+                yield Path(entry.path)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.layouts import _WORDS, find_columns, lay_out, no_text, parse_columns, split_of
+from codeparrot_ds.layouts import _WORDS, find_columns, lay_out, named_split, no_text, parse_columns, split_of
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -113,7 +113,7 @@ def test_names_are_told_apart_in_one_line(tmp_path: Path) -> None:
 
     assert line("plain", "train/0.jsonl", "validation/0.jsonl", "corpus.json") is None
     assert line("flat", "0.jsonl", "1.jsonl") == (
-        f"{tmp_path}/flat: no name tells splits apart: its 2 shard(s) are one split, train"
+        f"{tmp_path}/flat: no name tells splits apart: its 2 shard(s) are taken as one"
     )
     assert line("usual", "train-0.jsonl", "train-1.jsonl", "test-0.jsonl", "state.json") == (
         f"{tmp_path}/usual: shards by their names: train 2, test 1 (test is not trained on); left out: state.json"
@@ -124,6 +124,21 @@ def test_two_shards_never_have_one_name(tmp_path: Path) -> None:
     laid_out(tmp_path, "train/train-0.jsonl", "train-0.jsonl")
     layout = lay_out(tmp_path, lambda name: name.endswith(".jsonl"))
     assert layout.names(TRAIN) == ["train/train-0.jsonl", "train-0.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("there", "found", "of_its_own"),
+    [
+        ("train validation test", "validation", "validation"),
+        ("train test", "test", None),
+        ("test", "test", None),
+        ("train", "train", None),  # as codeparrot-clean-valid
+    ],
+)
+def test_what_is_named_to_evaluate_on(there: str, found: str, of_its_own: str | None) -> None:
+    assert named_split("validation", there.split(), named=True) == found
+    assert named_split("validation", there.split(), named=False) == of_its_own
+    assert named_split("train", ["test"], named=True) is None
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,11 @@ def _run_checkpoint_import(arguments: argparse.Namespace) -> int:
     config = config_from_arguments(arguments)
 
     from codeparrot_ds.checkpoint.import_check import check_import
+    from codeparrot_ds.data.datasets import describe_layouts
 
     check_import(arguments.deepspeed_folder, arguments.run_folder, config, arguments.tag)
+    for line in describe_layouts(config.data, config.validation_data):
+        say_aside(line)
     say(f"importing torch, then reading {arguments.deepspeed_folder}")
 
     from codeparrot_ds.checkpoint.import_run import describe, import_deepspeed, warnings_of

@@ -472,8 +472,8 @@ def _what_rows_lack(source: dict) -> list[str]:
         "license": f"it is {UNKNOWN_LICENSE}",
     }
     return [
-        f"{source['source']}: {count:,} of {source['documents']:,} rows have no known column of {what}: {costs[what]}; "
-        f"--columns {what}=NAME names one"
+        f"{source['source']}: {count:,} of {source['documents']:,} rows name no {what} in a column that is known: "
+        f"{costs[what]}; --columns {what}=NAME names another"
         for what, count in source["lacking"].items()
     ]
 

@@ -78,14 +78,17 @@ def train_tokenizer(
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
+        bad = BadDocuments()
         texts = _limited(
-            read_texts(shards, BadDocuments()),
+            read_texts(shards, bad),
             account,
             max_documents,
             max_bytes,
             progress or (lambda phase, done, total: None),
         )
         tokenizer.train_from_iterator(texts, trainer)
+        if not account["documents"] and len(bad):
+            raise UserError(f"no document can be read from {data}: {next(iter(bad))}")
         supported = tokenizer.get_vocab_size()
         if supported < vocab_size:
             raise UserError(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codeparrot_ds.errors import UserError, first_line
+from codeparrot_ds.layouts import named_split
 from codeparrot_ds.retry import Pauses, UnavailableError, retry_after
 
 logger = logging.getLogger(__name__)
@@ -58,13 +59,13 @@ class HubFile:
         return HubReader(self)
 
 
-def resolve_hub_dataset(name: str, split: str) -> list[HubFile]:
+def resolve_hub_dataset(name: str, split: str, *, named: bool = False) -> list[HubFile]:
     """The files of a split, sorted by path, at the commit that ``name`` stands for now.
 
     ``name`` is ``org/name``, with ``:config`` where the dataset card defines several and ``@revision`` (branch, tag or
     commit; the default branch without). The card's ``configs:`` and otherwise the default patterns of ``datasets``
     decide which files are the split's: the same as ``datasets.load_dataset`` would load, each once. To find the files
-    of an earlier resolution again, name their commit as the revision.
+    of an earlier resolution again, name their commit as the revision. What ``named`` means: ``layouts.named_split``.
 
     Raises a UserError when there is no such dataset, config or split, when the user may not read it, when a file has a
     format that is not in SUFFIXES, and when the Hub cannot be reached.
@@ -83,7 +84,7 @@ def resolve_hub_dataset(name: str, split: str) -> list[HubFile]:
         )
     with _user_errors(name, parsed["repo"]):
         commit = _pin(parsed["repo"], parsed["revision"])
-        paths = _split_paths(parsed["repo"], parsed["config"], commit, split)
+        paths = _split_paths(parsed["repo"], parsed["config"], commit, split, named)
         return _describe(parsed["repo"], commit, paths)
 
 
@@ -100,7 +101,7 @@ def _pin(repo: str, revision: str | None) -> str:
     return info.sha
 
 
-def _split_paths(repo: str, config: str | None, commit: str, split: str) -> list[str]:
+def _split_paths(repo: str, config: str | None, commit: str, split: str, named: bool) -> list[str]:
     """Paths inside the repository of the files that make up ``split``, sorted."""
     from datasets import load_dataset_builder
 
@@ -109,14 +110,13 @@ def _split_paths(repo: str, config: str | None, commit: str, split: str) -> list
     with tempfile.TemporaryDirectory() as cache, _no_progress_bars():
         source = f"hf://datasets/{repo}"
         builder = load_dataset_builder(source, config, revision=commit, cache_dir=cache)
-    splits = builder.config.data_files or {}
-    if not splits.get(split):
-        raise UserError(
-            f"The Hub dataset {repo} has no split {split!r}; it has {', '.join(map(str, splits)) or 'none'}."
-        )
+    splits = {str(each): files for each, files in (builder.config.data_files or {}).items() if files}
+    chosen = named_split(split, splits, named=named)
+    if chosen is None:
+        raise UserError(f"The Hub dataset {repo} has no split {split!r}; it has {', '.join(splits) or 'none'}.")
     prefix = f"hf://datasets/{repo}@{commit}/"
     paths = set()
-    for file in splits[split]:
+    for file in splits[chosen]:
         if not file.startswith(prefix):
             raise UserError(f"The split {split!r} of {repo} names {file}, which is no file of that repository.")
         if not file.endswith(SUFFIXES):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.layouts import CARD, Layout, columns_of_text, is_sidecar, lay_out, no_text
+from codeparrot_ds.layouts import CARD, Layout, columns_of_text, is_sidecar, lay_out, named_split, no_text
 from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
 from codeparrot_ds.rows.files import FORMATS, TABLES, Shard, file_format, local_shard, open_shard, saved_files
 from codeparrot_ds.rows.reading import BLANK, START, BadRow, Piece, Position, document_of, read_rows, row_number
@@ -79,14 +79,15 @@ def find_shards(
     Args:
         data: what to read.
         split: one of ``layouts.SPLITS``.
-        named: it was named for this split: a folder that has no splits then is it, as a test split is validation.
+        named: it was named for this split: see ``layouts.named_split``.
         by_names: False for what a run of version 0.1 found, to resume it: all of a folder that has none per split.
         text_column: see ``Shard``.
     """
     folder = Path(data)
     if not exists(folder):
         if may_be_on_hub(str(data)):
-            return [dataclasses.replace(shard, text_column=text_column) for shard in _hub_shards(str(data), split)]
+            on_hub = _hub_shards(str(data), split, named)
+            return [dataclasses.replace(shard, text_column=text_column) for shard in on_hub]
         hint = did_you_mean_path(data, "make a corpus with `codeparrot-ds corpus SRC --out DIR`")
         raise UserError(f"the data {data} does not exist{hint}")
     if not folder.is_dir():
@@ -112,11 +113,9 @@ def layout_of(folder: Path) -> Layout:
 
 def _split_of_folder(folder: Path, split: str, named: bool) -> list[tuple[Path, str]]:
     layout = layout_of(folder)
-    chosen = split
-    if named and split == "validation" and split not in layout.splits:
-        chosen = "test" if layout.told_apart else "train"
-    if paths := layout.splits.get(chosen):
-        return list(zip(paths, layout.names(chosen), strict=True))
+    chosen = named_split(split, layout.splits, named=named)
+    if chosen is not None:
+        return list(zip(layout.splits[chosen], layout.names(chosen), strict=True))
     if not layout.splits:
         raise _no_shards(folder, split)
     if not layout.told_apart:
@@ -167,7 +166,7 @@ def _only_shard(path: Path, text_column: str) -> Shard:
     return shard
 
 
-def _hub_shards(name: str, split: str) -> list[Shard]:
+def _hub_shards(name: str, split: str, named: bool) -> list[Shard]:
     from codeparrot_ds.data.hub_dataset import resolve_hub_dataset
 
     return [
@@ -178,7 +177,7 @@ def _hub_shards(name: str, split: str) -> list[Shard]:
             bytes=file.bytes,
             remote=file,
         )
-        for file in resolve_hub_dataset(name, split)
+        for file in resolve_hub_dataset(name, split, named=named)
     ]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from codeparrot_ds.data.encoder import Encoder
 from codeparrot_ds.data.packing import Packer
-from codeparrot_ds.data.shards import BadDocuments, content_id, read_documents
+from codeparrot_ds.data.shards import BadDocuments, content_id, read_documents, read_texts
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.rows.files import TABLES, Shard, is_splittable
 from codeparrot_ds.rows.reading import START, Piece, Position
@@ -398,7 +398,10 @@ def _empty_lane(dataset: Dataset, num_lanes: int, lane: int) -> UserError:
     halved = (num_lanes >> shift for shift in range(1, num_lanes.bit_length()))
     fitting = next((count for count in halved if _find_empty_lane(dataset.shards, count) is None), None)
     if fitting is None:
-        return UserError(f"No document can be read from the {len(dataset.shards)} shards of {dataset.name}.")
+        bad = BadDocuments(limit=None)
+        next(read_texts(dataset.shards, bad), None)
+        why = f": {next(iter(bad))}" if len(bad) else ""
+        return UserError(f"No document can be read from the {len(dataset.shards)} shards of {dataset.name}{why}.")
     return UserError(
         f"Lane {lane} of num_lanes={num_lanes} has no document: the corpus {dataset.name} is too small; "
         f"num_lanes={fitting} works."

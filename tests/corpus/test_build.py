@@ -326,7 +326,7 @@ def test_what_rows_do_not_say_is_said(tmp_path):
     assert card["sources"][0]["lacking"] == {"license": 4, "path": 4}
     warnings = corpus.describe(card)[1]
     assert warnings[0].startswith(
-        f"{tmp_path}/rows.jsonl: 4 of 4 rows have no known column of license: it is unknown; --"
+        f"{tmp_path}/rows.jsonl: 4 of 4 rows name no license in a column that is known: it is unknown; --"
     )
     assert len(warnings) == 2 and "numbers stand for paths" in warnings[1]
 

@@ -137,3 +137,12 @@ def test_another_tokenizer_is_refused_unless_overwritten(corpus, tmp_path):
 def test_data_that_is_no_corpus(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         train_tokenizer(tmp_path / "nowhere", tmp_path / "out", vocab_size=300)
+
+
+def test_rows_without_a_text_are_said(tmp_path):
+    (tmp_path / "ids.jsonl").write_text('{"blob_id": "1", "path": "x.py"}\n' * 3)
+    with pytest.raises(
+        UserError, match="no document can be read from .*: these are ids of contents, as in The Stack v2"
+    ):
+        train_tokenizer(tmp_path / "ids.jsonl", tmp_path / "out", vocab_size=300)
+    assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -132,7 +133,12 @@ def test_the_card_decides_which_files_are_a_split(hub, client, files, mixed):
 def test_without_a_card_the_default_patterns_do(hub, client, files):
     shards = {f"data/{split}-0000{n}-of-00002.parquet": b"%d" % n for split in ("train", "test") for n in (0, 1)}
     hub.commit("team/plain", shards)
-    assert paths(client(resolve_hub_dataset, "team/plain", "test")) == sorted(name for name in shards if "test" in name)
+    held_out = sorted(name for name in shards if "test" in name)
+    assert paths(client(resolve_hub_dataset, "team/plain", "test")) == held_out
+    # Named to evaluate on it is that; on its own rows a run is not evaluated.
+    assert paths(client(partial(resolve_hub_dataset, named=True), "team/plain", "validation")) == held_out
+    with pytest.raises(UserError, match="no split 'validation'; it has train, test"):
+        client(resolve_hub_dataset, "team/plain", "validation")
 
 
 def test_a_folder_of_the_same_name_is_not_taken_for_the_dataset(hub, client, mixed, tmp_path):
