@@ -309,6 +309,7 @@ def with_gguf(export: Path, model: Any, tokenizer: Any, folder: Path) -> dict[st
         hold(fields[name] == value, f"{name} is {str(fields[name])[:200]}, not {str(value)[:200]}")
     there = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     names = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm"}
+    names["lm_head"] = "output"  # of untied weights
     parts = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
     parts |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     for layer in range(model.config.n_layer):

@@ -132,6 +132,10 @@ def test_its_export_has_the_weights_of_its_newest_checkpoint(old, name, tmp_path
     saved = load_file(old / "runs" / name / "checkpoints" / f"step-{step:08d}" / "export" / "model.safetensors")
     exported = load_file(tmp_path / "model" / "model.safetensors")
     assert exported.keys() == saved.keys() and all(exported[key].equal(saved[key]) for key in saved)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"]  # which 0.1.0 did not write
+    assert json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
+    assert (tmp_path / "model" / "README.md").read_text().count("Needs `transformers` 4.45") == 1
 
 
 @pytest.mark.parametrize("name", RUNS)

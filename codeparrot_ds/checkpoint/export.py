@@ -18,7 +18,7 @@ from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import TOKENIZER_SETTINGS, tokenizer_settings
 from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision
 from codeparrot_ds.durable import WrittenFile
-from codeparrot_ds.hub.card import Card, model_card
+from codeparrot_ds.hub.card import NEEDED, Card, model_card
 from codeparrot_ds.model.foreign import WEIGHTS
 from codeparrot_ds.staging import staged_folder
 
@@ -133,7 +133,7 @@ def write_export(
     entries = [TensorEntry(name=name, dtype=dtype, shape=tuple(shape)) for name, shape in shapes.items()]
     written = {WEIGHTS: write_tensor_file(folder / WEIGHTS, entries, weights, {"format": "pt"})}
     config = type(export.model_config).from_dict(export.model_config.to_dict())
-    tokenizer, special_tokens = tokenizer_files(
+    tokenizer, special_tokens = _tokenizer_files(
         export.tokenizer, eos_token_id=config.eos_token_id, context=config.n_positions
     )
     token_ids = {f"{kind}_token_id": special_tokens[kind] for kind in ("bos", "eos", "pad")}
@@ -152,7 +152,7 @@ def write_export(
     return written
 
 
-def tokenizer_files(folder: Path, *, eos_token_id: int, context: int) -> tuple[dict[str, bytes], dict[str, int]]:
+def _tokenizer_files(folder: Path, *, eos_token_id: int, context: int) -> tuple[dict[str, bytes], dict[str, int]]:
     """A run's tokenizer as an export has it, for programs that ask for special tokens and for the longest input.
 
     ``tokenizer.json`` stays byte for byte, and is all that training reads of a tokenizer: what is said beside it may
@@ -225,6 +225,8 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, *, dtype: str, overwrit
     from transformers import AutoConfig
 
     card = (checkpoint.export / "README.md").read_text(encoding="utf-8")
+    if NEEDED not in card:  # of 0.1.0
+        card = f"{card}\n{NEEDED}\n"
     export = Export(
         model_config=AutoConfig.from_pretrained(checkpoint.export),
         tokenizer=checkpoint.export,

@@ -31,7 +31,7 @@ _HYPERPARAMETERS = (
     "seed",
 )
 # The oldest that read the files of an export: tokenizers 0.20 is the first that reads merges as pairs.
-_NEEDED = (
+NEEDED = (
     "Needs `transformers` 4.45 with `tokenizers` 0.20, or newer, and `safetensors`. A list of prompts with "
     "`batch_size=…` is completed in batches: the tokenizer has a pad token, and pads on the left."
 )
@@ -147,7 +147,7 @@ def _usage(card: Card) -> str:
         f"## How to load\n\n```python\nfrom transformers import pipeline\n\n"
         f'generate = pipeline("text-generation", model={model})  # {where}\n'
         f'print(generate("def fibonacci(n):", max_new_tokens=64)[0]["generated_text"])\n```\n\n'
-        f"{_NEEDED}"
+        f"{NEEDED}"
     )
 
 

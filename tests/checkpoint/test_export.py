@@ -15,6 +15,8 @@ from codeparrot_ds.checkpoint.export import TRAINING_STATE, Export, write_export
 from codeparrot_ds.corpus.tokenizer import _transformers_config
 from codeparrot_ds.data.encoder import load_encoder
 from codeparrot_ds.durable import WrittenFile
+from codeparrot_ds.evaluation.generate import Request, Sampling, generate
+from codeparrot_ds.evaluation.models import load_model
 from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters
 
@@ -187,6 +189,20 @@ def test_batches_complete_as_single_prompts_do(export):
         for prompt in prompts
     ]
     assert together.tolist() == [row[0, -1].item() for row in alone]
+
+
+def test_commands_of_this_project_are_not_warned_of_what_it_says(export, monkeypatch):
+    """Rows that end with the end-of-sequence token are not padded here, and a prompt that is too long is dealt with."""
+    from transformers import modeling_utils, tokenization_utils_base
+
+    _, folder = export()
+    warned = []
+    for logger, name in ((modeling_utils.logger, "warning_once"), (tokenization_utils_base.logger, "warning")):
+        monkeypatch.setattr(logger, name, lambda text, *_: warned.append(text))
+    model, tokenizer = load_model(folder)
+    model(input_ids=torch.zeros((1, 4), dtype=torch.long))
+    (completion,) = generate(model, tokenizer, [Request(prompt="x" * 40)], sampling=Sampling())
+    assert completion[1].finish == "context" and not warned
 
 
 def test_an_export_is_a_shape_to_train_from(export):

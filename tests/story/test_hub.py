@@ -49,6 +49,7 @@ def pushed(workshop, tmp_path_factory):
             WANDB_MODE="offline",
             HF_HOME=str(base / "hf-home"),
         )
+        del environment["HF_HUB_DISABLE_XET"]  # of the tests: a user's uploads take LFS without it
         watcher = Watcher()
         watcher.start()
         arguments = ("--hub", REPO, "--run-name", "brave-otter-1", "--wandb", "auto", "--num-gpus", "2")
