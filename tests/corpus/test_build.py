@@ -377,7 +377,7 @@ def test_bad_rows_are_counted_and_named(tmp_path):
 
 def test_wrong_content_column_is_named_with_the_columns_there_are(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"code": program(1), "repo": "x"}) + "\n")
-    with pytest.raises(UserError, match=r"rows.jsonl:1: no `content` column \(columns: code, repo\)"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no column 'content' \(columns: code, repo\)"):
         build_corpus([str(tmp_path / "rows.jsonl")], tmp_path / "out")
 
 
