@@ -122,7 +122,7 @@ def humaneval(
             limits=limits,
             accept_failing=accept_failing_references,
             num_workers=num_workers,
-            options={"timeout": "--seconds", "memory": "--memory-mb"},
+            options={"timeout": "--seconds", "memory": "--memory-mb", "numpy": "--imports numpy"},
             progress=progress,
             say=say,
         )

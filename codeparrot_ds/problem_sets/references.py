@@ -71,7 +71,7 @@ def check_references(
     Args:
         source: the set's name, for messages.
         accept_failing: whether a set may be used whose solutions do not pass; they are returned in any case.
-        options: by kind of a verdict, the option that allows a program more.
+        options: by kind of a verdict, and by module that may be imported, the option that allows a program more.
         say: gets a line before what takes long, and where there are no reference solutions.
 
     Raises ``UserError`` with those that do not pass, and why.
@@ -101,7 +101,8 @@ def check_references(
         say(f"the reference solutions are judged again each time: {file} cannot be written ({error.strerror})")
     references = References(problems=len(problems), failed=failed, missing=missing)
     if failed and not accept_failing:
-        more = dict.fromkeys(options[kind] for why in failed.values() if (kind := why.split()[0]) in options)
+        words = [word for why in failed.values() for word in why.replace(",", "").split()]
+        more = dict.fromkeys(options[word] for word in words if word in options)
         raise UserError(
             f"{len(failed)} of {len(with_solution)} reference solutions of {source} do not pass their own tests here "
             f"({_named(failed)}), so what they say of a model would be wrong: correct or remove these problems"

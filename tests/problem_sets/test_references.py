@@ -45,6 +45,14 @@ def check(*problems, limits=LIMITS, **options):
     return check_references(problems, "own.jsonl", limits=limits, num_workers=2, **options)
 
 
+def test_one_that_imports_what_programs_may_not_is_named_with_the_option(judged):
+    code = "import numpy\n" + MBPP["code"]
+    array = parse_row({**MBPP, "task_id": "array", "code": code}, "").problem
+    with pytest.raises(UserError, match=r"for numpy\).*, allow more with --imports numpy, or accept"):
+        check(array, options={"numpy": "--imports numpy"})
+    assert check(array, limits=Limits(seconds=5, numpy=True)).passed == 1
+
+
 def test_those_that_do_not_pass_are_named_with_the_reason():
     with pytest.raises(UserError) as refusal:
         check(GOOD, WRONG, NO_MODULE)
