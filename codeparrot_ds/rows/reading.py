@@ -175,7 +175,7 @@ def text_of(row: Any, column: str, *, as_before: bool = False) -> str:
     if not isinstance(row, dict):
         raise row if isinstance(row, BadRow) else BadRow("bad_rows", "not a JSON object")
     if column not in row:
-        raise BadRow("bad_rows", f"no `{column}` column (columns: {', '.join(map(str, row))})")
+        raise BadRow("bad_rows", f"no column {column!r} (columns: {', '.join(map(str, row))})")
     text = row[column]
     if not isinstance(text, str):
         if isinstance(text, bytes):
