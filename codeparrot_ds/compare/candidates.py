@@ -352,7 +352,9 @@ def open_folder(folder: Path, request: Request) -> None:
         durable.write_json(path, {"version": 1, **request.same()})
         return
     saved, now = json.loads(path.read_text(encoding="utf-8")), request.same()
-    then = {"steps": saved.get("steps"), "warmup_steps": saved.get("warmup_steps"), **saved.get("config", {})}
+    then = {"steps": saved.get("steps"), "warmup_steps": saved.get("warmup_steps")}
+    # Earlier versions lack the newest fields, and did what their defaults are.
+    then |= {key: getattr(RunConfig(), key) for key in now["config"]} | saved.get("config", {})
     here = {"steps": now["steps"], "warmup_steps": now["warmup_steps"], **now["config"]}
     for key in PATH_FIELDS:  # earlier versions kept paths as they were typed
         if isinstance(then.get(key), str):

@@ -45,6 +45,7 @@ from tests.checkpoint.layouts import (
     SAVED_AT,
     SEQ_LENGTH,
     SHAPE,
+    TOKENIZER,
     Job,
     Layout,
     ds_config_of,
@@ -173,11 +174,11 @@ def save(engine: Any, ranks: Ranks, folder: Path, layout: Layout, step: int) -> 
         published=lambda checkpoint, state: None,
         report=lambda outcome: None,
     )
-    saver.save(*_state_and_export(folder, layout, step))
+    saver.save(*_state_and_export(layout, step))
     return saver
 
 
-def _state_and_export(folder: Path, layout: Layout, step: int) -> tuple[RunState, Export]:
+def _state_and_export(layout: Layout, step: int) -> tuple[RunState, Export]:
     state = RunState(
         step=step,
         tokens=step * 12 * SEQ_LENGTH,
@@ -193,7 +194,8 @@ def _state_and_export(folder: Path, layout: Layout, step: int) -> tuple[RunState
     )
     config = hugging_face_config(layout.shape, eos_token_id=0)
     dtype = TORCH_DTYPES[layout.precision]
-    export = Export(model_config=config, tokenizer=folder, dtype=dtype, card="", training_state={"step": step})
+    tokenizer = Path(sys.argv[1]).parent / TOKENIZER
+    export = Export(model_config=config, tokenizer=tokenizer, dtype=dtype, card="", training_state={"step": step})
     return state, export
 
 
@@ -207,7 +209,7 @@ def _import(folder: Path, layout: Layout, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     source = read_deepspeed_checkpoint(folder.parent / "deepspeed", parameter_shapes(layout.shape))
     found = {"world_size": source.world_size, "zero_stage": source.zero_stage, "precision": source.precision}
-    state, export = _state_and_export(folder, layout, step)
+    state, export = _state_and_export(layout, step)
     assert (found, source.step) == (state.layout, step)
     write_imported(source, folder, state, export)
 

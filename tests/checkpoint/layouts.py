@@ -35,6 +35,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, models
+
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.schedule import learning_rate_factor
 from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision, zero_stage
@@ -55,6 +57,8 @@ PLAIN_TOLERANCE = 5e-6
 BF16_BAND = 5e-3
 
 NATIVE = "native:"
+TOKENIZER = "tokenizer"
+"""Beside the plans: the folder of what all exports have."""
 WORLD_SIZES = (1, 2, 3)
 STAGES = [f"zero{stage}{suffix}" for suffix in ("", "_fp32") for stage in range(4)]
 OFFLOADED = ["zero2_offload", "zero3_offload", "zero2_offload_fp32", "zero3_offload_fp32"]
@@ -334,7 +338,8 @@ def run_plans(
         timeout: seconds for all of it.
         tell: called with the number of finished jobs now and then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    Tokenizer(models.BPE({"<|endoftext|>": 0}, [])).save(str(folder / TOKENIZER / "tokenizer.json"))
     processes, answers = [], {}
     for world_size, jobs in plans.items():
         (folder / f"plan-{world_size}.json").write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))

@@ -330,7 +330,8 @@ def test_numbers_that_do_not_go_together_are_named(own_file, keys, options, word
 def test_every_public_file_without_an_error_is_planned(tmp_path):
     folder = Path(__file__).parents[1] / "ds_config"
     public = json.loads((folder / "more_public_configs.json").read_text())
-    public |= {name: each["config"] for name, each in json.loads((folder / "public_configs.json").read_text()).items()}
+    for file in ("public_configs.json", "public_files.json"):
+        public |= {name: each["config"] for name, each in json.loads((folder / file).read_text()).items()}
     refused, planned = [], 0
     for number, (name, config) in enumerate(public.items()):
         path = tmp_path / f"{number}.json"
