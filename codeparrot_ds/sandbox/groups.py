@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,13 @@ class Group:
     def __init__(self, folders: list[Path]) -> None:
         self.folders = folders
         self.entries = [os.open(folder / "cgroup.procs", os.O_WRONLY) for folder in folders]
+
+    def can_be_entered(self) -> bool:
+        """Whether the kernel lets a process of this user move here, from where it is: tried with one."""
+        enter = ["/bin/sh", "-c", "echo 0"]
+        return not any(
+            subprocess.run(enter, stdout=entry, stderr=subprocess.DEVNULL).returncode for entry in self.entries
+        )
 
     def kills(self) -> int:
         """How many members the kernel has ended because the group was out of memory."""
@@ -59,12 +67,14 @@ def make_group(name: str, memory_bytes: int, processes: int) -> Group | None:
                             _set(folder / file[:-1], value)
                     else:
                         _set(folder / file, value)
-                if not os.access(parent / "cgroup.procs", os.W_OK):  # needed to move a process from here to there
-                    raise PermissionError(parent)
-            return Group(made)
+            group = Group(made)
         except OSError:
             for folder in made:
                 folder.rmdir()
+            continue
+        if group.can_be_entered():
+            return group
+        group.close()
     return None
 
 
