@@ -8,28 +8,22 @@ import os
 import re
 import subprocess
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 _PREFIX = "codeparrot-ds-"
 
 
 class Group:
-    """Folders of the kernel's control groups: one of version 2, or of version 1 one for memory and one for processes.
-
-    Attributes:
-        entries: open files; who writes ``0`` into each is a member from then on, with all that it starts.
-    """
+    """Folders of the kernel's control groups: one of version 2, or two of version 1, memory's and processes'."""
 
     def __init__(self, folders: list[Path]) -> None:
         self.folders = folders
-        self.entries = [os.open(folder / "cgroup.procs", os.O_WRONLY) for folder in folders]
 
-    def can_be_entered(self) -> bool:
-        """Whether the kernel lets a process of this user move here, from where it is: tried with one."""
-        enter = ["/bin/sh", "-c", "echo 0"]
-        return not any(
-            subprocess.run(enter, stdout=entry, stderr=subprocess.DEVNULL).returncode for entry in self.entries
-        )
+    def take(self, process: int) -> None:
+        """Makes a process a member, and all that it starts from then on."""
+        for folder in self.folders:
+            _set(folder / "cgroup.procs", process)
 
     def kills(self) -> int:
         """How many members the kernel has ended because the group was out of memory."""
@@ -40,8 +34,6 @@ class Group:
 
     def close(self) -> None:
         """Removes the group, whose members have ended."""
-        for entry in self.entries:
-            os.close(entry)
         for folder in self.folders:
             folder.rmdir()
 
@@ -52,33 +44,55 @@ def make_group(name: str, memory_bytes: int, processes: int) -> Group | None:
     Args:
         name: no other's in this process.
     """
-    name = f"{_PREFIX}{os.getpid()}-{name}"
-    for settings in _settings(memory_bytes, processes):
-        made: list[Path] = []
+    way = _possible_way()
+    return None if way is None else _make(_ways(memory_bytes, processes)[way], name)
+
+
+@cache
+def _possible_way() -> int | None:
+    """Which of ``_ways`` the kernel lets this user take, tried with a process."""
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        return None  # a kernel that does not say whom to take
+    for number, way in enumerate(_ways(1 << 30, 8)):
+        for parent, _ in way:
+            _remove_leftovers(parent)
         try:
-            for parent, values in settings:
-                _remove_leftovers(parent)
-                folder = parent / name
-                folder.mkdir()
-                made.append(folder)
-                for file, value in values.items():
-                    if file.endswith("?"):  # only where the kernel counts swap
-                        with suppress(FileNotFoundError):
-                            _set(folder / file[:-1], value)
-                    else:
-                        _set(folder / file, value)
-            group = Group(made)
+            group = _make(way, "trial")
         except OSError:
-            for folder in made:
-                folder.rmdir()
             continue
-        if group.can_be_entered():
-            return group
-        group.close()
+        process = subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        try:
+            group.take(process.pid)
+            return number
+        except OSError:
+            continue
+        finally:
+            process.communicate()
+            group.close()
     return None
 
 
-def _settings(memory_bytes: int, processes: int) -> list[list[tuple[Path, dict[str, int]]]]:
+def _make(way: list[tuple[Path, dict[str, int]]], name: str) -> Group:
+    made: list[Path] = []
+    try:
+        for parent, values in way:
+            folder = parent / f"{_PREFIX}{os.getpid()}-{name}"
+            folder.mkdir()
+            made.append(folder)
+            for file, value in values.items():
+                if file.endswith("?"):  # only where the kernel counts swap
+                    with suppress(FileNotFoundError):
+                        _set(folder / file[:-1], value)
+                else:
+                    _set(folder / file, value)
+    except OSError:
+        for folder in made:
+            folder.rmdir()
+        raise
+    return Group(made)
+
+
+def _ways(memory_bytes: int, processes: int) -> list[list[tuple[Path, dict[str, int]]]]:
     """The ways to make a group here, best first: lists of (parent folder, what is written into the group's files)."""
     own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
     memory, pids, unified = (_folder(own, name) for name in ("memory", "pids", ""))

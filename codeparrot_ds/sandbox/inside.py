@@ -242,9 +242,6 @@ def confine(settings: dict[str, Any], system_calls: bytes) -> None:
 
     for name, limit in settings["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), limit)
-    for descriptor in settings["groups"]:
-        posix.write(descriptor, b"0")  # moves the writer
-        posix.close(descriptor)
     # bubblewrap knows no limit on the number of files, whose inodes are the kernel's memory.
     call("mount", b"tmpfs", b"/tmp", b"tmpfs", _REMOUNT, settings["scratch"].encode())
     if settings["user"]:

@@ -258,8 +258,8 @@ class Judge:
 
     def __call__(self, program: str, check: Check) -> Verdict:
         started = time.monotonic()
-        kills = self._group.kills() if self._group else 0
         with _Inside("candidate", self.limits, 2 * self.slot, numpy=self.limits.numpy, group=self._group) as candidate:
+            kills = self._group.kills() if self._group else 0
             candidate.expect_hello()
             try:
                 checker = self._ready_checker(check)
@@ -387,8 +387,7 @@ class _Inside:
     def __init__(self, side: str, limits: Limits, user: int, *, numpy: bool, group: Group | None = None) -> None:
         self.side, self.limits, self.numpy = side, limits, numpy
         self._received, self.printed_bytes = b"", 0
-        entries = tuple(group.entries) if group else ()
-        settings = _settings(side, limits, user, numpy) | {"groups": entries}
+        settings = _settings(side, limits, user, numpy)
         # Where bubblewrap says which process is the first of its namespace.
         reading, facts = os.pipe()
         self._facts = os.fdopen(reading, "rb")
@@ -404,7 +403,7 @@ class _Inside:
             stderr=subprocess.PIPE,
             env={},
             start_new_session=True,
-            pass_fds=(facts, *entries),
+            pass_fds=(facts,),
         )
         os.close(facts)
         self._pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
@@ -414,6 +413,7 @@ class _Inside:
         os.set_blocking(self._to_inside, False)
         os.set_blocking(self._output, False)
         self._first_output = b""
+        self._hold(group)  # while the interpreter starts
 
     def __enter__(self) -> _Inside:
         return self
@@ -436,7 +436,8 @@ class _Inside:
                 raise SandboxError(f"its processes did not end within {_START_SECONDS:.0f} s of being killed")
             os.close(self._first)
             self._first = None
-        self.process.kill()
+        else:
+            self.process.kill()
         self.process.wait()
         self._facts.close()
         for pipe in self._pipes:
@@ -451,24 +452,30 @@ class _Inside:
             raise SandboxError(f"it did not start: {lines[-1] if lines else end.kind}") from end
         if hello != b'["hello"]':
             raise SandboxError(f"its {self.side} began with {hello[:80]!r}")
-        self._hold()
+        if self._first is None:
+            raise SandboxError("bubblewrap did not say which process is its first")
 
-    def _hold(self) -> None:
-        """Takes hold of the first process inside, before a program that could do anything about it is there."""
-        number = json.load(self._facts)["child-pid"]
+    def _hold(self, group: Group | None) -> None:
+        """Takes hold of the first process inside, and of its child, which the program is not yet sent to."""
+        text = self._facts.read()
+        if not text:
+            return  # bubblewrap has ended; expect_hello says why
+        number = json.loads(text)["child-pid"]
         try:
             first = _system_call(_PIDFD_OPEN, number, 0)
-        except OSError as error:
-            raise SandboxError(f"it needs Linux 5.3 or newer: pidfd_open: {error.strerror}") from error
-        if _parent(number) != self.process.pid:  # the number is another process's by now
-            os.close(first)
-            raise SandboxError("it ended as soon as it had started")
-        self._first = first
-        if self.side == "candidate":
-            # Where the machine runs out of memory, the kernel ends the program first, not who judges it.
-            with suppress(FileNotFoundError):  # a kernel that does not tell children
-                for process in (number, *_children(number)):
-                    Path(f"/proc/{process}/oom_score_adj").write_text("1000")
+            if _parent(number) != self.process.pid:  # the number is another process's by now
+                os.close(first)
+                return
+            self._first = first
+            if self.side == "candidate":
+                while not (children := Path(f"/proc/{number}/task/{number}/children").read_text().split()):
+                    time.sleep(0.0005)
+                # Where the machine runs out of memory, the kernel ends the program first, not who judges it.
+                Path(f"/proc/{children[0]}/oom_score_adj").write_text("1000")
+                if group:
+                    group.take(int(children[0]))
+        except (ProcessLookupError, FileNotFoundError):
+            return  # it has ended; expect_hello says why
 
     def send(self, line: bytes, deadline: float) -> None:
         data = memoryview(line + b"\n")
@@ -545,9 +552,14 @@ class _Inside:
             self._first_output += os.read(self._output, 4096)
 
 
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _system_call(number: int, *arguments: Any) -> int:
     """Of Linux, where Python may have been built for one that was older than the call."""
-    result: int = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
+    result: int = _library().syscall(number, *arguments)
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -555,10 +567,6 @@ def _system_call(number: int, *arguments: Any) -> int:
 
 def _parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def _children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 _code_lock = threading.Lock()
