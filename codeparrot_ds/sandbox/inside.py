@@ -242,15 +242,22 @@ def confine(settings: dict[str, Any], system_calls: bytes) -> None:
 
     for name, limit in settings["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), limit)
-    # bubblewrap knows no limit on the number of files, whose inodes are the kernel's memory.
-    call("mount", b"tmpfs", b"/tmp", b"tmpfs", _REMOUNT, settings["scratch"].encode())
+    if not settings["user"]:
+        _end_namespaces()
+    try:
+        # bubblewrap knows no limit on the number of files, whose inodes are the kernel's memory.
+        call("mount", b"tmpfs", b"/tmp", b"tmpfs", _REMOUNT, settings["scratch"].encode())
+        if not settings["user"]:
+            call("umount2", NAMESPACES.encode(), 2)  # MNT_DETACH
+    except OSError:
+        # AppArmor's profile for bubblewrap, of newer Ubuntus, lets nothing inside have a capability.
+        if settings["user"]:
+            raise
     if settings["user"]:
         posix.setgroups([])
         posix.setresgid(*[settings["user"]] * 3)
         posix.setresuid(*[settings["user"]] * 3)  # with which all capabilities go
     else:
-        _end_namespaces()
-        call("umount2", NAMESPACES.encode(), 2)  # MNT_DETACH
         call("capset", _CAPABILITIES_VERSION + bytes(4), bytes(24))
 
     class Pointer(_ctypes._SimpleCData):  # type: ignore[misc, name-defined]
@@ -265,7 +272,7 @@ def _end_namespaces() -> None:
     """Nobody in this user namespace makes another: the filter's second lock, where the host's /proc can be written."""
     try:
         descriptor = posix.open(f"{NAMESPACES}/max_user_namespaces", posix.O_WRONLY)
-    except OSError:  # a container's is read-only
+    except OSError:  # a container's is read-only, and without a capability it is so everywhere
         return
     posix.write(descriptor, b"0")
     posix.close(descriptor)

@@ -413,7 +413,11 @@ class _Inside:
         os.set_blocking(self._to_inside, False)
         os.set_blocking(self._output, False)
         self._first_output = b""
-        self._hold(group)  # while the interpreter starts
+        try:
+            self._hold(group)  # while the interpreter starts
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> _Inside:
         return self
@@ -470,8 +474,9 @@ class _Inside:
             if self.side == "candidate":
                 while not (children := Path(f"/proc/{number}/task/{number}/children").read_text().split()):
                     time.sleep(0.0005)
-                # Where the machine runs out of memory, the kernel ends the program first, not who judges it.
-                Path(f"/proc/{children[0]}/oom_score_adj").write_text("1000")
+                with suppress(PermissionError):  # an interpreter that its user may run and not read
+                    # Where the machine runs out of memory, the kernel ends the program first, not who judges it.
+                    Path(f"/proc/{children[0]}/oom_score_adj").write_text("1000")
                 if group:
                     group.take(int(children[0]))
         except (ProcessLookupError, FileNotFoundError):
