@@ -99,8 +99,9 @@ def _ways(memory_bytes: int, processes: int) -> list[list[tuple[Path, dict[str, 
     ways: list[list[tuple[Path, dict[str, int]]]] = []
     if unified:
         values = {"memory.max": memory_bytes, "memory.swap.max?": 0, "memory.oom.group": 1, "pids.max": processes}
-        # In version 2 a group with processes, as this one's is, has no groups below it but at the root.
-        ways += [[(unified, values)], [(unified.parent, values)]]
+        ways.append([(unified, values)])
+        if not unified.is_mount():  # in version 2 only the root's group may have both processes and groups with limits
+            ways.append([(unified.parent, values)])
     if memory and pids:
         limits = {"memory.limit_in_bytes": memory_bytes, "memory.memsw.limit_in_bytes?": memory_bytes}
         ways.append([(memory, limits), (pids, {"pids.max": processes})])
