@@ -388,12 +388,10 @@ class _Inside:
         self.side, self.limits, self.numpy = side, limits, numpy
         self._received, self.printed_bytes = b"", 0
         settings = _settings(side, limits, user, numpy)
-        # Where bubblewrap says which process is the first of its namespace.
-        reading, facts = os.pipe()
-        self._facts = os.fdopen(reading, "rb")
+        command = [*_bubblewrap(limits.scratch_bytes, numpy), *_interpreter(), "-c", _START, repr(settings)]
+        code = _code(side)
         self._first: int | None = None
-        bwrap, *options = _bubblewrap(limits.scratch_bytes, numpy)
-        command = [bwrap, "--info-fd", str(facts), *options, *_interpreter(), "-c", _START, repr(settings)]
+        self._first_output = b""
         # Messages take the standard streams, whose numbers are the same however many files this process has open:
         # a limit inside is on numbers of descriptors.
         self.process = subprocess.Popen(
@@ -403,17 +401,14 @@ class _Inside:
             stderr=subprocess.PIPE,
             env={},
             start_new_session=True,
-            pass_fds=(facts,),
         )
-        os.close(facts)
         self._pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         self._to_inside, self._from_inside, self._output = (pipe.fileno() for pipe in self._pipes if pipe)
-        with suppress(BrokenPipeError):  # it has ended; expect_hello says why
-            os.write(self._to_inside, _code(side))
-        os.set_blocking(self._to_inside, False)
-        os.set_blocking(self._output, False)
-        self._first_output = b""
         try:
+            with suppress(BrokenPipeError):  # it has ended; expect_hello says why
+                os.write(self._to_inside, code)
+            os.set_blocking(self._to_inside, False)
+            os.set_blocking(self._output, False)
             self._hold(group)  # while the interpreter starts
         except BaseException:
             self.close()
@@ -441,9 +436,12 @@ class _Inside:
             os.close(self._first)
             self._first = None
         else:
+            # Until bubblewrap lets its child run, the child would wait for it for ever.
+            self.process.send_signal(signal.SIGSTOP)
+            for child in _children(self.process.pid):
+                os.kill(child, signal.SIGKILL)
             self.process.kill()
         self.process.wait()
-        self._facts.close()
         for pipe in self._pipes:
             if pipe:
                 pipe.close()
@@ -456,31 +454,43 @@ class _Inside:
             raise SandboxError(f"it did not start: {lines[-1] if lines else end.kind}") from end
         if hello != b'["hello"]':
             raise SandboxError(f"its {self.side} began with {hello[:80]!r}")
-        if self._first is None:
-            raise SandboxError("bubblewrap did not say which process is its first")
+        assert self._first is not None, "who says hello has a first process"
 
     def _hold(self, group: Group | None) -> None:
-        """Takes hold of the first process inside, and of its child, which the program is not yet sent to."""
-        text = self._facts.read()
-        if not text:
-            return  # bubblewrap has ended; expect_hello says why
-        number = json.loads(text)["child-pid"]
+        """Takes hold of the first process inside, and of its child, which the program is not yet sent to.
+
+        bubblewrap's --info-fd names the first process as well, and lets it wait for ever where this process ends while
+        that is written.
+        """
+        first = self._only_child(self.process.pid)
+        if first is None:
+            return
         try:
-            first = _system_call(_PIDFD_OPEN, number, 0)
-            if _parent(number) != self.process.pid:  # the number is another process's by now
-                os.close(first)
-                return
-            self._first = first
-            if self.side == "candidate":
-                while not (children := Path(f"/proc/{number}/task/{number}/children").read_text().split()):
-                    time.sleep(0.0005)
+            self._first = _system_call(_PIDFD_OPEN, first, 0)
+        except ProcessLookupError:
+            return
+        except OSError as error:
+            raise SandboxError(f"it needs Linux 5.3 or newer: pidfd_open: {error.strerror}") from error
+        if _parent(first) != self.process.pid:  # the number is another process's by now
+            os.close(self._first)
+            self._first = None
+            return
+        program = self._only_child(first) if self.side == "candidate" else None
+        if program is not None:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended; expect_hello says why
                 with suppress(PermissionError):  # an interpreter that its user may run and not read
                     # Where the machine runs out of memory, the kernel ends the program first, not who judges it.
-                    Path(f"/proc/{children[0]}/oom_score_adj").write_text("1000")
+                    Path(f"/proc/{program}/oom_score_adj").write_text("1000")
                 if group:
-                    group.take(int(children[0]))
-        except (ProcessLookupError, FileNotFoundError):
-            return  # it has ended; expect_hello says why
+                    group.take(program)
+
+    def _only_child(self, process: int) -> int | None:
+        """Waits for the child of bubblewrap, or of its child; None where it has ended, and expect_hello says why."""
+        while not (children := _children(process)):
+            if self.process.poll() is not None:
+                return None
+            time.sleep(0.0005)
+        return children[0]
 
     def send(self, line: bytes, deadline: float) -> None:
         data = memoryview(line + b"\n")
@@ -570,8 +580,19 @@ def _system_call(number: int, *arguments: Any) -> int:
     return result
 
 
-def _parent(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+def _parent(process: int | str) -> int:
+    """0 of a process that has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _children(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended, or the kernel is one without CONFIG_PROC_CHILDREN
+        return [int(child) for child in os.listdir("/proc") if child.isdigit() and _parent(child) == process]
 
 
 _code_lock = threading.Lock()

@@ -149,16 +149,19 @@ def judging(request):
     for file in (folder, *folder.rglob("*")):
         file.chmod(0o755)
 
+    command += [python, "-B", "-c"]
+    options = {
+        "cwd": folder, "text": True, "env": {"PATH": path, "HOME": str(folder), "PYTHONPATH": str(folder)}
+    }  # fmt: skip
+
     def start(programs):
-        process = subprocess.Popen(
-            [*command, python, "-B", "-c", DRIVER], cwd=folder, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env={"PATH": path, "HOME": str(folder), "PYTHONPATH": str(folder)},
-        )  # fmt: skip
+        process = subprocess.Popen([*command, DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
         print(json.dumps(programs), file=process.stdin, flush=True)
         assert process.stdout.readline() == "started\n"
         return process
 
     start.counts_files = not request.param.endswith("capabilities")
+    start.script = lambda script: subprocess.run([*command, script], capture_output=True, timeout=300, **options)
     yield start
     shutil.rmtree(folder)
 
@@ -200,6 +203,37 @@ def test_nothing_is_left_of_a_judge_that_is_killed(judging, number):
     process.send_signal(number)
     process.wait(timeout=30)
     assert what_is_left(before) == []
+
+
+KILLS = """
+import ctypes, os, random, signal, time
+from codeparrot_ds.sandbox.judge import Check, Judge, Limits, check_sandbox
+check_sandbox()
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: what is left comes here
+program = "import os, time\\nfor _ in range(3):\\n    if not os.fork(): time.sleep(999)\\ndef answer(): return 1"
+for seed in range(40):
+    judging = os.fork()
+    if not judging:
+        judge = Judge(Limits(), 0)
+        while True:
+            judge(program, Check(tests=("assert answer() == 1",)))
+    time.sleep(random.Random(seed).uniform(0, 0.05))
+    os.kill(judging, signal.SIGKILL)
+end = time.monotonic() + 10
+while time.monotonic() < end:
+    try:
+        if os.waitpid(-1, os.WNOHANG) == (0, 0):
+            time.sleep(0.02)
+    except ChildProcessError:
+        print("nothing is left")
+        break
+"""
+
+
+def test_nothing_is_left_of_judges_that_are_killed_at_any_moment(judging):
+    """Most of all while bubblewrap starts: its child waits for it, for ever where it dies at the wrong moment."""
+    done = judging.script(KILLS)
+    assert (done.stdout, done.stderr) == ("nothing is left\n", "")
 
 
 def test_nothing_is_left_when_the_machine_ends_a_process():
