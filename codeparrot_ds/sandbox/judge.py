@@ -489,7 +489,7 @@ class _Inside:
         while not (children := _children(process)):
             if self.process.poll() is not None:
                 return None
-            time.sleep(0.0005)
+            time.sleep(0.002)  # of the 10 ms that an interpreter takes to start
         return children[0]
 
     def send(self, line: bytes, deadline: float) -> None:
