@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 _NO_MEMORY = 12  # ENOMEM
+_REMOUNT = 32 | 2 | 4  # MS_REMOUNT, MS_NOSUID, MS_NODEV
+NAMESPACES = "/dev/user"  # /proc/sys/user, in an ordinary user's sandbox, until a program is let in
+_CAPABILITIES_VERSION = (0x20080522).to_bytes(4, sys.byteorder)  # _LINUX_CAPABILITY_VERSION_3
 
 MAX_DEPTH = 64
 """Of nested values. Python's own parser ends at 200 brackets."""
@@ -221,26 +224,68 @@ def exception_from_reply(built_in: str, own_name: str, text: str) -> Exception:
     return error
 
 
-def confine(settings: dict[str, Any]) -> None:
-    """Sets this process's limits, then leaves root for a user that owns nothing, where the host is root."""
+def confine(settings: dict[str, Any], system_calls: bytes) -> None:
+    """Takes from this process what its program is not to have, for good: more than its limits, its capabilities (and
+    root, where the host is root), and system calls.
+
+    Args:
+        system_calls: the filter of ``filter.py``.
+    """
+    import _ctypes  # ctypes itself would take as long as a third of an interpreter's start
     import resource
+
+    library = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
+
+    def call(name: str, *arguments: Any) -> None:
+        if _ctypes.call_cdeclfunction(_ctypes.dlsym(library, name), arguments):
+            raise OSError(name)
 
     for name, limit in settings["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), limit)
+    if not settings["user"]:
+        _end_namespaces()
+    try:
+        # bubblewrap knows no limit on the number of files, whose inodes are the kernel's memory.
+        call("mount", b"tmpfs", b"/tmp", b"tmpfs", _REMOUNT, settings["scratch"].encode())
+        if not settings["user"]:
+            call("umount2", NAMESPACES.encode(), 2)  # MNT_DETACH
+    except OSError:
+        # AppArmor's profile for bubblewrap, of newer Ubuntus, lets nothing inside have a capability.
+        if settings["user"]:
+            raise
     if settings["user"]:
         posix.setgroups([])
         posix.setresgid(*[settings["user"]] * 3)
-        posix.setresuid(*[settings["user"]] * 3)
+        posix.setresuid(*[settings["user"]] * 3)  # with which all capabilities go
+    else:
+        call("capset", _CAPABILITIES_VERSION + bytes(4), bytes(24))
+
+    class Pointer(_ctypes._SimpleCData):  # type: ignore[misc, name-defined]
+        _type_ = "z"
+
+    pointer = Pointer(system_calls)
+    count = len(system_calls) // 8
+    call("prctl", 22, 2, count.to_bytes(8, sys.byteorder) + bytes(memoryview(pointer)))  # SET_SECCOMP, MODE_FILTER
 
 
-def start(settings: dict[str, Any]) -> Messages:
+def _end_namespaces() -> None:
+    """Nobody in this user namespace makes another: the filter's second lock, where the host's /proc can be written."""
+    try:
+        descriptor = posix.open(f"{NAMESPACES}/max_user_namespaces", posix.O_WRONLY)
+    except OSError:  # a container's is read-only, and without a capability it is so everywhere
+        return
+    posix.write(descriptor, b"0")
+    posix.close(descriptor)
+
+
+def start(settings: dict[str, Any], system_calls: bytes) -> Messages:
     """Begins one side and returns its way to the host, which takes standard input and output: the program finds the
     one empty, and the other is where its errors go."""
     read_from, write_to = posix.dup(0), posix.dup(1)
     null = posix.open("/dev/null", posix.O_RDWR)
     posix.dup2(null, 0)
     posix.dup2(2, 1)
-    confine(settings)
+    confine(settings, system_calls)
     if settings["packages"]:
         sys.path.append(settings["packages"])
         if settings["side"] == "checker":

@@ -10,7 +10,9 @@ no checker; only the checker can say that it passed. Docs: ``docs/judging.md``.
 from __future__ import annotations
 
 import ast
+import ctypes
 import importlib.util
+import itertools
 import json
 import marshal
 import math
@@ -18,6 +20,7 @@ import os
 import queue
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +35,9 @@ from typing import Any
 
 from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.sandbox.filter import own_filter
+from codeparrot_ds.sandbox.groups import Group, make_group
+from codeparrot_ds.sandbox.inside import NAMESPACES
 
 KINDS = ("passed", "failed", "error", "syntax", "timeout", "memory", "output", "exited")
 """Of verdicts: an assertion failed; an exception; no Python; too slow; too large; too talkative; ended by itself."""
@@ -49,6 +55,7 @@ _PACKAGES = "/packages"
 # Address space of what is none of a program's doing: numpy with one thread, and the tests, which may hold thousands of
 # inputs.
 _NUMPY_BYTES, _TESTS_BYTES = 256 << 20, 1 << 30
+_KERNEL_BYTES = 128 << 20
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Of the work below: 0.04 s on an idle core of records/2026-11-28-sandbox-speed-2-cores, and what a little load adds.
 _REFERENCE_SECONDS = 0.06
@@ -63,9 +70,10 @@ _PIPE_BYTES = 65536  # that a pipe takes without a reader
 _SHARED = "codeparrot_ds.sandbox.inside"  # which the checker's file imports from, and which runs as the main module
 _START = f"""import marshal, posix, sys
 sys.modules["{_SHARED}"] = sys.modules["__main__"]
-for code in marshal.loads(posix.read(0, {_PIPE_BYTES})):
+system_calls, *codes = marshal.loads(posix.read(0, {_PIPE_BYTES}))
+for code in codes:
     exec(code)
-run(start(eval(sys.argv[1])))"""
+run(start(eval(sys.argv[1]), system_calls))"""
 _FILES = {"candidate": ("inside.py",), "checker": ("inside.py", "checker.py")}
 _ENDS = (
     (b'["memory"', "memory", ""),
@@ -74,6 +82,7 @@ _ENDS = (
     (b'["output"', "output", "a result is too large"),
 )
 _REPLIES = (b'["ready"]', b'["value",', b'["error",', b'["end"]', b'["back",')
+_PIDFD_SEND_SIGNAL, _PIDFD_OPEN = 424, 434  # on every architecture
 _CPU_LIMIT_REACHED = 128 + 24  # SIGXCPU, as bubblewrap hands it on
 
 
@@ -90,6 +99,8 @@ class Limits:
     """Processes and threads together."""
     scratch_bytes: int = 16 << 20
     """Of files in its folder, ``/tmp``."""
+    scratch_files: int = 1024
+    """And folders there."""
     output_bytes: int = 1 << 20
     """Of what it prints."""
     message_bytes: int = 16 << 20
@@ -112,6 +123,12 @@ class Check:
     """A name that is the program's even where Python, an import or ``setup`` has it."""
     names: tuple[str, ...] = ()
     """More such names."""
+
+
+def group_bytes(limits: Limits) -> int:
+    """Returns what all processes of a program may have together, where a control group counts it: one process's memory,
+    the files, and what the kernel keeps for them."""
+    return limits.memory_bytes + limits.numpy * _NUMPY_BYTES + limits.scratch_bytes + _KERNEL_BYTES
 
 
 def names_defined(source: str) -> tuple[str, ...]:
@@ -237,10 +254,12 @@ class Judge:
         self._checker: _Inside | None = None
         self._checked: Check | None = None
         """Whose tests the checker has."""
+        self._group = make_group(str(next(_numbers)), group_bytes(limits), limits.processes)
 
     def __call__(self, program: str, check: Check) -> Verdict:
         started = time.monotonic()
-        with _Inside("candidate", self.limits, 2 * self.slot, numpy=self.limits.numpy) as candidate:
+        with _Inside("candidate", self.limits, 2 * self.slot, numpy=self.limits.numpy, group=self._group) as candidate:
+            kills = self._group.kills() if self._group else 0
             candidate.expect_hello()
             try:
                 checker = self._ready_checker(check)
@@ -248,7 +267,9 @@ class Judge:
                 kind, detail = self._relay(program, candidate, checker, started + self.limits.seconds)
             except _Ended as end:
                 kind, detail = end.kind, end.detail
-        return Verdict(kind, detail, time.monotonic() - started)
+                if kind == "exited" and self._group and self._group.kills() > kills:
+                    kind, detail = "memory", ""
+        return Verdict(kind, _plain(detail), time.monotonic() - started)
 
     def once(self, program: str, check: Check) -> Verdict:
         """A verdict of a worker that ends with it."""
@@ -258,6 +279,12 @@ class Judge:
             self.close()
 
     def close(self) -> None:
+        self._close_checker()
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _close_checker(self) -> None:
         if self._checker is not None:
             self._checker.close()
             self._checker = None
@@ -268,7 +295,7 @@ class Judge:
         try:
             numpy = self.limits.numpy or any("numpy" in text for text in (check.setup, *check.tests))
             if self._checker is not None and numpy and not self._checker.numpy:
-                self.close()
+                self._close_checker()
             if self._checker is None:
                 self._checker = _Inside("checker", self.limits, 2 * self.slot + 1, numpy=numpy)
                 self._checker.expect_hello()
@@ -283,7 +310,7 @@ class Judge:
                 self._checker.send(json.dumps(message).encode(), deadline)
                 self._checker.receive(deadline)
         except BaseException:
-            self.close()
+            self._close_checker()
             raise
         return self._checker
 
@@ -300,7 +327,7 @@ class Judge:
             return self._carry(candidate, checker, deadline)
         except BaseException:
             # Whatever state the tests are in, the next problem begins with a checker of its own.
-            self.close()
+            self._close_checker()
             raise
 
     def _carry(self, candidate: _Inside, checker: _Inside, deadline: float) -> tuple[str, str]:
@@ -316,7 +343,7 @@ class Judge:
                 _check_reply(reply)
             except _Ended as end:
                 if not _stops(checker):
-                    self.close()
+                    self._close_checker()
                 return end.kind, end.detail
             checker.send(reply, deadline)
         raise _Ended("timeout", f"more than {self.limits.calls:,} calls")
@@ -339,6 +366,11 @@ def _name_of(reply: bytes) -> str:
         return ""
 
 
+def _plain(detail: str) -> str:
+    """A detail of at most 200 letters that a terminal and a file of lines show as they are: it may be the program's."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in detail[:200])
+
+
 def _stops(checker: _Inside) -> bool:
     """Tells a problem's tests, which wait for an answer, to end; whether they do, and the checker can continue."""
     soon = time.monotonic() + _STOP_SECONDS
@@ -352,11 +384,14 @@ def _stops(checker: _Inside) -> bool:
 class _Inside:
     """A process in a sandbox and its pipes."""
 
-    def __init__(self, side: str, limits: Limits, user: int, *, numpy: bool) -> None:
+    def __init__(self, side: str, limits: Limits, user: int, *, numpy: bool, group: Group | None = None) -> None:
         self.side, self.limits, self.numpy = side, limits, numpy
         self._received, self.printed_bytes = b"", 0
         settings = _settings(side, limits, user, numpy)
         command = [*_bubblewrap(limits.scratch_bytes, numpy), *_interpreter(), "-c", _START, repr(settings)]
+        code = _code(side)
+        self._first: int | None = None
+        self._first_output = b""
         # Messages take the standard streams, whose numbers are the same however many files this process has open:
         # a limit inside is on numbers of descriptors.
         self.process = subprocess.Popen(
@@ -369,11 +404,15 @@ class _Inside:
         )
         self._pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         self._to_inside, self._from_inside, self._output = (pipe.fileno() for pipe in self._pipes if pipe)
-        with suppress(BrokenPipeError):  # it has ended; expect_hello says why
-            os.write(self._to_inside, _code(side))
-        os.set_blocking(self._to_inside, False)
-        os.set_blocking(self._output, False)
-        self._first_output = b""
+        try:
+            with suppress(BrokenPipeError):  # it has ended; expect_hello says why
+                os.write(self._to_inside, code)
+            os.set_blocking(self._to_inside, False)
+            os.set_blocking(self._output, False)
+            self._hold(group)  # while the interpreter starts
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> _Inside:
         return self
@@ -382,8 +421,26 @@ class _Inside:
         self.close()
 
     def close(self) -> None:
-        """Kills bubblewrap and with it, as their parent and as the first process of their namespace, all inside."""
-        self.process.kill()
+        """Kills all inside, and returns when nothing of it is left.
+
+        The kernel ends a namespace with its first process, which is ended before any other in the namespace; bubblewrap
+        itself can end earlier. None of this asks a program that may have stopped listening.
+        """
+        if self._first is not None:
+            with suppress(ProcessLookupError):
+                _system_call(_PIDFD_SEND_SIGNAL, self._first, signal.SIGKILL, None, 0)
+            ended = select.poll()
+            ended.register(self._first, select.POLLIN)
+            if not ended.poll(_START_SECONDS * 1000):
+                raise SandboxError(f"its processes did not end within {_START_SECONDS:.0f} s of being killed")
+            os.close(self._first)
+            self._first = None
+        else:
+            # Until bubblewrap lets its child run, the child would wait for it for ever.
+            self.process.send_signal(signal.SIGSTOP)
+            for child in _children(self.process.pid):
+                os.kill(child, signal.SIGKILL)
+            self.process.kill()
         self.process.wait()
         for pipe in self._pipes:
             if pipe:
@@ -397,6 +454,43 @@ class _Inside:
             raise SandboxError(f"it did not start: {lines[-1] if lines else end.kind}") from end
         if hello != b'["hello"]':
             raise SandboxError(f"its {self.side} began with {hello[:80]!r}")
+        assert self._first is not None, "who says hello has a first process"
+
+    def _hold(self, group: Group | None) -> None:
+        """Takes hold of the first process inside, and of its child, which the program is not yet sent to.
+
+        bubblewrap's --info-fd names the first process as well, and lets it wait for ever where this process ends while
+        that is written.
+        """
+        first = self._only_child(self.process.pid)
+        if first is None:
+            return
+        try:
+            self._first = _system_call(_PIDFD_OPEN, first, 0)
+        except ProcessLookupError:
+            return
+        except OSError as error:
+            raise SandboxError(f"it needs Linux 5.3 or newer: pidfd_open: {error.strerror}") from error
+        if _parent(first) != self.process.pid:  # the number is another process's by now
+            os.close(self._first)
+            self._first = None
+            return
+        program = self._only_child(first) if self.side == "candidate" else None
+        if program is not None:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended; expect_hello says why
+                with suppress(PermissionError):  # an interpreter that its user may run and not read
+                    # Where the machine runs out of memory, the kernel ends the program first, not who judges it.
+                    Path(f"/proc/{program}/oom_score_adj").write_text("1000")
+                if group:
+                    group.take(program)
+
+    def _only_child(self, process: int) -> int | None:
+        """Waits for the child of bubblewrap, or of its child; None where it has ended, and expect_hello says why."""
+        while not (children := _children(process)):
+            if self.process.poll() is not None:
+                return None
+            time.sleep(0.002)  # of the 10 ms that an interpreter takes to start
+        return children[0]
 
     def send(self, line: bytes, deadline: float) -> None:
         data = memoryview(line + b"\n")
@@ -473,7 +567,36 @@ class _Inside:
             self._first_output += os.read(self._output, 4096)
 
 
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _system_call(number: int, *arguments: Any) -> int:
+    """Of Linux, where Python may have been built for one that was older than the call."""
+    result: int = _library().syscall(number, *arguments)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def _parent(process: int | str) -> int:
+    """0 of a process that has ended."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def _children(process: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended, or the kernel is one without CONFIG_PROC_CHILDREN
+        return [int(child) for child in os.listdir("/proc") if child.isdigit() and _parent(child) == process]
+
+
 _code_lock = threading.Lock()
+_numbers = itertools.count()  # of this process's groups
 
 
 def _code(side: str) -> bytes:
@@ -484,7 +607,8 @@ def _code(side: str) -> bytes:
 @cache
 def _compiled(side: str) -> bytes:
     texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _FILES[side]]
-    code = marshal.dumps([compile(text, "<sandbox>", "exec", dont_inherit=True, optimize=2) for text in texts])
+    codes = [compile(text, "<sandbox>", "exec", dont_inherit=True, optimize=2) for text in texts]
+    code = marshal.dumps([own_filter(), *codes])
     assert len(code) < _PIPE_BYTES
     return code
 
@@ -498,6 +622,7 @@ def _settings(side: str, limits: Limits, user: int, numpy: bool) -> dict[str, An
         "side": side,
         "packages": _PACKAGES if numpy else "",
         "message_bytes": limits.message_bytes,
+        "scratch": f"size={limits.scratch_bytes},nr_inodes={limits.scratch_files},mode=1777",
         "user": _FIRST_USER + (os.getpid() * _SPREAD + user) % _NUM_USERS if os.geteuid() == 0 else 0,
         "limits": {
             "AS": (memory, memory),
@@ -506,7 +631,8 @@ def _settings(side: str, limits: Limits, user: int, numpy: bool) -> dict[str, An
             # Kernels before 5.14 count all of a user's processes here: the checker, who is trusted, must still fork.
             **({"NPROC": (limits.processes,) * 2} if side == "candidate" else {}),
             "NOFILE": (64, 64),
-            "CORE": (0, 0),
+            "SIGPENDING": (64, 64),  # each is some of the kernel's memory
+            **dict.fromkeys(("CORE", "MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"), (0, 0)),
         },
     }
 
@@ -522,7 +648,8 @@ def _bubblewrap(scratch_bytes: int, numpy: bool = False) -> tuple[str, ...]:
         # Root's processes are not counted: the program gets a user of its own, which a user namespace would not let it.
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
-        command += ["--unshare-user"]
+        command += ["--unshare-user", "--cap-add", "CAP_SYS_RESOURCE"]
+    command += ["--cap-add", "CAP_SYS_ADMIN"]  # inside.confine needs these, and gives them up
     for path in map(Path, _SYSTEM):
         if path.is_symlink():
             command += ["--symlink", os.readlink(path), str(path)]
@@ -540,6 +667,8 @@ def _bubblewrap(scratch_bytes: int, numpy: bool = False) -> tuple[str, ...]:
     command += _make_folder("/dev")
     for name in _DEVICES:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    if os.geteuid():
+        command += ["--bind", "/proc/sys/user", NAMESPACES]
     command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp", "--remount-ro", "/"]
     return (*command, "--chdir", "/tmp", "--")
 
