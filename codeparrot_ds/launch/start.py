@@ -18,6 +18,7 @@ from pathlib import Path
 from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.checkpoint.run_folder import (
     check_free,
+    check_run_name,
     continued_from,
     finished_checkpoint,
     new_run_name,
@@ -87,6 +88,7 @@ def front_door(
     name = config.run_name or new_run_name(output_dir)
     going_on = _going_on(typed, config, name)
     check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")  # before any of it is said
+    check_run_name(name)
     check_named(config)
     if not launch.node_rank:  # with --no-ssh the first host's rank 0, which may have begun, holds the run
         check_free(output_dir / name)
