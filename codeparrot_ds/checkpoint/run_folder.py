@@ -38,6 +38,7 @@ from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import GPT2Shape, differing_parameters, parameter_shapes
 from codeparrot_ds.paths import find_run, shown
+from codeparrot_ds.secret_forms import hide_secrets
 
 ADJECTIVES = (
     "amber brave bright calm clever copper crimson daring dusty eager early fancy gentle golden green happy hidden "
@@ -408,7 +409,7 @@ def open_run(
     folder.record.setdefault("id", f"{folder.name}-{os.urandom(3).hex()}")
     folder.record.setdefault("created", now)
     starts = folder.record.get("starts", [])
-    typed = shlex.join(command or sys.argv)
+    typed = hide_secrets(shlex.join(command or sys.argv))
     starts.append({"time": now, "world_size": world_size, "command": typed, "hosts": sorted(set(hosts))})
     folder.update(
         versions=package_versions(),

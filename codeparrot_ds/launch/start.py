@@ -38,7 +38,6 @@ from codeparrot_ds.engine.operators import are_built, needed_operators
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.commands import SETTLE_SECONDS, prepare_branch, settle
 from codeparrot_ds.hub.places import is_remote, open_repository
-from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.launch.deepspeed_command import MODULE, hosts_of, is_local
 from codeparrot_ds.launch.doctor import Wanted, local_paths
 from codeparrot_ds.launch.hostfile import Host
@@ -52,6 +51,7 @@ from codeparrot_ds.launch.preflight import (
     preflight,
 )
 from codeparrot_ds.resolved_run import ResolvedRun
+from codeparrot_ds.secret_check import check_for_secrets
 from codeparrot_ds.shell import next_steps, pasteable
 
 

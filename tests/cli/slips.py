@@ -254,6 +254,12 @@ KINDS = [
         TRAIN + " --tokenizer coded-words",
         "coded-words/tokenizer_config.json names code of its",
     ),
+    Slip(
+        "a token in a URL", TRAIN + " --data https://me:secret@host/x", "the run config holds what looks like a secret"
+    ),
+    Slip(
+        "a key in a DeepSpeed JSON", TRAIN + " --deepspeed comet.json", "comet.json holds a secret under api_key: remo"
+    ),
     Slip("nothing to resume", TRAIN + " --resume ''", "--resume cannot be an empty text"),
     Slip("no config", TRAIN + " --deepspeed ''", "--deepspeed cannot be an empty text"),
     Slip("no folder of runs", TRAIN + " --output-dir ''", "--output-dir cannot be an empty text"),
@@ -341,6 +347,7 @@ def prepare(folder: Path) -> IO[str]:
         "variable.yaml": "seed: 2\noutput_dir: $NONE_SUCH/runs\n",
         "null.yaml": "output_dir: ~\n",
         "mine.json": "{}",
+        "comet.json": '{"comet": {"enabled": true, "api_key": "0123456789abcdef"}}',
         "prompts.txt": "def f():\n",
         "problems.jsonl": "{}\n",
         "infilling.jsonl": '{"task_id": "SingleLineInfilling/HumanEval/0/L0", "suffix": "    return 1"}',
