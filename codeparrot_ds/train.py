@@ -22,6 +22,7 @@ from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments,
 from codeparrot_ds.config.launch_options import add_launch_arguments
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.secret_forms import hide_secrets_in_tracebacks
 from codeparrot_ds.telemetry.startup import LAUNCHED_AT
 from codeparrot_ds.training.loop import train
 
@@ -68,6 +69,7 @@ def run_rank(
     from codeparrot_ds.supervision.guard import guard_this_rank
     from codeparrot_ds.supervision.process_end import launcher_of_this_rank, signal_at_parents_end
 
+    hide_secrets_in_tracebacks()
     signal_at_parents_end(signal.SIGTERM, launcher_of_this_rank())()
     choose_interface(os.environ)
     guard_this_rank()  # before torch: the guard stays small

@@ -228,7 +228,7 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, *, dtype: str, overwrit
     if NEEDED not in card:  # of 0.1.0
         card = f"{card}\n{NEEDED}\n"
     export = Export(
-        model_config=AutoConfig.from_pretrained(checkpoint.export),
+        model_config=AutoConfig.from_pretrained(checkpoint.export, trust_remote_code=False),
         tokenizer=checkpoint.export,
         dtype=dtype,
         card=f"{card}\nThese weights were exported in {dtype} from the optimizer's masters.\n",

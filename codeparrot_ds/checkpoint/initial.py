@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from codeparrot_ds.checkpoint.folders import TOKENIZER_FILES, checkpoint_folders, find_model
+from codeparrot_ds.checkpoint.run_folder import KEPT_TOKENIZERS
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
-from codeparrot_ds.model.foreign import WEIGHTS, WEIGHTS_INDEX, is_model, recognized
+from codeparrot_ds.model.foreign import WEIGHTS, WEIGHTS_INDEX, is_model, recognized, refuse_own_code
 from codeparrot_ds.model.shapes import differing_parameters, find_shape, parameter_shapes
 from codeparrot_ds.paths import in_runs
 from codeparrot_ds.resolved_run import encoder_and_shape
@@ -71,6 +72,7 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     else:
         folder = _folder_of(config.init_from).absolute()
         source = str(folder)
+    refuse_own_code(folder)
     tokenizer = _tokenizer(config, folder, source)
     encoder, shape = encoder_and_shape(dataclasses.replace(config, tokenizer=tokenizer))
     there = find_shape(str(folder), vocab_size=encoder.vocab_size, seq_length=1)
@@ -106,7 +108,7 @@ def with_kept_tokenizer(config: RunConfig, typed: str) -> RunConfig:
     if not config.tokenizer or os.path.isdir(typed) or is_a_models_own:
         return config
     folder, digest = find_tokenizer(config.tokenizer), load_encoder(config.tokenizer).fingerprint
-    place = Path(config.output_dir).absolute() / "tokenizers" / digest[:12]
+    place = Path(config.output_dir).absolute() / KEPT_TOKENIZERS / digest[:12]
     if not place.is_dir():
         with staged_folder(place, marker="tokenizer.json", overwrite=False) as staging:
             for name in TOKENIZER_FILES:

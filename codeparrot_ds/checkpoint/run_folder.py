@@ -38,6 +38,7 @@ from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.model.shapes import GPT2Shape, differing_parameters, parameter_shapes
 from codeparrot_ds.paths import find_run, shown
+from codeparrot_ds.secret_forms import hide_secrets
 
 ADJECTIVES = (
     "amber brave bright calm clever copper crimson daring dusty eager early fancy gentle golden green happy hidden "
@@ -51,6 +52,9 @@ NOUNS = (
     "willow wren "
 ).split()
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "huggingface_hub", "wandb", "numpy")
+
+KEPT_TOKENIZERS = "tokenizers"
+"""Folder beside the runs with the tokenizers that came from elsewhere (`checkpoint.initial`)."""
 
 # What a run is: a config that differs here is another run, and continuing it would mix two.
 IDENTITY = ("model", "seq_length", "global_batch_size", "num_lanes", "shuffle_buffer", "seed")
@@ -83,10 +87,14 @@ def check_run_name(name: str) -> None:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", name) or ".." in name or name.endswith((".lock", ".")):
         raise UserError(f"run_name {name!r} cannot be a branch: use letters, digits, '-', '_' and '.' (brave-otter-7)")
-    if name in ("main", "HEAD"):
+    if name == "main" or re.fullmatch(r"[A-Z_]*HEAD|AUTO_MERGE", name):  # FETCH_HEAD and others are git's own
         raise UserError(f"run_name {name!r} means something else in git: choose another, such as brave-otter-7")
-    if re.fullmatch(r"[0-9a-f]{7,40}", name):
+    if re.fullmatch(r"[0-9a-fA-F]{7,64}", name):
         raise UserError(f"run_name {name!r} looks like a commit id: add a word to it")
+    if name.lower().endswith(".git"):
+        raise UserError(f"run_name {name!r} is a name of a repository, as hub.git beside the runs: leave .git out")
+    if name == KEPT_TOKENIZERS:
+        raise UserError(f"run_name {name!r} is the folder of the runs' tokenizers: choose another, such as {name}-1")
 
 
 class RunFolder:
@@ -401,7 +409,7 @@ def open_run(
     folder.record.setdefault("id", f"{folder.name}-{os.urandom(3).hex()}")
     folder.record.setdefault("created", now)
     starts = folder.record.get("starts", [])
-    typed = shlex.join(command or sys.argv)
+    typed = hide_secrets(shlex.join(command or sys.argv))
     starts.append({"time": now, "world_size": world_size, "command": typed, "hosts": sorted(set(hosts))})
     folder.update(
         versions=package_versions(),

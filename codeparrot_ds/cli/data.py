@@ -71,8 +71,8 @@ def add_corpus(commands: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--redact", action="store_true",
-        help="put placeholders for e-mail addresses, public IP addresses and secret keys in well-known formats; "
-        "finds no other personal data (default: off)",
+        help="put placeholders for e-mail addresses, public IP addresses, credentials in URLs and secret keys in "
+        "well-known formats, in every column; finds no other personal data (default: off)",
     )  # fmt: skip
     group = parser.add_argument_group("writing")
     group.add_argument(

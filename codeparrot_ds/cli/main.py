@@ -18,6 +18,7 @@ from codeparrot_ds.cli.runs import add_checkpoint, add_hub, add_report, add_runs
 from codeparrot_ds.cli.train import add_demo, add_doctor, add_train
 from codeparrot_ds.config.arguments import ArgumentParser, HelpFormatter
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.secret_forms import hide_secrets, hide_secrets_in_tracebacks
 from codeparrot_ds.shell import TerminatedError
 from codeparrot_ds.version import __version__
 
@@ -37,6 +38,8 @@ REFUSALS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (0 done, 1 found something wrong, 2 a mistake of the user's)."""
+    if argv is None:
+        hide_secrets_in_tracebacks()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser()
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        where = f": {error.filename}" if error.filename else ""
+        where = f": {hide_secrets(str(error.filename))}" if error.filename else ""
         print(f"{PROGRAM}: error: {REFUSALS[error.errno]}{where}", file=sys.stderr)
         try:
             sys.stdout.flush()

@@ -37,6 +37,7 @@ from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.metrics import TrainingRow
+from codeparrot_ds.secret_forms import hide_secrets
 from codeparrot_ds.supervision.heartbeat import beat
 from codeparrot_ds.training.loop import Observer, accumulate_gradients, train_step
 
@@ -293,13 +294,13 @@ def describe_failure(
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return Failure(
         kind=kind,
-        message=lines[0] if lines else type(error).__name__,
+        message=hide_secrets(lines[0]) if lines else type(error).__name__,
         type=type(error).__name__,
         phase=phase,
         step=step,
         device_peak_bytes=device_peak_bytes,
         resident_peak_bytes=resident_peak_bytes,
-        traceback="".join(traceback.format_exception(error)[-4:]),
+        traceback=hide_secrets("".join(traceback.format_exception(error)[-4:])),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import textwrap
@@ -22,6 +23,8 @@ from codeparrot_ds.config.run_config import (
 )
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import SLIP, did_you_mean, name_argument
+from codeparrot_ds.secret_check import check_for_secrets
+from codeparrot_ds.secret_forms import hide_secrets
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -71,7 +74,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse's "argument --a/--b: …" as a sentence about the option in the spelling that the help shows.
         message = re.sub(r"^argument (-[\w-]+)(?:/-[\w-]+)*: (?=must|cannot|needs)", r"\1 ", message)
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {hide_secrets(message)} (see {self.prog} --help)\n")
 
 
 # What an option needs, by what the help calls it.
@@ -200,7 +203,7 @@ def commented_yaml(config: RunConfig) -> str:
 
 
 def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
-    """The run config of parsed arguments: defaults < preset < file < options."""
+    """The run config of parsed arguments: defaults < preset < file < options; without secrets, before any is said."""
     values: dict[str, Any] = {}
     preset = getattr(arguments, "preset", None)
     if preset is not None:
@@ -210,6 +213,7 @@ def config_from_arguments(arguments: argparse.Namespace) -> RunConfig:
     if getattr(arguments, "config", None) is not None:
         values.update(read_config_file(arguments.config))
     values.update({name: value for name, value in vars(arguments).items() if name in FIELDS})
+    check_for_secrets(json.dumps(values), "the run config")
     return RunConfig(**values)
 
 

@@ -98,7 +98,7 @@ def build_corpus(
         tokenizer: A tokenizer folder; with it, files under 1.5 characters per token are dropped as well.
         near_duplicates: Drop documents that are nearly equal to one that stays (``dedup``).
         near_duplicate_threshold: Jaccard similarity of the sets of tokens from which on two are nearly equal.
-        redact: Replace e-mail addresses, public IP addresses and secret keys by placeholders (``redaction``).
+        redact: Replace e-mail addresses, public IP addresses and secrets by placeholders (``redaction``).
         suffixes: Names of files in source trees that are read.
         columns: Of row files: ``content=text,license=terms``, or the text's alone; those of published data sets of code
             (``layouts.COLUMNS``) are known.

@@ -24,7 +24,14 @@ from typing import Any
 
 import orjson
 
-from codeparrot_ds.corpus.readers import ReadAccount, TreeFile, detect_license, open_dataset, repository_name
+from codeparrot_ds.corpus.readers import (
+    ReadAccount,
+    TreeFile,
+    detect_license,
+    leads_below,
+    open_dataset,
+    repository_name,
+)
 from codeparrot_ds.data.hub_files import first_look
 from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.layouts import is_sidecar, lay_out
@@ -35,7 +42,7 @@ UNIT_BYTES = 8 << 20
 UNIT_FILES = 4096
 """Of a tree: opening a small file costs as much as reading some kilobytes."""
 ROW_SUFFIXES = tuple(FORMATS)
-UNIT_VERSION = 2
+UNIT_VERSION = 3
 """Raised when the code reads a unit to another result."""
 
 # Installed packages and caches inside a tree are other people's code or no code. A folder that is itself given as a
@@ -165,6 +172,8 @@ class _Folder:
     entries: Iterator[os.DirEntry[str]]
     prefix: str
     """Of the paths of its files in their repository."""
+    root: str
+    """Of the repository: a link is followed no further."""
     repo_name: str
     license: str
 
@@ -172,8 +181,13 @@ class _Folder:
 def _walk(
     root: Path, repo_name: str, license: str, account: ReadAccount, suffixes: tuple[str, ...]
 ) -> Iterator[TreeFile]:
-    """Walk in name order. A git checkout below the root is a repository of its own, with its own name and licence."""
-    way = list(_enter(str(root), "", repo_name, license, account))
+    """Walk in name order. A git checkout below the root is a repository of its own, with its own name and licence.
+
+    A link is taken where it leads to a file of the same repository that is read as well, as one more copy of it. Any
+    other is left out: whoever made the repository could put a reader's own files into the corpus by it. Folders are
+    entered by their own names only.
+    """
+    way = list(_enter(str(root), "", str(root), repo_name, license, account))
     while way:
         folder = way[-1]
         entry = next(folder.entries, None)
@@ -182,9 +196,16 @@ def _walk(
         elif entry.is_dir(follow_symlinks=False):
             if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith("."):
                 prefix = f"{folder.prefix}{entry.name}/"
-                way += _enter(entry.path, prefix, folder.repo_name, folder.license, account, may_be_checkout=True)
-        elif entry.name.endswith(suffixes):
+                way += _enter(
+                    *(entry.path, prefix, folder.root, folder.repo_name, folder.license, account), may_be_checkout=True
+                )
+        elif entry.name.endswith(suffixes) or (entry.is_symlink() and os.path.isdir(entry.path)):
             try:
+                file = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                if file != entry.path and not _is_read(file, folder.root, suffixes):
+                    if not leads_below(file, folder.root) or entry.is_file():
+                        account.leave_out("links_elsewhere", entry.path, reason="it leads to what is not read here")
+                    continue
                 if not entry.is_file():
                     continue
                 status = entry.stat()
@@ -192,7 +213,7 @@ def _walk(
                 account.leave_out("unreadable", entry.path, reason=error.strerror or str(error))
                 continue
             yield TreeFile(
-                file=entry.path,
+                file=file,
                 path=folder.prefix + entry.name,
                 repo_name=folder.repo_name,
                 license=folder.license,
@@ -201,19 +222,35 @@ def _walk(
             )
 
 
+def _is_read(file: str, root: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a walk from a repository's root comes to this file: not one in ``.git``, nor one of no such name."""
+    if not leads_below(file, root) or not file.endswith(suffixes):
+        return False
+    *folders, _ = os.path.relpath(file, os.path.realpath(root)).split(os.sep)
+    return not any(name in _SKIPPED_FOLDERS or name.startswith(".") for name in folders)
+
+
 def _enter(
-    folder: str, prefix: str, repo_name: str, license: str, account: ReadAccount, *, may_be_checkout: bool = False
+    folder: str,
+    prefix: str,
+    root: str,
+    repo_name: str,
+    license: str,
+    account: ReadAccount,
+    *,
+    may_be_checkout: bool = False,
 ) -> list[_Folder]:
     """The folder, or nothing where it cannot be looked into."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
         if may_be_checkout and any(entry.name == ".git" for entry in entries):
-            prefix, repo_name, license = "", repository_name(Path(folder)), detect_license(Path(folder))
+            prefix, root = "", folder
+            repo_name, license = repository_name(Path(folder)), detect_license(Path(folder))
     except OSError as error:
         account.leave_out("unreadable", folder, reason=error.strerror or str(error))
         return []
-    return [_Folder(entries=iter(entries), prefix=prefix, repo_name=repo_name, license=license)]
+    return [_Folder(entries=iter(entries), prefix=prefix, root=root, repo_name=repo_name, license=license)]
 
 
 def row_files_in(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import codecs
 import configparser
 import contextlib
 import io
+import os
 import re
 import sysconfig
 import tokenize
@@ -24,6 +25,7 @@ from codeparrot_ds.layouts import find_columns
 from codeparrot_ds.rows.files import Shard, local_shard, open_shard
 from codeparrot_ds.rows.reading import BLANK, BadRow, Piece, document_of, read_rows, rows_of_table
 from codeparrot_ds.rows.tables import Table, open_table
+from codeparrot_ds.secret_forms import hide_secrets, repository_of
 
 UNKNOWN_LICENSE = "unknown"
 MAX_NAMED = 100
@@ -62,6 +64,7 @@ class TreeFile:
     """A file of a source tree as planning found it; size and time show a later build whether it changed."""
 
     file: str
+    """Where it lies, with links followed."""
     path: str
     """Relative to the repository's root."""
     repo_name: str
@@ -103,10 +106,10 @@ class ReadAccount:
     def leave_out(self, category: str, file: str, row: int = 0, reason: str = "") -> None:
         self.left_out[category] += 1
         if category != "empty" and len(self.named) < MAX_NAMED:  # packages are full of empty files, and rightly so
-            self.named.append((printable(file), row, reason or category.replace("_", " ")))
+            self.named.append((printable(file), row, hide_secrets(reason) or category.replace("_", " ")))
 
     def damage(self, file: str, row: int, reason: str) -> None:
-        self.damaged.append((printable(file), row, reason.splitlines()[0] if reason else "unknown"))
+        self.damaged.append((printable(file), row, hide_secrets(reason.splitlines()[0]) if reason else "unknown"))
 
 
 def printable(name: str) -> str:
@@ -187,7 +190,7 @@ def read_files(files: Iterable[TreeFile], account: ReadAccount) -> Iterator[RawD
     for each in files:
         try:
             try:
-                content, encoding = decode(Path(each.file).read_bytes())
+                content, encoding = decode(_read(each.file))
                 each.path.encode("utf-8")
             except OSError as error:
                 raise _LeftOut("unreadable", error.strerror or str(error)) from error
@@ -206,22 +209,39 @@ def read_files(files: Iterable[TreeFile], account: ReadAccount) -> Iterator[RawD
         )
 
 
+def _read(file: str) -> bytes:
+    """The bytes of a file that planning found: a link that has taken its place since may lead anywhere."""
+    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as opened:
+        return opened.read()
+
+
 def repository_name(root: Path) -> str:
-    """``owner/name`` of a checkout's remote "origin", otherwise the folder's name."""
-    config = configparser.ConfigParser(strict=False, interpolation=None)
+    """``owner/name`` of a checkout's remote "origin", otherwise the folder's name.
+
+    Only a config that lies in the checkout itself is read: a ``.git`` that is a link, or a file that names another
+    place (of a worktree or submodule), says nothing about this tree that its author could not have made up.
+    """
+    config, place = configparser.ConfigParser(strict=False, interpolation=None), root / ".git" / "config"
+    if not leads_below(place, root) or not place.is_file():  # a pipe would be waited for
+        return printable(root.name)
     try:
-        config.read(root / ".git" / "config", encoding="utf-8")
+        config.read(place, encoding="utf-8")
         url = config.get('remote "origin"', "url")
     except (configparser.Error, UnicodeError):
         return printable(root.name)
-    parts = url.strip().removesuffix("/").removesuffix(".git").replace(":", "/").split("/")
-    return "/".join(part for part in parts[-2:] if part) or printable(root.name)
+    return repository_of(url) or printable(root.name)
+
+
+def leads_below(path: Path | str, root: Path | str) -> bool:
+    """Whether a path, with all its links followed, is a folder or lies in it."""
+    return os.path.join(os.path.realpath(path), "").startswith(os.path.join(os.path.realpath(root), ""))
 
 
 def detect_license(root: Path) -> str:
     """GitHub's name of the licence in the tree's root (``mit``, ``apache-2.0`` …), or ``unknown``."""
     for path in sorted(root.iterdir()):
-        if path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "UNLICENSE")) and path.is_file():
+        is_named_so = path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "UNLICENSE"))
+        if is_named_so and path.is_file() and leads_below(path, root):
             text = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())
             found = {text.find(phrase): name for phrase, name in _LICENSE_PHRASES.items() if phrase in text}
             if found:

@@ -10,6 +10,7 @@ A unit's folder appears under its final name when it is complete, so a kill at a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -36,6 +37,7 @@ from codeparrot_ds.corpus.readers import (
     read_parquet_rows,
 )
 from codeparrot_ds.corpus.redaction import redact
+from codeparrot_ds.secret_forms import replace_keys, without_credentials
 
 KEPT = 255
 """The verdict of a document that no filter drops; otherwise the number of the first filter that does."""
@@ -122,13 +124,12 @@ def read_unit(unit: Unit, settings: UnitSettings, folder: Path) -> int:
             (staging / "index.bin").open("wb") as index,
         ):
             for raw in _raw_documents(unit, settings, account):
-                content = raw.content
                 if unit.kind != "tree":
                     lacking.update(_lacking(raw, unit))
-                if settings.redact:
-                    content, counts = redact(content)
-                    if counts:
-                        redactions.append((account.documents, dict(counts)))
+                raw, counts = _cleaned(raw, settings)
+                if counts:
+                    redactions.append((account.documents, dict(counts)))
+                content = raw.content
                 data, path = content.encode("utf-8"), raw.path.encode("utf-8")
                 digest = content_hash(content)
                 statistics = text_statistics(content)
@@ -166,6 +167,22 @@ def _lacking(raw: RawDocument, unit: Unit) -> list[str]:
     """What a row does not say of its text: its repository (then the file stands for it), path or licence."""
     says = {"repo": raw.repo_name != Path(unit.name).name, "path": raw.path, "license": raw.license != UNKNOWN_LICENSE}
     return [what for what, value in says.items() if not value]
+
+
+def _cleaned(raw: RawDocument, settings: UnitSettings) -> tuple[RawDocument, Counter[str]]:
+    """The document as it may be written, with the number of replacements of each kind that were asked for.
+
+    A repository's name never has credentials: nobody who clones with a token wants it in every row.
+    """
+    counts: Counter[str] = Counter()
+    raw = dataclasses.replace(raw, repo_name=replace_keys(without_credentials(raw.repo_name), Counter()))
+    if settings.redact:
+        texts: dict[str, Any] = {}
+        for column in ("content", "repo_name", "path", "license"):
+            texts[column], found = redact(getattr(raw, column))
+            counts += found
+        raw = dataclasses.replace(raw, **texts)
+    return raw, counts
 
 
 def _verdict(text: str, statistics: TextStatistics, content_hash: str, settings: UnitSettings) -> int:

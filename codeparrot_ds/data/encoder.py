@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from codeparrot_ds.data.hub_files import hub_tokenizer
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.model.foreign import refuse_own_code
 from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
 
 logger = logging.getLogger(__name__)
@@ -231,6 +232,7 @@ def _holds_tokenizer(folder: str | Path) -> bool:
 def load_encoder(tokenizer: str | Path) -> Encoder:
     """Reads ``tokenizer.json`` and the end-of-sequence token of a Hugging Face tokenizer, here or on the Hub."""
     folder = find_tokenizer(tokenizer)
+    refuse_own_code(folder, ("tokenizer_config.json",))
     path = folder / "tokenizer.json"
     data = path.read_bytes()
     try:

@@ -17,6 +17,7 @@ from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONObject, getNext, m
 from codeparrot_ds.ds_config.known_keys import ANY, IGNORES_UNKNOWN, KEYS, KeyPath, Said
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path
+from codeparrot_ds.secret_check import check_settings
 
 AUTO = ":auto"
 """Behind a shipped name: that config in the precision that the device multiplies fastest."""
@@ -151,6 +152,7 @@ def read_ds_config(path: str | os.PathLike[str]) -> DsFile:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed config is a JSON object {{...}}, not {type(config).__name__}")
+    check_settings(config, str(path))
     converted: list[Said] = []
     return DsFile(path, _as_taken(config, (), converted), lines, converted=tuple(converted))
 

@@ -79,4 +79,4 @@ def load_generator(source: str | Path, *, dtype: str = "auto", device: str | Non
     model.generation_config.use_cache = True
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
-    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device)
+    return pipeline("text-generation", model=model, tokenizer=tokenizer, device=model.device, trust_remote_code=False)

@@ -18,6 +18,7 @@ from codeparrot_ds.data.datasets import check_local_data, split_shards
 from codeparrot_ds.data.hub_files import hub_file
 from codeparrot_ds.data.shards import Shard
 from codeparrot_ds.errors import UserError, first_line
+from codeparrot_ds.model.foreign import own_code, refuse_own_code
 from codeparrot_ds.paths import exists, in_runs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -33,9 +34,10 @@ def named_model(source: str, *, device: str | None = None, seq_length: int | Non
         _check_device(device)
     source = in_runs(source)
     place = find_model(source)
-    if place == source and not exists(source):
-        hub_file(source, "config.json", what="model")
     config = Path(place) / "config.json"
+    if place == source and not exists(source):
+        refuse_own_code(hub_file(source, "config.json", what="model").parent)
+    refuse_own_code(place)
     if seq_length is not None and config.is_file():
         with contextlib.suppress(ValueError, AttributeError):  # what is no config is said where the model is loaded
             check_seq_length(seq_length, json.loads(config.read_text(encoding="utf-8")).get("n_positions"))
@@ -122,12 +124,17 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = 
     if dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is none of {', '.join(DTYPES)}")
     place = find_model(source)
+    refuse_own_code(place)
     shows_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):  # of a model on the Hub, whose files were not looked at before
+            raise UserError(own_code(place)) from error
         raise UserError(f"{place}: the model cannot be loaded: {first_line(error)}") from error
     finally:
         if shows_bars:

@@ -24,6 +24,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.local_git import folder_files
 from codeparrot_ds.hub.repository import MAIN, NEEDED, PUBLISHED, PUBLISHED_COMMIT, Commit, check_branch_name
 from codeparrot_ds.retry import UnavailableError, retry_after
+from codeparrot_ds.secret_forms import without_credentials
 
 TOKEN_VARIABLE = "HF_TOKEN"
 TIMEOUT_SECONDS = 60.0
@@ -46,7 +47,7 @@ class HubRepository:
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
     def __str__(self) -> str:
-        return f"{self.endpoint}/{self.repo_id}"
+        return without_credentials(f"{self.endpoint}/{self.repo_id}")
 
     @property
     def spec(self) -> str:

@@ -138,6 +138,8 @@ class LocalRepository:
         commit = self.resolve(revision)
         names = filter(None, self._git("ls-tree", "-r", "-z", "--name-only", commit).split("\0"))
         for name in (name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in only)):
+            if ".." in name.split("/") or name.startswith("/"):  # git makes no such tree, but a file can hold one
+                raise UserError(f"{self}: '{name}' at '{revision}' would lie outside of the model's folder")
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "wb") as handle:

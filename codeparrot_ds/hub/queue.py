@@ -34,7 +34,7 @@ from typing import Any
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.local_git import folder_files
-from codeparrot_ds.hub.secrets import check_export
+from codeparrot_ds.secret_check import check_export
 
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 

@@ -46,6 +46,8 @@ class Revision:
 def parse_revision(source: str | Path) -> Revision | None:
     """Returns the place and revision that a source names; None for what is neither."""
     text = str(source).rstrip("/")
+    if "://" in text:
+        return None
     if text.endswith(".git"):
         return Revision(text, MAIN)
     place, at, revision = text.rpartition("@")

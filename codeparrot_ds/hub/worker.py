@@ -30,6 +30,7 @@ from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
 from codeparrot_ds.hub.repository import Commit, Repository
 from codeparrot_ds.paths import not_a_run
 from codeparrot_ds.retry import Answer, Pauses, UnavailableError, say_retry
+from codeparrot_ds.secret_forms import hide_secrets_in_tracebacks
 
 WORKER_PATIENCE_SECONDS = 6 * 3600.0
 """Without one success; the next checkpoint starts another worker anyway."""
@@ -231,4 +232,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    hide_secrets_in_tracebacks()  # into push.log
     sys.exit(main(sys.argv[1:]))

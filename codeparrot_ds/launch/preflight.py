@@ -42,12 +42,12 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.prompts import what_to_complete
 from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.places import is_remote, open_repository
-from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.memory.micro_batch import with_micro_batch
 from codeparrot_ds.memory.plan import predict, why_too_large
 from codeparrot_ds.memory.workload import Memory
 from codeparrot_ds.model.shapes import num_parameters
 from codeparrot_ds.resolved_run import ResolvedRun, encoder_and_shape, resolve_run
+from codeparrot_ds.secret_check import check_for_secrets
 from codeparrot_ds.terminal import gigabytes
 
 BYTES_A_PARAMETER = 16
@@ -95,7 +95,6 @@ def check_run(
     check_named(config)
     path = Path(config.output_dir) / str(config.run_name)
     file = open_ds_config(config.deepspeed, precisions or device_precisions(device), began=began_with(config))
-    check_for_secrets(json.dumps(file.config), str(file.path))
     model = encoder_and_shape(config)
     warnings = check_ds_config(
         file,

@@ -18,6 +18,7 @@ from pathlib import Path
 from codeparrot_ds.checkpoint.folders import Checkpoint
 from codeparrot_ds.checkpoint.run_folder import (
     check_free,
+    check_run_name,
     continued_from,
     finished_checkpoint,
     new_run_name,
@@ -37,7 +38,6 @@ from codeparrot_ds.engine.operators import are_built, needed_operators
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.commands import SETTLE_SECONDS, prepare_branch, settle
 from codeparrot_ds.hub.places import is_remote, open_repository
-from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.launch.deepspeed_command import MODULE, hosts_of, is_local
 from codeparrot_ds.launch.doctor import Wanted, local_paths
 from codeparrot_ds.launch.hostfile import Host
@@ -51,6 +51,7 @@ from codeparrot_ds.launch.preflight import (
     preflight,
 )
 from codeparrot_ds.resolved_run import ResolvedRun
+from codeparrot_ds.secret_check import check_for_secrets
 from codeparrot_ds.shell import next_steps, pasteable
 
 
@@ -87,6 +88,7 @@ def front_door(
     name = config.run_name or new_run_name(output_dir)
     going_on = _going_on(typed, config, name)
     check_for_secrets(json.dumps(dataclasses.asdict(config)), "the run config")  # before any of it is said
+    check_run_name(name)
     check_named(config)
     if not launch.node_rank:  # with --no-ssh the first host's rank 0, which may have begun, holds the run
         check_free(output_dir / name)

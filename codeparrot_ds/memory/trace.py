@@ -32,6 +32,7 @@ from codeparrot_ds.ds_config.facts import uses_nvme, value_at
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.memory.workload import Memory, Workload
 from codeparrot_ds.model.shapes import GPT2Shape
+from codeparrot_ds.secret_forms import hide_secrets
 
 ATTENTIONS = ("flash", "math")
 # Micro-batches after the second meet what the second meets.
@@ -304,8 +305,8 @@ def main() -> None:
             return dataclasses.asdict(trace(workload))
         except Exception as error:
             # Whatever DeepSpeed, transformers or torch say to a config: the caller hands it to the user.
-            traceback.print_exc()
-            return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            print(hide_secrets(traceback.format_exc()), file=sys.stderr)
+            return {"error": hide_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]}
 
     for line in sys.stdin:
         reading, writing = os.pipe()

@@ -1,9 +1,15 @@
-"""What another program's file or folder holds, by the names in it, and what works with it. No file is read."""
+"""What another program's file or folder holds, by the names in it, and what works with it.
+
+No file is read but a model's settings, for whether it wants code of its own to be run.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+
+from codeparrot_ds.errors import UserError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -142,6 +148,31 @@ KINDS = (
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a model that can be read: its config, and weights in safetensors."""
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+
+
+def refuse_own_code(folder: Path | str, files: tuple[str, ...] = ("config.json", "tokenizer_config.json")) -> None:
+    """Refuses a model or a tokenizer that brings code of its own, before anything of it is loaded.
+
+    ``transformers`` would import that code, with all that this user may do, after one question on the terminal.
+
+    Raises:
+        UserError: one of the files has an ``auto_map``, which names the code.
+    """
+    for path in (Path(folder) / name for name in files):
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # what is no JSON is said where it is loaded
+        if isinstance(settings, dict) and settings.get("auto_map"):
+            raise UserError(own_code(path))
+
+
+def own_code(place: Path | str) -> str:
+    """Why a model is not taken that brings code of its own."""
+    return (
+        f"{place} names code of its own ('auto_map'), and models and tokenizers that bring code are not taken: name "
+        "one that transformers loads without, or remove 'auto_map' from a copy if transformers knows its model_type"
+    )
 
 
 def recognized(path: Path) -> Foreign | None:

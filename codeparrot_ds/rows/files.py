@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,12 @@ def saved_files(folder: Path) -> list[Path] | None:
         raise UserError(
             f"{folder} is a saved data set whose rows are chosen by an index: save `dataset.flatten_indices()` instead"
         )
-    files = [folder / file["filename"] for file in state["_data_files"]]
+    names = [str(file["filename"]) for file in state["_data_files"]]
+    if elsewhere := [name for name in names if os.path.basename(name) != name]:
+        raise UserError(
+            f"{folder / 'state.json'} names {elsewhere[0]}, and files of a saved data set lie beside it: save it again"
+        )
+    files = [folder / name for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{folder} is a saved data set of which {missing[0]} is gone: save it again")
     return files

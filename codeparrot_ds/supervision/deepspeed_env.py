@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.secret_forms import names_a_secret
 
 Value = str | list[str]
 """Of a variable; a list where only the host knows it: text and names of its variables by turns, text at both ends."""
@@ -54,13 +55,20 @@ def read_deepspeed_env(folders: list[Path], known: Mapping[str, str]) -> dict[st
                 continue
             match = _LINE.fullmatch(text)
             if match is None:
-                raise UserError(f"{path}, line {number}: {text!r} is not NAME=value")
+                raise UserError(f"{path}, line {number}: {_up_to_a_secret(text)!r} is not NAME=value")
             try:
                 parts = _parts(match[2])
             except ValueError as problem:  # without the value, which may be a secret
                 raise UserError(f"{path}, line {number}: the value of {match[1]} {problem}") from None
             variables[match[1]] = _with_known(parts, variables)
     return variables
+
+
+def _up_to_a_secret(line: str) -> str:
+    """A line that was not understood, as far as the first name in it whose value would be a secret."""
+    ends = (word.end() for word in re.finditer(r"\w+", line) if names_a_secret(word[0]) and word.end() < len(line))
+    end = next(ends, None)
+    return line if end is None else f"{line[:end]} …"
 
 
 def on_this_host(variables: Mapping[str, Value], environment: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from typing import Any
 from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.run_folder import RunFolder
 from codeparrot_ds.metrics import EvaluationRow, TrainingRow
+from codeparrot_ds.secret_forms import hide_secrets
 from codeparrot_ds.terminal import duration
 
 logger = logging.getLogger("codeparrot_ds")
@@ -46,6 +47,13 @@ class AboveTheBar:
         sys.stderr.flush()
 
 
+class _WithoutSecrets(logging.Formatter):
+    """Libraries log what they were given: URLs that are signed, environments, errors of a proxy with its password."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_secrets(super().format(record))
+
+
 def set_up_logging(folder: Path, rank: int) -> Path:
     """Sends this rank's log records to ``log/debug_<rank>.log``; rank 0 shows progress, the others errors only.
 
@@ -55,14 +63,15 @@ def set_up_logging(folder: Path, rank: int) -> Path:
     (folder / "log").mkdir(parents=True, exist_ok=True)
     path = folder / "log" / f"debug_{rank}.log"
     file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(_WithoutSecrets("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     console = logging.StreamHandler(AboveTheBar())
     console.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    console.setFormatter(_WithoutSecrets("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.handlers = [file, console]
     others = logging.StreamHandler(AboveTheBar())
+    others.setFormatter(_WithoutSecrets("%(message)s"))
     others.setLevel(logging.ERROR)
     # DeepSpeed reports every setting of the engine at INFO: to the file with it, the console is for the run's progress.
     for name in ("DeepSpeed", "transformers", "datasets", "huggingface_hub"):
@@ -256,7 +265,15 @@ def _start_wandb(folder: RunFolder, mode: str, hyperparameters: dict[str, Any]) 
         mode = wished if wished in ("online", "offline") else "online" if _logged_in_to_wandb() else "offline"
     import wandb
 
-    settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=WANDB_TIMEOUT_SECONDS)
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        x_disable_stats=True,
+        init_timeout=WANDB_TIMEOUT_SECONDS,
+        # It would upload the working directory's remote, of which it removes a password but no token in the place of
+        # the user, and a patch of what is not committed.
+        disable_git=True,
+    )
     (folder.path / "wandb").mkdir(exist_ok=True)  # otherwise wandb turns to a temporary folder
     options: dict[str, Any] = {
         "project": "codeparrot-ds",

@@ -16,9 +16,9 @@ from codeparrot_ds.config.warnings import config_warnings
 from codeparrot_ds.ds_config.changes import sources_as_json
 from codeparrot_ds.engine.ranks import Ranks
 from codeparrot_ds.hub.places import is_remote, open_repository
-from codeparrot_ds.hub.secrets import check_for_secrets
 from codeparrot_ds.paths import shown
 from codeparrot_ds.resolved_run import ResolvedRun
+from codeparrot_ds.secret_check import check_for_secrets
 from codeparrot_ds.supervision.guard import write_stacks_to
 from codeparrot_ds.telemetry.startup import LAUNCHED_AT
 from codeparrot_ds.telemetry.tracking import Progress, Tracker, set_up_logging, warm_up

@@ -52,7 +52,7 @@ class Sampler:
         from transformers import AutoTokenizer
 
         self.ranks, self.together, self.problems = ranks, together, list(problems)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
         self.requests = [
             Request(prompt=prompt, seed=config.seed * 1_000_003 + number, ends=BLOCK_STARTS)
             for number, prompt in enumerate(prompts)

@@ -58,7 +58,9 @@ def test_a_new_name_before_there_is_a_folder(tmp_path):
     assert new_run_name(tmp_path / "nowhere").endswith("-1")
 
 
-@pytest.mark.parametrize("name", ["brave-otter-7", "a", "v1.2_large", "2024-run", "Large.Model", "abcdefg-1", "abcde"])
+@pytest.mark.parametrize(
+    "name", ["brave-otter-7", "a", "v1.2_large", "2024-run", "Large.Model", "abcdefg-1", "abcde", "hub", "git"]
+)
 def test_names_that_are_fine(name):
     check_run_name(name)
     assert git_takes(name)
@@ -86,6 +88,7 @@ def test_names_that_are_fine(name):
             "a[1]",
         ),
         *("a\\b", "a@{1}", "@", "é", "a\n", "x" * 97, "HEAD", "main"),
+        *("hub.git", "x.git", "X.GIT", "tokenizers", "FETCH_HEAD", "ORIG_HEAD", "AUTO_MERGE", "DEADBEEF", "a" * 64),
         *("deadbeef", "0123456789012345678901234567890123456789", "1234567"),
     ],
 )

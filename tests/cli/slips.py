@@ -238,6 +238,28 @@ KINDS = [
     Slip(
         "a folder for a repository", TRAIN + " --init-from runs/hub.git@first", "hub.git is not a bare git repository"
     ),
+    Slip("a repository's name for a run", TRAIN + " --run-name hub.git", "'hub.git' is a name of a repository, as hub"),
+    Slip(
+        "the tokenizers' for a run", TRAIN + " --run-name tokenizers", "is the folder of the runs' tokenizers: choose"
+    ),
+    Slip(
+        "git's own for a run", TRAIN + " --run-name FETCH_HEAD", "'FETCH_HEAD' means something else in git: choose an"
+    ),
+    Slip("a model with code", "evaluate coded", "coded/config.json names code of its own ('auto_map'), and models"),
+    Slip("one to complete with", "complete coded x", "and models and tokenizers that bring code are not taken"),
+    Slip("one to solve with", "humaneval coded --generate-only", "coded/config.json names code of its own"),
+    Slip("one to begin from", TRAIN + " --init-from coded", "coded/config.json names code of its own"),
+    Slip(
+        "a tokenizer with code",
+        TRAIN + " --tokenizer coded-words",
+        "coded-words/tokenizer_config.json names code of its",
+    ),
+    Slip(
+        "a token in a URL", TRAIN + " --data https://me:secret@host/x", "the run config holds what looks like a secret"
+    ),
+    Slip(
+        "a key in a DeepSpeed JSON", TRAIN + " --deepspeed comet.json", "comet.json holds a secret under api_key: remo"
+    ),
     Slip("nothing to resume", TRAIN + " --resume ''", "--resume cannot be an empty text"),
     Slip("no config", TRAIN + " --deepspeed ''", "--deepspeed cannot be an empty text"),
     Slip("no folder of runs", TRAIN + " --output-dir ''", "--output-dir cannot be an empty text"),
@@ -325,12 +347,18 @@ def prepare(folder: Path) -> IO[str]:
         "variable.yaml": "seed: 2\noutput_dir: $NONE_SUCH/runs\n",
         "null.yaml": "output_dir: ~\n",
         "mine.json": "{}",
+        "comet.json": '{"comet": {"enabled": true, "api_key": "0123456789abcdef"}}',
         "prompts.txt": "def f():\n",
         "problems.jsonl": "{}\n",
         "infilling.jsonl": '{"task_id": "SingleLineInfilling/HumanEval/0/L0", "suffix": "    return 1"}',
     }.items():
         (folder / name).write_text(content)
     _write_model(folder / "model")
+    _write_model(folder / "coded")
+    write_tokenizer(folder / "coded-words")
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoTokenizer": ["words.Evil", None]}}
+    (folder / "coded" / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_positions": 512, **code}))
+    (folder / "coded-words" / "tokenizer_config.json").write_text(json.dumps(code))
     _write_foreign(folder / "foreign")
     _write_run(folder / "runs" / "first", parameter_shapes(find_shape("demo", vocab_size=257, seq_length=256)))
     _write_run(folder / "runs" / "broken", {})

@@ -20,7 +20,13 @@ import zstandard
 from codeparrot_ds.corpus import build as corpus
 from codeparrot_ds.corpus import plan as corpus_plan
 from codeparrot_ds.corpus.build import build_corpus
-from codeparrot_ds.corpus.readers import detect_license, repository_name, standard_library_sources
+from codeparrot_ds.corpus.readers import (
+    ReadAccount,
+    detect_license,
+    read_files,
+    repository_name,
+    standard_library_sources,
+)
 from codeparrot_ds.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -427,6 +433,129 @@ def test_files_that_are_no_text_are_counted_and_left_out(tmp_path, tree):
     assert len(rows) == 61 and rows["bom.py"] == program(99)
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A file of the user's that no corpus was meant to hold."""
+    return write_tree(tmp_path / "home", {"secret.py": "PASSWORD = 'elsewhere'\n" + program(900)}) / "secret.py"
+
+
+def test_links_that_leave_their_repository_are_left_out_and_counted(tmp_path, tree, elsewhere):
+    write_tree(tree / "clone", {"own.py": program(800), ".git/config": "PASSWORD = 'elsewhere'", "notes": program(801)})
+    (tmp_path / "way").symlink_to(elsewhere)
+    hostile = {
+        "clone/absolute.py": elsewhere,
+        "clone/relative.py": "../../home/secret.py",
+        "clone/chain.py": tmp_path / "way",
+        "clone/through.py": "../../home/../home/secret.py",
+        "clone/sibling.py": "../pkg1/file1.py",  # of another repository
+        "clone/config.py": ".git/config",
+        "clone/notes.py": "notes",  # that is no source by its own name
+        "clone/environment.py": "/proc/self/environ",
+        "clone/folder": elsewhere.parent,
+        "clone/folder.py": elsewhere.parent,
+    }
+    fine = {
+        "clone/same.py": "own.py",
+        "clone/deep/up.py": "../own.py",
+        "pkg1/out_and_in.py": tmp_path / "back",
+        "pkg1/again.py": "out_and_in.py",
+        "down.py": "clone/own.py",
+    }
+    (tmp_path / "back").symlink_to(tree / "pkg1" / "file1.py")
+    (tree / "clone" / "deep").mkdir()
+    for name, target in {**hostile, **fine, "loop": "loop", "loop.py": "loop.py", "pkg1/all": tree}.items():
+        (tree / name).symlink_to(target)
+    card = build_corpus([str(tree)], tmp_path / "out")
+    (source,) = card["sources"]
+    assert source["left_out"] == {"links_elsewhere": len(hostile), "unreadable": 1}
+    named = {line.partition(": ")[0] for line in source["left_out_first"]}
+    assert named == {str(tree / name) for name in (*hostile, "loop.py")}
+    rows = {row["path"]: row for row in all_rows(tmp_path / "out")}
+    assert not [path for path, data in contents(tmp_path / "out").items() if b"elsewhere'" in data]
+    assert len(rows) == 61
+    copies = {row["content"]: row["copies"] for row in rows.values()}
+    assert copies[program(800)] == 4 and copies[program(1)] == 3
+    _, warnings = corpus.describe(card)
+    assert any("left out 10 links elsewhere, 1 unreadable (first: " in line for line in warnings)
+    assert any("it leads to what is not read here" in line for line in warnings)
+
+
+def test_a_tree_that_is_itself_a_link_is_read(tmp_path, tree):
+    (tmp_path / "link").symlink_to(tree)
+    assert build_corpus([str(tmp_path / "link")], tmp_path / "out")["sources"][0]["left_out"] == {}
+
+
+def test_a_file_that_became_a_link_after_planning_is_not_followed(tmp_path, elsewhere):
+    source = write_tree(tmp_path / "project", {"a.py": program(1), "b.py": program(2)})
+    (planned,) = corpus_plan.plan_sources([str(source)], suffixes=[".py"], content_column="content")
+    (source / "a.py").unlink()
+    (source / "a.py").symlink_to(elsewhere)
+    account = ReadAccount()
+    (document,) = read_files(planned.units[0].files, account)
+    assert document.content == program(2) and account.left_out == {"unreadable": 1}
+
+
+CONFIG = '[remote "origin"]\n\turl = https://host/private/name.git\n'
+
+
+@pytest.mark.parametrize("kind", ["link", "link to a config", "worktree", "submodule", "pipe", "folder", "alternates"])
+def test_a_git_folder_that_leads_elsewhere_says_nothing(tmp_path, kind):
+    """The name of a checkout is never taken from another repository of the user's."""
+    other = write_tree(tmp_path / "private" / ".git", {"config": CONFIG, "objects/x.py": program(900)})
+    root = write_tree(tmp_path / "project", {"a.py": program(1), "b.py": program(2)})
+    git = root / ".git"
+    if kind == "link":
+        git.symlink_to(other)
+    elif kind in ("worktree", "submodule"):
+        git.write_text(f"gitdir: {other}" if kind == "worktree" else "gitdir: ../private/.git")
+    else:
+        git.mkdir()
+        if kind == "link to a config":
+            (git / "config").symlink_to(other / "config")
+        elif kind == "pipe":
+            os.mkfifo(git / "config")
+        elif kind == "folder":
+            (git / "config").mkdir()
+        else:
+            write_tree(git, {"objects/info/alternates": f"{other}/objects\n", "commondir": f"{other}\n"})
+    assert repository_name(root) == "project"
+    build_corpus([str(root)], tmp_path / "out")
+    assert {(row["repo_name"], row["path"]) for row in all_rows(tmp_path / "out")} == {
+        ("project", "a.py"),
+        ("project", "b.py"),
+    }
+
+
+def test_a_licence_elsewhere_says_nothing(tmp_path, elsewhere):
+    text = "Permission is hereby granted, free of charge"
+    root = write_tree(tmp_path / "project", {"code.py": "x", "texts/MIT": text})
+    elsewhere.write_text(text)
+    (root / "LICENSE").symlink_to(elsewhere)
+    assert detect_license(root) == "unknown"
+    (root / "LICENSE").unlink()
+    (root / "LICENSE").symlink_to("texts/MIT")
+    assert detect_license(root) == "mit"
+
+
+@pytest.mark.parametrize("name", ["../home/secret.arrow", "/home/secret.arrow", "sub/../../secret.arrow"])
+def test_a_saved_data_set_names_files_beside_it_only(tmp_path, name):
+    folder = write_tree(tmp_path / "saved", {"state.json": json.dumps({"_data_files": [{"filename": name}]})})
+    with pytest.raises(UserError, match=r"state.json names .*secret.arrow, and files of a saved data set lie beside"):
+        build_corpus([str(folder)], tmp_path / "out")
+
+
+def test_what_is_redacted_is_redacted_in_every_column(tmp_path):
+    mail, address = "jane@example.org", "93.184.216.34"
+    row = {"content": f"# {mail}\n" + program(1), "repo_name": f"{mail}/x", "path": f"{address}/a.py", "license": mail}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"content": program(2)}))
+    card = build_corpus([str(tmp_path / "rows.jsonl")], tmp_path / "out", redact=True)
+    rows = {row["path"]: row for row in all_rows(tmp_path / "out")}
+    found = rows["<IPV4>/a.py"]
+    assert (found["repo_name"], found["license"], found["content"][:9]) == ("<EMAIL>/x", "<EMAIL>", "# <EMAIL>")
+    assert card["redactions"]["counts"] == {"EMAIL": 3, "IPV4": 1} and card["redactions"]["documents"] == 1
+    assert card["licenses"] == {"<EMAIL>": 1, "unknown": 1}
+
+
 def test_names_that_are_no_unicode_cost_their_file_alone(tmp_path):
     root = tmp_path / "pro\udcffject"
     write_tree(root, {f"{i}.py": program(i) for i in range(5)})
@@ -558,6 +687,10 @@ def test_license_by_its_first_known_phrase(tmp_path, text, name):
         ("https://github.com/huggingface/transformers.git", "huggingface/transformers"),
         ("git@github.com:owner/name", "owner/name"),
         ("/srv/git/owner/name.git/", "owner/name"),
+        ("https://TOKEN@gist.github.com/ID.git", "gist.github.com/ID"),
+        ("https://oauth2:TOKEN@host:8443/owner/name", "owner/name"),
+        ("https://host/owner/name.git?access_token=TOKEN#x;y", "owner/name"),
+        ("user:TOKEN@host:owner/name.git", "owner/name"),
     ],
 )
 def test_repository_name_of_a_real_checkout(tmp_path, url, name):

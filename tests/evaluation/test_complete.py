@@ -1,5 +1,6 @@
 """Completions, against an independent transcription of the recipe's functions on the same pipeline."""
 
+import json
 import re
 import shutil
 
@@ -123,6 +124,26 @@ def test_models_that_cannot_be_used_are_named(model_folder, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="org/absent: the model cannot be loaded"):
         load_generator("org/absent")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_code_of_a_model_folder_never_runs(model_folder, tmp_path, monkeypatch, named):
+    """Neither where the config names it, nor, past that check, where transformers would ask for it."""
+    coded, ran = shutil.copytree(model_folder, tmp_path / "coded"), tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py", "custom_generate.py"):
+        (coded / name).write_text(code)
+    config = json.loads((coded / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"}
+    (coded / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": classes}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if not named:
+        monkeypatch.setattr("codeparrot_ds.evaluation.models.refuse_own_code", lambda place: None)
+    with pytest.raises(
+        UserError, match=r"names code of its own \('auto_map'\), and models and tokenizers that bring code"
+    ):
+        load_generator(coded)
+    assert not ran.exists()
 
 
 def test_weights_that_lack_a_tensor_are_refused(model_folder, tmp_path):

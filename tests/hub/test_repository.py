@@ -222,6 +222,20 @@ def test_what_cannot_be_read_or_committed_is_named(repository, tmp_path):
         repository.commit_folder("run-a", tmp_path / "links", "a link")
 
 
+@pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "/evil.json"])
+def test_a_tree_that_leads_out_of_its_folder_is_refused(repository, tmp_path, name):
+    """git itself makes no such tree, and takes one that somebody else made."""
+    blob = repository._git("hash-object", "-w", "--stdin", stdin="{}").strip()
+    raw = b"100644 " + name.encode() + b"\0" + bytes.fromhex(blob)
+    command = ["git", "--git-dir", repository.path, "hash-object", "-w", "-t", "tree", "--literally", "--stdin"]
+    tree = subprocess.run(command, input=raw, capture_output=True, check=True).stdout.decode().strip()
+    commit = repository._git("commit-tree", tree, "-m", "evil").strip()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="would lie outside of the model's folder"):
+        repository.download(commit, tmp_path / "model")
+    assert not (tmp_path / "evil.json").exists() and list((tmp_path / "model").iterdir()) == []
+
+
 def test_missing_git_is_said(repository, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="git is not installed"):

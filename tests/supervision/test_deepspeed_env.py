@@ -84,6 +84,8 @@ def test_as_deepspeed_reads_it(read, text):
     [
         ("A=1\nexport", "line 2: 'export' is not NAME=value"),
         ("export A", "'export A' is not NAME=value"),
+        ("setenv HF_TOKEN plain-words", "'setenv HF_TOKEN …' is not NAME=value"),
+        ("DB-PASS: plain-words", "'DB-PASS …' is not NAME=value"),
         ("unset A", "'unset A' is not NAME=value"),
         ("A+=x", "'A+=x' is not NAME=value"),
         ("2A=x", "'2A=x' is not NAME=value"),

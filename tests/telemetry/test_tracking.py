@@ -233,8 +233,16 @@ def stranger(tmp_path, monkeypatch):
     wandb.teardown()
 
 
-def test_wandb_runs_offline_under_the_runs_name(folder, stranger, loggers, caplog):
+def test_wandb_runs_offline_under_the_runs_name(folder, stranger, loggers, caplog, monkeypatch, tmp_path):
+    """And takes nothing from the user's own repository: a token in its remote, a password in a change."""
     caplog.set_level(logging.INFO, "codeparrot_ds")
+    work, token = tmp_path / "work", "0123456789abcdef" * 2
+    for command in (
+        *(("init", "-q", work), ("-C", work, "remote", "add", "origin", f"https://{token}:x-oauth-basic@host/o/r")),
+        ("-C", work, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "first"),
+    ):
+        subprocess.run(["git", *command], check=True)
+    monkeypatch.chdir(work)
     tracker = Tracker(folder, active=True, mode="auto", hyperparameters={"model": "demo"})
     assert tracker.wandb.name == "brave-otter-7" and tracker.wandb.id == "brave-otter-7-abc123"
     assert tracker.wandb.project == "codeparrot-ds" and tracker.wandb.config["model"] == "demo"
@@ -245,6 +253,7 @@ def test_wandb_runs_offline_under_the_runs_name(folder, stranger, loggers, caplo
     (stored,) = glob.glob(f"{folder.path}/wandb/offline-run-*-brave-otter-7-abc123/run-*.wandb")
     content = Path(stored).read_bytes()
     assert b"brave-otter-7" in content and b"train/loss" in content
+    assert not [file for file in folder.path.rglob("*") if file.is_file() and token.encode() in file.read_bytes()]
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("wandb: ")]
     assert line.startswith("wandb: offline, run brave-otter-7")
     command = shlex.split(line.partition("upload later with: ")[2])
