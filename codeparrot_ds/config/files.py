@@ -10,6 +10,7 @@ from typing import Any
 from codeparrot_ds import durable
 from codeparrot_ds.config.run_config import FIELDS, Field, RunConfig
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, read_bytes
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path
 
 
@@ -30,12 +31,12 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     import yaml
 
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; --config takes one YAML or JSON file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such run config file{did_you_mean_path(path)}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; --config takes one YAML or JSON file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; --config takes YAML or JSON") from None
     if path.suffix == ".json":
@@ -49,11 +50,35 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}{where}: not valid YAML or JSON: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML or JSON: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path}: its brackets are nested too deeply for a run config") from None
     if root is None:
         raise UserError(f"{path} is empty; write fields such as `max_train_steps: 1000`")
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}:{root.start_mark.line + 1}: expected `field: value` lines")
     return _fields_of_mapping(path, root)
+
+
+def read_saved_fields(path: Path) -> dict[str, Any]:
+    """What a run's ``config.yaml`` says, fields of other versions among it, for those who show it.
+
+    Raises:
+        DamagedFileError: it is not what `save_config` writes: a name and a plain value for each field.
+        OSError: there is none, or the system refuses.
+    """
+    import yaml
+
+    content = read_bytes(path)
+    try:
+        fields = yaml.safe_load(content)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DamagedFileError(path, " ".join(str(error).split())) from error
+    if not isinstance(fields, dict):
+        raise DamagedFileError(path, "it holds no mapping")
+    for name, value in fields.items():
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, bool, type(None))):
+            raise DamagedFileError(path, f"{name!r} is not a field with a plain value")
+    return fields
 
 
 def _fields_of_mapping(path: Path, root: Any) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from codeparrot_ds.corpus.readers import (
     read_parquet_rows,
 )
 from codeparrot_ds.corpus.redaction import redact
+from codeparrot_ds.json_files import DamagedFileError, parts_of
 
 KEPT = 255
 """The verdict of a document that no filter drops; otherwise the number of the first filter that does."""
@@ -195,10 +196,11 @@ def finished_documents(folder: Path) -> int | None:
     The sizes of its files are compared, because a machine that lost power may have kept the folder's name alone.
     """
     try:
-        card = orjson.loads((folder / "account.json").read_bytes())
-        whole = all((folder / name).stat().st_size == size for name, size in card["sizes"].items())
-        return card["account"]["documents"] if whole else None
-    except (OSError, ValueError, KeyError):
+        with parts_of(folder / "account.json"):
+            card = orjson.loads((folder / "account.json").read_bytes())
+            whole = all((folder / name).stat().st_size == size for name, size in card["sizes"].items())
+            return int(card["account"]["documents"]) if whole else None
+    except (OSError, DamagedFileError):
         return None
 
 

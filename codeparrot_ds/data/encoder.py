@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from codeparrot_ds.data.hub_files import hub_tokenizer
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, read_object
 from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
 
 logger = logging.getLogger(__name__)
@@ -258,8 +259,8 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             continue
         try:
-            settings |= {key: value for key, value in orjson.loads(path.read_bytes()).items() if value is not None}
-        except (orjson.JSONDecodeError, AttributeError):
+            settings |= {key: value for key, value in read_object(path).items() if value is not None}
+        except DamagedFileError:
             raise UserError(f"{path} is not a JSON object; save the tokenizer again.") from None
     return settings
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository, require_token
+from codeparrot_ds.hub.identity import identity_of
 from codeparrot_ds.hub.places import is_remote, open_repository
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import MAIN, Commit, Repository
@@ -40,16 +40,14 @@ def prepare_branch(hub: str, output_dir: str | os.PathLike[str], name: str) -> s
     else:
         repository = open_repository(hub, output_dir)
     assert repository is not None
-    try:
-        record = json.loads((Path(output_dir) / name / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
+    identity = identity_of(Path(output_dir) / name)
+    branch = identity.branch
     try:
         repository.create()
-        repository.create_branch(name)
-        if repository.head(name) != repository.head(MAIN):
-            history = repository.commits(name)
-            check_owner(history, Destination(branch=name, run_id=record.get("id"), repository=repository))
+        repository.create_branch(branch)
+        if repository.head(branch) != repository.head(MAIN):
+            history = repository.commits(branch)
+            check_owner(history, Destination(branch=branch, run_id=identity.run_id, repository=repository))
     except UnavailableError as error:
         return str(error)
     return None

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.places import open_repository
 from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
 from codeparrot_ds.hub.repository import Commit, Repository
+from codeparrot_ds.json_files import parts_of, read_object
 from codeparrot_ds.paths import not_a_run
 from codeparrot_ds.retry import Answer, Pauses, UnavailableError, say_retry
 
@@ -171,12 +171,11 @@ def read_destination(run_dir: str | os.PathLike[str]) -> Destination:
     """
     path = Path(run_dir) / "run.json"
     try:
-        run = json.loads(path.read_text())
-        name, run_id, hub = str(run["name"]), run.get("id"), str(run.get("hub") or "off")
+        run = read_object(path)
+        with parts_of(path):
+            name, run_id, hub = str(run["name"]), run.get("id"), str(run.get("hub") or "off")
     except FileNotFoundError:
         raise not_a_run(run_dir) from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: not a run's record ({error})") from None
     repository = open_repository(hub, path.absolute().parent.parent)
     if repository is None:
         raise UserError(f"{path}: this run was trained with hub off, so nothing was queued")

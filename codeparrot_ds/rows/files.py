@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.rows.access import LocalFile, RandomAccess
 from codeparrot_ds.rows.compressed import DAMAGE, Frames
 
@@ -89,16 +90,17 @@ def saved_files(folder: Path) -> list[Path] | None:
     A file of its caches may lie beside them. Raises a UserError for what is more than its files.
     """
     try:
-        state = orjson.loads((folder / "state.json").read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        state = read_object(folder / "state.json")
+    except (OSError, DamagedFileError):
         return None
-    if not isinstance(state, dict) or not isinstance(state.get("_data_files"), list):
+    if not isinstance(state.get("_data_files"), list):
         return None
     if state.get("_indices_data_files"):
         raise UserError(
             f"{folder} is a saved data set whose rows are chosen by an index: save `dataset.flatten_indices()` instead"
         )
-    files = [folder / file["filename"] for file in state["_data_files"]]
+    with parts_of(folder / "state.json"):
+        files = [folder / file["filename"] for file in state["_data_files"]]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{folder} is a saved data set of which {missing[0]} is gone: save it again")
     return files

@@ -217,7 +217,7 @@ class Session:
             self.config,
             state,
             model_config=self.engine.module.config,
-            name=self.folder.name,
+            name=self.folder.branch,
             num_parameters=self.run.parameters,
             versions=self.folder.record["versions"],
             losses=self.tracker.metrics.losses(CURVE_POINTS) if self.ranks.is_main else [],
