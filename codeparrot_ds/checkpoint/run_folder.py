@@ -321,7 +321,8 @@ def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Checkpo
 def _check_model(checkpoint: Checkpoint, shape: GPT2Shape) -> None:
     try:
         with parts_of(checkpoint.path / STATE):
-            saved = checkpoint.read_json(STATE)["parameters"]
+            parameters = checkpoint.read_json(STATE)["parameters"]
+            saved = {" ".join(name.split()): [int(size) for size in sizes] for name, sizes in parameters.items()}
             problem = differing_parameters(saved, parameter_shapes(shape))
     except (OSError, DamagedFileError):
         return  # which the ranks find by its hash

@@ -13,10 +13,16 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.json_files import DamagedFileError, read_bytes
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path
 
+MOST_CHARACTERS, MOST_BRACKETS = 1_000_000, 1000
+
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
     """The run config of a YAML or JSON file; fields that it leaves out have their defaults."""
-    return RunConfig(**read_config_file(path))
+    fields = read_config_file(path)
+    try:
+        return RunConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('run config: ')}") from None
 
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
@@ -34,7 +40,7 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(f"{path} is a folder; --config takes one YAML or JSON file")
     try:
-        text = read_bytes(path).decode()
+        text = _text_of(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such run config file{did_you_mean_path(path)}") from None
     except UnicodeDecodeError:
@@ -68,7 +74,7 @@ def read_saved_fields(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    content = read_bytes(path)
+    content = _text_of(path)
     try:
         fields = yaml.safe_load(content)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -79,6 +85,14 @@ def read_saved_fields(path: Path) -> dict[str, Any]:
         if not isinstance(name, str) or not isinstance(value, (str, int, float, bool, type(None))):
             raise DamagedFileError(path, f"{name!r} is not a field with a plain value")
     return fields
+
+
+def _text_of(path: Path) -> str:
+    """A config file's text, which PyYAML reads in the time of its length: it takes the square for nested brackets."""
+    text = read_bytes(path).decode()
+    if len(text) > MOST_CHARACTERS or text.count("[") + text.count("{") > MOST_BRACKETS:
+        raise DamagedFileError(path, f"it has {len(text):,} characters or more brackets than a run config has")
+    return text
 
 
 def _fields_of_mapping(path: Path, root: Any) -> dict[str, Any]:

@@ -196,6 +196,8 @@ def finished_documents(folder: Path) -> int | None:
     The sizes of its files are compared, because a machine that lost power may have kept the folder's name alone.
     """
     try:
+        if not (folder / "account.json").is_file():
+            return None
         with parts_of(folder / "account.json"):
             card = orjson.loads((folder / "account.json").read_bytes())
             whole = all((folder / name).stat().st_size == size for name, size in card["sizes"].items())

@@ -268,7 +268,10 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
 def _eos_token(folder: Path) -> str:
     """The end-of-sequence token that the folder's config names, or the usual one."""
     token = tokenizer_settings(folder).get("eos_token") or DEFAULT_EOS_TOKEN
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f"{folder}: eos_token in tokenizer_config.json is no text; save the tokenizer again.")
+    return text
 
 
 def estimate_chars_per_token(dataset: Iterable[dict[str, Any]], tokenizer: Any, num_documents: int = 500) -> float:

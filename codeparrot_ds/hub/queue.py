@@ -201,9 +201,9 @@ class PushQueue:
             with parts_of(self._problem):
                 again = found["retry_at"]
                 return {
-                    "problem": str(found["problem"]),
-                    "time": float(found["time"]),
-                    "retry_at": None if again is None else float(again),
+                    "problem": " ".join(str(found["problem"]).split()),
+                    "time": _seconds(found["time"]),
+                    "retry_at": None if again is None else _seconds(again),
                 }
         except (OSError, DamagedFileError):
             return None
@@ -310,6 +310,14 @@ class PushQueue:
         # Numbered as they come: a run that went back to an older checkpoint reaches a step again, and both are history.
         last = max((int(path.name.split("-")[0]) for path in self.entry_folders()), default=0)
         return self._queue / f"{last + 1:06d}-step-{step:08d}"
+
+
+def _seconds(value: Any) -> float:
+    """Since 1970, of a moment that a clock can show."""
+    seconds = float(value)
+    if not 0 <= seconds < 2**36:
+        raise ValueError(f"{seconds} is no time")
+    return seconds
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -176,7 +176,10 @@ def read_destination(run_dir: str | os.PathLike[str]) -> Destination:
             name, run_id, hub = str(run["name"]), run.get("id"), str(run.get("hub") or "off")
     except FileNotFoundError:
         raise not_a_run(run_dir) from None
-    repository = open_repository(hub, path.absolute().parent.parent)
+    try:
+        repository = open_repository(hub, path.absolute().parent.parent)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if repository is None:
         raise UserError(f"{path}: this run was trained with hub off, so nothing was queued")
     return Destination(branch=name, run_id=run_id, repository=repository)

@@ -99,7 +99,10 @@ def load_overhead() -> Overhead:
         with parts_of(path):
             saved = read_object(path)["overhead"]
             kinds = {name: type(value) for name, value in vars(Overhead()).items()}
-            return Overhead(**{name: kinds[name](value) for name, value in saved.items()})
+            overhead = Overhead(**{name: kinds[name](value) for name, value in saved.items()})
+            if not math.isfinite(overhead.ratio):
+                raise ValueError(f"ratio is {overhead.ratio}")
+            return overhead
     except FileNotFoundError:
         return Overhead()
     except (OSError, DamagedFileError) as error:

@@ -84,15 +84,21 @@ def _read_shape(name_or_path: str) -> GPT2Shape:
     known = {field.name for field in dataclasses.fields(GPT2Shape)}
     values = {"n_layer": 12, "n_embd": 768, "n_head": 12} | {k: v for k, v in config.items() if k in known}
     _check_sizes(path, values)
+    for field in dataclasses.fields(GPT2Shape):
+        kind = {"bool": (bool,), "str": (str,), "float": (int, float)}.get(str(field.type))
+        if kind is not None and not isinstance(values.get(field.name, field.default), kind):
+            raise UserError(f"{path}: {field.name} must be such as {field.default!r}, not {values[field.name]!r:.100}")
     return GPT2Shape(**values)
 
 
 def _check_sizes(path: Path, values: dict[str, Any]) -> None:
     for key in ("n_layer", "n_embd", "n_head", "n_positions", "n_inner"):
         size = values.get(key)
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        if size is None and (key == "n_inner" or key not in values):
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"{path}: {key} must be a whole number of at least 1, not {size!r}")
-        if size is not None and size > (most := MOST_LAYERS if key == "n_layer" else MOST_OF_A_SIZE):
+        if size > (most := MOST_LAYERS if key == "n_layer" else MOST_OF_A_SIZE):
             raise UserError(f"{path}: {key} is {size}; at most {most} is a model that anybody could train")
     if values["n_embd"] % values["n_head"]:
         raise UserError(f"{path}: n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}")

@@ -24,7 +24,7 @@ from codeparrot_ds.hub.queue import Dropped, Pushed, PushQueue
 from codeparrot_ds.hub.worker import read_destination
 from codeparrot_ds.memory.device import calibrate
 from codeparrot_ds.metrics import EvaluationRow, TrainingRow
-from codeparrot_ds.model.shapes import find_shape, num_parameters, parameter_shapes
+from codeparrot_ds.model.shapes import GPT2Shape, find_shape, num_parameters, parameter_shapes
 from codeparrot_ds.report.run_list import runs_in, table
 from codeparrot_ds.report.run_view import show
 from codeparrot_ds.supervision.supervise import _starts_and_status
@@ -32,7 +32,8 @@ from codeparrot_ds.telemetry.tracking import Metrics
 from tests.torture.fuzz import Reader
 
 STEP = "checkpoints/step-00000004"
-SHAPES = {"transformer.wte.weight": [8, 4], "transformer.wpe.weight": [4, 4]}
+SHAPE = GPT2Shape(n_layer=1, n_embd=4, n_head=1, vocab_size=8, n_positions=4)
+SHAPES = parameter_shapes(SHAPE)
 EVALUATION = EvaluationRow(step=4, tokens=512, eval_loss=5.5, perplexity=244.7, bits_per_byte=1.2, eval_tokens=64)
 
 
@@ -145,7 +146,7 @@ def look_at_start(run: Path) -> None:
     run_folder.recorded_outcome(run)
     run_folder.finished_checkpoint(config)
     run_folder.continued_from(config)
-    run_folder.check_ds_continuation(config, run, {})
+    run_folder.check_ds_continuation(config, run, json.loads(find_ds_config("zero2").read_text()))
     identity_of(run)
     if (run / "run.json").exists():
         run_folder.RunFolder(run).reload()
@@ -160,7 +161,7 @@ def look_at_checkpoint(run: Path) -> None:
     problems = [*checkpoint.damage_in_sight(), *checkpoint.damage()]
     for problem in problems:
         assert run.name in problem and "\n" not in problem, problem
-    run_folder.check_checkpoint(run_config(run), run, find_shape("gpt2", vocab_size=8, seq_length=4))
+    run_folder.check_checkpoint(run_config(run), run, SHAPE)
     folders.readable_checkpoints(run / "checkpoints")
     checkpoint.manifest().exported()
     if not problems:
