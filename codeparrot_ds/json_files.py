@@ -66,7 +66,7 @@ def read_bytes(path: Path) -> bytes:
     if status.st_size > MAX_BYTES:
         raise DamagedFileError(path, f"of its {status.st_size:,} bytes at most {MAX_BYTES:,} are read")
     with open(path, "rb") as file:
-        return file.read(MAX_BYTES)
+        return file.read(status.st_size)  # a buffer of so many bytes is made before the first is read
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from codeparrot_ds import durable
 from codeparrot_ds.config.run_config import FIELDS, Field, RunConfig
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.json_files import DamagedFileError, read_bytes
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_bytes
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path
 
 MOST_CHARACTERS, MOST_BRACKETS = 1_000_000, 1000
@@ -74,7 +74,8 @@ def read_saved_fields(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    content = _text_of(path)
+    with parts_of(path):
+        content = _text_of(path)
     try:
         fields = yaml.safe_load(content)
     except (ValueError, RecursionError, yaml.YAMLError) as error:

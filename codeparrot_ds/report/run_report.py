@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,39 +43,46 @@ class Rows:
 
     Args:
         keys: of the columns; what else a row has is not kept.
+        most: rows that there may be; those that do not come take no memory.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._values = {key: array("d") for key in keys}
-        self._there = {key: bytearray() for key in keys}
+    def __init__(self, keys: Sequence[str], most: int = 0) -> None:
+        self._count = 0
+        self._values = {key: np.empty(most) for key in keys}
+        self._there = {key: np.zeros(most, dtype=bool) for key in keys}
 
     def __len__(self) -> int:
-        return len(self._there["step"])
+        return self._count
 
     def append(self, row: dict[str, Any]) -> None:
         for key, values in self._values.items():
-            value: Any = row.get(key)
+            value = row.get(key)
             is_there = isinstance(value, int if key == "tokens" else (int, float))
-            values.append(value if is_there else math.nan)
-            self._there[key].append(is_there)
+            values[self._count] = value if is_there else math.nan
+            self._there[key][self._count] = is_there
+        self._count += 1
 
     def there(self, key: str) -> np.ndarray:
         """Which rows have a number."""
-        return np.frombuffer(self._there[key], dtype=bool) if len(self) else np.empty(0, dtype=bool)
+        return self._there[key][: self._count]
 
     def values(self, key: str) -> np.ndarray:
         """Of every row; NaN where it has no number."""
-        return np.frombuffer(self._values[key]) if len(self) else np.empty(0)
+        return self._values[key][: self._count]
 
     def known(self, key: str) -> np.ndarray:
         """The numbers of the rows that have one."""
-        there = self.there(key)
-        return self.values(key) if there.all() else self.values(key)[there]
+        return _where(self.there(key), self.values(key))
 
     def row(self, index: int) -> dict[str, Any]:
         """The numbers of one row."""
-        found = {key: self._values[key][index] for key in self._values if self._there[key][index]}
+        found = {key: float(self._values[key][index]) for key in self._values if self._there[key][index]}
         return {key: _whole(value) if key in _WHOLE else value for key, value in found.items()}
+
+
+def _where(chosen: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The chosen values, without a copy where they are all."""
+    return values if chosen.all() else values[chosen]
 
 
 def _whole(value: float) -> int | float:
@@ -153,7 +160,9 @@ def read_run(path: Path) -> RunRecord:
     run = RunRecord(path=path, name=str(record.get("name") or path.name), record=record)
     run.config = read_saved_fields(path / "config.yaml") if (path / "config.yaml").is_file() else {}
     run.ds_config = read_object(path / "ds_config.json") if (path / "ds_config.json").is_file() else {}
-    for line in lines_of(path / "metrics.jsonl"):
+    most = sum(1 for _ in lines_of(path / "metrics.jsonl"))
+    run.training, run.evaluation = Rows(_OF_TRAINING, most), Rows(_OF_EVALUATION, most)
+    for line in itertools.islice(lines_of(path / "metrics.jsonl"), most):  # a run may write more of them meanwhile
         row = read_row(line)
         if row is None:
             run.unreadable_rows += 1
@@ -180,14 +189,14 @@ def _record_of(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     record = read_object(path)
-    kinds: dict[str, Any] = {"outcome": dict, "memory": dict, "data": dict, "starts": list, "rank_hosts": list}
+    kinds: dict[str, Any] = {"outcome": dict, "memory": dict, "starts": list, "rank_hosts": list}
     kinds |= dict.fromkeys(("parameters", "world_size", "zero_stage"), int)
     kinds |= dict.fromkeys(("name", "precision", "hub"), str) | {"peak_flops": (int, float)}
     with parts_of(path):
         for key, kind in kinds.items():
             if not isinstance(record.get(key), (kind, type(None))):
                 raise TypeError(f"{key} is {record[key]!r:.60}")
-        data = record.get("data") or {}
+        data = _data_account(record.get("data")) or {}
         for key in ("bad_documents", "rows_per_lane"):
             if not isinstance(data.get(key), (list, type(None))):
                 raise TypeError(f"{key} is {data[key]!r:.60}")
@@ -364,7 +373,7 @@ def charts(runs: Sequence[RunRecord]) -> Iterator[Chart]:
         return _lines(runs, "evaluation", x, lambda rows: (rows.values(key), rows.there(key)), markers=True, **options)
 
     def trained(key: str, scale: float = 1, **options: Any) -> tuple[Series, ...]:
-        return _lines(runs, "training", x, lambda rows: (rows.values(key) * scale, rows.there(key)), **options)
+        return _lines(runs, "training", x, lambda rows: (_times(rows.values(key), scale), rows.there(key)), **options)
 
     def shares(key: str) -> tuple[Series, ...]:
         return _lines(runs, "evaluation", x, lambda rows: (rows.values(key) * 100, rows.there(key)), markers=True)
@@ -431,13 +440,17 @@ def _lines(
         table: Rows = getattr(run, rows)
         up, there = value(table)
         there = there & table.there(x)
-        across, up = table.values(x)[there].astype(np.int64), up[there]
-        if (np.diff(across) <= 0).any():
+        across, up = _where(there, table.values(x)), _where(there, up)
+        if (across[1:] <= across[:-1]).any():
             order = np.lexsort((up, across))
             across, up = across[order], up[order]
         if np.isfinite(up).any():
             found.append(Series(label=label or run.name, x=across, y=up, style=style + index, markers=markers))
     return tuple(found)
+
+
+def _times(values: np.ndarray, scale: float) -> np.ndarray:
+    return values if scale == 1 else values * scale
 
 
 def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
