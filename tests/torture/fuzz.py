@@ -287,7 +287,7 @@ def main() -> int:
             flush=True,
         )
         for problem in problems:
-            print(f"PROBLEM: {problem}", flush=True)
+            print(f"PROBLEM: {problem[:3000]}", flush=True)
     return 1 if found else 0
 
 
