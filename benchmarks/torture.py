@@ -35,7 +35,6 @@ def main() -> int:
     parser.add_argument(
         "--faults", nargs="*", choices=FAULTS, metavar="FAULT", help="with faults, all kinds by default"
     )
-    parser.add_argument("--faketime", type=Path, metavar="LIBRARY", help="libfaketime's, for clocks that jump")
     options = parser.parse_args()
 
     began = time.monotonic()
@@ -54,7 +53,7 @@ def main() -> int:
                     torture = Torture(run, room, seed)
                 else:
                     chosen = tuple(options.faults or FAULTS)
-                    torture = Faults(run, room, seed, faults=chosen, faketime=options.faketime)
+                    torture = Faults(run, room, seed, faults=chosen)
                     stack.callback(torture.close)
                 tortures[config] = torture
                 for count, kill in enumerate(torture.torment(kills), 1):

@@ -31,7 +31,8 @@ OF_MEMORY = ("memory of a rank", "memory of all")
 FAULTS = ("stopped ranks", *OF_THE_DISK, *OF_MEMORY, "loader worker", "waiting for the hub", "clock")
 CGROUPS = Path("/sys/fs/cgroup/memory")
 IN_NAMESPACE = ("unshare", "--mount", "--propagation", "private")
-JUMPS = ("-2d", "-1h", "+1h", "+400d")
+JUMPS = (-2 * 86_400, -3600, 3600, 400 * 86_400)
+"""Of the clock, in seconds."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -47,30 +48,26 @@ class Faults(Torture):
     """Torture with faults, each kind as often.
 
     Args:
-        faults: the kinds.
-        faketime: path of libfaketime's library; the clock jumps where there is one.
+        faults: the kinds; ``memory of all`` is left out where there are no memory cgroups of version 1.
     """
 
-    def __init__(
-        self, course: Course, room: Path, seed: int, *, faults: tuple[str, ...] = FAULTS, faketime: Path | None = None
-    ) -> None:
-        self._clock = room / "clock"
-        environment = {}
-        if faketime is not None:
-            environment = {
-                "LD_PRELOAD": str(faketime),
-                "FAKETIME_TIMESTAMP_FILE": str(self._clock),
-                "FAKETIME_NO_CACHE": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }
-        possible = {"clock": faketime is not None, "memory of all": (CGROUPS / "memory.limit_in_bytes").exists()}
-        self._faults = [fault for fault in faults if possible.get(fault, True)]
+    def __init__(self, course: Course, room: Path, seed: int, *, faults: tuple[str, ...] = FAULTS) -> None:
+        self._faults = [fault for fault in faults if fault != "memory of all" or _has_memory_groups()]
         self._next_faults: list[str] = []
         self._saves_may_fail = False
         room.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM_BYTES}", "torture", str(room)], check=True)
-        self._clock.write_text("+0")
+        self._clock, library = room / "clock", room / "shifted_clock.so"
+        self._shift_clock(0)
+        source = Path(__file__).with_name("shifted_clock.c")
+        subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        environment = {"LD_PRELOAD": str(library), "CODEPARROT_DS_TORTURE_CLOCK": str(self._clock)}
         super().__init__(dataclasses.replace(course, prefix=IN_NAMESPACE, environment=environment), room, seed)
+
+    def _shift_clock(self, seconds: int) -> None:
+        """Of all processes of all starts from now on; written over in place, for they have mapped it."""
+        with self._clock.open("r+b" if self._clock.exists() else "wb", buffering=0) as file:
+            file.write(seconds.to_bytes(8, "little", signed=True))
 
     def close(self) -> None:
         """Takes the file system away."""
@@ -209,11 +206,11 @@ class Faults(Torture):
 
     @contextlib.contextmanager
     def _jump(self, start: Start, kill: FaultyKill) -> Iterator[bool]:
-        self._clock.write_text(self._draw.choice(JUMPS))
+        self._shift_clock(self._draw.choice(JUMPS))
         try:
             yield True
         finally:
-            self._clock.write_text("+0")
+            self._shift_clock(0)
 
     def _check_start(self, start: Start, newest: int | None) -> None:
         known = len(self.problems)
@@ -237,6 +234,10 @@ class Faults(Torture):
     def _is_only_missing(self, run: Path) -> bool:
         steps = self._pushed(run)
         return len(steps) == len(set(steps)) and steps[-1:] == [self.course.steps]
+
+
+def _has_memory_groups() -> bool:
+    return (CGROUPS / "memory.limit_in_bytes").exists()
 
 
 def _trainers(start: Start) -> list[psutil.Process]:
