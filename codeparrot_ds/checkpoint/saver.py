@@ -188,8 +188,8 @@ class CheckpointSaver:
             torch.set_num_threads(1)
             self._write(saved, stall)
         except BaseException as error:  # a defect, raised where training next asks
+            self._crash = error  # before it is logged, which may fail for the same reason, such as no memory
             logger.exception("saving step %d failed", saved.state.step)
-            self._crash = error
 
     def _write(self, saved: _Save, stall: float | None) -> None:
         step, checkpoint, error, size = saved.state.step, None, None, 0
