@@ -172,10 +172,10 @@ def _choose(history: list[Commit], destination: Destination, checkpoint: str) ->
     return min(judged, key=lambda commit: float(commit.trailer("Eval-Loss") or "inf"))
 
 
-def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float) -> str:
+def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float, stopped: Callable[[], bool] = lambda: False) -> str:
     """Starts a worker on what waits in a run's queue, waits for it, and says how things stand.
 
-    The worker continues where it takes longer.
+    The worker continues where it takes longer, and where ``stopped`` says that nobody waits for this any more.
 
     Returns:
         One line where everything is pushed, and otherwise what is left, why, and what to do.
@@ -187,7 +187,9 @@ def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float) -> str:
     if queue.entry_folders():
         worker = start_drain(run_dir)
         end = time.monotonic() + wait_seconds
-        while queue.entry_folders() and time.monotonic() < end and (worker.poll() is None or queue.is_draining()):
+        while queue.entry_folders() and (worker.poll() is None or queue.is_draining()):
+            if time.monotonic() > end or stopped():
+                break
             time.sleep(0.05)
     left, problem, dropped = queue.pending(), queue.problem(), queue.dropped()
     place = f"branch {destination.branch} of {destination.repository}"
