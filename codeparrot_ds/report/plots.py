@@ -55,8 +55,8 @@ class Series:
     """One line. ``style`` picks colour, dashes and marker; gaps where ``y`` is not finite."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     style: int = 0
     markers: bool = False
     limit: bool = False

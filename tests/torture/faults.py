@@ -137,7 +137,9 @@ class Faults(Torture):
         """What is opened in the run's folder from now on cannot be written, or in its checkpoints alone."""
         folder = start.run / "checkpoints" if self._draw.random() < 0.5 else start.run
         inside = ["nsenter", "--target", str(start.command.pid), "--mount"]
-        command = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"'
+        # Busy while a file in there is open for writing, through the mount that is a moment old.
+        again = 'for try in $(seq 50); do mount -o remount,bind,ro "$0" && exit 0; sleep 0.02; done; exit 1'
+        command = f'mount --bind "$0" "$0" && {again}'
         done = subprocess.run([*inside, "sh", "-c", command, str(folder)], capture_output=True, text=True)
         if done.returncode != 0 and not start.ended():
             self._problem(start, f"the test cannot remount {folder}: {done.stderr}")
