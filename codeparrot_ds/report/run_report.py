@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import json
 import math
@@ -27,6 +28,8 @@ from codeparrot_ds.paths import no_run
 from codeparrot_ds.report.plots import Chart, Series, picture_of
 from codeparrot_ds.report.run_page import page_of
 
+LONG = 100_000
+"""Rows of a run from which on a report takes care of its memory."""
 # The keys of ``metrics.jsonl`` that a report looks at.
 _WHOLE = ("step", "tokens", "memory_bytes", "skipped_steps", "slowest_rank")
 _OF_TRAINING = (
@@ -126,7 +129,11 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
     folder = Path(out)
     summaries = [summarize(run) for run in records]
     settings = [{"config": run.config, "ds_config": run.ds_config} for run in records]
-    pictures = [picture_of(chart) for chart in charts(records)]
+    pictures = []
+    for chart in charts(records):
+        pictures.append(picture_of(chart))
+        if any(len(run.training) > LONG for run in records):
+            gc.collect()  # a figure is a circle of objects, and holds its points until the collector finds it
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
