@@ -1,11 +1,13 @@
 """Kills training runs with SIGKILL at random moments, some hundred times, and compares how they end.
 
 python benchmarks/torture.py --kills 300
+python benchmarks/torture.py --kills 100 --faults --configs zero2 --at-once 1 --name torture-faults
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import statistics
 import sys
@@ -17,6 +19,7 @@ from record import REPOSITORY, record_parser, write_record
 
 sys.path[:0] = [str(REPOSITORY)]
 
+from tests.torture.faults import FAULTS, Faults, FaultyKill  # noqa: E402
 from tests.torture.kills import MOMENTS, TARGETS, Course, Kill, Torture, figures, lay_course  # noqa: E402
 
 CONFIGS = ("zero0_fp32", "zero1", "zero2", "zero2_offload", "zero3", "zero3_fp32")
@@ -29,6 +32,9 @@ def main() -> int:
     parser.add_argument("--hub", default="local", choices=("local", "off"))
     parser.add_argument("--at-once", type=int, default=2, help="configs side by side")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--faults", nargs="*", choices=FAULTS, metavar="FAULT", help="with faults, all kinds by default"
+    )
     options = parser.parse_args()
 
     began = time.monotonic()
@@ -41,12 +47,19 @@ def main() -> int:
             config, seed = configs[number], options.seed * 1000 + number
             kills = options.kills // len(configs) + (number < options.kills % len(configs))
             print(f"{config}: {kills} kills, seed {seed}", flush=True)
-            torture = Torture(Course(folder=course, deepspeed=config, hub=options.hub), Path(name, config), seed)
-            tortures[config] = torture
-            for count, kill in enumerate(torture.torment(kills), 1):
-                print(f"{time.monotonic() - began:7.0f} s  {config} {count}: {kill}", flush=True)
-            for problem in torture.problems:
-                print(f"PROBLEM: {problem}", flush=True)
+            run, room = Course(folder=course, deepspeed=config, hub=options.hub), Path(name, config)
+            with contextlib.ExitStack() as stack:
+                if options.faults is None:
+                    torture = Torture(run, room, seed)
+                else:
+                    chosen = tuple(options.faults or FAULTS)
+                    torture = Faults(run, room, seed, faults=chosen)
+                    stack.callback(torture.close)
+                tortures[config] = torture
+                for count, kill in enumerate(torture.torment(kills), 1):
+                    print(f"{time.monotonic() - began:7.0f} s  {config} {count}: {kill}", flush=True)
+                for problem in torture.problems:
+                    print(f"PROBLEM: {problem}", flush=True)
 
         with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
             list(pool.map(torment, range(len(configs))))
@@ -92,6 +105,12 @@ def report(tortures: dict[str, Torture], seconds: float) -> str:
         gone = [kill.gone_seconds for kill in chosen_kills]
         if gone:
             lines.append(f"| {title} | {statistics.median(gone):.1f} | {max(gone):.1f} |")
+    if faulty := [kill for kill in kills if isinstance(kill, FaultyKill)]:
+        lines += ["", "| with | kills | ended of it before the kill | in a save |", "|---|---|---|---|"]
+        for fault in FAULTS:
+            of_it = [kill for kill in faulty if kill.fault == fault]
+            ended, saving = (sum(getattr(kill, name) for kill in of_it) for name in ("ended_by_itself", "in_a_save"))
+            lines.append(f"| {fault} | {len(of_it)} | {ended} | {saving} |")
     return "\n".join([*lines, "", f"{seconds / 60:.0f} minutes in all."])
 
 

@@ -17,7 +17,9 @@ from codeparrot_ds.corpus.build import build_corpus
 from codeparrot_ds.corpus.readers import standard_library_sources
 from codeparrot_ds.corpus.tokenizer import train_tokenizer
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import lines_of, parts_of, read_object
 from codeparrot_ds.launch.start import front_door
+from codeparrot_ds.metrics import read_row
 from codeparrot_ds.shell import interrupted_by_sigterm, next_steps, pasteable
 from codeparrot_ds.terminal import duration
 
@@ -152,7 +154,7 @@ def _prepare(workdir: Path, overwrite: bool) -> None:
 def _corpus(corpus: Path) -> dict:
     if not (corpus / "corpus.json").is_file():
         return build_corpus(standard_library_sources(), corpus)
-    return json.loads((corpus / "corpus.json").read_text(encoding="utf-8"))
+    return read_object(corpus / "corpus.json")
 
 
 def _tokenizer(corpus: Path, tokenizer: Path) -> float:
@@ -161,12 +163,12 @@ def _tokenizer(corpus: Path, tokenizer: Path) -> float:
     if not record.is_file():
         figures = train_tokenizer(corpus, tokenizer, vocab_size=VOCAB_SIZE)
         record.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return json.loads(record.read_text(encoding="utf-8"))["chars_per_token"]
+    with parts_of(record):
+        return float(read_object(record)["chars_per_token"])
 
 
 def _evaluations(run: Path) -> tuple[dict, dict]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if "eval_loss" in row]
+    rows = [row for row in map(read_row, lines_of(run / "metrics.jsonl")) if row is not None and "eval_loss" in row]
     return rows[0], rows[-1]
 
 

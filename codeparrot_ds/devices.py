@@ -26,7 +26,7 @@ def local_devices(device: str) -> list[int | str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if device == "cuda" and visible is not None:
         parts = [part.strip() for part in visible.split(",") if part.strip() and part.strip() != "-1"]
-        return [int(part) if part.isdigit() else part for part in parts]
+        return [int(part) if part.isdecimal() else part for part in parts]
     return list(range(local_ranks(device)))
 
 
@@ -52,7 +52,7 @@ def _count_gpus() -> int:
 def smallest_gpu() -> tuple[str, int] | None:
     """Name and bytes of the visible GPU with the least memory, from ``nvidia-smi``; None where there is none."""
     gpus = _query_gpus("name", "memory.total")
-    found = [(name, int(mebibytes) * 2**20) for name, mebibytes in gpus if mebibytes.isdigit()]
+    found = [(name, int(mebibytes) * 2**20) for name, mebibytes in gpus if mebibytes.isdecimal()]
     return min(found, key=lambda gpu: gpu[1], default=None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,13 +72,18 @@ def read_row(line: bytes) -> dict[str, Any] | None:
     try:
         # json, unlike orjson, reads a bare NaN, in case another program wrote the row.
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] <= _MOST:
         return None
     return {key: _number(value) for key, value in row.items()}
 
 
+_MOST = 2**62
+
+
 def _number(value: Any) -> Any:
-    """``"nan"`` and ``"inf"`` are how the run writes what JSON has no word for."""
+    """``"nan"`` and ``"inf"`` are how the run writes what JSON has no word for; no number is too large for a float."""
+    if isinstance(value, int) and abs(value) > _MOST:
+        return math.copysign(math.inf, value)
     return float(value) if value in ("nan", "inf", "-inf") else value

@@ -95,7 +95,7 @@ def say_retry(error: UnavailableError, pause: float | None, say: Callable[[str],
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that an answer asks to wait: its ``Retry-After``, a number or a date (RFC 9110), or its ``RateLimit``."""
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isdecimal():  # not isdigit, which is true of ² too
         return float(value)
     if value:
         with contextlib.suppress(ValueError):

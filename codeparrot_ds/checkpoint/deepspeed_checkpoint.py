@@ -35,6 +35,7 @@ USED = (
     *("module", "param_shapes", "shared_params", "buffer_names", "frozen_param_shapes", "optimizer"),
     *("global_steps", "skipped_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version"),
 )
+MOST_RANKS = 2**20
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -95,10 +96,11 @@ def read_deepspeed_checkpoint(folder: Path, shapes: Shapes, *, tag: str | None =
         raise UserError(f"{path} has its optimizer's state as raw files of NVMe offload, which cannot be imported")
     model_file = model_states_file(path)
     model = load_file(model_file, USED)
-    _check_kind(model_file, model)
     try:
+        _check_kind(model_file, model)
         return _understand(path, model_file, model, shapes)
-    except (KeyError, AttributeError, ValueError) as error:  # something is missing, or of another length
+    except (LookupError, AttributeError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        # Something is missing, of another type, or of another length.
         version = model.get("ds_version", "unknown")
         raise UserError(
             f"{path} is not laid out as DeepSpeed 0.19 does it (its version: {version}; "
@@ -123,6 +125,8 @@ def _check_kind(file: Path, model: Mapping[str, Any]) -> None:
 def _understand(path: Path, file: Path, model: Mapping[str, Any], expected: Shapes) -> DeepSpeedCheckpoint:
     precision = _precision(file, model["module"])
     world_size = int(model.get("dp_world_size", 1))
+    if not 1 <= world_size <= MOST_RANKS:
+        raise UserError(f"{file} says that {world_size} ranks saved it")
     parts = _Parts.of_stage0(file, model, expected)
     if parts is None:
         files = optimizer_files(path, world_size, bf16=precision == "bf16")

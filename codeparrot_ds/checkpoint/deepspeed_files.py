@@ -8,7 +8,7 @@ but for those in what the import does not use (``client_state``): there each bec
 
 from __future__ import annotations
 
-import pickle
+import struct
 import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import torch
 
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.model.foreign import MODEL_STATES, OPTIMIZER_STATES
 
 
@@ -125,11 +125,19 @@ def load_file(path: Path, used: Collection[str] | None = None) -> dict[str, Any]
     Raises:
         UserError: it is damaged or cut off, or asks for a class or function that is not in ``STAND_INS``.
     """
+    if not path.is_file() and path.exists():  # opening a named pipe waits for its writer
+        raise UserError(f"{path} cannot be read: it is not a regular file")
     try:
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            # torch compresses nothing: what claims to be more than the file is would fill the memory.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
+                sum(member.file_size for member in members) > path.stat().st_size
+            ):
+                raise UserError(f"{path} is not a file that torch writes: it is compressed, or parts of it overlap")
             damaged = archive.testzip()  # torch writes a CRC of each tensor, and does not look at it again
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} is cut off or damaged: {error}") from None
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, struct.error) as error:
+        raise UserError(f"{path} is cut off or damaged: {first_line(error)}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if damaged:
@@ -144,18 +152,23 @@ def load_file(path: Path, used: Collection[str] | None = None) -> dict[str, Any]
         unread = [(type("Unread", (Unread,), {"name": name}), name) for name in foreign]
         with torch.serialization.safe_globals([*known, *unread]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, EOFError, AssertionError,
-            TypeError, AttributeError) as error:  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:  # whatever a program that is none makes of torch's unpickler, and of its stack
         if foreign:
             raise _foreign_code(path, foreign[0]) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a file that DeepSpeed writes: {reason}") from None
+        raise UserError(f"{path} is not a file that DeepSpeed writes: {first_line(error)}") from None
+
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a file that DeepSpeed writes: it holds a {type(content).__name__}")
     if used is not None:
         content = {key: content[key] for key in used if key in content}
-    if left := next(_unread_in(content), None):
-        raise _foreign_code(path, left.name)
+    for value in _values_in(content):
+        kind = value if isinstance(value, type) else type(value)
+        if issubclass(kind, Unread):
+            raise _foreign_code(path, kind.name)
+        if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(f"{path} is damaged: a tensor of {value.numel():,} values has not as many in the file")
     return content
 
 
@@ -166,16 +179,14 @@ def _foreign_code(path: Path, name: str) -> UserError:
     )
 
 
-def _unread_in(content: Any) -> Iterator[type[Unread]]:
-    """Those in plain values of any depth."""
+def _values_in(content: Any) -> Iterator[Any]:
+    """All values in plain ones of any depth."""
     todo, seen = [content], set()
     while todo:
         value = todo.pop()
-        kind = value if isinstance(value, type) else type(value)
-        if issubclass(kind, Unread):
-            yield kind
-        elif id(value) not in seen:
+        if id(value) not in seen:
             seen.add(id(value))
+            yield value
             if isinstance(value, dict):
                 todo += [*value, *value.values()]
             elif isinstance(value, (list, tuple, set)):

@@ -18,7 +18,7 @@ from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import TOKENIZER_SETTINGS, tokenizer_settings
 from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision
 from codeparrot_ds.durable import WrittenFile
-from codeparrot_ds.hub.card import NEEDED, Card, model_card
+from codeparrot_ds.hub.card import NEEDED, Card, corpus_of, model_card
 from codeparrot_ds.model.foreign import WEIGHTS
 from codeparrot_ds.staging import staged_folder
 
@@ -66,7 +66,7 @@ def run_export(
         losses: training losses by step, a few.
         hub_name: the model's name on the Hub, where its branch is there.
     """
-    corpus, trained_in = Path(config.data) / "corpus.json", precision(state.ds_config)
+    trained_in = precision(state.ds_config)
     card = Card(
         name=name,
         model=config.model,
@@ -78,7 +78,7 @@ def run_export(
         evaluations=state.evaluations,
         config=state.config,
         ds_config=state.ds_config,
-        corpus=json.loads(corpus.read_text(encoding="utf-8")) if corpus.is_file() else None,
+        corpus=corpus_of(config.data),
         fingerprint=state.data["fingerprint"],
         hub_name=hub_name,
         license=config.license,

@@ -18,9 +18,10 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
+from codeparrot_ds.json_files import DamagedFileError, parse_json, parts_of, read_bytes, read_json
 from codeparrot_ds.model.foreign import recognized
 from codeparrot_ds.paths import exists, expand, may_be_on_hub, no_run, not_a_run
 
@@ -44,6 +46,8 @@ SEAL = "sha256"
 STAGING = ".staging-"
 REPLACED = ".replaced-"
 ASIDE = "aside-"
+_STEP = re.compile(r"step-([0-9]+)")
+_ASIDE = re.compile(rf"{ASIDE}step-([0-9]+)(\.[0-9]+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +70,15 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done, by the folder's name."""
-        return int(self.name.removeprefix(ASIDE).removeprefix("step-").split(".")[0])
+        """Optimizer steps done, by the folder's name.
+
+        Raises:
+            UserError: it is not a checkpoint's name.
+        """
+        found = _STEP.fullmatch(self.name) or _ASIDE.fullmatch(self.name)
+        if found is None:
+            raise UserError(f"{self} is not named as a checkpoint is, such as {self.of_step(Path(), 500)}")
+        return int(found[1])
 
     @property
     def is_aside(self) -> bool:
@@ -83,8 +94,8 @@ class Checkpoint:
         return self.path / EXPORT
 
     def read_json(self, name: str) -> Any:
-        """One of its JSON files."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        """One of its JSON files; raises as `json_files.read_json`."""
+        return read_json(self.path / name)
 
     def manifest(self) -> Manifest:
         """What the checkpoint has to be.
@@ -95,18 +106,21 @@ class Checkpoint:
         """
         path = self.path / MANIFEST
         try:
-            content = path.read_bytes()
-            manifest = json.loads(content)
-            version, entries, created = (manifest[key] for key in ("format", "files", "created"))
+            content = read_bytes(path)
+            with parts_of(path):
+                manifest = parse_json(content, path)
+                version, entries, created = (manifest[key] for key in ("format", "files", "created"))
+                # Compared as bytes: every one of them counts. Whatever a later format holds, it ends in the same seal.
+                unsealed = {key: value for key, value in manifest.items() if key != SEAL}
+                holds = durable.json_bytes(sealed(unsealed)) == content
         except FileNotFoundError as error:
             foreign = recognized(self.path)
             what = f"; it holds {foreign.what}: {foreign.as_start}" if foreign else ""
             raise UserError(f"{self} is not a complete checkpoint: it has no {MANIFEST}{what}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, DamagedFileError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is damaged"
             raise UserError(f"{self} is not a complete checkpoint: {MANIFEST} cannot be read: {why}") from error
-        # Compared as bytes: every one of them counts. Whatever a later format holds, it ends in the same seal.
-        if durable.json_bytes(sealed({key: value for key, value in manifest.items() if key != SEAL})) != content:
+        if not holds:
             raise UserError(f"{path} is damaged: its content is not what its own SHA-256 says")
         if isinstance(version, int) and version > FORMAT:
             raise NewerFormatError(
@@ -114,9 +128,12 @@ class Checkpoint:
             )
         whole = isinstance(version, int) and isinstance(created, str) and isinstance(entries, dict)
         if not whole or not all(
-            isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries.values()
-        ):
+            isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+            for entry in entries.values()
+        ):  # a negative size is one that no file has
             raise UserError(f"{path} is damaged: it is not a table of files with 'bytes' and 'sha256'")
+        if outside := [name for name in entries if name.startswith("/") or ".." in name.split("/")]:
+            raise UserError(f"{path} is damaged: it names {outside[0]!r}, which is not in the checkpoint's folder")
         files = {name: WrittenFile(entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
         return Manifest(created=created, files=files)
 
@@ -173,9 +190,13 @@ class NewerFormatError(UserError):
 
 
 def _size_damage(path: Path, file: WrittenFile) -> str | None:
-    if not path.is_file():
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # a name that no file can have
         return f"{path} is missing"
-    size = path.stat().st_size
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path} is not a regular file"
+    size = status.st_size
     return None if size == file.num_bytes else f"{path} has {size} bytes instead of {file.num_bytes}"
 
 
@@ -303,7 +324,7 @@ def remove_old(
 
 def checkpoint_folders(checkpoints: Path) -> list[Checkpoint]:
     """The visible checkpoint folders, newest step first, not yet verified."""
-    folders = [path for path in checkpoints.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    folders = [path for path in checkpoints.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(map(Checkpoint, folders), key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
@@ -355,8 +376,8 @@ def list_checkpoints(run: Path) -> list[CheckpointRow]:
     run = Path(run)
     if not (run / "run.json").is_file():
         raise not_a_run(run)
-    aside = [Checkpoint(path) for path in (run / "checkpoints").glob(f"{ASIDE}step-*") if path.is_dir()]
-    found = checkpoint_folders(run / "checkpoints") + aside
+    aside = [path for path in (run / "checkpoints").glob(f"{ASIDE}*") if _ASIDE.fullmatch(path.name) and path.is_dir()]
+    found = [*checkpoint_folders(run / "checkpoints"), *map(Checkpoint, aside)]
     return [_row(checkpoint) for checkpoint in sorted(found, key=lambda each: (each.step, each.name))]
 
 
@@ -375,10 +396,11 @@ def _row(checkpoint: Checkpoint) -> CheckpointRow:
 
 def _eval_loss(checkpoint: Checkpoint) -> float | None:
     try:
-        evaluations = checkpoint.read_json(STATE)["extra"]["evaluations"]
-        return next((row["eval_loss"] for row in reversed(evaluations) if row["step"] == checkpoint.step), None)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # A damaged one; `checkpoint verify` names the damage.
+        with parts_of(checkpoint.path / STATE):
+            rows = reversed(checkpoint.read_json(STATE)["extra"]["evaluations"])
+            return next((float(row["eval_loss"]) for row in rows if row["step"] == checkpoint.step), None)
+    except (OSError, DamagedFileError):
+        return None  # `checkpoint verify` names the damage
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Checkpoint:

@@ -12,6 +12,7 @@ from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.datasets import check_local_data
 from codeparrot_ds.ds_config.file import find_ds_config, read_ds_config
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import read_bytes
 from codeparrot_ds.model.foreign import (
     MODEL_STATES,
     OPTIMIZER_STATES,
@@ -67,17 +68,17 @@ def find_tag(folder: Path, tag: str | None = None) -> Path:
     if tag is None:
         named_by = str(folder / LATEST)
         try:
-            tag = (folder / LATEST).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
+            tag = read_bytes(folder / LATEST).decode().strip()
+        except (OSError, ValueError):
             raise UserError(
                 f"{named_by}, which names the newest checkpoint, cannot be read; choose one with --tag: "
                 f"{', '.join(tags)}"
             ) from None
-    if UNIVERSAL.fits(folder / tag):
+    if tag in os.listdir(folder) and UNIVERSAL.fits(folder / tag):
         raise UserError(f"{named_by}: {_universal(folder / tag)}")
     if tag not in tags:
         hint = did_you_mean(tag, tags) or f"; the last one is {tags[-1]!r}"
-        raise UserError(f"{named_by}: {folder} has no checkpoint {tag!r}{hint}")
+        raise UserError(f"{named_by}: {folder} has no checkpoint {tag!r:.300}{hint}")
     return folder / tag
 
 

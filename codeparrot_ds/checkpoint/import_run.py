@@ -46,6 +46,7 @@ from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.precision import with_precision
 from codeparrot_ds.ds_config.resolve import resolve
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.identity import place_of
 from codeparrot_ds.model.gpt2 import hugging_face_config
 from codeparrot_ds.model.shapes import GPT2Shape, num_parameters, parameter_shapes
 from codeparrot_ds.resolved_run import encoder_and_shape
@@ -134,6 +135,7 @@ def import_deepspeed(
         made.update(
             name=run.name,
             id=f"{run.name}-{os.urandom(3).hex()}",
+            place=place_of(staging, path=run),
             created=now,
             versions=versions,
             parameters=num_parameters(shape),

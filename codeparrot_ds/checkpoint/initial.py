@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.revision import fetch, parse_revision
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.model.foreign import WEIGHTS, WEIGHTS_INDEX, is_model, recognized, refuse_own_code
 from codeparrot_ds.model.shapes import differing_parameters, find_shape, parameter_shapes
 from codeparrot_ds.paths import in_runs
@@ -164,9 +164,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file() or not index.is_file():
         return [folder / WEIGHTS]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [folder / Path(name).name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        with parts_of(index):
+            names = sorted(set(read_object(index)["weight_map"].values()))
+            return [folder / Path(name).name for name in names]
+    except DamagedFileError:
         raise UserError(f"{index} cannot be read: it is no index of safetensors files, or damaged") from None
 
 
@@ -179,6 +180,8 @@ def _tensors_in(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not path.is_file() and path.exists():  # opening a named pipe waits for its writer
+            raise UserError(f"{path} cannot be read: it is not a regular file")
         with safe_open(path, "np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return {name: StoredTensor(path, name, each.get_shape(), each.get_dtype()) for name, each in slices.items()}

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import fcntl
 import importlib.metadata
-import json
 import os
 import random
 import re
@@ -34,8 +33,10 @@ from codeparrot_ds.config.files import load_config, save_config
 from codeparrot_ds.config.run_config import FIELDS, RunConfig, with_absolute_paths
 from codeparrot_ds.config.warnings import Continued, learning_rate_at
 from codeparrot_ds.ds_config.changes import Change, changes, run_of, saved_ds_config
-from codeparrot_ds.durable import write_json
+from codeparrot_ds.durable import rename, write_json
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub.identity import identity_of, place_of
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.model.shapes import GPT2Shape, differing_parameters, parameter_shapes
 from codeparrot_ds.paths import find_run, shown
 from codeparrot_ds.secret_forms import hide_secrets
@@ -103,6 +104,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.record: dict[str, Any] = {}
+        self.copy_of: Path | None = None
+        """The run that the folder is a copy of, at the first start of the copy."""
         self._lock: Any = None
 
     @property
@@ -110,12 +113,17 @@ class RunFolder:
         return self.path.name
 
     @property
+    def branch(self) -> str:
+        """Of its checkpoints: the run's first name, which a folder that was renamed keeps."""
+        return str(self.record["name"])
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     def reload(self) -> None:
         """Reads ``run.json`` as rank 0 wrote it."""
-        self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        self.record = read_object(self.path / "run.json")
 
     def update(self, **fields: Any) -> None:
         """Changes fields of ``run.json`` (rank 0)."""
@@ -126,16 +134,15 @@ class RunFolder:
 def _recorded(path: Path) -> dict[str, Any]:
     """A run's ``run.json``; empty where there is none. A damaged one is refused."""
     try:
-        return dict(json.loads((path / "run.json").read_text(encoding="utf-8")))
+        return read_object(path / "run.json")
     except OSError:
         return {}
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path / 'run.json'} is damaged: {error}") from None
 
 
 def recorded_pins(path: Path) -> dict[str, str]:
     """The commits of Hub data sets that a run began with; empty for a run that starts."""
-    return dict(_recorded(path).get("data_pins", {}))
+    with parts_of(path / "run.json"):
+        return {str(name): str(commit) for name, commit in _recorded(path).get("data_pins", {}).items()}
 
 
 def order_version_of(path: Path, resume: str = "auto") -> int | None:
@@ -150,12 +157,12 @@ def order_version_of(path: Path, resume: str = "auto") -> int | None:
     of_its_own = resume in ("auto", "never")
     checkpoint = newest_checkpoint(path / "checkpoints") if of_its_own else Checkpoint(Path(resume))
     if checkpoint is not None:
-        try:
+        # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
+        with contextlib.suppress(OSError, DamagedFileError), parts_of(checkpoint.path / DATA):
             return int(checkpoint.read_json(DATA)["fingerprint"]["order_version"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # a damaged checkpoint: the ranks verify it, name the damage and look for an older one
     record = _recorded(path)
-    return int(record.get("order_version", 1)) if record else None  # 0.1.0 recorded none
+    with parts_of(path / "run.json"):
+        return int(record.get("order_version", 1)) if record else None  # 0.1.0 recorded none
 
 
 def recorded_fingerprint(run: Path, resume: str = "auto") -> dict[str, Any] | None:
@@ -169,7 +176,8 @@ def recorded_fingerprint(run: Path, resume: str = "auto") -> dict[str, Any] | No
         return None
     checkpoints = checkpoint_folders(run / "checkpoints") if resume == "auto" else [Checkpoint(Path(resume))]
     for checkpoint in checkpoints:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: an older one says the same
+        # Damaged: an older one says the same.
+        with contextlib.suppress(OSError, DamagedFileError), parts_of(checkpoint.path / DATA):
             return dict(checkpoint.read_json(DATA)["fingerprint"])
     return None
 
@@ -188,7 +196,8 @@ def recorded_hub(path: Path) -> str | None:
 
 def recorded_outcome(path: Path) -> dict[str, Any]:
     """What became of a run's last start, ``status`` and ``step``; empty where nothing says it."""
-    return dict(_recorded(path).get("outcome") or {})
+    with parts_of(path / "run.json"):
+        return dict(_recorded(path).get("outcome") or {})
 
 
 def finished_checkpoint(config: RunConfig) -> Checkpoint | None:
@@ -214,11 +223,12 @@ def continued_from(config: RunConfig) -> Continued | None:
         return None
     try:
         state = checkpoint.read_json(STATE)
-        saved = {name: value for name, value in state["extra"]["config"].items() if name in FIELDS}
-        step, schedule_step, then = state["step"], state["scheduler_step"], RunConfig(**saved)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        with parts_of(checkpoint.path / STATE):
+            saved = {name: value for name, value in state["extra"]["config"].items() if name in FIELDS}
+            step, schedule_step, then = int(state["step"]), int(state["scheduler_step"]), RunConfig(**saved)
+            rate = learning_rate_at(then, schedule_step)
+    except (OSError, UserError):
         return None
-    rate = learning_rate_at(then, schedule_step)
     return Continued(name=str(run), step=step, schedule_step=schedule_step, learning_rate=rate, config=then)
 
 
@@ -318,10 +328,13 @@ def check_checkpoint(config: RunConfig, path: Path, shape: GPT2Shape) -> Checkpo
 
 def _check_model(checkpoint: Checkpoint, shape: GPT2Shape) -> None:
     try:
-        saved = checkpoint.read_json(STATE)["parameters"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # damaged, which the ranks find by its hash
-    if problem := differing_parameters(saved, parameter_shapes(shape)):
+        with parts_of(checkpoint.path / STATE):
+            parameters = checkpoint.read_json(STATE)["parameters"]
+            saved = {" ".join(name.split()): [int(size) for size in sizes] for name, sizes in parameters.items()}
+            problem = differing_parameters(saved, parameter_shapes(shape))
+    except (OSError, DamagedFileError):
+        return  # which the ranks find by its hash
+    if problem:
         raise UserError(f"{checkpoint} belongs to another model: {problem}")
 
 
@@ -405,13 +418,20 @@ def open_run(
     write_json(path / "ds_config.json", ds_config)
     write_json(path / "ds_config_sources.json", sources or {})
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    folder.record.setdefault("name", folder.name)
-    folder.record.setdefault("id", f"{folder.name}-{os.urandom(3).hex()}")
+    identity = identity_of(path)
+    if identity.copy_of is not None and (path / "hub").exists():
+        # What the original has pushed and what waits there is the original's.
+        rename(path / "hub", path / f"hub-of-{folder.record.get('id')}")
+    folder.copy_of = identity.copy_of
     folder.record.setdefault("created", now)
-    starts = folder.record.get("starts", [])
+    with parts_of(path / "run.json"):
+        starts = [*folder.record.get("starts", ())]
     typed = hide_secrets(shlex.join(command or sys.argv))
     starts.append({"time": now, "world_size": world_size, "command": typed, "hosts": sorted(set(hosts))})
     folder.update(
+        name=identity.branch,
+        id=identity.run_id or f"{identity.branch}-{os.urandom(3).hex()}",
+        place=place_of(path),
         versions=package_versions(),
         git_commit=_git_commit(),
         hosts=sorted(set(hosts)),

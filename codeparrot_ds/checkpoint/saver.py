@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.export import Export, write_export
@@ -35,6 +34,7 @@ from codeparrot_ds.checkpoint.tensor_files import (
     fragment_entries,
     fragment_file_name,
     save_tensors,
+    tensors_of,
     write_tensor_file,
 )
 from codeparrot_ds.durable import WrittenFile
@@ -188,8 +188,8 @@ class CheckpointSaver:
             torch.set_num_threads(1)
             self._write(saved, stall)
         except BaseException as error:  # a defect, raised where training next asks
+            self._crash = error  # before it is logged, which may fail for the same reason, such as no memory
             logger.exception("saving step %d failed", saved.state.step)
-            self._crash = error
 
     def _write(self, saved: _Save, stall: float | None) -> None:
         step, checkpoint, error, size = saved.state.step, None, None, 0
@@ -406,7 +406,7 @@ def _load_rng(checkpoint: Path, ranks: Ranks, step: int, same_world_size: bool) 
         # There is no true continuation of n generators in m others: start new ones that depend on step and rank.
         torch.manual_seed(step * 1_000_003 + ranks.rank)
         return
-    with safe_open(path, "pt") as file:
+    with tensors_of(path) as file:
         torch.set_rng_state(file.get_tensor("torch"))
         if ranks.device.type == "cuda" and "device" in file.keys():  # noqa: SIM118
             torch.cuda.set_rng_state(file.get_tensor("device"), ranks.device)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from codeparrot_ds.checkpoint.folders import DATA, STATE, Checkpoint
+from codeparrot_ds.json_files import parts_of
 from codeparrot_ds.metrics import EvaluationRow
 
 
@@ -65,17 +66,18 @@ def state_as_json(state: RunState, engine: EngineState) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Checkpoint) -> tuple[RunState, EngineState]:
-    """The state of a verified checkpoint."""
-    state = checkpoint.read_json(STATE)
-    extra = state["extra"]
-    run = RunState(
-        step=state["step"],
-        tokens=state["tokens"],
-        data=checkpoint.read_json(DATA),
-        layout=state["layout"],
-        evaluations=[EvaluationRow.from_json(row) for row in extra["evaluations"]],
-        config=extra["config"],
-        ds_config=extra["ds_config"],
-        imported=extra.get("imported"),
-    )
-    return run, EngineState(**{field.name: state[field.name] for field in dataclasses.fields(EngineState)})
+    """The state of a verified checkpoint; raises as `json_files.read_json`."""
+    data, state = (checkpoint.read_json(name) for name in (DATA, STATE))
+    with parts_of(checkpoint.path / STATE):
+        extra = state["extra"]
+        run = RunState(
+            step=state["step"],
+            tokens=state["tokens"],
+            data=data,
+            layout=state["layout"],
+            evaluations=[EvaluationRow.from_json(row) for row in extra["evaluations"]],
+            config=extra["config"],
+            ds_config=extra["ds_config"],
+            imported=extra.get("imported"),
+        )
+        return run, EngineState(**{field.name: state[field.name] for field in dataclasses.fields(EngineState)})

@@ -11,6 +11,7 @@ matter: whoever reads looks at all of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from codeparrot_ds import durable
 from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.engine.fragments import MASTER, MOMENTS, Fragment
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
+from codeparrot_ds.json_files import DamagedFileError, parts_of
 
 FRAGMENT_FILES = "fragments-*.safetensors"
 PIECE = 1 << 20
@@ -125,6 +127,22 @@ def fragment_entries(fragments: Iterable[Fragment]) -> tuple[list[TensorEntry], 
     return entries, [tensor for _, tensor in named]
 
 
+@contextlib.contextmanager
+def tensors_of(path: Path) -> Iterator[Any]:
+    """A safetensors file while it is read; it stays open for as long as somebody has it.
+
+    Raises:
+        DamagedFileError: it is none, or what is in it is not what the block looks for.
+    """
+    try:
+        with parts_of(path):
+            if not path.is_file():  # opening a named pipe waits for its writer
+                raise DamagedFileError(path, "it is not a regular file" if path.exists() else "it is missing")
+            yield safe_open(path, "pt")
+    except (SafetensorError, RuntimeError) as error:
+        raise DamagedFileError(path, first_line(error)) from error
+
+
 class FragmentReader:
     """All fragments of one checkpoint, read by slices; the files are mapped, not loaded.
 
@@ -139,10 +157,12 @@ class FragmentReader:
         # (start, file, name in it) of every piece, by parameter and kind
         self._pieces: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
         for fragment_file in sorted(fnmatch.filter(names, FRAGMENT_FILES)):
-            file = safe_open(folder / fragment_file, "pt")
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                name, kind, start = key.rsplit("|", 2)
-                self._pieces.setdefault((name, kind), []).append((int(start), file, key))
+            with tensors_of(folder / fragment_file) as file:
+                for key in file.keys():  # noqa: SIM118 (not a mapping)
+                    name, kind, start = key.rsplit("|", 2)
+                    if len(file.get_slice(key).get_shape()) != 1:
+                        raise ValueError(f"{key} is not flat")
+                    self._pieces.setdefault((name, kind), []).append((int(start), file, key))
 
     def fill(self, target: torch.Tensor, name: str, kind: str, start: int = 0) -> None:
         """Copies ``[start, start + numel)`` of a flattened parameter into a one-dimensional tensor of any dtype.

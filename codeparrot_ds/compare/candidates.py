@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from codeparrot_ds.ds_config.precision import device_precisions
 from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.operators import are_built
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import parts_of, read_object
 from codeparrot_ds.launch.preflight import check_run
 from codeparrot_ds.memory.device import load_overhead
 from codeparrot_ds.memory.micro_batch import config_fitting, memory_budget, micro_batch_sizes
@@ -245,7 +245,7 @@ def _with_largest_micro_batch(config: RunConfig, world_size: int, device: str) -
 def _keep(path: Path, config: Mapping[str, Any]) -> None:
     """Writes a candidate's JSON; a comparison that continues must find what it began with."""
     if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != config:
+        if read_object(path) != config:
             raise UserError(f"{path} differs from the config of that name as it is now: choose another --out")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,14 +351,15 @@ def open_folder(folder: Path, request: Request) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         durable.write_json(path, {"version": 1, **request.same()})
         return
-    saved, now = json.loads(path.read_text(encoding="utf-8")), request.same()
-    then = {"steps": saved.get("steps"), "warmup_steps": saved.get("warmup_steps")}
-    # Earlier versions lack the newest fields, and did what their defaults are.
-    then |= {key: getattr(RunConfig(), key) for key in now["config"]} | saved.get("config", {})
+    saved, now = read_object(path), request.same()
+    with parts_of(path):
+        then = {"steps": saved.get("steps"), "warmup_steps": saved.get("warmup_steps")}
+        # Earlier versions lack the newest fields, and did what their defaults are.
+        then |= {key: getattr(RunConfig(), key) for key in now["config"]} | saved.get("config", {})
     here = {"steps": now["steps"], "warmup_steps": now["warmup_steps"], **now["config"]}
     for key in PATH_FIELDS:  # earlier versions kept paths as they were typed
-        if isinstance(then.get(key), str):
-            then[key] = FIELDS[key].absolute(then[key])
+        if isinstance(typed := then.get(key), str):
+            then[key] = FIELDS[key].absolute(typed)
     differing = [f"{key} was {then.get(key)!r} and is {here[key]!r}" for key in here if then.get(key) != here[key]]
     if differing:
         raise UserError(f"{folder} holds another comparison ({'; '.join(differing)}): choose another --out")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from codeparrot_ds import durable
 from codeparrot_ds.child_process import last_words, run_module
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import parts_of, read_object
 
 COMPARISON = "comparison.json"
 RESULT, FOUND, FINGERPRINTS = "result.json", "found.json", "fingerprints.json"
@@ -30,7 +31,7 @@ def _from_json(kind: type[T], saved: Mapping[str, Any]) -> T:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is none."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return read_object(path)
     except FileNotFoundError:
         return None
 
@@ -112,7 +113,8 @@ class Found:
     def read(cls, path: Path) -> Found | None:
         """What is in a file; None where there is none."""
         saved = read_json(path)
-        return None if saved is None else cls.from_json(saved)
+        with parts_of(path):
+            return None if saved is None else cls.from_json(saved)
 
     def as_json(self) -> dict[str, Any]:
         """Without a checkpoint or parts that were not measured."""
@@ -180,8 +182,9 @@ class TrialResult:
         saved = read_json(path)
         if saved is None:
             return None
-        found = saved.get("found")
-        return _from_json(cls, saved | {"found": None if found is None else Found.from_json(found)})
+        with parts_of(path):
+            found = saved.get("found")
+            return _from_json(cls, saved | {"found": None if found is None else Found.from_json(found)})
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"found": None if self.found is None else self.found.as_json()}
@@ -228,11 +231,12 @@ def peak_of_comparison(file: Path, device: str) -> Peak:
     if process.returncode != 0:
         raise UserError(f"the peak of this machine could not be measured: {last_words(process)}")
     peak = Peak(**json.loads(process.stdout))
-    durable.write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"peak": dataclasses.asdict(peak)})
+    durable.write_json(file, read_object(file) | {"peak": dataclasses.asdict(peak)})
     return peak
 
 
 def recorded_peak(file: Path) -> Peak | None:
     """The peak that a ``comparison.json`` has; None where there is none."""
     found = (read_json(file) or {}).get("peak")
-    return None if found is None else Peak(**found)
+    with parts_of(file):
+        return None if found is None else Peak(**found)

@@ -33,6 +33,7 @@ from codeparrot_ds.compare.findings import Findings, judge_all
 from codeparrot_ds.compare.page import write_reports
 from codeparrot_ds.compare.results import FINISHED
 from codeparrot_ds.ds_config.facts import activation_checkpointing, offload_device, precision, value_at, zero_stage
+from codeparrot_ds.json_files import read_object
 from codeparrot_ds.model.shapes import num_parameters
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -400,7 +401,7 @@ def _key(ds_config: dict[str, Any], micro_batch_size: int) -> str:
 
 
 def _ds_config(candidate: Candidate) -> dict[str, Any]:
-    return dict(json.loads(candidate.ds_config.read_text(encoding="utf-8")))
+    return read_object(candidate.ds_config)
 
 
 def _is_usable(findings: Findings, name: str) -> bool:

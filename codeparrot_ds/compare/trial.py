@@ -11,7 +11,6 @@ import contextlib
 import errno
 import gc
 import hashlib
-import json
 import os
 import sys
 import time
@@ -36,6 +35,7 @@ from codeparrot_ds.config.launch_options import add_launch_arguments, launch_fro
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.durable import write_json
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import read_object
 from codeparrot_ds.metrics import TrainingRow
 from codeparrot_ds.secret_forms import hide_secrets
 from codeparrot_ds.supervision.heartbeat import beat
@@ -73,7 +73,7 @@ class Orders:
     @staticmethod
     def read() -> Orders:
         """Those of this process."""
-        return Orders(**json.loads(Path(os.environ[ORDERS]).read_text(encoding="utf-8")))
+        return Orders(**read_object(Path(os.environ[ORDERS])))
 
 
 class _Recorder(Observer):

@@ -37,6 +37,7 @@ from codeparrot_ds.corpus.readers import (
     read_parquet_rows,
 )
 from codeparrot_ds.corpus.redaction import redact
+from codeparrot_ds.json_files import DamagedFileError, parts_of
 from codeparrot_ds.secret_forms import replace_keys, without_credentials
 
 KEPT = 255
@@ -212,10 +213,13 @@ def finished_documents(folder: Path) -> int | None:
     The sizes of its files are compared, because a machine that lost power may have kept the folder's name alone.
     """
     try:
-        card = orjson.loads((folder / "account.json").read_bytes())
-        whole = all((folder / name).stat().st_size == size for name, size in card["sizes"].items())
-        return card["account"]["documents"] if whole else None
-    except (OSError, ValueError, KeyError):
+        if not (folder / "account.json").is_file():
+            return None
+        with parts_of(folder / "account.json"):
+            card = orjson.loads((folder / "account.json").read_bytes())
+            whole = all((folder / name).stat().st_size == size for name, size in card["sizes"].items())
+            return int(card["account"]["documents"]) if whole else None
+    except (OSError, DamagedFileError):
         return None
 
 

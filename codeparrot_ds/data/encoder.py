@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from codeparrot_ds.data.hub_files import hub_tokenizer
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, read_object
 from codeparrot_ds.model.foreign import refuse_own_code
 from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
 
@@ -260,8 +261,8 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             continue
         try:
-            settings |= {key: value for key, value in orjson.loads(path.read_bytes()).items() if value is not None}
-        except (orjson.JSONDecodeError, AttributeError):
+            settings |= {key: value for key, value in read_object(path).items() if value is not None}
+        except DamagedFileError:
             raise UserError(f"{path} is not a JSON object; save the tokenizer again.") from None
     return settings
 
@@ -269,7 +270,10 @@ def tokenizer_settings(folder: Path) -> dict[str, Any]:
 def _eos_token(folder: Path) -> str:
     """The end-of-sequence token that the folder's config names, or the usual one."""
     token = tokenizer_settings(folder).get("eos_token") or DEFAULT_EOS_TOKEN
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f"{folder}: eos_token in tokenizer_config.json is no text; save the tokenizer again.")
+    return text
 
 
 def estimate_chars_per_token(dataset: Iterable[dict[str, Any]], tokenizer: Any, num_documents: int = 500) -> float:

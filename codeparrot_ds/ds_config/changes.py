@@ -14,6 +14,7 @@ from codeparrot_ds.config.run_config import FIELDS, PRESETS
 from codeparrot_ds.ds_config.facts import leaves, value_at
 from codeparrot_ds.ds_config.known_keys import KeyPath
 from codeparrot_ds.ds_config.resolve import Resolved
+from codeparrot_ds.json_files import DamagedFileError, read_object
 
 # Optimizers whose state is the same two moments; the names mean the same update unless adam_w_mode says otherwise.
 _ADAMS = ("adam", "adamw")
@@ -92,10 +93,9 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 def saved_ds_config(path: Path) -> dict[str, Any] | None:
     """The resolved config that a run saved; None where it has none that can be read (it then began without)."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except (OSError, DamagedFileError):
         return None
-    return saved if isinstance(saved, dict) else None
 
 
 def _why_unsafe(path: KeyPath, saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from hjson.decoder import HjsonDecodeError, HjsonDecoder, JSONObject, getNext, m
 
 from codeparrot_ds.ds_config.known_keys import ANY, IGNORES_UNKNOWN, KEYS, KeyPath, Said
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import TOO_DEEP, is_too_deep, read_bytes
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path
 from codeparrot_ds.secret_check import check_settings
 
@@ -134,12 +135,12 @@ def read_ds_config(path: str | os.PathLike[str]) -> DsFile:
     path = Path(path)
     if path.suffix in (".yaml", ".yml"):
         raise UserError(f"{path} is YAML; a DeepSpeed config is a JSON file")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a DeepSpeed config is one JSON file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such DeepSpeed config") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; a DeepSpeed config is one JSON file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; a DeepSpeed config is a JSON file") from None
     if not text.strip():
@@ -148,8 +149,12 @@ def read_ds_config(path: str | os.PathLike[str]) -> DsFile:
         config, lines = read_hjson(text)
     except (json.JSONDecodeError, HjsonDecodeError) as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: {_why_not_json(text, error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: {TOO_DEEP}") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    if is_too_deep(config):
+        raise UserError(f"{path}: {TOO_DEEP}")
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed config is a JSON object {{...}}, not {type(config).__name__}")
     check_settings(config, str(path))

@@ -25,6 +25,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.pass_at_k import PassAtK, estimate
 from codeparrot_ds.evaluation.problems import load_problems, public_name
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
+from codeparrot_ds.json_files import DamagedFileError, parse_json, parts_of, read_object
 from codeparrot_ds.problem_sets.problem import Problem
 from codeparrot_ds.problem_sets.references import References, check_references, verdict_key
 from codeparrot_ds.sandbox.judge import Limits, check_sandbox, judge_all, slowness
@@ -193,7 +194,7 @@ def _open_folder(folder: Path, identity: dict[str, Any], *, overwrite: bool) -> 
             for old in folder.glob(pattern):
                 old.unlink()
     elif path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_object(path)
         free = ("num_samples", "temperatures", "limit")
         other = [key for key in identity if key not in free and before.get(key) != identity[key]]
         if other:
@@ -218,9 +219,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         os.truncate(path, len(whole))
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            yield json.loads(line)
-        except ValueError as error:
+            row = parse_json(line, path)
+        except DamagedFileError as error:
             raise UserError(f"{path}, line {number}: no JSON; remove the line to generate it again") from error
+        with parts_of(f"{path}, line {number}"):
+            yield {**row, "task_id": str(row["task_id"]), "sample": int(row["sample"])}
 
 
 def _read(folder: Path, kind: str, temperature: float) -> dict[Key, dict[str, Any]]:

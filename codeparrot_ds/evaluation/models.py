@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from codeparrot_ds.data.datasets import check_local_data, split_shards
 from codeparrot_ds.data.hub_files import hub_file
 from codeparrot_ds.data.shards import Shard
 from codeparrot_ds.errors import UserError, first_line
+from codeparrot_ds.json_files import DamagedFileError, read_object
 from codeparrot_ds.model.foreign import own_code, refuse_own_code
 from codeparrot_ds.paths import exists, in_runs
 
@@ -39,8 +39,9 @@ def named_model(source: str, *, device: str | None = None, seq_length: int | Non
         refuse_own_code(hub_file(source, "config.json", what="model").parent)
     refuse_own_code(place)
     if seq_length is not None and config.is_file():
-        with contextlib.suppress(ValueError, AttributeError):  # what is no config is said where the model is loaded
-            check_seq_length(seq_length, json.loads(config.read_text(encoding="utf-8")).get("n_positions"))
+        with contextlib.suppress(DamagedFileError):  # what is no config is said where the model is loaded
+            context = read_object(config).get("n_positions")
+            check_seq_length(seq_length, context if type(context) is int else None)
     return source
 
 

@@ -25,6 +25,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.details import Details, TokenClasses
 from codeparrot_ds.evaluation.models import check_seq_length, context_length, data_of, load_model
 from codeparrot_ds.evaluation.processes import number_of_processes, run_processes, run_task
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.model.attention import document_inputs
 
 _LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
@@ -284,7 +285,7 @@ def evaluate_in_processes(
     with TemporaryDirectory() as folder:
         task = {"source": str(source), "options": plain, "folder": folder, "world_size": number}
         run_processes(__spec__.name, [{**task, "rank": rank} for rank in range(number)], device=device)
-        result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+        result = read_object(Path(folder) / "result.json")
     return result
 
 
@@ -304,8 +305,9 @@ def _evaluated_with(source: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["evaluated_with"])
-    except (ValueError, KeyError, TypeError) as error:
+        with parts_of(path):
+            return dict(read_object(path)["evaluated_with"])
+    except DamagedFileError as error:
         raise UserError(f"{path} is not a training state of codeparrot-ds: {error}") from error
 
 

@@ -8,9 +8,10 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.metrics import EvaluationRow
 
 # The run config's fields that tell how the model came to be; paths and places of one machine stay out of a public card.
@@ -183,8 +184,28 @@ def _deepspeed(card: Card) -> str:
     return f"<details><summary>Resolved DeepSpeed config</summary>\n\n```json\n{text}\n```\n\n</details>"
 
 
+def corpus_of(data: str) -> dict[str, Any] | None:
+    """What ``corpus`` wrote of a data folder into ``corpus.json``; None without that, or where it is another file."""
+    path = Path(data) / "corpus.json"
+    try:
+        corpus = read_object(path)
+        with parts_of(path):
+            _corpus_tables(corpus)
+        return corpus
+    except (OSError, DamagedFileError):
+        return None
+
+
 def _data(card: Card) -> str:
-    corpus = card.corpus or {}
+    tables = [
+        _table(("data set on the Hub",), [(f"`{name}`",) for name in _hub_datasets(card)]),
+        *_corpus_tables(card.corpus or {}),
+        _fingerprint(card.fingerprint),
+    ]
+    return _section("Data", "\n\n".join(filter(None, tables)))
+
+
+def _corpus_tables(corpus: Mapping[str, Any]) -> list[str]:
     splits = [
         (name, _whole(split.get("documents")), _whole(split.get("bytes")))
         for name, split in (corpus.get("splits") or {}).items()
@@ -194,14 +215,11 @@ def _data(card: Card) -> str:
         for step in corpus.get("steps") or []
     ]
     licenses = [(name, _whole(count)) for name, count in (corpus.get("licenses") or {}).items()]
-    tables = [
-        _table(("data set on the Hub",), [(f"`{name}`",) for name in _hub_datasets(card)]),
+    return [
         _table(("split", "files", "bytes"), splits),
         _table(("cleaning step", "files before", "files after", "bytes after"), steps),
         _table(("licence", "files"), licenses),
-        _fingerprint(card.fingerprint),
     ]
-    return _section("Data", "\n\n".join(filter(None, tables)))
 
 
 def _hub_datasets(card: Card) -> list[str]:

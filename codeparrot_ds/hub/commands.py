@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.hugging_face import HubRepository, require_token
+from codeparrot_ds.hub.identity import identity_of
 from codeparrot_ds.hub.places import is_remote, open_repository
 from codeparrot_ds.hub.queue import PushQueue
 from codeparrot_ds.hub.repository import MAIN, Commit, Repository
@@ -40,16 +40,14 @@ def prepare_branch(hub: str, output_dir: str | os.PathLike[str], name: str) -> s
     else:
         repository = open_repository(hub, output_dir)
     assert repository is not None
-    try:
-        record = json.loads((Path(output_dir) / name / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = {}
+    identity = identity_of(Path(output_dir) / name)
+    branch = identity.branch
     try:
         repository.create()
-        repository.create_branch(name)
-        if repository.head(name) != repository.head(MAIN):
-            history = repository.commits(name)
-            check_owner(history, Destination(branch=name, run_id=record.get("id"), repository=repository))
+        repository.create_branch(branch)
+        if repository.head(branch) != repository.head(MAIN):
+            history = repository.commits(branch)
+            check_owner(history, Destination(branch=branch, run_id=identity.run_id, repository=repository))
     except UnavailableError as error:
         return str(error)
     return None
@@ -174,10 +172,10 @@ def _choose(history: list[Commit], destination: Destination, checkpoint: str) ->
     return min(judged, key=lambda commit: float(commit.trailer("Eval-Loss") or "inf"))
 
 
-def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float) -> str:
+def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float, stopped: Callable[[], bool] = lambda: False) -> str:
     """Starts a worker on what waits in a run's queue, waits for it, and says how things stand.
 
-    The worker continues where it takes longer.
+    The worker continues where it takes longer, and where ``stopped`` says that nobody waits for this any more.
 
     Returns:
         One line where everything is pushed, and otherwise what is left, why, and what to do.
@@ -189,7 +187,9 @@ def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float) -> str:
     if queue.entry_folders():
         worker = start_drain(run_dir)
         end = time.monotonic() + wait_seconds
-        while queue.entry_folders() and time.monotonic() < end and (worker.poll() is None or queue.is_draining()):
+        while queue.entry_folders() and (worker.poll() is None or queue.is_draining()):
+            if time.monotonic() > end or stopped():
+                break
             time.sleep(0.05)
     left, problem, dropped = queue.pending(), queue.problem(), queue.dropped()
     place = f"branch {destination.branch} of {destination.repository}"

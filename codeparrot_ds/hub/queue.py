@@ -24,18 +24,22 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from codeparrot_ds import durable
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.local_git import folder_files
+from codeparrot_ds.json_files import DamagedFileError, lines_of, parse_json, parts_of, read_object
 from codeparrot_ds.secret_check import check_export
 
+_ENTRY = re.compile("[0-9]+-step-[0-9]+")
+_KINDS: dict[Any, type] = {"int": int, "str": str, "float": float}
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES}
 
 
@@ -94,6 +98,9 @@ class Dropped:
 
     def __str__(self) -> str:
         return f"step {self.step} ({self.title}): {self.reason}"
+
+
+Row = TypeVar("Row", Pushed, Dropped)
 
 
 class PushQueue:
@@ -175,7 +182,7 @@ class PushQueue:
 
     def pushed(self) -> list[Pushed]:
         """Returns the pushes on record, in order."""
-        return [Pushed(**row) for row in _rows(self._pushed)]
+        return _rows(self._pushed, Pushed)
 
     def dropped(self) -> list[Dropped]:
         """Returns what was not pushed and will not be."""
@@ -190,8 +197,15 @@ class PushQueue:
     def problem(self) -> dict[str, Any] | None:
         """Returns why the last attempt failed: ``problem``, ``time``, and ``retry_at`` or None where nobody retries."""
         try:
-            return json.loads(self._problem.read_text())
-        except (OSError, ValueError):
+            found = read_object(self._problem)
+            with parts_of(self._problem):
+                again = found["retry_at"]
+                return {
+                    "problem": " ".join(str(found["problem"]).split()),
+                    "time": _seconds(found["time"]),
+                    "retry_at": None if again is None else _seconds(again),
+                }
+        except (OSError, DamagedFileError):
             return None
 
     def note_problem(self, problem: str | None, retry_at: float | None = None) -> None:
@@ -203,7 +217,7 @@ class PushQueue:
 
     def entry_folders(self) -> list[Path]:
         """Returns the folders of the entries, in the order of pushing, damaged ones among them."""
-        return sorted(self._queue.glob("[0-9]*-step-*"))
+        return sorted(path for path in self._queue.glob("*-step-*") if _ENTRY.fullmatch(path.name))
 
     def record_push(self, push: Pushed) -> None:
         """Adds a push to the record; on the disk before its entry is removed."""
@@ -286,7 +300,7 @@ class PushQueue:
         _write_rows(self._dropped, [*map(asdict, self._all_dropped()), asdict(drop)])
 
     def _all_dropped(self) -> list[Dropped]:
-        return [Dropped(**row) for row in _rows(self._dropped)]
+        return _rows(self._dropped, Dropped)
 
     def _dropped_for_good(self) -> list[Dropped]:
         """Those that made room; what a full disk kept out may be offered again."""
@@ -296,6 +310,14 @@ class PushQueue:
         # Numbered as they come: a run that went back to an older checkpoint reaches a step again, and both are history.
         last = max((int(path.name.split("-")[0]) for path in self.entry_folders()), default=0)
         return self._queue / f"{last + 1:06d}-step-{step:08d}"
+
+
+def _seconds(value: Any) -> float:
+    """Since 1970, of a moment that a clock can show."""
+    seconds = float(value)
+    if not 0 <= seconds < 2**36:
+        raise ValueError(f"{seconds} is no time")
+    return seconds
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -310,8 +332,19 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 def read_entry(path: Path) -> Entry | str:
     """Returns the entry in a folder, or what is wrong with it."""
     try:
-        return Entry(path=path, **json.loads((path / "entry.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        saved = read_object(path / "entry.json")
+        with parts_of(path / "entry.json"):
+            loss = saved.get("eval_loss")
+            return Entry(
+                step=int(saved["step"]),
+                title=str(saved["title"]),
+                body=str(saved["body"]),
+                sha256={str(name): str(digest) for name, digest in saved["sha256"].items()},
+                digest=str(saved["digest"]),
+                path=path,
+                eval_loss=None if loss is None else float(loss),
+            )
+    except (OSError, DamagedFileError) as error:
         return f"entry.json cannot be read ({error})"
 
 
@@ -330,8 +363,16 @@ def _digest(sha256: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _rows(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a record, which is replaced as a whole; raises DamagedFileError: a lost one is pushed twice."""
+    rows = []
+    for number, line in enumerate(lines_of(path), start=1):
+        place = f"{path}, line {number}"
+        row = parse_json(line, place)
+        with parts_of(place):
+            # Annotations are text here: the types of a field by their names.
+            rows.append(kind(**{field.name: _KINDS[field.type](row[field.name]) for field in fields(kind)}))
+    return rows
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.hub.places import open_repository
 from codeparrot_ds.hub.queue import Entry, Pushed, PushQueue, damage, read_entry
 from codeparrot_ds.hub.repository import Commit, Repository
+from codeparrot_ds.json_files import parts_of, read_object
 from codeparrot_ds.paths import not_a_run
 from codeparrot_ds.retry import Answer, Pauses, UnavailableError, say_retry
 from codeparrot_ds.secret_forms import hide_secrets_in_tracebacks
@@ -172,13 +172,15 @@ def read_destination(run_dir: str | os.PathLike[str]) -> Destination:
     """
     path = Path(run_dir) / "run.json"
     try:
-        run = json.loads(path.read_text())
-        name, run_id, hub = str(run["name"]), run.get("id"), str(run.get("hub") or "off")
+        run = read_object(path)
+        with parts_of(path):
+            name, run_id, hub = str(run["name"]), run.get("id"), str(run.get("hub") or "off")
     except FileNotFoundError:
         raise not_a_run(run_dir) from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: not a run's record ({error})") from None
-    repository = open_repository(hub, path.absolute().parent.parent)
+    try:
+        repository = open_repository(hub, path.absolute().parent.parent)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if repository is None:
         raise UserError(f"{path}: this run was trained with hub off, so nothing was queued")
     return Destination(branch=name, run_id=run_id, repository=repository)

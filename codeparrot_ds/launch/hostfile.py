@@ -64,7 +64,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
                 f"{where}: {name!r} is not a host's name: letters, digits, '.', '-' and '_'; a user, a port or an IPv6 "
                 "address goes into ~/.ssh/config under a name"
             )
-        if not count.isdigit() or int(count) == 0:
+        if re.fullmatch("[0-9]{1,6}", count) is None or int(count) == 0:
             raise UserError(f"{where}: slots={count}: must be the number of ranks on {name}, at least 1")
         if name in hosts:
             raise UserError(f"{where}: {name} is on line {line_of[name]} already: give it one line with all its slots")

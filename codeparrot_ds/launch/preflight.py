@@ -42,6 +42,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.evaluation.prompts import what_to_complete
 from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.places import is_remote, open_repository
+from codeparrot_ds.json_files import DamagedFileError, parts_of
 from codeparrot_ds.memory.micro_batch import with_micro_batch
 from codeparrot_ds.memory.plan import predict, why_too_large
 from codeparrot_ds.memory.workload import Memory
@@ -195,11 +196,12 @@ def _check_data(
         return
     try:
         saved = checkpoint.read_json(DATA)
-    except (OSError, ValueError):
-        return  # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
+    except (OSError, DamagedFileError):
+        return  # The ranks verify it, name the damage and look for an older one.
     if isinstance(saved, dict) and "fingerprint" in saved:
         try:
-            resume_stream(saved, run_fingerprint(config, stream, began), on_data_change=config.on_data_change)
+            with parts_of(checkpoint.path / DATA):
+                resume_stream(saved, run_fingerprint(config, stream, began), on_data_change=config.on_data_change)
         except UserError as error:
             raise UserError(f"{run}: {error}") from None
 

@@ -188,7 +188,7 @@ def _port_of_job(environment: Mapping[str, str], starter: Starter) -> int:
 
 def _count(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
-    return int(value) if value.isdigit() else 0
+    return int(value) if value.isdecimal() else 0  # not isdigit, which is true of ² and of other signs that int refuses
 
 
 def _option(field: str) -> str:

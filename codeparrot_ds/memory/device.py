@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.paths import not_a_run
 from codeparrot_ds.terminal import gigabytes
 
@@ -95,11 +96,18 @@ def load_overhead() -> Overhead:
     """
     path = calibration_file()
     try:
-        return Overhead(**json.loads(path.read_text(encoding="utf-8"))["overhead"])
+        with parts_of(path):
+            saved = read_object(path)["overhead"]
+            kinds = {name: type(value) for name, value in vars(Overhead()).items()}
+            overhead = Overhead(**{name: kinds[name](value) for name, value in saved.items()})
+            if not math.isfinite(overhead.ratio):
+                raise ValueError(f"ratio is {overhead.ratio}")
+            return overhead
     except FileNotFoundError:
         return Overhead()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, or calibrate again") from None
+    except (OSError, DamagedFileError) as error:
+        reason = error.reason if isinstance(error, DamagedFileError) else error.strerror
+        raise UserError(f"{path} is damaged ({reason}); remove it, or calibrate again") from None
 
 
 def save_overhead(overhead: Overhead, details: dict[str, Any]) -> Path:
@@ -120,23 +128,22 @@ def calibrate(run: Path) -> tuple[Overhead, dict[str, Any]]:
         UserError: the folder is no run, or nothing was measured there.
     """
     try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        record = read_object(run / "run.json")
     except FileNotFoundError:
         raise not_a_run(run) from None
-    except ValueError as error:
-        raise UserError(f"{run / 'run.json'} is damaged: {error}") from None
     measured = record.get("memory")
     if not isinstance(measured, dict) or "allocated_bytes" not in measured:
         raise UserError(
             f"run {run} has no measured GPU memory: it ran on CPUs, where a rank's memory is its process's, or ended "
             "before its first logged step; calibrate with a run on a GPU"
         )
-    tensor_bytes = measured["predicted_bytes"] - measured.get("library_bytes", 0)
-    overhead = Overhead(
-        fixed_bytes=max(0, measured["allocated_bytes"] - tensor_bytes),
-        ratio=max(1.0, measured["reserved_bytes"] / measured["allocated_bytes"]),
-        outside_bytes=max(0, measured["used_bytes"] - measured["reserved_at_end_bytes"]),
-        communication_bytes=0,
-        source=f"measured by run {record.get('name', run.name)} on {measured['device']}",
-    )
+    with parts_of(run / "run.json"):
+        tensor_bytes = measured["predicted_bytes"] - measured.get("library_bytes", 0)
+        overhead = Overhead(
+            fixed_bytes=max(0, measured["allocated_bytes"] - tensor_bytes),
+            ratio=max(1.0, measured["reserved_bytes"] / measured["allocated_bytes"]),
+            outside_bytes=max(0, measured["used_bytes"] - measured["reserved_at_end_bytes"]),
+            communication_bytes=0,
+            source=f"measured by run {record.get('name', run.name)} on {measured['device']}",
+        )
     return overhead, measured

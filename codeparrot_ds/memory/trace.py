@@ -30,6 +30,7 @@ from typing import Any
 from codeparrot_ds.child_process import PACKAGE_PARENT, python_path
 from codeparrot_ds.ds_config.facts import uses_nvme, value_at
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import parts_of, read_object
 from codeparrot_ds.memory.workload import Memory, Workload
 from codeparrot_ds.model.shapes import GPT2Shape
 from codeparrot_ds.secret_forms import hide_secrets
@@ -242,11 +243,12 @@ def _from_json(values: dict[str, Any]) -> Workload:
 def cached(workload: Workload) -> Memory | None:
     """What an earlier trace of the same workload by the same versions found; None when there is none."""
     try:
-        content = _cache_file(workload).read_text(encoding="utf-8")
-        return Memory(**json.loads(content)["memory"])
-    except (OSError, UserError):  # not traced yet, or not traceable
-        return None
-    except (ValueError, KeyError, TypeError):  # damaged: a trace makes it anew
+        path = _cache_file(workload)
+        with parts_of(path):
+            memory = Memory(**read_object(path)["memory"])
+            numbers = (memory.resident_bytes, memory.host_bytes, memory.nvme_bytes, memory.checkpoint_bytes)
+            return memory if sum(numbers) + sum(memory.device.values()) >= memory.peak_bytes else None
+    except (OSError, UserError):  # not traced yet, not traceable, or damaged: then a trace makes it anew
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, read_json
 from codeparrot_ds.paths import did_you_mean, did_you_mean_path
+
+MOST_LAYERS, MOST_OF_A_SIZE = 10_000, 2**24
 
 # Of the fp32 softmax of a chunked loss: 128 MiB.
 CHUNK_ELEMENTS = 2**25
@@ -73,25 +75,31 @@ def _read_shape(name_or_path: str) -> GPT2Shape:
         hint = did_you_mean_path(name_or_path) or did_you_mean(name_or_path, KNOWN_SHAPES)
         raise UserError(f"model {name_or_path!r} is neither a known shape nor a GPT-2 config.json{hint}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"model {path} is no GPT-2 config.json: line {error.lineno} is not JSON") from None
-    except UnicodeDecodeError:
-        raise UserError(f"model {path} is no GPT-2 config.json: it is not text") from None
+        config = read_json(path)
+    except DamagedFileError as error:
+        raise UserError(f"model {path} is no GPT-2 config.json: {error.reason}") from None
     if not isinstance(config, dict) or config.get("model_type") != "gpt2":
         family = config.get("model_type") if isinstance(config, dict) else None
         raise UserError(f"{path}: model_type must be 'gpt2', not {family!r}")
     known = {field.name for field in dataclasses.fields(GPT2Shape)}
     values = {"n_layer": 12, "n_embd": 768, "n_head": 12} | {k: v for k, v in config.items() if k in known}
     _check_sizes(path, values)
+    for field in dataclasses.fields(GPT2Shape):
+        kind = {"bool": (bool,), "str": (str,), "float": (int, float)}.get(str(field.type))
+        if kind is not None and not isinstance(values.get(field.name, field.default), kind):
+            raise UserError(f"{path}: {field.name} must be such as {field.default!r}, not {values[field.name]!r:.100}")
     return GPT2Shape(**values)
 
 
 def _check_sizes(path: Path, values: dict[str, Any]) -> None:
     for key in ("n_layer", "n_embd", "n_head", "n_positions", "n_inner"):
         size = values.get(key)
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        if size is None and (key == "n_inner" or key not in values):
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UserError(f"{path}: {key} must be a whole number of at least 1, not {size!r}")
+        if size > (most := MOST_LAYERS if key == "n_layer" else MOST_OF_A_SIZE):
+            raise UserError(f"{path}: {key} is {size}; at most {most} is a model that anybody could train")
     if values["n_embd"] % values["n_head"]:
         raise UserError(f"{path}: n_embd {values['n_embd']} is not divisible by n_head {values['n_head']}")
 

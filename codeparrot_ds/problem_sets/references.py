@@ -21,6 +21,7 @@ from typing import Any
 
 from codeparrot_ds import durable, sandbox
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.problem_sets.problem import Problem
 from codeparrot_ds.sandbox.judge import Limits, Verdict, judge_all
 from codeparrot_ds.terminal import Progress
@@ -187,7 +188,8 @@ def _judge_version() -> list[str]:
 
 def _remembered(file: Path) -> set[str]:
     try:
-        return set(json.loads(file.read_text(encoding="utf-8"))["passed"])
-    except (OSError, ValueError, KeyError, TypeError):
+        with parts_of(file):
+            return set(read_object(file)["passed"])
+    except (OSError, DamagedFileError):
         # Not there yet, or damaged: all are judged, and it is written anew, which says what is wrong with its place.
         return set()

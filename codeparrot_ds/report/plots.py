@@ -55,8 +55,8 @@ class Series:
     """One line. ``style`` picks colour, dashes and marker; gaps where ``y`` is not finite."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     style: int = 0
     markers: bool = False
     limit: bool = False
@@ -96,17 +96,21 @@ def picture_of(chart: Chart) -> Picture:
     """A chart in every theme, and in words: where each line begins and ends."""
     ends = []
     for series in chart.series:
-        if known := _known(series):
-            (x0, y0), (x1, y1) = known[0], known[-1]
+        if known := _ends(series):
+            (x0, y0), (x1, y1) = known
             ends.append(f"{series.label} from {number(y0)} at {number(x0)} to {number(y1)} at {number(x1)}")
     unit = f" ({chart.unit})" if chart.unit else ""
     words = f"{chart.title}{unit} by {chart.x_label}: {'; '.join(ends)}"
     return picture(chart.name, words, lambda theme: draw(chart, theme))
 
 
-def _known(series: Series) -> list[tuple[float, float]]:
-    """The points of a line that are drawn."""
-    return [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
+def _ends(series: Series) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The first and the last point of a line that are drawn; None without any."""
+    known = np.isfinite(np.asarray(series.y, dtype=float))
+    if not known.any():
+        return None
+    first, last = int(known.argmax()), len(known) - 1 - int(known[::-1].argmax())
+    return (series.x[first], series.y[first]), (series.x[last], series.y[last])
 
 
 def draw(chart: Chart, theme: str) -> bytes:
@@ -334,7 +338,8 @@ def _of(choices: Sequence[Any], style: int) -> Any:
 def _draw_series(axes: Any, series: Series, colours: dict[str, Any], *, smooth: bool) -> None:
     colour = _colour_of(series, colours)
     x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
-    y = np.where(np.isfinite(y), y, np.nan)
+    if not np.isfinite(y).all():
+        y = np.where(np.isfinite(y), y, np.nan)
     dashes = _of(LINE_STYLES, series.style)
     # Whole lines below broken ones: where two are equal, both are seen.
     # Nor are lines and markers on an axis cut in half by it: the limits hold all values.
@@ -346,7 +351,8 @@ def _draw_series(axes: Any, series: Series, colours: dict[str, Any], *, smooth: 
         return
     if smooth and len(x) >= SMOOTH_FROM and not series.markers:
         axes.plot(*_extremes(x, y), color=colour, linewidth=0.7, alpha=0.3)
-        y = _running_mean(y, len(y) // 50)
+        x, y = _running_mean(x, y, len(y) // 50)
+    x, y = _extremes(x, y, gaps=True)
     axes.plot(x, y, label=legend_label(series.label), **line)
     alone = _between_gaps(y)
     if alone.any():  # a line has no length there
@@ -364,8 +370,11 @@ def _colour_of(series: Series, colours: dict[str, Any]) -> str:
     return str(colours["ink"] if series.limit else palette[series.style % len(palette)])
 
 
-def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest point of each of 1000 stretches: the same picture, and drawn in a fraction of the time."""
+def _extremes(x: np.ndarray, y: np.ndarray, *, gaps: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest point of each of 1000 stretches: the same picture, and drawn in a fraction of the time.
+
+    A stretch without any finite value is left out, or with ``gaps`` a gap.
+    """
     if len(y) <= 2 * STRETCHES:
         return x, y
     kept = {0, len(y) - 1}
@@ -373,19 +382,25 @@ def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         known = part[np.isfinite(y[part])]
         if len(known):
             kept |= {int(known[np.argmin(y[known])]), int(known[np.argmax(y[known])])}
+        elif gaps:
+            kept.add(int(part[0]))
     index = sorted(kept)
     return x[index], y[index]
 
 
-def _running_mean(y: np.ndarray, reach: int) -> np.ndarray:
-    """Mean over ``reach`` neighbours on either side, fewer at the ends; what is not finite is left out."""
+def _running_mean(x: np.ndarray, y: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over ``reach`` neighbours on either side, fewer at the ends; what is not finite is left out.
+
+    Of many points some thousands are chosen evenly: between these a mean of so many neighbours does not turn.
+    """
     known = np.isfinite(y)
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
-    count = np.concatenate([[0], np.cumsum(known)])
-    low = np.maximum(np.arange(len(y)) - reach, 0)
-    high = np.minimum(np.arange(len(y)) + reach + 1, len(y))
+    total, count = np.zeros(len(y) + 1), np.zeros(len(y) + 1, dtype=np.int32)
+    np.cumsum(y if known.all() else np.where(known, y, 0.0), out=total[1:])
+    np.cumsum(known, out=count[1:])
+    at = np.arange(len(y)) if len(y) <= 4 * STRETCHES else np.linspace(0, len(y) - 1, 4 * STRETCHES).astype(int)
+    low, high = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(y))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, (total[high] - total[low]) / (count[high] - count[low]), np.nan)
+        return x[at], np.where(known[at], (total[high] - total[low]) / (count[high] - count[low]), np.nan)
 
 
 def _dress(axes: Any, chart: Chart, colours: dict[str, Any]) -> None:
@@ -397,7 +412,7 @@ def _dress(axes: Any, chart: Chart, colours: dict[str, Any]) -> None:
     number_axis(axes.xaxis)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(chart.x_label, color=colours["faint"], fontsize=9)
-    last = max([1.0, *(float(max(series.x)) for series in chart.series if len(series.x))])
+    last = max([1.0, *(float(np.max(series.x)) for series in chart.series if len(series.x))])
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.margins(y=0.12)  # room for the last values
     if chart.log:
@@ -418,7 +433,7 @@ def _note(chart: Chart) -> str:
     parts = [chart.unit] if chart.unit else []
     if chart.smooth and any(len(series.x) >= SMOOTH_FROM and not series.markers for series in chart.series):
         parts = [f"{chart.unit}, faint", "running mean, bold"]
-    if not all(math.isfinite(y) for series in chart.series for y in series.y):
+    if not all(np.isfinite(np.asarray(series.y, dtype=float)).all() for series in chart.series):
         parts.append("gaps: not a finite number")
     return "; ".join(parts)
 
@@ -429,8 +444,8 @@ def _name_last_values(axes: Any, lines: Sequence[Series], colours: dict[str, Any
 
     ends = []
     for series in lines:
-        if series.markers and (known := _known(series)):
-            ends.append((*known[-1], _colour_of(series, colours)))
+        if series.markers and (known := _ends(series)):
+            ends.append((*known[1], _colour_of(series, colours)))
     lowest = min(ends, key=lambda end: end[1], default=None)
     for end in ends:
         x, y, colour = end

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import fcntl
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds.config.files import read_saved_fields
+from codeparrot_ds.json_files import DamagedFileError, lines_from_the_end, parts_of, read_object
 from codeparrot_ds.metrics import read_row
 from codeparrot_ds.shell import next_steps, pasteable
 from codeparrot_ds.terminal import duration
@@ -58,22 +59,21 @@ def runs_in(folder: Path) -> list[RunState]:
 
 def state_of(run: Path) -> RunState:
     """Where a run stands by what lies in its folder; one whose files are damaged is said to be so."""
-    import yaml
-
     try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        outcome = record.get("outcome") or {}
-        starts = [datetime.datetime.fromisoformat(start["time"]).timestamp() for start in record.get("starts", ())]
-        resume = _command(run, record, config)
-        max_train_steps = config.get("max_train_steps")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        with parts_of(run):
+            record = read_object(run / "run.json")
+            config = read_saved_fields(run / "config.yaml")
+            outcome = dict(record.get("outcome") or {})
+            starts = [datetime.datetime.fromisoformat(start["time"]).timestamp() for start in record.get("starts", ())]
+            resume = _command(run, record, config)
+            total = config.get("max_train_steps")
+            max_train_steps = None if total is None else int(total)
+            step = None if outcome.get("step") is None else int(outcome["step"])
+            status = str(outcome.get("status") or ("imported" if "imported" in record else "not started"))
+    except (OSError, DamagedFileError):
         return RunState(name=run.name, path=run, status=DAMAGED)
-    metrics = run / "metrics.jsonl"
-    rows = metrics.read_bytes() if metrics.is_file() else b""
-    training, evaluation = _last_row(rows, "loss"), _last_row(rows, "eval_loss")
+    training, evaluation = _last_rows(run / "metrics.jsonl", "loss", "eval_loss")
     last = max(training, evaluation, key=lambda row: row.get("step", -1))
-    status = outcome.get("status") or ("imported" if "imported" in record else "not started")
     if status == RUNNING and not _is_held(run / _LOCK):
         status = INTERRUPTED
     times = [value for value in (last.get("time"), *starts) if isinstance(value, (int, float))]
@@ -81,10 +81,10 @@ def state_of(run: Path) -> RunState:
         name=run.name,
         path=run,
         status=status,
-        step=last.get("step", outcome.get("step")),
+        step=last.get("step", step),
         max_train_steps=max_train_steps,
-        loss=training.get("loss"),
-        eval_loss=evaluation.get("eval_loss"),
+        loss=_number(training.get("loss")),
+        eval_loss=_number(evaluation.get("eval_loss")),
         time=max(times, default=None),
         resume=None if status in (RUNNING, FINISHED) else resume,
     )
@@ -100,16 +100,21 @@ def _command(run: Path, record: dict[str, Any], config: dict[str, Any]) -> str:
     return pasteable("train", "--config", run / "config.yaml", *options)
 
 
-def _last_row(rows: bytes, key: str) -> dict[str, Any]:
-    """The last row of ``metrics.jsonl`` that has a key; empty where none has. Only its end is parsed."""
-    end, sign = len(rows), f'"{key}"'.encode()
-    while (place := rows.rfind(sign, 0, end)) >= 0:
-        begin, stop = rows.rfind(b"\n", 0, place) + 1, rows.find(b"\n", place)
-        row = read_row(rows[begin : len(rows) if stop < 0 else stop])
-        if row is not None:
-            return row
-        end = begin  # a line that a crash left half-written
-    return {}
+def _last_rows(metrics: Path, *keys: str) -> list[dict[str, Any]]:
+    """For each key the last row of ``metrics.jsonl`` that has it, empty where none has; the end alone is read."""
+    found: dict[str, dict[str, Any]] = {}
+    signs = {key: f'"{key}"'.encode() for key in keys}
+    for line in lines_from_the_end(metrics):
+        # A line that a crash left half-written is no row.
+        if any(key not in found and sign in line for key, sign in signs.items()) and (row := read_row(line)):
+            found = {key: row for key in keys if key in row} | found
+            if len(found) == len(keys):
+                break
+    return [found.get(key, {}) for key in keys]
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) else None
 
 
 def _is_held(lock: Path) -> bool:

@@ -7,30 +7,99 @@
 from __future__ import annotations
 
 import datetime
+import gc
+import itertools
 import json
 import math
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from codeparrot_ds.checkpoint.folders import checkpoint_folders
+from codeparrot_ds.config.files import read_saved_fields
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import lines_of, parts_of, read_object
 from codeparrot_ds.metrics import read_row
 from codeparrot_ds.paths import no_run
 from codeparrot_ds.report.plots import Chart, Series, picture_of
 from codeparrot_ds.report.run_page import page_of
 
+LONG = 100_000
+"""Rows of a run from which on a report takes care of its memory."""
+# The keys of ``metrics.jsonl`` that a report looks at.
+_WHOLE = ("step", "tokens", "memory_bytes", "skipped_steps", "slowest_rank")
+_OF_TRAINING = (
+    *("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "time"),
+    *("rank_seconds_median", "rank_seconds_max", *_WHOLE),
+)
+_OF_EVALUATION = (
+    *("eval_loss", "perplexity", "bits_per_byte", "parsing_share", "pass_at_1", "time", "step", "tokens"),
+)
+
+
+class Rows:
+    """Rows of ``metrics.jsonl`` as columns: a million of them take 9 bytes a number, and as objects 2.5 GB.
+
+    Args:
+        keys: of the columns; what else a row has is not kept.
+        most: rows that there may be; those that do not come take no memory.
+    """
+
+    def __init__(self, keys: Sequence[str], most: int = 0) -> None:
+        self._count = 0
+        self._values = {key: np.empty(most) for key in keys}
+        self._there = {key: np.zeros(most, dtype=bool) for key in keys}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, row: dict[str, Any]) -> None:
+        for key, values in self._values.items():
+            value = row.get(key)
+            is_there = isinstance(value, int if key == "tokens" else (int, float))
+            values[self._count] = value if is_there else math.nan
+            self._there[key][self._count] = is_there
+        self._count += 1
+
+    def there(self, key: str) -> np.ndarray:
+        """Which rows have a number."""
+        return self._there[key][: self._count]
+
+    def values(self, key: str) -> np.ndarray:
+        """Of every row; NaN where it has no number."""
+        return self._values[key][: self._count]
+
+    def known(self, key: str) -> np.ndarray:
+        """The numbers of the rows that have one."""
+        return _where(self.there(key), self.values(key))
+
+    def row(self, index: int) -> dict[str, Any]:
+        """The numbers of one row."""
+        found = {key: float(self._values[key][index]) for key in self._values if self._there[key][index]}
+        return {key: _whole(value) if key in _WHOLE else value for key, value in found.items()}
+
+
+def _where(chosen: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The chosen values, without a copy where they are all."""
+    return values if chosen.all() else values[chosen]
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value.is_integer() else value
+
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """What a run left on disk. Rows have the keys of ``metrics.jsonl``; NaN and infinity in them are floats."""
+    """What a run left on disk. NaN and infinity in its rows are floats."""
 
     path: Path
     name: str
-    training: list[dict[str, Any]] = field(default_factory=list)
-    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    training: Rows = field(default_factory=lambda: Rows(_OF_TRAINING))
+    evaluation: Rows = field(default_factory=lambda: Rows(_OF_EVALUATION))
     samples: list[dict[str, Any]] = field(default_factory=list)
     """What the model completed at its last evaluation; rows of ``samples.jsonl``."""
     unreadable_rows: int = 0
@@ -52,7 +121,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
     if not runs:
         raise UserError("no run given; name at least one run folder")
     records = [read_run(path) for path in dict.fromkeys(Path(run).resolve() for run in runs)]
-    if not any(run.training or run.evaluation for run in records):
+    if not any(len(run.training) or len(run.evaluation) for run in records):
         raise UserError(f"{records[0].path} has no metrics yet; wait for its first logged step (log_steps)")
     _tell_apart(records)
     if out is None:
@@ -60,7 +129,11 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
     folder = Path(out)
     summaries = [summarize(run) for run in records]
     settings = [{"config": run.config, "ds_config": run.ds_config} for run in records]
-    pictures = [picture_of(chart) for chart in charts(records)]
+    pictures = []
+    for chart in charts(records):
+        pictures.append(picture_of(chart))
+        if any(len(run.training) > LONG for run in records):
+            gc.collect()  # a figure is a circle of objects, and holds its points until the collector finds it
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
@@ -90,12 +163,13 @@ def read_run(path: Path) -> RunRecord:
         inside = sorted(metrics.parent.name for metrics in path.glob("*/metrics.jsonl"))
         hint = f"; did you mean {path / inside[-1]}?" if inside else ""
         raise UserError(f"{path} is not a run: it has neither run.json nor metrics.jsonl{hint}")
-    record = _read_mapping(path / "run.json")
+    record = _record_of(path / "run.json")
     run = RunRecord(path=path, name=str(record.get("name") or path.name), record=record)
-    run.config = _read_mapping(path / "config.yaml")
-    run.ds_config = _read_mapping(path / "ds_config.json")
-    lines = (path / "metrics.jsonl").read_bytes().splitlines() if (path / "metrics.jsonl").is_file() else []
-    for line in lines:
+    run.config = read_saved_fields(path / "config.yaml") if (path / "config.yaml").is_file() else {}
+    run.ds_config = read_object(path / "ds_config.json") if (path / "ds_config.json").is_file() else {}
+    most = sum(1 for _ in lines_of(path / "metrics.jsonl"))
+    run.training, run.evaluation = Rows(_OF_TRAINING, most), Rows(_OF_EVALUATION, most)
+    for line in itertools.islice(lines_of(path / "metrics.jsonl"), most):  # a run may write more of them meanwhile
         row = read_row(line)
         if row is None:
             run.unreadable_rows += 1
@@ -108,25 +182,33 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _last_samples(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = [row for row in map(read_row, path.read_bytes().splitlines()) if row is not None]
-    return [row for row in rows if row["step"] == rows[-1]["step"]]
+    rows: list[dict[str, Any]] = []
+    for row in map(read_row, lines_of(path)):
+        if row is not None:
+            if rows and rows[-1]["step"] != row["step"]:
+                rows.clear()
+            rows.append(row)
+    return rows
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _record_of(path: Path) -> dict[str, Any]:
+    """What ``run.json`` says that a report shows, each of the type that it has there; empty where there is none."""
     if not path.is_file():
         return {}
-    import yaml
-
-    try:
-        data = path.read_text(encoding="utf-8")
-        value = json.loads(data) if path.suffix == ".json" else yaml.safe_load(data)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no mapping")
-    return value
+    record = read_object(path)
+    kinds: dict[str, Any] = {"outcome": dict, "memory": dict, "starts": list, "rank_hosts": list}
+    kinds |= dict.fromkeys(("parameters", "world_size", "zero_stage"), int)
+    kinds |= dict.fromkeys(("name", "precision", "hub"), str) | {"peak_flops": (int, float)}
+    with parts_of(path):
+        for key, kind in kinds.items():
+            if not isinstance(record.get(key), (kind, type(None))):
+                raise TypeError(f"{key} is {record[key]!r:.60}")
+        data = _data_account(record.get("data")) or {}
+        for key in ("bad_documents", "rows_per_lane"):
+            if not isinstance(data.get(key), (list, type(None))):
+                raise TypeError(f"{key} is {data[key]!r:.60}")
+        sorted(data.get("rows_per_lane") or ())
+    return record
 
 
 def _tell_apart(runs: Sequence[RunRecord]) -> None:
@@ -147,16 +229,15 @@ def summarize(run: RunRecord) -> dict[str, Any]:
     Throughput is the median over logged rows, which one slow step does not move. ``data_wait_fraction`` is the share of
     all step time. ``total_hours`` counts from each start to its last row, so the time between two starts is left out.
     """
-    last = max([*run.training, *run.evaluation], key=lambda row: row["step"], default={})
-    evaluations = [row for row in run.evaluation if _is_finite(row.get("eval_loss"))]
-    best = min(evaluations, key=lambda row: row["eval_loss"], default={})
-    first, final = (run.evaluation[0], run.evaluation[-1]) if run.evaluation else ({}, {})
-    losses = _column(run.training, "loss")
+    farthest = [rows.row(int(rows.values("step").argmax())) for rows in (run.training, run.evaluation) if len(rows)]
+    last = max(farthest, key=lambda row: row["step"], default={})
+    first, final, best = _evaluations(run.evaluation)
+    losses = run.training.known("loss")
     outcome = run.record.get("outcome") or {}
     return {
         "name": run.name,
-        "status": outcome.get("status"),
-        "model": run.config.get("model"),
+        "status": _text(outcome.get("status")),
+        "model": _text(run.config.get("model")),
         "parameters": run.record.get("parameters"),
         "world_size": run.record.get("world_size"),
         "zero_stage": run.record.get("zero_stage"),
@@ -174,15 +255,15 @@ def summarize(run: RunRecord) -> dict[str, Any]:
         "best_perplexity": best.get("perplexity"),
         "best_step": best.get("step"),
         "bits_per_byte": final.get("bits_per_byte"),
-        "last_loss": losses[-1] if losses else None,
-        "non_finite_losses": sum(not math.isfinite(loss) for loss in losses),
-        "skipped_steps": max(_column(run.training, "skipped_steps"), default=None),
-        "tokens_per_second": _median(_column(run.training, "tokens_per_second")),
-        "mfu": _median(_column(run.training, "mfu")),
+        "last_loss": float(losses[-1]) if len(losses) else None,
+        "non_finite_losses": int((~np.isfinite(losses)).sum()),
+        "skipped_steps": _most(run.training.known("skipped_steps")),
+        "tokens_per_second": _median(run.training.known("tokens_per_second")),
+        "mfu": _median(run.training.known("mfu")),
         "peak_flops": run.record.get("peak_flops"),
         "data_wait_fraction": _data_wait_fraction(run.training),
         "slowest_rank": _slowest_rank(run),
-        "memory_bytes": max(_column(run.training, "memory_bytes"), default=None),
+        "memory_bytes": _most(run.training.known("memory_bytes")),
         "predicted_memory_bytes": (run.record.get("memory") or {}).get("predicted_bytes"),
         "total_hours": _total_hours(run),
         "starts": len(run.record.get("starts") or []) or None,
@@ -195,28 +276,41 @@ def summarize(run: RunRecord) -> dict[str, Any]:
     }
 
 
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
 def _data_account(data: Any) -> dict[str, Any] | None:
     """What the run says of the data it read (``opening.data_account``); None for runs before it was kept."""
     return data if isinstance(data, dict) and "summary" in data else None
 
 
-def _column(rows: Iterable[dict[str, Any]], key: str) -> list[float]:
-    return [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+def _evaluations(rows: Rows) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The first, the last and the best evaluation; empty without any."""
+    if not len(rows):
+        return {}, {}, {}
+    losses = rows.values("eval_loss")
+    finite = np.isfinite(losses)
+    best = rows.row(int(np.where(finite, losses, np.inf).argmin())) if finite.any() else {}
+    return rows.row(0), rows.row(len(rows) - 1), best
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _most(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return _whole(float(finite.max())) if len(finite) else None
 
 
-def _median(values: Sequence[float]) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    return statistics.median(finite) if finite else None
+def _median(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else None
 
 
-def _data_wait_fraction(rows: Sequence[dict[str, Any]]) -> float | None:
-    timed = [row for row in rows if _is_finite(row.get("data_wait_seconds")) and _is_finite(row.get("step_seconds"))]
-    total = sum(row["step_seconds"] for row in timed)
-    return sum(row["data_wait_seconds"] for row in timed) / total if total else None
+def _data_wait_fraction(rows: Rows) -> float | None:
+    wait, step = rows.values("data_wait_seconds"), rows.values("step_seconds")
+    timed = np.isfinite(wait) & np.isfinite(step)
+    # Python's sum, as ever: NumPy's adds in another order.
+    total = sum(step[timed].data)
+    return sum(wait[timed].data) / total if total else None
 
 
 def _slowest_rank(run: RunRecord) -> dict[str, Any] | None:
@@ -224,35 +318,40 @@ def _slowest_rank(run: RunRecord) -> dict[str, Any] | None:
 
     ``factor`` is its own time a step over the median rank's, the median over those rows.
     """
-    rows = [row for row in run.training if _is_finite(row.get("rank_seconds_max")) and row.get("rank_seconds_median")]
-    if not rows:
+    most, median, ranks = (
+        run.training.values(key) for key in ("rank_seconds_max", "rank_seconds_median", "slowest_rank")
+    )
+    compared = np.isfinite(most) & np.isfinite(median) & (median != 0) & np.isfinite(ranks)
+    if not compared.any():
         return None
-    ranks = [row["slowest_rank"] for row in rows]
-    rank = statistics.mode(ranks)
-    factors = [row["rank_seconds_max"] / row["rank_seconds_median"] for row in rows if row["slowest_rank"] == rank]
+    rank = int(Counter(ranks[compared].data).most_common(1)[0][0])
+    slowest = compared & (ranks == rank)
     hosts = run.record.get("rank_hosts") or []
     return {
         "rank": rank,
-        "host": hosts[rank] if rank < len(hosts) else None,
-        "share": len(factors) / len(rows),
-        "factor": statistics.median(factors),
+        "host": str(hosts[rank]) if 0 <= rank < len(hosts) else None,
+        "share": int(slowest.sum()) / int(compared.sum()),
+        "factor": float(np.median(most[slowest] / median[slowest])),
     }
 
 
 def _total_hours(run: RunRecord) -> float | None:
-    times = sorted(_column([*run.training, *run.evaluation], "time"))
+    times = np.sort(np.concatenate([run.training.known("time"), run.evaluation.known("time")]))
+    times = times[np.isfinite(times)]
     starts = []
     for start in run.record.get("starts") or []:
         try:
             starts.append(datetime.datetime.fromisoformat(start["time"]).timestamp())
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
-    if not times:
+    if not len(times):
         return None
     seconds = 0.0
-    starts = starts or times[:1]
+    starts = starts or [float(times[0])]
     for start, end in zip(starts, [*starts[1:], math.inf], strict=True):
-        seconds += max((time - start for time in times if start <= time < end), default=0.0)
+        last = int(np.searchsorted(times, end)) - 1  # the last before the next start
+        if last >= 0 and times[last] >= start:
+            seconds += float(times[last]) - start
     return seconds / 3600
 
 
@@ -269,8 +368,8 @@ def _without_nan(value: Any) -> Any:
 # Charts
 
 
-def charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """The charts for which at least one run has a value, in reading order.
+def charts(runs: Sequence[RunRecord]) -> Iterator[Chart]:
+    """The charts for which at least one run has a value, in reading order, each made when it is asked for.
 
     Steps are compared where they are the same amount of text; runs with other batches share an axis of tokens.
     """
@@ -278,73 +377,89 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     x = "step" if len(tokens_a_step) == 1 else "tokens"
 
     def evaluated(key: str, **options: Any) -> tuple[Series, ...]:
-        return _lines(runs, "evaluation", x, lambda row: row.get(key), markers=True, **options)
+        return _lines(runs, "evaluation", x, lambda rows: (rows.values(key), rows.there(key)), markers=True, **options)
 
     def trained(key: str, scale: float = 1, **options: Any) -> tuple[Series, ...]:
-        return _lines(runs, "training", x, lambda row: _times(row.get(key), scale), **options)
+        return _lines(runs, "training", x, lambda rows: (_times(rows.values(key), scale), rows.there(key)), **options)
 
     def shares(key: str) -> tuple[Series, ...]:
-        return _lines(runs, "evaluation", x, lambda row: _times(row.get(key), 100), markers=True)
+        return _lines(runs, "evaluation", x, lambda rows: (rows.values(key) * 100, rows.there(key)), markers=True)
 
-    def waiting(row: dict[str, Any]) -> float | None:
-        return _times(_data_wait_fraction([row]), 100)
+    def waiting(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        wait, step = rows.values("data_wait_seconds"), rows.values("step_seconds")
+        return _quotient(wait, step) * 100, np.isfinite(wait) & np.isfinite(step) & (step != 0)
 
-    def ratio(row: dict[str, Any]) -> float | None:
-        return row["rank_seconds_max"] / row["rank_seconds_median"] if row.get("rank_seconds_median") else None
+    def ratio(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        most, median = rows.values("rank_seconds_max"), rows.values("rank_seconds_median")
+        there = rows.there("rank_seconds_max") & rows.there("rank_seconds_median")
+        return _quotient(most, median), there & (median != 0)
 
-    ratios = _lines(runs, "training", x, ratio)
-    if len(runs) == 1:
-        both = trained("loss", label="training") + evaluated("eval_loss", label="validation", style=1)
-        kinds = " and ".join(series.label for series in both)
-        losses = [("loss", f"{kinds} loss".capitalize(), "nats a token", both, {"smooth": True})]
-    else:
-        losses = [
-            ("eval_loss", "Validation loss", "nats a token", evaluated("eval_loss"), {}),
-            ("loss", "Training loss", "nats a token", trained("loss"), {"smooth": True}),
-        ]
+    def both() -> tuple[Series, ...]:
+        return trained("loss", label="training") + evaluated("eval_loss", label="validation", style=1)
+
     steady = {"from_zero": True}
     noisy = {"from_zero": True, "smooth": True}
-    wanted = [
-        ("perplexity", "Validation perplexity", "log scale", evaluated("perplexity"), {"log": True}),
-        *losses,
-        ("learning_rate", "Learning rate", "", trained("learning_rate"), steady),
-        ("grad_norm", "Gradient norm", "before clipping", trained("grad_norm"), noisy),
-        ("tokens_per_second", "Throughput", "tokens/s", trained("tokens_per_second"), noisy),
-        ("parsing_share", "Completions that are Python", "%", shares("parsing_share"), steady),
-        ("pass_at_1", "Problems solved", "%", shares("pass_at_1"), steady),
-        ("mfu", "Model FLOPs utilization", "% of peak", trained("mfu", 100), noisy),
-        ("data_wait", "Waiting for data", "% of step time", _lines(runs, "training", x, waiting), noisy),
-        ("slowest_rank", "Slowest rank over the median rank", "own time before collectives", ratios, noisy),
-        ("memory", "Peak memory", "GB", trained("memory_bytes", 1e-9), steady),
+    of_loss = {"smooth": True}
+    wanted: list[tuple[str, str, str, Callable[[], tuple[Series, ...]], dict[str, bool]]] = [
+        ("perplexity", "Validation perplexity", "log scale", lambda: evaluated("perplexity"), {"log": True}),
+        ("learning_rate", "Learning rate", "", lambda: trained("learning_rate"), steady),
+        ("grad_norm", "Gradient norm", "before clipping", lambda: trained("grad_norm"), noisy),
+        ("tokens_per_second", "Throughput", "tokens/s", lambda: trained("tokens_per_second"), noisy),
+        ("parsing_share", "Completions that are Python", "%", lambda: shares("parsing_share"), steady),
+        ("pass_at_1", "Problems solved", "%", lambda: shares("pass_at_1"), steady),
+        ("mfu", "Model FLOPs utilization", "% of peak", lambda: trained("mfu", 100), noisy),
+        ("data_wait", "Waiting for data", "% of step time", lambda: _lines(runs, "training", x, waiting), noisy),
+        (
+            *("slowest_rank", "Slowest rank over the median rank", "own time before collectives"),
+            *(lambda: _lines(runs, "training", x, ratio), noisy),
+        ),
+        ("memory", "Peak memory", "GB", lambda: trained("memory_bytes", 1e-9), steady),
     ]
+    if len(runs) == 1:
+        wanted.insert(1, ("loss", "{} loss", "nats a token", both, of_loss))
+    else:
+        wanted.insert(1, ("eval_loss", "Validation loss", "nats a token", lambda: evaluated("eval_loss"), {}))
+        wanted.insert(2, ("loss", "Training loss", "nats a token", lambda: trained("loss"), of_loss))
     x_label = "optimizer step" if x == "step" else "tokens"
-    return [
-        Chart(name=name, title=title, unit=unit, x_label=x_label, series=series, **options)
-        for name, title, unit, series, options in wanted
-        if series
-    ]
+    for name, title, unit, lines, options in wanted:
+        if series := lines():
+            title = title.format(" and ".join(one.label for one in series)).capitalize() if "{}" in title else title
+            yield Chart(name=name, title=title, unit=unit, x_label=x_label, series=series, **options)
 
 
 def _lines(
     runs: Sequence[RunRecord],
     rows: str,
     x: str,
-    value: Callable[[dict[str, Any]], float | None],
+    value: Callable[[Rows], tuple[np.ndarray, np.ndarray]],
     *,
     label: str = "",
     style: int = 0,
     markers: bool = False,
 ) -> tuple[Series, ...]:
-    """One line a run that has at least one finite value; a run keeps its style in every chart."""
+    """One line a run that has at least one finite value; a run keeps its style in every chart.
+
+    Args:
+        value: the values of all rows, and which of them there are.
+    """
     found = []
     for index, run in enumerate(runs):
-        points = [(row.get(x), value(row)) for row in getattr(run, rows)]
-        known = sorted((at, y) for at, y in points if isinstance(at, int) and isinstance(y, (int, float)))
-        if any(math.isfinite(y) for _, y in known):
-            across, up = [at for at, _ in known], [y for _, y in known]
+        table: Rows = getattr(run, rows)
+        up, there = value(table)
+        there = there & table.there(x)
+        across, up = _where(there, table.values(x)), _where(there, up)
+        if (across[1:] <= across[:-1]).any():
+            order = np.lexsort((up, across))
+            across, up = across[order], up[order]
+        if np.isfinite(up).any():
             found.append(Series(label=label or run.name, x=across, y=up, style=style + index, markers=markers))
     return tuple(found)
 
 
-def _times(value: Any, scale: float) -> float | None:
-    return value * scale if isinstance(value, (int, float)) else None
+def _times(values: np.ndarray, scale: float) -> np.ndarray:
+    return values if scale == 1 else values * scale
+
+
+def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return above / below

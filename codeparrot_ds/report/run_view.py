@@ -7,10 +7,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from codeparrot_ds.json_files import MAX_LINE_BYTES
 from codeparrot_ds.metrics import read_row
 from codeparrot_ds.report.run_list import FINISHED, RUNNING, RunState, how_to_resume, state_of, step_of
 from codeparrot_ds.report.units import short
@@ -32,46 +35,67 @@ _CURVES = (
 
 
 class Rows:
-    """The rows of a run's ``metrics.jsonl``, of which each call of `read` reads what is new."""
+    """The rows of a run's ``metrics.jsonl``, of which each call of `read` reads what is new.
+
+    Of those before, the last are kept, and the numbers of the curves: a million rows as objects take 2.5 GB.
+    """
 
     def __init__(self, run: Path) -> None:
         self._path = run / "metrics.jsonl"
-        self._offset = 0
-        self.all: list[dict[str, Any]] = []
+        self._begin()
 
-    def read(self) -> list[dict[str, Any]]:
-        """Returns the rows that came since the last call; after a restart, which drops rows, all that are left."""
+    def _begin(self) -> None:
+        self._offset = 0
+        self.curves = {key: array("d") for _, key in _CURVES}
+        self.last: deque[dict[str, Any]] = deque(maxlen=LAST_ROWS)
+        self.last_timed: dict[str, Any] = {}
+        """The last with ``step_seconds``; empty before the first."""
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yields the rows that came since the last call; after a restart, which drops rows, all that are left."""
         if not self._path.is_file():
-            return []
+            return
         with self._path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < self._offset:
-                self._offset, self.all = 0, []
+                self._begin()
             file.seek(self._offset)
-            lines = file.read()
-        whole = lines[: lines.rfind(b"\n") + 1]  # the last line may be half-written
-        self._offset += len(whole)
-        new = [row for row in map(read_row, whole.splitlines()) if row is not None]
-        self.all += new
-        return new
+            while line := file.readline(MAX_LINE_BYTES):
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:  # the last line may be half-written
+                    break
+                self._offset += len(line)
+                if (row := read_row(line)) is not None:
+                    self._keep(row)
+                    yield row
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.last.append(row)
+        for key, values in self.curves.items():
+            if isinstance(row.get(key), (int, float)):
+                values.append(row[key])
+        if isinstance(row.get("step_seconds"), (int, float)):
+            self.last_timed = row
+
+    def read_all(self) -> Rows:
+        """Reads what is new, for those who look at what is kept; returns itself."""
+        deque(self.read(), maxlen=0)
+        return self
 
 
-def frame(run: RunState, rows: Sequence[dict[str, Any]], *, columns: int = 80, bars: str = BARS) -> list[str]:
+def frame(run: RunState, rows: Rows, *, columns: int = 80, bars: str = BARS) -> list[str]:
     """A run in lines of at most so many columns: where it stands, its curves, its last rows."""
     done = f" ({run.step / run.max_train_steps:.0%})" if run.step and run.max_train_steps else ""
-    last: dict[str, Any] = next((row for row in reversed(rows) if "step_seconds" in row), {})
-    left = ""
-    if run.status == RUNNING and run.max_train_steps and isinstance(last.get("step_seconds"), (int, float)):
+    left, last = "", rows.last_timed
+    if run.status == RUNNING and run.max_train_steps and last and math.isfinite(last["step_seconds"]):
         left = f", {duration((run.max_train_steps - last['step']) * last['step_seconds'])} left"
     lines = [f"{run.name}  {run.status}, step {step_of(run)}{done}{left}", ""]
     for label, key in _CURVES:
-        values = [float(row[key]) for row in rows if isinstance(row.get(key), (int, float))]
-        if values:
+        if values := rows.curves[key]:
             curve = sparkline(values, max(8, columns - _LABEL - _FIGURES - 2), bars)
             lines.append(f"{label:<{_LABEL}}{curve}  {short(values[0])} to {short(values[-1])}")
-    if not rows:
+    if not rows.last:
         return [*lines, "no metrics yet: the first come with the first evaluation or logged step"]
     head = f"{'step':>9}  {'loss':>8}  {'eval loss':>9}  {'learning rate':>13}  {'tokens/s':>9}"
-    lines += ["", head, *(_line_of(row) for row in rows[-LAST_ROWS:])]
+    lines += ["", head, *map(_line_of, rows.last)]
     return [line[: columns - 1] for line in lines]
 
 
@@ -80,7 +104,8 @@ def _line_of(row: dict[str, Any]) -> str:
         f"{row[key]:.4f}" if isinstance(row.get(key), (int, float)) else "" for key in ("loss", "eval_loss")
     )
     rate, speed = (
-        short(row[key]) if row.get(key) is not None else "" for key in ("learning_rate", "tokens_per_second")
+        short(row[key]) if isinstance(row.get(key), (int, float)) else ""
+        for key in ("learning_rate", "tokens_per_second")
     )
     return f"{row['step']:>9,}  {loss:>8}  {evaluated:>9}  {rate:>13}  {speed:>9}".rstrip()
 
@@ -101,10 +126,9 @@ def sparkline(values: Sequence[float], width: int, bars: str = BARS) -> str:
 
 def show(run: Path) -> str:
     """A run as it stands."""
-    rows = Rows(run)
-    rows.read()
+    rows = Rows(run).read_all()
     state = state_of(run)
-    return "\n".join(frame(state, rows.all, columns=_columns(), bars=_bars())) + after(state)
+    return "\n".join(frame(state, rows, columns=_columns(), bars=_bars())) + after(state)
 
 
 def after(run: RunState) -> str:
@@ -126,15 +150,14 @@ def follow(run: Path, *, wait: Callable[[float], None] = time.sleep) -> None:
     try:
         while True:
             state = state_of(run)  # before the rows: what was written before its end is shown
-            new = rows.read()
             if redraws:
-                lines = frame(state, rows.all, columns=_columns(), bars=_bars())
+                lines = frame(state, rows.read_all(), columns=_columns(), bars=_bars())
                 lines += ["", "Ctrl-C ends this view, not the run"] if state.status == RUNNING else []
                 # Up to the first line of the last picture, and clear from there on.
                 print(f"\x1b[{height}A\x1b[J" * bool(height) + "\n".join(lines), flush=True)
                 height = len(lines)
             else:
-                for row in new:
+                for row in rows.read():
                     print(_plainly(row), flush=True)
             if state.status != RUNNING:
                 break

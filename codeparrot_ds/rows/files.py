@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.rows.access import LocalFile, RandomAccess
 from codeparrot_ds.rows.compressed import DAMAGE, Frames
 
@@ -90,16 +91,17 @@ def saved_files(folder: Path) -> list[Path] | None:
     A file of its caches may lie beside them. Raises a UserError for what is more than its files.
     """
     try:
-        state = orjson.loads((folder / "state.json").read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        state = read_object(folder / "state.json")
+    except (OSError, DamagedFileError):
         return None
-    if not isinstance(state, dict) or not isinstance(state.get("_data_files"), list):
+    if not isinstance(state.get("_data_files"), list):
         return None
     if state.get("_indices_data_files"):
         raise UserError(
             f"{folder} is a saved data set whose rows are chosen by an index: save `dataset.flatten_indices()` instead"
         )
-    names = [str(file["filename"]) for file in state["_data_files"]]
+    with parts_of(folder / "state.json"):
+        names = [str(file["filename"]) for file in state["_data_files"]]
     if elsewhere := [name for name in names if os.path.basename(name) != name]:
         raise UserError(
             f"{folder / 'state.json'} names {elsewhere[0]}, and files of a saved data set lie beside it: save it again"

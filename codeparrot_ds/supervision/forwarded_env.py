@@ -92,5 +92,5 @@ def read_private(path: Path) -> dict[str, Any]:
             if status.st_uid != os.getuid() or status.st_mode & 0o077:
                 raise UserError(f"{path} is not this user's alone: nothing of the run is taken from it")
             return dict(json.load(file))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"what the launcher's command left for this rank cannot be read: {error}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from codeparrot_ds.durable import write_json
+from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.supervision.control import ADDRESS, TOKEN, ControlServer
 from codeparrot_ds.supervision.process_end import STOP_SIGNALS, signal_at_parents_end
 from codeparrot_ds.supervision.watchdog import HUNG, LOST, Verdict, Watchdog
@@ -211,7 +211,8 @@ def say(text: str) -> None:
 def _starts_and_status(run: Path) -> tuple[int, str | None]:
     """How often a run was started, and how the last start ended; no clock is asked, it may be set back in between."""
     try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return len(record["starts"]), record["outcome"]["status"]
-    except (OSError, ValueError, KeyError):
+        with parts_of(run / "run.json"):
+            record = read_object(run / "run.json")
+            return len(record["starts"]), record["outcome"]["status"]
+    except (OSError, DamagedFileError):
         return 0, None

@@ -17,13 +17,15 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from codeparrot_ds import durable
 from codeparrot_ds.checkpoint.run_folder import RunFolder
-from codeparrot_ds.metrics import EvaluationRow, TrainingRow
+from codeparrot_ds.json_files import lines_of
+from codeparrot_ds.metrics import EvaluationRow, TrainingRow, read_row
 from codeparrot_ds.secret_forms import hide_secrets
 from codeparrot_ds.terminal import duration
 
@@ -93,27 +95,30 @@ class Metrics:
 
     def truncate_after(self, step: int) -> None:
         """Drops the rows of steps that a restart will do again, and a line that a crash left half-written."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row.get("step", 0) <= step:
-                kept.append(line)
-        durable.replace_file(self.path, ["".join(f"{line}\n" for line in kept).encode()])
+        if self.path.is_file():
+            durable.replace_file(self.path, self._kept(step))
+
+    def _kept(self, step: int) -> Iterator[bytes]:
+        part = bytearray()
+        for line in lines_of(self.path):
+            row = read_row(line)
+            if row is not None and row["step"] <= step:
+                part += line.rstrip(b"\n") + b"\n"
+            if len(part) >= durable.PIECE:
+                yield bytes(part)
+                part.clear()
+        yield bytes(part)
 
     def losses(self, points: int) -> list[tuple[int, float]]:
         """The training losses so far by step that are finite, thinned evenly to so many; the last is among them."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "loss" in row and math.isfinite(float(row["loss"]))]
+        steps, losses = array("q"), array("d")
+        for row in map(read_row, lines_of(self.path)):
+            if row is not None and isinstance(row.get("loss"), (int, float)) and math.isfinite(row["loss"]):
+                steps.append(row["step"])
+                losses.append(row["loss"])
         # Counted from the end, so that the last one is among them.
-        chosen = rows[:: -max(1, math.ceil(len(rows) / points))][::-1]
-        return [(row["step"], float(row["loss"])) for row in chosen]
+        every = slice(None, None, -max(1, math.ceil(len(steps) / points)))
+        return list(zip(steps[every][::-1], losses[every][::-1], strict=True))
 
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row; a number that JSON has no word for (NaN, infinity) becomes a string that ``float`` reads."""

@@ -23,6 +23,7 @@ from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.shards import Shard, in_version_1
 from codeparrot_ds.data.stream import Dataset, StreamConfig
 from codeparrot_ds.engine.ranks import Ranks
+from codeparrot_ds.json_files import parts_of
 from codeparrot_ds.resolved_run import ResolvedRun
 
 logger = logging.getLogger("codeparrot_ds.data")
@@ -42,7 +43,12 @@ class RunData:
         if restored is None:
             return StreamStart(), []
         saved = restored.data
-        return ranks.on_main(lambda: resume_stream(saved, self.fingerprint, on_data_change=config.on_data_change))
+
+        def resume() -> tuple[StreamStart, list[str]]:
+            with parts_of(f"the place in the data of the checkpoint at step {restored.step}"):
+                return resume_stream(saved, self.fingerprint, on_data_change=config.on_data_change)
+
+        return ranks.on_main(resume)
 
     def loader(self, config: RunConfig, ranks: Ranks, start: StreamStart) -> TrainingLoader:
         """This rank's micro-batches from there on."""

@@ -40,7 +40,7 @@ def open_folder(run: ResolvedRun, ranks: Ranks) -> RunFolder:
         folder = open_run(config, run.ds_config, ranks.world_size, hosts, sources_as_json(run.ds), command)
         if repository is not None and not is_remote(config.hub):  # on the Hub its worker does: training waits for none
             repository.create()
-            repository.create_branch(folder.name)
+            repository.create_branch(folder.branch)
         folder.update(hub=None if repository is None else repository.spec)
 
     ranks.on_main(open_on_main)
@@ -94,6 +94,14 @@ def introduce(
         run.accumulation_steps,
         run.world_size,
     )
+    if folder.copy_of is not None:
+        progress.say(
+            "%s is a copy of %s, which is still there: its checkpoints go to a branch of its own, %s, and wandb sees "
+            "another run",
+            folder.path,
+            folder.copy_of,
+            folder.branch,
+        )
     if restored is not None:
         progress.say("resumed from step %d (%s tokens)", restored.step, f"{restored.tokens:,}")
         before, now = restored.layout, run.layout

@@ -217,7 +217,7 @@ class Session:
             self.config,
             state,
             model_config=self.engine.module.config,
-            name=self.folder.name,
+            name=self.folder.branch,
             num_parameters=self.run.parameters,
             versions=self.folder.record["versions"],
             losses=self.tracker.metrics.losses(CURVE_POINTS) if self.ranks.is_main else [],
@@ -290,7 +290,7 @@ class Session:
             self.progress.say("data: %s", data["summary"])
             if self.folder.record.get("hub") is not None:
                 wait = SETTLE_SECONDS if is_remote(self.config.hub) else math.inf
-                self.progress.say("%s", settle(self.folder.path, wait_seconds=wait))
+                self.progress.say("%s", settle(self.folder.path, wait_seconds=wait, stopped=lambda: self.stop.asked))
             self.progress.say("run %s %s at step %d: %s", self.folder.name, status, step, self.folder.path)
 
         beat("push", step=step)

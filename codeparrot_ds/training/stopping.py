@@ -32,6 +32,11 @@ class StopSignal:
     def _ask(self, number: int, frame: object) -> None:
         self._asked = True
 
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked by a signal."""
+        return self._asked
+
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank; collective.
 

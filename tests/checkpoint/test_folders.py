@@ -303,3 +303,54 @@ def test_newest_export(checkpoints):
     assert newest_export(checkpoints.parent) == second.export
     (second.path / MANIFEST).unlink()
     assert newest_export(checkpoints.parent) == first.export
+
+
+NO_STEPS = ("step-²", "step-", "step-1_0", "step-٣x", "step-10.old", "aside-step-²", "aside-step-old", "aside-step-5.x")
+
+
+@pytest.mark.parametrize("name", NO_STEPS)
+def test_a_folder_with_another_name_is_no_checkpoint(checkpoints, name):
+    write_json(checkpoints.parent / "run.json", {})
+    newest = save(checkpoints, 50)
+    shutil.copytree(newest.path, checkpoints / name)
+    assert checkpoint_folders(checkpoints) == [newest]
+    assert [row.step for row in list_checkpoints(checkpoints.parent)] == [50]
+    with pytest.raises(UserError, match=f"{name} is not named as a checkpoint is, such as step-00000500"):
+        _ = Checkpoint(checkpoints / name).step
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"bytes": "many", "sha256": "ab"},
+        {"bytes": True, "sha256": "ab"},
+        {"bytes": 1e999, "sha256": "ab"},
+        {"bytes": 1, "sha256": None},
+        {"bytes": 1},
+        [],
+    ],
+)
+def test_a_manifest_with_other_values_in_it_is_damaged(checkpoints, entry):
+    checkpoint = save(checkpoints, 50)
+    content = json.loads((checkpoint.path / MANIFEST).read_text())
+    content["files"]["state.json"] = entry
+    write_manifest(checkpoint, content)
+    assert checkpoint.damage() == checkpoint.damage_in_sight()
+    assert [str(checkpoint.path / MANIFEST) in problem for problem in checkpoint.damage()] == [True]
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a/../../b"])
+def test_a_manifest_names_no_file_outside(checkpoints, name):
+    checkpoint = save(checkpoints, 50)
+    content = json.loads((checkpoint.path / MANIFEST).read_text())
+    content["files"][name] = {"bytes": 1, "sha256": "ab"}
+    write_manifest(checkpoint, content)
+    (problem,) = checkpoint.damage()
+    assert "not in the checkpoint's folder" in problem
+
+
+def test_a_pipe_in_the_place_of_a_file_is_damage_and_no_wait(checkpoints):
+    checkpoint = save(checkpoints, 50)
+    (checkpoint.path / "state.json").unlink()
+    os.mkfifo(checkpoint.path / "state.json")
+    assert checkpoint.damage() == [f"{checkpoint.path / 'state.json'} is not a regular file"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -341,3 +342,29 @@ def test_a_second_process_is_told_who_holds_the_folder(make_config):
     check_free(Path(config.output_dir, "brave-otter-7"))  # the system has released the lock of the killed one
     open_folder(config)
     check_free(Path(config.output_dir, "nowhere"))
+
+
+def copied(run, name="copy"):
+    return Path(shutil.copytree(run.path, run.path.with_name(name)))
+
+
+def test_a_copied_run_gets_an_id_a_branch_and_a_queue_of_its_own(run, make_config):
+    (run.path / "hub").mkdir()
+    copy = copied(run)
+    folder = open_folder(dataclasses.replace(make_config(), run_name=copy.name))
+    assert folder.copy_of == run.path.resolve() and folder.branch == folder.record["name"] == "copy"
+    assert folder.record["id"] != run.record["id"] and len(folder.record["starts"]) == 2
+    assert not (copy / "hub").exists() and (copy / f"hub-of-{run.record['id']}").is_dir()
+    folder._lock.close()
+    again = open_folder(dataclasses.replace(make_config(), run_name=copy.name))
+    assert again.copy_of is None and again.record["id"] == folder.record["id"] and again.branch == "copy"
+    original = open_folder(make_config())
+    assert original.copy_of is None and original.record["id"] == run.record["id"]
+
+
+def test_a_renamed_run_keeps_its_id_and_its_branch(run, make_config):
+    (run.path / "hub").mkdir()
+    run.path.rename(run.path.with_name("other"))
+    folder = open_folder(dataclasses.replace(make_config(), run_name="other"))
+    assert folder.copy_of is None and folder.branch == run.branch and folder.record["id"] == run.record["id"]
+    assert (folder.path / "hub").is_dir() and folder.record["place"]["path"] == str(folder.path.resolve())

@@ -1,10 +1,12 @@
 """The model card: metadata that huggingface_hub accepts, and every figure in its place."""
 
+import json
 import math
 
+import pytest
 from huggingface_hub import ModelCard
 
-from codeparrot_ds.hub.card import Card, model_card
+from codeparrot_ds.hub.card import Card, corpus_of, model_card
 from codeparrot_ds.metrics import EvaluationRow
 
 
@@ -107,3 +109,13 @@ def test_the_fingerprint_changes_with_the_data_and_not_with_its_place():
 
     assert digest() == digest(name="/elsewhere")
     assert len({digest(), digest(weight=0.7), digest(shards={"part-0": [6000, "xy"]})}) == 3
+
+
+@pytest.mark.parametrize("other", [[], "[" * 100_000, {"splits": 3}, {"steps": [{"step": 1}]}, {"licenses": ["mit"]}])
+def test_a_corpus_json_that_corpus_did_not_write_is_left_out(tmp_path, other):
+    """A data folder may have one of its own, and no checkpoint is to fail for it."""
+    assert corpus_of(str(tmp_path)) is None
+    (tmp_path / "corpus.json").write_text(other if isinstance(other, str) else json.dumps(other))
+    assert corpus_of(str(tmp_path)) is None
+    (tmp_path / "corpus.json").write_text(json.dumps(INFO["corpus"]))
+    assert corpus_of(str(tmp_path)) == INFO["corpus"]

@@ -229,7 +229,7 @@ def test_runs_without_anything_to_push_say_so(run, tmp_path):
     with pytest.raises(UserError, match="hub off"):
         hub_push(run)
     (run / "run.json").write_text("[]")
-    with pytest.raises(UserError, match="not a run's record"):
+    with pytest.raises(UserError, match=r"run\.json is damaged: it holds no JSON object"):
         hub_push(run)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no files to push"):

@@ -137,6 +137,9 @@ def test_the_end_of_a_run_says_what_is_left_and_a_worker_goes_on(hub, run):
     said = settle(run, wait_seconds=2.5)
     assert "1 checkpoint(s) still wait to be pushed" in said and "a process is still pushing them" in said
     assert "a worker is at it" in hub_status(run)
+    began = time.monotonic()
+    assert "1 checkpoint(s) still wait" in settle(run, wait_seconds=60, stopped=lambda: True)  # nobody waits for it
+    assert time.monotonic() - began < 20
     hub.faults = []
     assert settle(run, wait_seconds=30) == f"branch {NAME} of {hub.endpoint}/{REPO} has every checkpoint"
     check_branch(hub, run, 500)

@@ -201,28 +201,27 @@ def test_sparklines():
 def test_a_frame_says_where_the_run_stands(tmp_path):
     rows = [judged(0, 9.0), *(trained(step, 9 - step / 50) for step in range(10, 130, 10))]
     run = write_run(tmp_path / "brave-otter-7", "running", rows)
-    reader = Rows(run)
-    reader.read()
+    reader = Rows(run).read_all()
     with training(run):
-        lines = frame(state_of(run), reader.all)
+        lines = frame(state_of(run), reader)
     assert lines[0] == "brave-otter-7  running, step 120 of 300 (40%), 6 min 0 s left"
     assert lines[2].startswith("loss ") and "█" in lines[2] and lines[2].endswith("8.8 to 6.6")
     assert [line.split()[0] for line in lines[-8:]] == [str(step) for step in range(50, 130, 10)]
     for columns in (40, 80, 120):
-        assert max(map(len, frame(state_of(run), reader.all, columns=columns))) < columns
+        assert max(map(len, frame(state_of(run), reader, columns=columns))) < columns
 
 
 def test_rows_that_a_restart_drops_are_dropped(tmp_path):
     run = write_run(tmp_path / "a", "running", [trained(step, 5.0) for step in (10, 20, 30)])
     reader = Rows(run)
-    assert [row["step"] for row in reader.read()] == [10, 20, 30] and reader.read() == []
+    assert [row["step"] for row in reader.read()] == [10, 20, 30] and list(reader.read()) == []
     (run / "metrics.jsonl").write_text("")
     write_rows(run, [trained(10, 5.0)])
-    assert [row["step"] for row in reader.read()] == [10] and len(reader.all) == 1
+    assert [row["step"] for row in reader.read()] == [10] and len(reader.last) == 1
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, ')
         file.flush()
-        assert reader.read() == []
+        assert list(reader.read()) == []
         file.write('"loss": 4.0}\n')
     assert [row["step"] for row in reader.read()] == [20]
 

@@ -5,9 +5,11 @@ import math
 import pickle
 import re
 import time
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from codeparrot_ds.config.files import save_config
@@ -286,7 +288,7 @@ def test_non_finite_values_are_gaps_and_counted(tmp_path, bad):
     assert figures["non_finite_losses"] == 1 and figures["last_perplexity"] == "inf"
     assert not (path / "report" / "perplexity.png").exists()
     loss = next(chart for chart in charts([read_run(path)]) if chart.name == "loss")
-    assert loss.series[0].x == [5, 10, 15] and not math.isfinite(loss.series[0].y[1])
+    assert list(loss.series[0].x) == [5, 10, 15] and not math.isfinite(loss.series[0].y[1])
 
 
 def test_a_run_with_nothing_logged(tmp_path):
@@ -411,3 +413,35 @@ def test_many_rows_are_drawn_smoothed_and_quickly(tmp_path):
     write_report([path])
     assert (path / "report" / "loss.png").stat().st_size > 5000
     assert time.process_time() - started < 20
+
+
+def test_rows_are_read_one_by_one_and_kept_as_numbers(tmp_path):
+    """A million rows as objects took 2.5 GB."""
+    path = write_run(tmp_path / "long")
+    count = 20_000
+    with (path / "metrics.jsonl").open("w") as file:
+        for step in range(count):
+            row = dict.fromkeys(("loss", "learning_rate", "grad_norm", "mfu", "step_seconds", "data_wait_seconds"), 0.5)
+            file.write(json.dumps({"step": step, "tokens": step, "time": START + step, **row}) + "\n")
+    read_run(write_run(tmp_path / "short"))  # imports what it needs
+    tracemalloc.start()
+    try:
+        record = read_run(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(record.training) == count and peak < 250 * count
+    assert summarize(record)["steps"] == count - 1
+
+
+def test_a_line_of_many_points_is_the_same_picture_of_fewer(tmp_path):
+    """Its lowest and highest points and its gaps stay."""
+    x = np.arange(100_000)
+    y = np.sin(x / 5000)
+    y[77_777], y[30_000:40_000] = 9.0, np.nan
+    few, kept = plots._extremes(x, y, gaps=True)
+    assert len(few) < 3000 and kept[few == 77_777] == 9.0
+    gaps = few[np.isnan(kept)]
+    assert len(gaps) and (gaps >= 30_000).all() and (gaps < 40_000).all()
+    at, mean = plots._running_mean(x, np.where(np.isnan(y), np.nan, 1.0), 2000)
+    assert len(at) == 4 * plots.STRETCHES and np.allclose(mean[~np.isnan(mean)], 1.0)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,14 @@ class Course:
     """``local``, with a branch that must get every checkpoint once, or ``off``."""
     steps: int = 40
     """Of each run: room for some kills."""
+    prefix: tuple[str, ...] = ()
+    """A command that becomes the training command, in surroundings of its own."""
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Beside this process's."""
 
     def typed(self, output_dir: Path) -> list[str]:
         return [
+            *self.prefix,
             *(sys.executable, "-m", "codeparrot_ds", "train", "demo", "--num-gpus", "2"),
             *("--model", str(self.folder / "config.json"), "--data", str(self.folder / "corpus")),
             *("--tokenizer", str(self.folder / "tokenizer"), "--deepspeed", self.deepspeed, "--dropout", "0.1"),
@@ -168,7 +173,7 @@ class Start:
             self.command = subprocess.Popen(
                 course.typed(output_dir),
                 cwd=REPOSITORY,
-                env=kept | {"PYTHONPATH": str(REPOSITORY), MARK: self._mark},
+                env=kept | {"PYTHONPATH": str(REPOSITORY), MARK: self._mark} | dict(course.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -282,7 +287,7 @@ class Torture:
         self._draw = random.Random(seed)
         self._plan = list(plan)[::-1]
         self._starts = 0
-        (room / "output").mkdir(parents=True)
+        (room / "output").mkdir(parents=True, exist_ok=True)
         start = self._start(room / "reference")
         try:
             assert start.wait() == 0, start.said()[-3000:]
@@ -347,8 +352,9 @@ class Torture:
 
     def _kill(self, start: Start, kill: Kill) -> bool:
         """Waits for the moment and kills; False when the start ended before."""
-        if not self._moment_comes(start, kill):
-            return False
+        return self._moment_comes(start, kill) and self._kill_now(start, kill)
+
+    def _kill_now(self, start: Start, kill: Kill) -> bool:
         # A kill while the command is alone waits for whom it is meant for.
         count = 2 if kill.target in ("one rank", "all ranks") else 1
         while len(victims := start.processes(kill.target)) < count:
@@ -455,11 +461,15 @@ class Torture:
 
     def _compare_branch(self, run: Path) -> None:
         """Every checkpoint is on the branch, none twice; a run that was stopped has more of them."""
-        steps = [commit.trailer("Step") for commit in LocalRepository(run.parent / "hub.git").commits(NAME)]
-        pushed = sorted(int(step) for step in steps if step)
+        pushed = self._pushed(run)
         missing = set(range(SAVE_EVERY, self.course.steps + 1, SAVE_EVERY)) - set(pushed)
         if missing or len(pushed) != len(set(pushed)):
             self.problems.append(f"{run}: the branch has the steps {pushed}")
+
+    def _pushed(self, run: Path) -> list[int]:
+        """The steps on the run's branch, in order."""
+        steps = [commit.trailer("Step") for commit in LocalRepository(run.parent / "hub.git").commits(NAME)]
+        return sorted(int(step) for step in steps if step)
 
     def _problem(self, start: Start, sentence: str) -> None:
         self.problems.append(f"{start.output}: {sentence}")
