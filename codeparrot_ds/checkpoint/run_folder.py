@@ -139,13 +139,9 @@ def order_version_of(path: Path, resume: str = "auto") -> int | None:
         path: the run's folder.
         resume: as in the run config; a checkpoint may be another run's.
     """
-    of_its_own = resume in ("auto", "never")
-    checkpoint = newest_checkpoint(path / "checkpoints") if of_its_own else Checkpoint(Path(resume))
-    if checkpoint is not None:
-        try:
-            return int(checkpoint.read_json(DATA)["fingerprint"]["order_version"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # a damaged checkpoint: the ranks verify it, name the damage and look for an older one
+    began = recorded_fingerprint(path, "auto" if resume == "never" else resume)
+    if began is not None and "order_version" in began:
+        return int(began["order_version"])
     record = _recorded(path)
     return int(record.get("order_version", 1)) if record else None  # 0.1.0 recorded none
 
