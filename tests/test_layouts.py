@@ -8,7 +8,16 @@ import pytest
 from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns, resolve_pattern
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.layouts import _WORDS, find_columns, lay_out, named_split, no_text, parse_columns, split_of
+from codeparrot_ds.layouts import (
+    _WORDS,
+    columns_of_text,
+    find_columns,
+    lay_out,
+    named_split,
+    no_text,
+    parse_columns,
+    split_of,
+)
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -183,3 +192,12 @@ def test_columns_that_are_named_win(tmp_path: Path) -> None:
 def test_columns_with_a_mistake(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse_columns(text)
+
+
+def test_a_column_that_is_named_needs_none_beside_it():
+    """`code` alone can be anything, unless the user says what it is."""
+    assert "content" not in find_columns(("code", "id"), "")
+    assert find_columns(("code", "id"), "content=code")["content"] == "code"
+    assert columns_of_text(("code", "id"), "") == []
+    assert columns_of_text(("code", "id"), "content=code") == ["code"]
+    assert columns_of_text(("id", "code", "repo_name"), "") == ["code", "repo_name"]

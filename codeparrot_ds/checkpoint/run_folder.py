@@ -154,12 +154,10 @@ def order_version_of(path: Path, resume: str = "auto") -> int | None:
         path: the run's folder.
         resume: as in the run config; a checkpoint may be another run's.
     """
-    of_its_own = resume in ("auto", "never")
-    checkpoint = newest_checkpoint(path / "checkpoints") if of_its_own else Checkpoint(Path(resume))
-    if checkpoint is not None:
-        # A damaged checkpoint: the ranks verify it, name the damage and look for an older one.
-        with contextlib.suppress(OSError, DamagedFileError), parts_of(checkpoint.path / DATA):
-            return int(checkpoint.read_json(DATA)["fingerprint"]["order_version"])
+    began = recorded_fingerprint(path, "auto" if resume == "never" else resume)
+    if began is not None and "order_version" in began:
+        with parts_of(path / "checkpoints"):
+            return int(began["order_version"])
     record = _recorded(path)
     with parts_of(path / "run.json"):
         return int(record.get("order_version", 1)) if record else None  # 0.1.0 recorded none
