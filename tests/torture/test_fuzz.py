@@ -10,7 +10,7 @@ import pytest
 from tests.torture.readers import READERS
 
 HEAVY = ("tensors", "deepspeed")  # import torch
-INPUTS = 250
+INPUTS = 500
 
 
 @pytest.mark.parametrize("names", [[name for name in READERS if name not in HEAVY], HEAVY], ids=["plain", "torch"])
