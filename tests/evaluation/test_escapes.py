@@ -236,6 +236,26 @@ def test_nothing_is_left_of_judges_that_are_killed_at_any_moment(judging):
     assert (done.stdout, done.stderr) == ("nothing is left\n", "")
 
 
+MANY_PIPES = """
+import fcntl, os, resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+for _ in range(1200):  # as other programs of this user may have: new pipes of ordinary users are small from then on
+    pipe = os.pipe()
+    if fcntl.fcntl(pipe[0], fcntl.F_GETPIPE_SZ) <= 8192:
+        break
+assert not os.geteuid() or fcntl.fcntl(pipe[0], fcntl.F_GETPIPE_SZ) <= 8192
+from codeparrot_ds.sandbox.judge import Check, Limits, judge_all
+items = [("def answer(): return 'x' * 99_999", Check(tests=("assert len(answer()) == 99_999",)))] * 2
+print([verdict.kind for verdict in judge_all(items, limits=Limits(seconds=30.0), num_workers=2)])
+"""
+
+
+def test_a_user_of_many_pipes_gets_verdicts(judging):
+    done = judging.script(MANY_PIPES)
+    assert (done.stdout, done.stderr) == ("['passed', 'passed']\n", "")
+
+
 def test_nothing_is_left_when_the_machine_ends_a_process():
     """As where its memory is out, which ends any of them: the outer process, the namespace's first, the program."""
     before = descendants()
