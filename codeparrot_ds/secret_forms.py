@@ -143,7 +143,7 @@ _HINTS_OF_PREFIXED = {
 }
 # How the name of an environment variable or of a JSON key ends whose value is a secret.
 _NAME = re.compile(
-    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?:^|_)(?:PASS|PWD|PAT|AUTH))(?P<several>S)?(?:_?\d+)?$",
+    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?:^|_|^SSH)(?:PASS|PWD|PAT|AUTH))(?P<several>S)?(?:_?\d+)?$",
     re.IGNORECASE,
 )
 _LEAST_LENGTH = 12  # of a value that could not stand in a text by chance
@@ -267,8 +267,13 @@ def names_a_secret(name: str) -> bool:
 
 
 def may_be_secret(value: str) -> bool:
-    """Whether the value under such a name is long enough to be looked for, and no path, where a secret only lies."""
-    return len(value) >= _LEAST_LENGTH and not value.startswith(("/", "~", "./", "../")) and not os.path.exists(value)
+    """Whether the value under such a name is long enough to be looked for, and no path, where a secret only lies.
+
+    Nor ``<|endoftext|>`` as EOS_TOKEN, which every export holds, nor ``<your token>``.
+    """
+    if len(value) < _LEAST_LENGTH or (value.startswith("<") and value.endswith(">")):
+        return False
+    return not value.startswith(("/", "~", "./", "../")) and not os.path.exists(value)
 
 
 def secrets_in_use() -> Iterator[tuple[str, str]]:
