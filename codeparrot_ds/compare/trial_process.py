@@ -41,6 +41,7 @@ from codeparrot_ds.compare.trial import ORDERS, Orders, processes_killed_for_mem
 from codeparrot_ds.config.files import save_config
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.secret_forms import hide_secrets
 from codeparrot_ds.supervision import watchdog
 from codeparrot_ds.supervision.process_end import signal_at_parents_end
 from codeparrot_ds.supervision.supervise import END_FILE
@@ -279,11 +280,11 @@ def judge_end(
 
 
 def _last_error(log: str) -> str:
-    """What a trial that left no failure said last, with the words of a refusal first."""
+    """What a trial that left no failure said last, with the words of a refusal first; libraries say what they like."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if "error: " in line]
     chosen = (errors or lines or ["it said nothing"])[-1]
-    return chosen.partition("error: ")[2] or chosen
+    return hide_secrets(chosen.partition("error: ")[2] or chosen)
 
 
 def _verdict(place: Path) -> watchdog.Verdict | None:
