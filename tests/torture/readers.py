@@ -213,6 +213,28 @@ def look_at_configs(folder: Path) -> None:
         raise first
 
 
+def make_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["def f(x):\n    return x\n"] * 50, trainer=trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def look_at_tokenizer(folder: Path) -> None:
+    from codeparrot_ds.data.encoder import load_encoder
+
+    encoder = load_encoder(folder)
+    encoder.decode(encoder.encode_batch(["def f(x):\n    return x + 1\n# é<|endoftext|>"])[0])
+    encoder.token_bytes()
+
+
 def make_records(folder: Path) -> None:
     """What commands keep for later: a calibration, results of a comparison and of problems, a unit of a corpus."""
     cache = folder / "codeparrot-ds"
@@ -336,6 +358,7 @@ READERS = {
             make=make_configs,
             look=look_at_configs,
         ),
+        Reader(name="tokenizer", files=("tokenizer.json",), make=make_tokenizer, look=look_at_tokenizer),
         Reader(
             name="records",
             files=(*_OF_RECORDS, "codeparrot-ds/memory-calibration.json"),
