@@ -65,8 +65,9 @@ _FORMS = (
     (
         "PRIVATE_KEY",
         ("PRIVATE KEY",),
-        # Up to the next dashes: to look through 20,000 characters behind every beginning takes a minute for 6 MB.
-        r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){1,20000}"
+        # Up to the next dashes: to look through 20,000 characters behind every beginning takes a minute for 6 MB. A key
+        # has 64 letters at least; programs that name both lines of its frame have fewer between them.
+        r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){40,20000}"
         r"-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----",
     ),
     ("JWT", ("eyJ",), r"(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{16,}"),

@@ -147,6 +147,27 @@ def test_names_of_repositories_have_nothing_secret(url, name):
 
 
 KEY = "-----BEGIN PRIVATE KEY-----"
+BODY = "\n".join([A * 6 + "+/a="] * 9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("PRIVATE KEY", f"\n{A * 6}+/a=\n"),
+        ("PRIVATE KEY", f"\\n{A * 6}\\n{A * 6}\\n"),
+        ("OPENSSH PRIVATE KEY", f"\n{BODY}\n"),
+        ("RSA PRIVATE KEY", f"\r\nProc-Type: 4,ENCRYPTED\r\nDEK-Info: AES-256-CBC,0F--1E\r\n\r\n{BODY}\r\n"),
+        ("PGP PRIVATE KEY BLOCK", f"\nVersion: GnuPG v2 - x\n\n{BODY * 20}\n=a+b/\n"),
+    ],
+)
+def test_private_keys(kind, body):
+    key = f"-----BEGIN {kind}-----{body}-----END {kind}-----"
+    assert replace_keys(f"a = '{key}'; b = '{key}'", Counter()) == "a = '<PRIVATE_KEY>'; b = '<PRIVATE_KEY>'"
+
+
+def test_the_frame_of_a_key_is_none():
+    text = 'START = b"-----BEGIN OPENSSH PRIVATE KEY-----"\nEND = b"-----END OPENSSH PRIVATE KEY-----"\n'
+    assert replace_keys(text, Counter()) == text
 
 
 @pytest.mark.parametrize("text", ["a", "%", "a+", "a:", "://", "a://", "http:/", ":@", "?", "1a", KEY])
