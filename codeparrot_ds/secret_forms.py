@@ -65,7 +65,9 @@ _FORMS = (
     (
         "PRIVATE_KEY",
         ("PRIVATE KEY",),
-        r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{1,20000}?"
+        # Up to the next dashes: to look through 20,000 characters behind every beginning takes a minute for 6 MB. A key
+        # has 64 letters at least; programs that name both lines of its frame have fewer between them.
+        r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){40,20000}"
         r"-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----",
     ),
     ("JWT", ("eyJ",), r"(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{16,}"),
@@ -142,15 +144,16 @@ _HINTS_OF_PREFIXED = {
 }
 # How the name of an environment variable or of a JSON key ends whose value is a secret.
 _NAME = re.compile(
-    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?:^|_)(?:PASS|PWD|PAT|AUTH))(?P<several>S)?(?:_?\d+)?$",
+    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(?:^|_|^SSH)(?:PASS|PWD|PAT|AUTH))(?P<several>S)?(?:_?\d+)?$",
     re.IGNORECASE,
 )
 _LEAST_LENGTH = 12  # of a value that could not stand in a text by chance
-# A path made of a URL has one slash only.
-_URL = re.compile(r"([A-Za-z][\w+.-]*://|\b(?:https?|git|ssh|ftps?|\w+\+\w+):/)([^\s\"'<>`]+)")
+# A path made of a URL has one slash only. The name before "://" is not looked for: of a megabyte of letters each could
+# begin one, which would take an hour.
+_URL = re.compile(r"(://|\b(?:https?|git|ssh|ftps?|\w+\+\w+):/(?!/))([^\s\"'<>`]+)")
 # The second form is for passwords with a slash or a question mark that nobody escaped; behind a colon may be a port.
-_USERINFO = re.compile(r"[^\s/?#]*@|[^\s/?#@:\[]*:(?!\d*(?:[/?#]|$))[^\s@]*@")
-_SCP_PASSWORD = re.compile(r"(?<![\w/.@-])[\w.%+~-]+:[^\s/@:\"']+@(?=[\w.-]+:)")
+_USERINFO = re.compile(r"[^/?#]*@|[^/?#@:\[]*:(?!\d*(?:[/?#]|$))[^@]*@")
+_SCP_PASSWORD = re.compile(r"(?<![\w/.@-])[\w.%+~-]{1,256}:[^\s/@:\"']+@(?=[\w.-]+:)")
 
 
 @functools.cache
@@ -224,23 +227,33 @@ def without_credentials(text: str) -> str:
     return _SCP_PASSWORD.sub("", _URL.sub(bare, text))
 
 
+_LONGEST_REMOTE = 4096  # in characters
+
+
 def repository_of(url: str) -> str:
     """``owner/name`` of a git remote: the last two parts of its host and path, without anything that may be a secret.
+
+    Empty for what is longer than `_LONGEST_REMOTE`.
 
     Args:
         url: as git takes it: ``https://…``, ``ssh://…``, ``user@host:path``, ``helper::address`` or a path.
     """
     # As git reads its config: quotes are no part of a value, and a comment begins behind a space.
     url = re.split(r"\s[#;]", next(iter(url.strip().splitlines()), ""))[0].strip().strip('"')
-    scheme, is_url, rest = without_credentials(url).partition("://")
+    if len(url) > _LONGEST_REMOTE:
+        return ""
+    scheme, is_url, rest = url.partition("://")
     if is_url:
-        host, slash, path = rest.partition("/")
+        # Of a URL that stands alone quotes and spaces are a part, which in a text end it.
+        userinfo = _USERINFO.match(rest)
+        host, slash, path = re.split(r"[?#]", rest[userinfo.end() :] if userinfo else rest)[0].partition("/")
         rest = re.sub(r":\d*$", "", host) + slash + path  # the port
-    elif not url.startswith(("/", ".", "~")) and ":" in url:  # what comes before the colon is a host, maybe with a user
+    elif not (url := without_credentials(url)).startswith(("/", ".", "~")) and ":" in url:
+        # What comes before the colon is a host, maybe with a user.
         host, _, path = re.sub(r"^[^/]*@", "", re.sub(r"^[^@/]*:[^@]*@(?=[^/]*:)", "", url)).partition(":")
         rest = f"{host}/{path.lstrip(':')}"
     else:
-        rest = scheme
+        rest = url
     parts = [part for part in rest.removesuffix("/").removesuffix(".git").split("/") if part.strip(".")]
     return replace_keys("/".join(parts[-2:]), Counter())
 
@@ -255,8 +268,13 @@ def names_a_secret(name: str) -> bool:
 
 
 def may_be_secret(value: str) -> bool:
-    """Whether the value under such a name is long enough to be looked for, and no path, where a secret only lies."""
-    return len(value) >= _LEAST_LENGTH and not value.startswith(("/", "~", "./", "../")) and not os.path.exists(value)
+    """Whether the value under such a name is long enough to be looked for, and no path, where a secret only lies.
+
+    Nor ``<|endoftext|>`` as EOS_TOKEN, which every export holds, nor ``<your token>``.
+    """
+    if len(value) < _LEAST_LENGTH or (value.startswith("<") and value.endswith(">")):
+        return False
+    return not value.startswith(("/", "~", "./", "../")) and not os.path.exists(value)
 
 
 def secrets_in_use() -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import pytest
@@ -132,11 +133,49 @@ def test_urls_without_credentials(text, bare):
         ('"https://TOKEN@host/owner/name" # TOKEN', "owner/name"),
         ("https://host/owner/name\nTOKEN", "owner/name"),
         (f"https://host/ghp_{(A * 4)[:36]}/name", "<GITHUB_TOKEN>/name"),
+        ("https://me:TO'K\"E<N@host/name", "host/name"),
+        ("https://me:TO'/KEN?`#x@host:8443/name", "host/name"),
+        ("https://me:TO KEN@host/name", "host/name"),
+        ("https://TO'KEN@host/name?x=TOKEN", "host/name"),
+        ("https:/me:TOKEN@host/name", "host/name"),
+        ("x" + ":" * 1_000_000 + "@host", ""),
         ("", ""),
     ],
 )
 def test_names_of_repositories_have_nothing_secret(url, name):
     assert repository_of(url) == name
+
+
+KEY = "-----BEGIN PRIVATE KEY-----"
+BODY = "\n".join([A * 6 + "+/a="] * 9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("PRIVATE KEY", f"\n{A * 6}+/a=\n"),
+        ("PRIVATE KEY", f"\\n{A * 6}\\n{A * 6}\\n"),
+        ("OPENSSH PRIVATE KEY", f"\n{BODY}\n"),
+        ("RSA PRIVATE KEY", f"\r\nProc-Type: 4,ENCRYPTED\r\nDEK-Info: AES-256-CBC,0F--1E\r\n\r\n{BODY}\r\n"),
+        ("PGP PRIVATE KEY BLOCK", f"\nVersion: GnuPG v2 - x\n\n{BODY * 20}\n=a+b/\n"),
+    ],
+)
+def test_private_keys(kind, body):
+    key = f"-----BEGIN {kind}-----{body}-----END {kind}-----"
+    assert replace_keys(f"a = '{key}'; b = '{key}'", Counter()) == "a = '<PRIVATE_KEY>'; b = '<PRIVATE_KEY>'"
+
+
+def test_the_frame_of_a_key_is_none():
+    text = 'START = b"-----BEGIN OPENSSH PRIVATE KEY-----"\nEND = b"-----END OPENSSH PRIVATE KEY-----"\n'
+    assert replace_keys(text, Counter()) == text
+
+
+@pytest.mark.parametrize("text", ["a", "%", "a+", "a:", "://", "a://", "http:/", ":@", "?", "1a", KEY])
+def test_a_long_text_takes_no_longer_by_its_letter(text):
+    """A megabyte takes some hundredths of a second; where each letter is looked at again for each, half an hour."""
+    before = time.process_time()
+    replace_keys(without_credentials(f"{text * (1_000_000 // len(text))} @"), Counter())
+    assert time.process_time() - before < 5
 
 
 def test_messages_hide_what_was_typed():

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -41,6 +41,8 @@ from codeparrot_ds.compare.trial import ORDERS, Orders, processes_killed_for_mem
 from codeparrot_ds.config.files import save_config
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import parts_of, read_object
+from codeparrot_ds.secret_forms import hide_secrets
 from codeparrot_ds.supervision import watchdog
 from codeparrot_ds.supervision.process_end import signal_at_parents_end
 from codeparrot_ds.supervision.supervise import END_FILE
@@ -239,7 +241,7 @@ def judge_end(
     phase = (place / "phase").read_text(encoding="utf-8") if (place / "phase").is_file() else "start"
     if code == 0 and not hung and (place / FOUND).is_file():
         return TrialResult(status=FINISHED, phase=phase)
-    failures = [Failure.from_json(saved) for path in sorted(place.glob("failure-*.json")) if (saved := read_json(path))]
+    failures = list(_failures(place))
     memory = next((failure for failure in failures if failure.kind == OUT_OF_MEMORY), None)
     failed = memory or next((failure for failure in failures if failure.type != "SharedError"), None)
     failed = failed or next(iter(failures), None)
@@ -278,18 +280,28 @@ def judge_end(
     return ended(CRASHED, f"{what} ({where}; exit code {code}; see {place / 'output.log'})")
 
 
+def _failures(place: Path) -> Iterator[Failure]:
+    """What the trial's ranks wrote of what they broke of."""
+    for path in sorted(place.glob("failure-*.json")):
+        with parts_of(path):
+            failure = Failure.from_json(read_object(path))
+            int(failure.step), int(failure.peak_bytes)
+        yield failure
+
+
 def _last_error(log: str) -> str:
-    """What a trial that left no failure said last, with the words of a refusal first."""
+    """What a trial that left no failure said last, with the words of a refusal first; libraries say what they like."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if "error: " in line]
     chosen = (errors or lines or ["it said nothing"])[-1]
-    return chosen.partition("error: ")[2] or chosen
+    return hide_secrets(chosen.partition("error: ")[2] or chosen)
 
 
 def _verdict(place: Path) -> watchdog.Verdict | None:
     """What the trial's own launcher found wrong with its ranks."""
     saved = (read_json(place / END) or {}).get("verdict")
-    return None if saved is None else watchdog.Verdict(**saved)
+    with parts_of(place / END):
+        return None if saved is None else watchdog.Verdict(**saved)
 
 
 def initial_weights(config: RunConfig, folder: Path, *, perturbed: str | None = None) -> Path:

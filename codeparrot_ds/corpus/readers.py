@@ -23,7 +23,7 @@ from typing import Any
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.layouts import find_columns
 from codeparrot_ds.rows.files import Shard, local_shard, open_shard
-from codeparrot_ds.rows.reading import BLANK, BadRow, Piece, document_of, read_rows, rows_of_table
+from codeparrot_ds.rows.reading import BLANK, MAX_ROW_BYTES, BadRow, Piece, document_of, read_rows, rows_of_table
 from codeparrot_ds.rows.tables import Table, open_table
 from codeparrot_ds.secret_forms import hide_secrets, repository_of
 
@@ -31,6 +31,8 @@ UNKNOWN_LICENSE = "unknown"
 MAX_NAMED = 100
 """So many problems of a unit are named; all are counted."""
 SPDX_HEAD_CHARACTERS = 2000
+LICENSE_CHARACTERS = 1_000_000
+GIT_CONFIG_BYTES = 1_000_000
 
 # The phrase that comes first in a licence decides: the GPLs name each other in their last paragraphs.
 _LICENSE_PHRASES = {
@@ -212,6 +214,8 @@ def read_files(files: Iterable[TreeFile], account: ReadAccount) -> Iterator[RawD
 def _read(file: str) -> bytes:
     """The bytes of a file that planning found: a link that has taken its place since may lead anywhere."""
     with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as opened:
+        if os.fstat(opened.fileno()).st_size > MAX_ROW_BYTES:  # git keeps ten gigabytes of spaces in a few megabytes
+            raise _LeftOut("too_long", f"longer than {MAX_ROW_BYTES >> 20} MiB")
         return opened.read()
 
 
@@ -222,8 +226,8 @@ def repository_name(root: Path) -> str:
     place (of a worktree or submodule), says nothing about this tree that its author could not have made up.
     """
     config, place = configparser.ConfigParser(strict=False, interpolation=None), root / ".git" / "config"
-    if not leads_below(place, root) or not place.is_file():  # a pipe would be waited for
-        return printable(root.name)
+    if not leads_below(place, root) or not place.is_file() or place.stat().st_size > GIT_CONFIG_BYTES:
+        return printable(root.name)  # a pipe would be waited for
     try:
         config.read(place, encoding="utf-8")
         url = config.get('remote "origin"', "url")
@@ -242,7 +246,8 @@ def detect_license(root: Path) -> str:
     for path in sorted(root.iterdir()):
         is_named_so = path.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "UNLICENSE"))
         if is_named_so and path.is_file() and leads_below(path, root):
-            text = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())
+            with path.open(encoding="utf-8", errors="replace") as file:
+                text = " ".join(file.read(LICENSE_CHARACTERS).lower().split())
             found = {text.find(phrase): name for phrase, name in _LICENSE_PHRASES.items() if phrase in text}
             if found:
                 return _with_version(found[min(found)], text[min(found) :])

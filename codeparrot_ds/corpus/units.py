@@ -160,7 +160,7 @@ def read_unit(unit: Unit, settings: UnitSettings, folder: Path) -> int:
         tables = {"repositories": list(repositories), "licenses": list(licenses), "encodings": list(encodings)}
         sizes = {name: (staging / name).stat().st_size for name in ("texts.bin", "paths.bin", "index.bin")}
         card = {"account": account, "redactions": redactions, "lacking": lacking, "sizes": sizes, **tables}
-        (staging / "account.json").write_bytes(orjson.dumps(card))
+        (staging / "account.json").write_bytes(_sealed(card))
     return account.documents
 
 
@@ -215,12 +215,28 @@ def finished_documents(folder: Path) -> int | None:
     try:
         if not (folder / "account.json").is_file():
             return None
-        with parts_of(folder / "account.json"):
-            card = orjson.loads((folder / "account.json").read_bytes())
-            whole = all((folder / name).stat().st_size == size for name, size in card["sizes"].items())
-            return int(card["account"]["documents"]) if whole else None
+        card = _read_card(folder)
+        whole = all((folder / name).stat().st_size == size for name, size in card["sizes"].items())
+        return int(card["account"]["documents"]) if whole else None
     except (OSError, DamagedFileError):
         return None
+
+
+def _sealed(card: dict[str, Any]) -> bytes:
+    """A unit's account with its own hash: whoever reads it later finds it whole or not at all."""
+    data = orjson.dumps(card)
+    return orjson.dumps({"card": orjson.Fragment(data), "hash": hashlib.blake2b(data).hexdigest()})
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    """The account of a unit; raises DamagedFileError where it is not what was written."""
+    place = folder / "account.json"
+    with parts_of(place):
+        saved = orjson.loads(place.read_bytes())
+        card: dict[str, Any] = saved["card"]
+        if hashlib.blake2b(orjson.dumps(card)).hexdigest() != saved["hash"]:
+            raise DamagedFileError(place, "it is not what was written")
+        return card
 
 
 @dataclass(kw_only=True)
@@ -240,7 +256,7 @@ class LoadedUnit:
 
 def load_unit(folder: Path, *, mapped: bool = False) -> LoadedUnit:
     """``mapped`` reads only the records that are touched, and holds a file descriptor for it."""
-    card = orjson.loads((folder / "account.json").read_bytes())
+    card = _read_card(folder)
     card["account"]["left_out"] = Counter(card["account"]["left_out"])
     path = folder / "index.bin"
     return LoadedUnit(

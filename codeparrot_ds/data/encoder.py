@@ -6,10 +6,11 @@ library's own ids on the corpus's own text (``prove_fast_encoding``).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from codeparrot_ds.data.hub_files import hub_tokenizer
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.json_files import DamagedFileError, read_object
 from codeparrot_ds.model.foreign import refuse_own_code
 from codeparrot_ds.paths import did_you_mean_path, exists, may_be_on_hub
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_EOS_TOKEN = "<|endoftext|>"
 TOKENIZER_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")
 """The second counts where both say something."""
+MAX_VOCAB_SIZE = 1 << 24
+"""Many times that of any model's: an id of two billions in a file of kilobytes would take all memory."""
 PROOF_CHARACTERS = 1 << 18
 """Text of the corpus on which both encoders are compared; the library takes about a tenth of a second for it."""
 # What code is made of, and what tokenizers have been seen to disagree on.
@@ -67,12 +70,20 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, eos_token_id: int, fingerprint: str, finds_special_tokens: bool = False
+        self,
+        tokenizer: Tokenizer,
+        *,
+        path: Path,
+        eos_token_id: int,
+        fingerprint: str,
+        finds_special_tokens: bool = False,
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._finds_special_tokens = tokenizer, finds_special_tokens
         self._fast_encode: Callable[[str], np.ndarray] | None = None
+        self.path = path
+        """Of tokenizer.json."""
         self.eos_token_id = eos_token_id
         self.fingerprint = fingerprint
         """SHA-256 of tokenizer.json."""
@@ -83,6 +94,7 @@ class Encoder:
         """The encoder of a run that began with ``order_version`` 1: it finds special tokens in texts."""
         return Encoder(
             self._tokenizer,
+            path=self.path,
             eos_token_id=self.eos_token_id,
             fingerprint=self.fingerprint,
             finds_special_tokens=True,
@@ -98,7 +110,8 @@ class Encoder:
         """The tokenizer that encodes."""
         if self._finds_special_tokens or not self._special_tokens:
             return self._tokenizer
-        return _without(self._tokenizer, self._special_tokens)
+        with _damage_of(self.path):
+            return _without(self._tokenizer, self._special_tokens)
 
     def _encode(self, texts: list[str]) -> list[Any]:
         # encode_batch_fast leaves out the character offsets, which nobody here reads; older versions lack it.
@@ -236,10 +249,8 @@ def load_encoder(tokenizer: str | Path) -> Encoder:
     refuse_own_code(folder, ("tokenizer_config.json",))
     path = folder / "tokenizer.json"
     data = path.read_bytes()
-    try:
+    with _damage_of(path):
         loaded = Tokenizer.from_str(data.decode())
-    except Exception as error:  # the library raises a bare Exception for whatever it cannot parse
-        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {error}.") from error
     eos_token = _eos_token(folder)
     eos_token_id = loaded.token_to_id(eos_token)
     if eos_token_id is None:
@@ -247,7 +258,29 @@ def load_encoder(tokenizer: str | Path) -> Encoder:
             f"The tokenizer in {folder} has no end-of-sequence token {eos_token!r}; "
             "name one of its tokens as eos_token in tokenizer_config.json."
         )
-    return Encoder(loaded, eos_token_id=eos_token_id, fingerprint=hashlib.sha256(data).hexdigest())
+    if (other := loaded.id_to_token(eos_token_id)) != eos_token:
+        raise UserError(
+            f"{path} has one id for {eos_token!r}, its end-of-sequence token, and {other!r}; save it again."
+        )
+    encoder = Encoder(loaded, path=path, eos_token_id=eos_token_id, fingerprint=hashlib.sha256(data).hexdigest())
+    if encoder.vocab_size > MAX_VOCAB_SIZE:  # the library makes a list of all ids up to the highest
+        raise UserError(
+            f"{path} has the token id {encoder.vocab_size - 1:,}; the highest can be {MAX_VOCAB_SIZE - 1:,}."
+        )
+    return encoder
+
+
+@contextlib.contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Within, what the library makes of a file that is no tokenizer is a sentence: a bare Exception, or a panic of its
+    Rust, which Python takes for the end of the process."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = first_line(error).removesuffix(".")
+        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {reason}.") from error
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:

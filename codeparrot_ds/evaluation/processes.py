@@ -12,6 +12,7 @@ from typing import Any
 from codeparrot_ds.child_process import start_module
 from codeparrot_ds.cpu import usable_cores
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.secret_forms import hide_secrets_in_tracebacks
 
 _POLL_SECONDS = 0.05
 
@@ -60,6 +61,7 @@ def _check(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def run_task(work: Callable[[dict[str, Any]], None]) -> None:
     """The main function of a module that ``run_processes`` runs: its task is the only argument."""
+    hide_secrets_in_tracebacks()
     import torch
 
     from codeparrot_ds.model.products import multiply_in_fp32_where_needed

@@ -14,6 +14,7 @@ from codeparrot_ds.config.launch_options import LaunchOptions
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.launch.hostfile import THIS_MACHINE, Host, include_option, read_hostfile, select, write_hostfile
 from codeparrot_ds.launch.ssh import PDSH_OPTIONS, ssh_options
+from codeparrot_ds.secret_forms import names_a_secret
 
 MODULE = "codeparrot_ds.train"
 """What a rank runs."""
@@ -152,6 +153,9 @@ def runner_command(
     return [*command, "--module", module]
 
 
+_EXPORTED = ("PYTHON", "MV2", "UCX")  # EXPORT_ENVS of DeepSpeed's launcher, with MLFLOW
+
+
 def runner_environment(folder: Path, exported: dict[str, str], *, ssh_port: int | None = None) -> dict[str, str]:
     """The environment of the launcher's first half, which writes some of it into the command line of ssh.
 
@@ -162,6 +166,10 @@ def runner_environment(folder: Path, exported: dict[str, str], *, ssh_port: int 
     """
     file = folder / "exported"
     file.write_text("".join(f"{name}={value}\n" for name, value in exported.items()), encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MLFLOW") and not (name.startswith(_EXPORTED) and names_a_secret(name))
+    }
     environment["PYTHONPATH"] = python_path(environment)
     return environment | {"DS_ENV_FILE": str(file), PDSH_OPTIONS: " ".join(ssh_options(ssh_port))}

@@ -6,10 +6,10 @@ No file is read but a model's settings, for whether it wants code of its own to 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.json_files import DamagedFileError, read_json
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -160,8 +160,8 @@ def refuse_own_code(folder: Path | str, files: tuple[str, ...] = ("config.json",
     """
     for path in (Path(folder) / name for name in files):
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            settings = read_json(path)
+        except (OSError, DamagedFileError):
             continue  # what is no JSON is said where it is loaded
         if isinstance(settings, dict) and settings.get("auto_map"):
             raise UserError(own_code(path))
@@ -214,5 +214,6 @@ def trainer_checkpoints(folder: Path) -> list[Path]:
 def _snapshot(folder: Path) -> Path | None:
     """The model in a ``models--org--name`` of the Hub's cache: that of its main, or the last that is there."""
     main, snapshots = folder / "refs" / "main", folder / "snapshots"
-    named = [snapshots / main.read_text(encoding="utf-8").strip()] if main.is_file() else []
+    revision = main.read_bytes().strip() if main.is_file() and main.stat().st_size < 100 else b""
+    named = [snapshots / revision.decode()] if revision.isalnum() else []  # a commit's id
     return next(filter(is_model, [*named, *newest_first(snapshots)]), None)

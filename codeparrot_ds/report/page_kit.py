@@ -61,7 +61,12 @@ class Table:
 
 def render(template: str, **content: Any) -> str:
     """A page from a template whose name ends in ``.html.j2`` or ``.md.j2``."""
-    return _environment(template.split(".")[1]).get_template(template).render(content)
+    return writable(_environment(template.split(".")[1]).get_template(template).render(content))
+
+
+def writable(text: str) -> str:
+    """A text without halves of characters, which JSON and file names can hold and no file of text can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @cache

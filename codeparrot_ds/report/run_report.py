@@ -25,6 +25,7 @@ from codeparrot_ds.errors import UserError
 from codeparrot_ds.json_files import lines_of, parts_of, read_object
 from codeparrot_ds.metrics import read_row
 from codeparrot_ds.paths import no_run
+from codeparrot_ds.report.page_kit import writable
 from codeparrot_ds.report.plots import Chart, Series, picture_of
 from codeparrot_ds.report.run_page import page_of
 
@@ -164,7 +165,7 @@ def read_run(path: Path) -> RunRecord:
         hint = f"; did you mean {path / inside[-1]}?" if inside else ""
         raise UserError(f"{path} is not a run: it has neither run.json nor metrics.jsonl{hint}")
     record = _record_of(path / "run.json")
-    run = RunRecord(path=path, name=str(record.get("name") or path.name), record=record)
+    run = RunRecord(path=path, name=writable(str(record.get("name") or path.name)), record=record)
     run.config = read_saved_fields(path / "config.yaml") if (path / "config.yaml").is_file() else {}
     run.ds_config = read_object(path / "ds_config.json") if (path / "ds_config.json").is_file() else {}
     most = sum(1 for _ in lines_of(path / "metrics.jsonl"))

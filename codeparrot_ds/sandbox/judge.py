@@ -66,11 +66,14 @@ def answer():
         places.setdefault(str(number * 7919 % 1009), []).append(number)
     return sum(len(sorted(found)) for found in places.values())
 """
-_PIPE_BYTES = 65536  # that a pipe takes without a reader
 _SHARED = "codeparrot_ds.sandbox.inside"  # which the checker's file imports from, and which runs as the main module
+# The code comes in pieces where this user has many pipes: the kernel then gives new ones 8 KiB.
 _START = f"""import marshal, posix, sys
 sys.modules["{_SHARED}"] = sys.modules["__main__"]
-system_calls, *codes = marshal.loads(posix.read(0, {_PIPE_BYTES}))
+data = b""
+while (left := int(sys.argv[2]) - len(data)):
+    data += posix.read(0, left) or posix._exit(1)
+system_calls, *codes = marshal.loads(data)
 for code in codes:
     exec(code)
 run(start(eval(sys.argv[1]), system_calls))"""
@@ -388,8 +391,9 @@ class _Inside:
         self.side, self.limits, self.numpy = side, limits, numpy
         self._received, self.printed_bytes = b"", 0
         settings = _settings(side, limits, user, numpy)
-        command = [*_bubblewrap(limits.scratch_bytes, numpy), *_interpreter(), "-c", _START, repr(settings)]
         code = _code(side)
+        command = [*_bubblewrap(limits.scratch_bytes, numpy), *_interpreter()]
+        command += ["-c", _START, repr(settings), str(len(code))]
         self._first: int | None = None
         self._first_output = b""
         # Messages take the standard streams, whose numbers are the same however many files this process has open:
@@ -405,10 +409,10 @@ class _Inside:
         self._pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
         self._to_inside, self._from_inside, self._output = (pipe.fileno() for pipe in self._pipes if pipe)
         try:
-            with suppress(BrokenPipeError):  # it has ended; expect_hello says why
-                os.write(self._to_inside, code)
             os.set_blocking(self._to_inside, False)
             os.set_blocking(self._output, False)
+            with suppress(_Ended):  # expect_hello says why
+                self._send(code, time.monotonic() + _START_SECONDS)
             self._hold(group)  # while the interpreter starts
         except BaseException:
             self.close()
@@ -493,7 +497,10 @@ class _Inside:
         return children[0]
 
     def send(self, line: bytes, deadline: float) -> None:
-        data = memoryview(line + b"\n")
+        self._send(line + b"\n", deadline)
+
+    def _send(self, content: bytes, deadline: float) -> None:
+        data = memoryview(content)
         while data:
             self._wait(self._to_inside, select.POLLOUT, deadline)
             try:
@@ -608,9 +615,7 @@ def _code(side: str) -> bytes:
 def _compiled(side: str) -> bytes:
     texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _FILES[side]]
     codes = [compile(text, "<sandbox>", "exec", dont_inherit=True, optimize=2) for text in texts]
-    code = marshal.dumps([own_filter(), *codes])
-    assert len(code) < _PIPE_BYTES
-    return code
+    return marshal.dumps([own_filter(), *codes])
 
 
 def _settings(side: str, limits: Limits, user: int, numpy: bool) -> dict[str, Any]:
@@ -660,6 +665,8 @@ def _bubblewrap(scratch_bytes: int, numpy: bool = False) -> tuple[str, ...]:
         for path in (base / "bin", base / "lib", base / "lib64"):
             if path.exists():
                 command += _read_only(path)
+    for folder in _packages_of(base):
+        command += ["--perms", "0755", "--size", "4096", "--tmpfs", str(folder), "--remount-ro", str(folder)]
     if numpy:
         command += [*_make_folder(_PACKAGES), *(part for name in _ONE_THREAD for part in ("--setenv", name, "1"))]
         for folder in _numpy_folders():
@@ -671,6 +678,13 @@ def _bubblewrap(scratch_bytes: int, numpy: bool = False) -> tuple[str, ...]:
         command += ["--bind", "/proc/sys/user", NAMESPACES]
     command += ["--perms", "1777", "--size", str(scratch_bytes), "--tmpfs", "/tmp", "--remount-ro", "/"]
     return (*command, "--chdir", "/tmp", "--")
+
+
+def _packages_of(base: Path) -> list[Path]:
+    """Where an interpreter at ``base`` and the system's keep what is installed, maybe this project and its problems."""
+    libraries = {Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/local/lib"), base / "lib", base / "lib64"}
+    places = {folder.resolve() for library in libraries for folder in library.glob("python3*/*-packages")}
+    return sorted(folder for folder in places if folder.is_dir())
 
 
 def _read_only(path: Path) -> list[str]:

@@ -226,6 +226,7 @@ def failure(rank, kind, error, phase="steps", step=4):
          "crashed", "ValueError: words of rank 1 (in its checkpoint phase; exit code 1"),
         (2, "", [failure(0, "refused", "UserError")], False, "refused", "words of rank 0"),
         (2, "note\ncodeparrot-ds compare: error: no such file\n", [], False, "refused", "no such file"),
+        (1, "OSError: 407 from https://me:pass@proxy:1/x?y\n", [], False, "crashed", "407 from https://proxy:1/x ("),
     ],
 )  # fmt: skip
 def test_the_end_is_told_by_what_was_written(tmp_path, code, said, failures, killed, status, words):

@@ -495,6 +495,25 @@ def test_a_file_that_became_a_link_after_planning_is_not_followed(tmp_path, else
     assert document.content == program(2) and account.left_out == {"unreadable": 1}
 
 
+def test_files_of_gigabytes_cost_themselves_and_no_memory(tmp_path):
+    """As git keeps them in a few megabytes: a program, a licence, a config."""
+    source = write_tree(tmp_path / "project", {"a.py": program(1), "b.py": program(2), "c.py": "", "LICENSE": ""})
+    write_tree(source / ".git", {"config": ""})
+    for name in ("c.py", "LICENSE", ".git/config"):
+        with (source / name).open("r+b") as file:
+            file.truncate(8 << 30)  # sparse
+    script = (
+        "import resource, sys\nfrom codeparrot_ds.corpus.build import build_corpus\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+        "card = build_corpus(sys.argv[1:2], sys.argv[2], num_workers=1)\n"
+        "print(card['sources'][0]['left_out'])"
+    )
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "{'too_long': 1}\n", done.stderr
+    assert {row["repo_name"] for row in all_rows(tmp_path / "out")} == {"project"}
+
+
 CONFIG = '[remote "origin"]\n\turl = https://host/private/name.git\n'
 
 

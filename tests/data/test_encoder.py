@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -80,6 +81,42 @@ def test_what_is_missing_is_named(tokenizer_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text("[]")  # an export needs it, hours later
     with pytest.raises(UserError, match=r"special_tokens_map\.json is not a JSON object"):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("token", "token_id", "message"),
+    [
+        ("a", 2**31, r"tokenizer\.json has the token id 2,147,483,648; the highest can be 16,777,215\.$"),
+        (
+            EOS,
+            5,
+            rf"tokenizer\.json has one id for '{re.escape(EOS)}', its end-of-sequence token, and '.'; save it again\.$",
+        ),
+    ],
+)
+def test_ids_that_cannot_be_are_refused_before_memory_is_taken(
+    tokenizer_dir: Path, tmp_path: Path, token: str, token_id: int, message: str
+) -> None:
+    description = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    description["added_tokens"] = []
+    description["model"]["vocab"][token] = token_id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=message):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"continuing_subword_prefix": "x" * 99}, {"merges": [["line\nline", "x"]]}, {"merges": [["1", "2"]]}]
+)
+def test_what_the_library_makes_of_damage_is_a_sentence(tokenizer_dir: Path, tmp_path: Path, change: object) -> None:
+    """Also where it panics, or finds the damage only when special tokens are taken out."""
+    description = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    description["model"] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json is not a tokenizer that the tokenizers library can read: ..*\.$"
+    ):
+        load_encoder(tmp_path).encode_batch(["x"])
 
 
 def test_chars_per_token_as_in_the_recipe(tokenizer_dir: Path) -> None:

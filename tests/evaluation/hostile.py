@@ -77,6 +77,11 @@ HOSTILE = {
     ),
     # out of the sandbox
     "home": (CALLS + "return open({home!r}).read()", "error"),
+    "installed packages": (  # which may be this project, or published problems with their solutions
+        CALLS + "import glob, sys\n    roots = (sys.base_prefix, '/usr', '/usr/local')\n"
+        "    return sum([glob.glob(root + '/lib*/python3*/*-packages/*') for root in roots], []).pop()",
+        "error",
+    ),
     "folders of the system": (
         CALLS + "import os\n    return os.listdir('/root') + os.listdir('/home')",
         "error failed",

@@ -191,9 +191,12 @@ def test_deepspeeds_launcher_knows_the_options(tmp_path):
 
 def test_secrets_are_not_among_what_deepspeed_exports(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret-1")
+    monkeypatch.setenv("PYTHONANYWHERE_API_TOKEN", "secret-2")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
     monkeypatch.setenv("HF_TOKEN", "secret-2")
     environment = launcher.runner_environment(tmp_path, {"DS_ACCELERATOR": "cpu"})
-    assert "MLFLOW_TRACKING_PASSWORD" not in environment
+    assert "MLFLOW_TRACKING_PASSWORD" not in environment and "PYTHONANYWHERE_API_TOKEN" not in environment
+    assert environment["PYTHONHASHSEED"] == "0"
     assert Path(environment["DS_ENV_FILE"]).read_text() == "DS_ACCELERATOR=cpu\n"
 
 

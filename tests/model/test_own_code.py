@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from codeparrot_ds.errors import UserError
-from codeparrot_ds.model.foreign import refuse_own_code
+from codeparrot_ds.model.foreign import recognized, refuse_own_code
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOADERS = {"from_pretrained", "from_config", "pipeline"}
@@ -56,3 +57,21 @@ def test_a_folder_that_names_code_is_refused(tmp_path, name):
         UserError, match=rf"{name} names code of its own \('auto_map'\), and .* are not taken: name one"
     ):
         refuse_own_code(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_named_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    refuse_own_code(tmp_path)
+
+
+@pytest.mark.parametrize("revision", [b"\xff", b"a" * 5000, b"/etc", b"../../x", b"a\0b", b""])
+def test_a_cache_of_the_hub_whose_main_is_damaged_has_its_last_snapshot(tmp_path, revision):
+    model = tmp_path / "snapshots" / "0123"
+    model.mkdir(parents=True)
+    for file in ("config.json", "model.safetensors"):
+        (model / file).touch()
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "main").write_bytes(revision)
+    found = recognized(tmp_path)
+    assert found is not None and found.model == model

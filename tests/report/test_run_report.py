@@ -384,6 +384,17 @@ def test_damaged_file_is_named(tmp_path, name, text):
         write_report([path])
 
 
+def test_halves_of_characters_are_replaced(tmp_path):
+    """As a damaged file has them, or a folder whose name is of another encoding."""
+    path = write_run(tmp_path / "run")
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(record | {"name": "otter\ud800", "precision": "bf\udfff"}))
+    sample = {"step": 4, "prompt": "def f\ud800", "completion": "()", "parses": True}
+    (path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    page = write_report([path]).read_text(encoding="utf-8")
+    assert "otter?" in page and "def f?" in page
+
+
 def test_place_that_cannot_be_written(tmp_path):
     path = write_run(tmp_path / "run")
     (tmp_path / "file").touch()

@@ -118,15 +118,24 @@ def test_a_secret_of_the_environment_comes_out_nowhere(environment, tmp_path):
     assert "Traceback" in path.read_text() and leaks(tmp_path) == {}
 
 
-@pytest.mark.parametrize("where", ["process", "thread"])
+HIDING = "from codeparrot_ds.secret_forms import hide_secrets_in_tracebacks\nhide_secrets_in_tracebacks()\n"
+FAILS = {
+    "process": (HIDING, "fail()"),
+    "thread": (HIDING, "threading.Thread(target=fail).start()"),
+    "one of several that judge a model": (
+        "from codeparrot_ds.evaluation.processes import run_task\n",
+        "texts, sys.argv = sys.argv, ['', '{\"threads\": 1}']\nrun_task(fail)",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", FAILS)
 def test_a_traceback_has_none(environment, where):
-    kinds = list(SECRETS)
+    kinds, (before, fails) = list(SECRETS), FAILS[where]
     script = (
-        "import sys, threading\nfrom codeparrot_ds.secret_forms import hide_secrets_in_tracebacks\n"
-        "hide_secrets_in_tracebacks()\n"
-        "def fail():\n    try:\n        raise OSError(sys.argv[1])\n    except OSError as error:\n"
-        "        raise RuntimeError(sys.argv[2]) from error\n"
-        + ("fail()" if where == "process" else "threading.Thread(target=fail).start()")
+        f"import sys, threading\n{before}texts = sys.argv\n"
+        "def fail(task=None):\n    try:\n        raise OSError(texts[1])\n    except OSError as error:\n"
+        f"        raise RuntimeError(texts[2]) from error\n{fails}"
     )
     texts = [" ".join(map(text, kinds)), "\n".join(map(url, kinds))]
     done = subprocess.run(

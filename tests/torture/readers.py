@@ -213,6 +213,49 @@ def look_at_configs(folder: Path) -> None:
         raise first
 
 
+def make_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["def f(x):\n    return x\n"] * 50, trainer=trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def look_at_tokenizer(folder: Path) -> None:
+    from codeparrot_ds.data.encoder import load_encoder
+
+    encoder = load_encoder(folder)
+    encoder.decode(encoder.encode_batch(["def f(x):\n    return x + 1\n# é<|endoftext|>"])[0])
+    encoder.token_bytes()
+
+
+def make_unit(folder: Path) -> None:
+    from codeparrot_ds.corpus.plan import plan_sources
+    from codeparrot_ds.corpus.units import UnitSettings, read_unit
+
+    source = folder / "source"
+    source.mkdir()
+    (source / "a.py").write_text("def f(x):\n    return x\n")
+    ((unit,),) = (each.units for each in plan_sources([str(source)], suffixes=[".py"], content_column="content"))
+    read_unit(unit, UnitSettings(columns="content", filters=(), seed=1), folder / "unit")
+
+
+def look_at_unit(unit: Path) -> None:
+    """Damage of a unit is none: it is read anew."""
+    from codeparrot_ds.corpus.units import finished_documents, load_unit, read_paths, read_texts
+
+    if finished_documents(unit) is not None:
+        loaded = load_unit(unit)
+        assert read_paths(unit, loaded.index, 0) == [b"a.py"] and list(read_texts(unit, loaded.index))
+        assert loaded.account.documents == len(loaded.repositories) == 1
+
+
 def make_records(folder: Path) -> None:
     """What commands keep for later: a calibration, results of a comparison and of problems, a unit of a corpus."""
     cache = folder / "codeparrot-ds"
@@ -228,14 +271,18 @@ def make_records(folder: Path) -> None:
     rows = [{"task_id": "a/1", "sample": number, "completion": "x"} for number in range(3)]
     (folder / "generations-t0.2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "passed.json").write_text(json.dumps({"passed": ["a/1"]}))
-    unit = folder / "unit"
-    unit.mkdir()
-    (unit / "account.json").write_text(json.dumps({"sizes": {"account.json": 9}, "account": {"documents": 3}}))
+    failure = {"kind": "error", "message": "no", "type": "OSError", "phase": "steps", "step": 3}
+    failure |= {"device_peak_bytes": None, "resident_peak_bytes": 10**9}
+    (folder / "failure-0.json").write_text(json.dumps(failure))
+    ended = {"code": 4, "sentence": "rank 1 was killed", "hosts": [], "dump": False}
+    (folder / "end.json").write_text(json.dumps({"code": 4, "verdict": ended, "asked": False}))
+    (folder / "output.log").write_text("step 3: loss 9\n")
+    make_unit(folder)
 
 
 def look_at_records(folder: Path) -> None:
     from codeparrot_ds.compare.results import TrialResult, recorded_peak
-    from codeparrot_ds.corpus.units import finished_documents
+    from codeparrot_ds.compare.trial_process import judge_end
     from codeparrot_ds.evaluation.humaneval import _read
     from codeparrot_ds.memory.device import load_overhead
     from codeparrot_ds.problem_sets.references import _remembered
@@ -246,7 +293,8 @@ def look_at_records(folder: Path) -> None:
     recorded_peak(folder / "comparison.json")
     _read(folder, "generations", 0.2)
     _remembered(folder / "passed.json")
-    finished_documents(folder / "unit")
+    look_at_unit(folder / "unit")
+    judge_end(1, False, folder, sampled_peak_bytes=1)
 
 
 def make_tensors(folder: Path) -> None:
@@ -315,6 +363,7 @@ _OF_CHECKPOINT = (f"{STEP}/manifest.json", f"{STEP}/state.json", f"{STEP}/data.j
 _SEALED: dict[str, Any] = {"mended": seal, "also_changed": (f"{STEP}/manifest.json",)}
 _OF_QUEUE = ("run.json", "hub/pushed.jsonl", "hub/dropped.jsonl", "hub/problem.json")
 _OF_RECORDS = ("result.json", "comparison.json", "generations-t0.2.jsonl", "passed.json", "unit/account.json")
+_OF_TRIALS = ("failure-0.json", "end.json")
 _OF_DEEPSPEED = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 READERS = {
     reader.name: reader
@@ -336,9 +385,10 @@ READERS = {
             make=make_configs,
             look=look_at_configs,
         ),
+        Reader(name="tokenizer", files=("tokenizer.json",), make=make_tokenizer, look=look_at_tokenizer),
         Reader(
             name="records",
-            files=(*_OF_RECORDS, "codeparrot-ds/memory-calibration.json"),
+            files=(*_OF_RECORDS, *_OF_TRIALS, "codeparrot-ds/memory-calibration.json"),
             make=make_records,
             look=look_at_records,
         ),
