@@ -153,7 +153,8 @@ _LEAST_LENGTH = 12  # of a value that could not stand in a text by chance
 _URL = re.compile(r"(://|\b(?:https?|git|ssh|ftps?|\w+\+\w+):/(?!/))([^\s\"'<>`]+)")
 # The second form is for passwords with a slash or a question mark that nobody escaped; behind a colon may be a port.
 _USERINFO = re.compile(r"[^/?#]*@|[^/?#@:\[]*:(?!\d*(?:[/?#]|$))[^@]*@")
-_SCP_PASSWORD = re.compile(r"(?<![\w/.@-])[\w.%+~-]{1,256}:[^\s/@:\"']+@(?=[\w.-]+:)")
+# With a space behind its last colon it is the name of a data set or of hosts, of which a sentence says something.
+_SCP_PASSWORD = re.compile(r"(?<![\w/.@-])[\w.%+~-]{1,256}:[^\s/@:\"']+@(?=[\w.-]+:\S)")
 
 
 @functools.cache

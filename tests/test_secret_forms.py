@@ -182,3 +182,9 @@ def test_messages_hide_what_was_typed():
     assert str(UserError("source https://me:pw@host/x?y=1 does not exist")) == "source https://host/x does not exist"
     assert hide_secrets(f"WANDB: {MORE['VAULT_TOKEN']}") == "WANDB: <VAULT_TOKEN>"
     assert hide_secrets(hide_secrets(f"https://me:{A}@h/x?y")) == "https://h/x"
+    assert str(UserError("me:pw@host:x/y.git is no source")) == "host:x/y.git is no source"
+
+
+@pytest.mark.parametrize("sentence", ["the form is a:0,2@b: write a:0", "squad:plain_text@main: no such split"])
+def test_names_with_a_colon_and_an_at_sign_are_no_passwords(sentence):
+    assert hide_secrets(sentence) == sentence

@@ -59,7 +59,7 @@ def _original(run: Path, record: Mapping[str, Any]) -> Path | None:
     """The run that a folder was copied from; None for one that is itself, wherever it was moved to.
 
     A folder that was renamed or moved keeps its inode, or leaves nothing behind. A copy has an inode of its own, and
-    what it says of its place is still true of another folder.
+    what it says of its place is still true of another folder, which may have got another name beside its old one.
     """
     place = record.get("place")
     if place is None:  # recorded by a version before 0.2.0, or never started
@@ -67,12 +67,23 @@ def _original(run: Path, record: Mapping[str, Any]) -> Path | None:
     with parts_of(run / "run.json"):
         path, known = Path(str(place["path"])), (int(place["device"]), int(place["inode"]))
     here = run.stat()
-    if path == run.resolve() or known == (here.st_dev, here.st_ino):
+    if known == (here.st_dev, here.st_ino):
         return None
     try:
+        if path == run.resolve() or not path.exists():
+            path = _renamed(path, known)
         other = read_object(path / "run.json")
         if os.path.samestat(path.stat(), here):  # the same folder by another way, such as a bind mount
             return None
     except (OSError, ValueError, DamagedFileError):  # gone, or nothing that could be continued
         return None
     return path if other.get("id") == record.get("id") else None
+
+
+def _renamed(path: Path, known: tuple[int, int]) -> Path:
+    """The folder of this device and inode beside where it was recorded; raises FileNotFoundError."""
+    with os.scandir(path.parent) as entries:
+        for entry in entries:
+            if entry.inode() == known[1] and entry.is_dir() and entry.stat().st_dev == known[0]:
+                return Path(entry.path)
+    raise FileNotFoundError(path)

@@ -47,6 +47,14 @@ def test_a_run_that_was_renamed_keeps_its_branch_even_with_a_copy_in_its_old_pla
     assert identity_of(renamed) == ITSELF
     shutil.copytree(renamed, run)
     assert identity_of(renamed) == ITSELF
+    assert identity_of(run).copy_of == renamed
+
+
+def test_a_copy_of_a_run_that_was_renamed_is_another(run):
+    copy = shutil.copytree(run, run.with_name("b"))
+    renamed = run.rename(run.with_name("c"))
+    assert identity_of(copy) == Identity(branch="b", run_id=None, copy_of=renamed)
+    assert identity_of(renamed) == ITSELF
 
 
 def test_a_run_that_was_moved_to_another_disk_keeps_its_branch(run, tmp_path):
