@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.torture.kills import MOMENTS, TARGETS, Course, Kill, Start, Torture
+from tests.torture.kills import GONE_SECONDS, MOMENTS, TARGETS, Course, Kill, Start, Torture
 
 ROOM_BYTES = 256 << 20
 """Of the file system that a run is written to: for some checkpoints."""
@@ -178,10 +178,7 @@ class Faults(Torture):
                     (group / "cgroup.procs").write_text(str(process.pid))
             yield True
         finally:
-            for pid in (group / "cgroup.procs").read_text().split():
-                with contextlib.suppress(OSError):
-                    (CGROUPS / "cgroup.procs").write_text(pid)
-            group.rmdir()
+            _dissolve(group)
 
     @contextlib.contextmanager
     def _worker(self, start: Start, kill: FaultyKill) -> Iterator[bool]:
@@ -240,6 +237,22 @@ class Faults(Torture):
 
 def _has_memory_groups() -> bool:
     return (CGROUPS / "memory.limit_in_bytes").exists()
+
+
+def _dissolve(group: Path) -> None:
+    """Moves every process out of a group and removes it: some are forked meanwhile, and the dead take a moment."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while True:
+        for pid in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):
+                (CGROUPS / "cgroup.procs").write_text(pid)
+        try:
+            group.rmdir()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
 
 
 def _trainers(start: Start) -> list[psutil.Process]:
