@@ -17,7 +17,7 @@ from pathlib import Path
 from codeparrot_ds.cli import main as cli
 from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from codeparrot_ds.launch.preflight import check_run
-from codeparrot_ds.memory.micro_batch import with_micro_batch
+from codeparrot_ds.memory.choice import with_micro_batch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The demo with a smaller model on short rows: a run is mostly start-up. The learning rate is a small batch's: at the
