@@ -79,9 +79,9 @@ def _described(rows: list[dict[str, Any]], layers: int, rounds: int) -> tuple[st
         "",
         f"{layers} layers, one rank, bf16; medians of {rounds} rounds, in which the two take turns with a step of "
         f"{ACCUMULATION} micro-batches. `{after['config']}` takes {ratios['seconds_per_micro_step']:.2f} of the host's "
-        f"time per micro-step ({ratios['mean_seconds']:.2f} where the last of a step, with what ZeRO and Adam do once, is "
-        f"shared out), and {ratios['seconds_per_step']:.3f} per step of the same rows. Tensors without memory cost the "
-        "host more than a GPU's do: read the ratios. No time of a GPU is in them.",
+        f"time per micro-step ({ratios['mean_seconds']:.2f} where the last of a step, with what ZeRO and Adam do once, "
+        f"is shared out), and {ratios['seconds_per_step']:.3f} per step of the same rows. Tensors without memory cost "
+        "the host more than a GPU's do: read the ratios. No time of a GPU is in them.",
     ]
     return "\n".join(lines), ratios
 
