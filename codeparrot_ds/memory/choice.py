@@ -266,5 +266,5 @@ def config_fitting(
             return sized
     raise UserError(
         f"micro_batch_size auto: one row needs {gigabytes(needed)} a rank and {place} gives {gigabytes(available)}; "
-        "`codeparrot-ds plan` shows which DeepSpeed configs fit"
+        "`codeparrot-ds plan` shows which DeepSpeed configs fit; a number is taken all the same (--ignore-memory-plan)"
     )
