@@ -62,7 +62,7 @@ def measure(steps: int, scalar_steps: int) -> dict[str, Any]:
     keep_freed_pages()
     join_ranks()
     preset = RunConfig(**PRESETS["demo"])
-    config = RunConfig(**PRESETS["demo"] | {"global_batch_size": preset.micro_batch_size})
+    config = RunConfig(**PRESETS["demo"] | {"global_batch_size": preset.micro_batch_rows})
     shape = find_shape(config.model, vocab_size=VOCAB_SIZE, seq_length=config.seq_length)
 
     def engine(name: str) -> Any:

@@ -106,7 +106,7 @@ def save_engine(options: argparse.Namespace) -> None:
     build_operators(ds_config, "cpu")
     engine = create_engine(build_model(shape, eos_token_id=encoder.eos_token_id, seed=1), ds_config, config)
     for _ in range(2 * config.gradient_accumulation_steps(1)):
-        ids = torch.randint(encoder.vocab_size, (config.micro_batch_size, config.seq_length))
+        ids = torch.randint(encoder.vocab_size, (config.micro_batch_rows, config.seq_length))
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
     engine.save_checkpoint(str(options.engine))

@@ -108,7 +108,7 @@ def _stages() -> dict[str, Entry]:
             "every rank keeps whole gradients; traffic 3N per step",
         ),
         2: (
-            "gradients shared out as well; the default",
+            "gradients shared out as well; the default on a CPU",
             "traffic 2N per micro-batch and N per step: with many of them on a slow network take stage 1",
         ),
         3: (
@@ -217,7 +217,7 @@ def _activations() -> dict[str, Entry]:
     return {
         "zero2_activation_checkpointing": Entry(
             config=_with(_config(2), activation_checkpointing=_CHECKPOINTING),
-            use="activations are what does not fit; the default of `large`",
+            use="activations are what does not fit; the default of `large` on a CPU",
             cost=third,
         ),
         "zero3_activation_checkpointing": Entry(

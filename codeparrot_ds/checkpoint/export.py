@@ -100,7 +100,7 @@ def run_export(
             "evaluated_with": {
                 "seq_length": config.seq_length,
                 "num_lanes": config.num_lanes,
-                "batch_size": config.micro_batch_size,
+                "batch_size": config.micro_batch_rows,
                 "max_eval_steps": config.max_eval_steps,
                 "intra_document_masking": config.intra_document_masking,
                 "order_version": state.data["fingerprint"]["order_version"],

@@ -45,7 +45,7 @@ def check_import(folder: Path, run: Path, config: RunConfig, tag: str | None = N
             raise UserError(f"--{field} is missing: the run continues with it")
     find_tag(folder, tag)
     encoder_and_shape(config)
-    read_ds_config(find_ds_config(config.deepspeed))
+    read_ds_config(find_ds_config(config.ds_config_name))
     check_local_data(config.data, "train", named=True)
     return dataclasses.replace(config, output_dir=str(run.parent), run_name=run.name)
 

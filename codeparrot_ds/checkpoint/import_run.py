@@ -91,6 +91,8 @@ def import_deepspeed(
             config has a mistake, the run exists, or the disk refuses.
     """
     config = with_absolute_paths(check_import(folder, run, config, tag))
+    left_open = {name: getattr(config, name) for name in config.open_fields}  # the first start chooses for its device
+    config = config.on_cpu()
     run = Path(config.output_dir) / str(config.run_name)
     encoder, shape = encoder_and_shape(config)
     source = read_deepspeed_checkpoint(folder, parameter_shapes(shape), tag=tag)
@@ -128,7 +130,7 @@ def import_deepspeed(
         made = RunFolder(staging)
         made.checkpoints.mkdir()
         write_imported(source, made.checkpoints, state, export)
-        save_config(config, staging / "config.yaml")
+        save_config(dataclasses.replace(config, **left_open), staging / "config.yaml")
         durable.write_json(staging / "ds_config.json", source.ds_config)
         durable.write_json(staging / "ds_config_sources.json", {})
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -57,7 +57,7 @@ def _run_check(arguments: argparse.Namespace) -> int:
     config = config_from_arguments(arguments) if has_config else None
     run = config or RunConfig()
     shape, model = _model_of(run) if config or arguments.explain else (None, None)
-    names = arguments.ds_configs or [run.deepspeed]
+    names = arguments.ds_configs or [run.ds_config_name]
     of_run = [] if config is None else _check_run_config(config, arguments)
     # Of a run that cannot start nothing is handed to DeepSpeed.
     explain = arguments.explain and all(finding["severity"] != "error" for finding in of_run)
@@ -260,7 +260,10 @@ def _check_picture(path: Path) -> None:
 
 
 def _run_plan(arguments: argparse.Namespace) -> int:
+    from codeparrot_ds.ds_config.file import GPU_PRECISIONS
+    from codeparrot_ds.ds_config.precision import device_precisions
     from codeparrot_ds.memory import device as device_memory
+    from codeparrot_ds.memory.choice import choices_of
     from codeparrot_ds.memory.plan import as_json, describe, plan_of
 
     if arguments.out is not None:
@@ -280,7 +283,13 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         raise UserError(f"nothing to plan: name a model, such as {PROGRAM} plan large --world-size 8")
     with progress_line("traces") as progress:
         plan = plan_of(arguments, memory, device_memory.load_overhead(), lambda done, all_: progress("", done, all_))
-    print(json.dumps(as_json(plan), indent=2) if arguments.json else describe(plan))
+    # Of a GPU that is not here nothing but its memory is known.
+    chosen = choices_of(plan, device_precisions("cuda")[0] if device else GPU_PRECISIONS[0])
+    if arguments.json:
+        print(json.dumps(as_json(plan) | {"chosen": chosen}, indent=2))
+    else:
+        says = "on {world_size} rank(s) train chooses {config}, micro-batch {micro_batch_size}, unless they are named"
+        print("\n".join([describe(plan), "", *(says.format(**each) for each in chosen)]).rstrip())
     if arguments.out is not None:
         from codeparrot_ds.report.plan_chart import draw_plan
 

@@ -92,7 +92,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         raise UserError("--search looks for the best config of one number of ranks: give one with --world-sizes")
     say(f"comparison in {arguments.out}: checking the configs first")
 
-    from codeparrot_ds.compare.candidates import Request, local_world_size
+    from codeparrot_ds.compare.candidates import Request, local_world_size, with_nothing_open
     from codeparrot_ds.compare.run import run_comparison
     from codeparrot_ds.ds_config.file import name_in, open_ds_config
     from codeparrot_ds.ds_config.precision import describe_choice, device_precisions, with_precision
@@ -100,7 +100,10 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     device = device_here()
     precisions = device_precisions(device)
     fastest = precisions[0]
-    asked = config.deepspeed if not arguments.ds_configs else ""
+    world_sizes = arguments.world_sizes or (local_world_size(device),)
+    asked = "" if arguments.ds_configs else config.ds_config_name
+    is_named = bool(arguments.ds_configs)
+    config = with_nothing_open(config, named=is_named, world_size=world_sizes[0], device=device, precision=fastest)
     config = with_precision(config, fastest)
     named = [text.partition(",") for text in arguments.ds_configs]
     for name in filter(None, [asked, *(name for name, _, _ in named)]):
@@ -109,7 +112,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     request = Request(
         configs=[name_in(name, fastest) + comma + fields for name, comma, fields in named] or [config.deepspeed],
         config=config,
-        world_sizes=arguments.world_sizes or (local_world_size(device),),
+        world_sizes=world_sizes,
         micro_batch_sizes=arguments.micro_batches,
         steps=arguments.steps,
         warmup_steps=arguments.warmup_steps,

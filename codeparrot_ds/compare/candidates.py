@@ -39,9 +39,9 @@ from codeparrot_ds.ds_config.resolve import resolve_ds_config
 from codeparrot_ds.engine.operators import are_built
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.json_files import parts_of, read_object
-from codeparrot_ds.launch.preflight import check_run
+from codeparrot_ds.launch.preflight import check_named, check_run
+from codeparrot_ds.memory.choice import config_fitting, memory_budget, micro_batch_sizes, with_choices
 from codeparrot_ds.memory.device import load_overhead
-from codeparrot_ds.memory.micro_batch import config_fitting, memory_budget, micro_batch_sizes
 from codeparrot_ds.memory.plan import predict
 from codeparrot_ds.memory.workload import Memory
 from codeparrot_ds.model.shapes import GPT2Shape, num_parameters
@@ -174,6 +174,23 @@ def _parsed(text: str, key: str, value: str) -> Any:
     if problem:
         raise UserError(f"{text!r}: {key} {problem}")
     return parsed
+
+
+def with_nothing_open(config: RunConfig, *, named: bool, world_size: int, device: str, precision: str) -> RunConfig:
+    """The run config that all share: on a GPU each config has the micro-batch that ``train`` would choose for it.
+
+    Args:
+        config: as given.
+        named: whether DeepSpeed configs are; else a search begins with what ``train`` would choose.
+        world_size: number of ranks.
+        device: ``cpu`` or ``cuda``.
+        precision: of the config that is chosen.
+    """
+    if device == "cuda" and not named and config.is_left_to_plan:
+        check_named(config)
+        return with_choices(config, world_size=world_size, device=device, precision=precision)
+    left_open = device == "cuda" and "micro_batch_size" in config.open_fields and smallest_gpu() is not None
+    return dataclasses.replace(config, micro_batch_size="auto").on_cpu() if left_open else config.on_cpu()
 
 
 def candidates_of(request: Request, folder: Path, *, device: str) -> list[Candidate]:
@@ -355,7 +372,7 @@ def open_folder(folder: Path, request: Request) -> None:
     with parts_of(path):
         then = {"steps": saved.get("steps"), "warmup_steps": saved.get("warmup_steps")}
         # Earlier versions lack the newest fields, and did what their defaults are.
-        then |= {key: getattr(RunConfig(), key) for key in now["config"]} | saved.get("config", {})
+        then |= {key: getattr(RunConfig().on_cpu(), key) for key in now["config"]} | saved.get("config", {})
     here = {"steps": now["steps"], "warmup_steps": now["warmup_steps"], **now["config"]}
     for key in PATH_FIELDS:  # earlier versions kept paths as they were typed
         if isinstance(typed := then.get(key), str):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from codeparrot_ds.config.option_types import whole_number
 from codeparrot_ds.errors import UserError
@@ -33,6 +33,12 @@ def _setting(
 ) -> Any:
     metadata = {"group": group, "help": text, "minimum": minimum, "choices": choices, "words": words}
     return dataclasses.field(default=default, metadata=metadata | {"is_path": is_path, "mixture": mixture})
+
+
+OPEN = "auto,cpu="
+"""Before a CPU's value: on a GPU the memory plan chooses (``memory/choice.py``); a run that resumes keeps its own."""
+CHOSEN_BY_PLAN = ("deepspeed", "micro_batch_size")
+"""Fields that may be ``auto``, or open."""
 
 
 def _is_anything_but(*words: str) -> Callable[[str], bool]:
@@ -126,15 +132,16 @@ class RunConfig:
     )
     compile: bool = _setting(False, "model", "compile the model with torch.compile")
     deepspeed: str = _setting(
-        "zero2:auto",
+        f"{OPEN}zero2:auto",
         "model",
-        "DeepSpeed JSON: a path, a shipped file's name, or NAME:auto for it in the precision that is fastest here",
+        "DeepSpeed JSON: a path, a shipped file's name, NAME:auto for it in the precision that is fastest here, or "
+        "auto: on a GPU the first of ZeRO-1, 2, 3 and offload that fits",
         is_path=os.path.isfile,
     )
 
     global_batch_size: int = _setting(192, "batch and schedule", "rows per step over all ranks", minimum=1)
-    micro_batch_size: int | Literal["auto"] = _setting(
-        12,
+    micro_batch_size: int | str = _setting(
+        f"{OPEN}12",
         "batch and schedule",
         "rows per rank and forward pass; auto: as many as the memory plan says fit",
         minimum=1,
@@ -249,7 +256,7 @@ class RunConfig:
             parse_columns(self.columns)
         except UserError as error:
             problems.append(str(error))
-        if not self.auto_micro_batch and self.global_batch_size % self.micro_batch_rows:
+        if isinstance(self.micro_batch_size, int) and self.global_batch_size % self.micro_batch_size:
             sizes = _nearest_divisors(self.global_batch_size, self.micro_batch_rows)
             problems.append(
                 f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size "
@@ -268,15 +275,38 @@ class RunConfig:
 
     @property
     def auto_micro_batch(self) -> bool:
-        """Whether the micro-batch is still to be chosen (``memory/micro_batch.py``)."""
+        """Whether the micro-batch is still to be chosen (``memory/choice.py``)."""
         return self.micro_batch_size == "auto"
 
     @property
     def micro_batch_rows(self) -> int:
-        """``micro_batch_size`` as the number that it must be by now; `UserError` while it is ``auto``."""
-        if not isinstance(self.micro_batch_size, int):
+        """``micro_batch_size`` as a number: a CPU's while it is open; `UserError` while it is ``auto``."""
+        size = cpu_value(self.micro_batch_size)
+        if size == "auto":
             raise UserError("micro_batch_size auto is chosen when a run starts; give a number here")
-        return self.micro_batch_size
+        return int(size)
+
+    @property
+    def open_fields(self) -> tuple[str, ...]:
+        """Those that the user left to the device."""
+        return tuple(name for name in CHOSEN_BY_PLAN if str(getattr(self, name)).startswith(OPEN))
+
+    @property
+    def is_left_to_plan(self) -> bool:
+        """Whether something is open, or is ``auto``."""
+        return bool(self.open_fields) or "auto" in (self.deepspeed, self.micro_batch_size)
+
+    @property
+    def ds_config_name(self) -> str:
+        """``deepspeed`` as a path or a name: a CPU's while it is left to the device."""
+        name = cpu_value(self.deepspeed)
+        return cpu_value(FIELDS["deepspeed"].default) if name == "auto" else name
+
+    def on_cpu(self) -> RunConfig:
+        """The config that it is on a CPU, with nothing open; `UserError` where its micro-batch does not divide."""
+        size = cpu_value(self.micro_batch_size)
+        size = size if size == "auto" else int(size)
+        return dataclasses.replace(self, deepspeed=self.ds_config_name, micro_batch_size=size)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` ranks adds up for one optimizer step: global / (micro x world)."""
@@ -290,8 +320,13 @@ class RunConfig:
             choices = f"--micro-batch-size {micro} or {choices}"
         raise UserError(
             f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size x world_size = "
-            f"{self.micro_batch_size} x {world_size} = {rows}; nearest choices: {choices}"
+            f"{self.micro_batch_rows} x {world_size} = {rows}; nearest choices: {choices}"
         )
+
+
+def cpu_value(value: Any) -> Any:
+    """What a field's value is on a CPU: that behind ``auto,cpu=`` as text, and any other as it is."""
+    return value.removeprefix(OPEN) if isinstance(value, str) else value
 
 
 def _is_number(value: Any) -> bool:
@@ -329,6 +364,11 @@ class Field:
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with `value`, or None."""
+        if self.is_open(value):
+            try:
+                value = self.parse(cpu_value(value))
+            except ValueError:
+                return f"must be {self.expected} behind {OPEN}, not {cpu_value(value)!r}"
         if (value is None and self.optional) or (isinstance(value, str) and value in self.words):
             return None
         types: Any = {"str": str, "int": int, "float": (int, float), "bool": bool}[self.kind]
@@ -349,6 +389,10 @@ class Field:
                 return f"cannot be {error}"
         return None
 
+    def is_open(self, value: Any) -> bool:
+        """Whether a value leaves the field to the device; only those of `CHOSEN_BY_PLAN` can be left to it."""
+        return self.name in CHOSEN_BY_PLAN and isinstance(value, str) and value.startswith(OPEN)
+
     def each_path(self, value: str, change: Callable[[str], str]) -> str:
         """The value with each path in it changed, and the weights of a mixture as they are."""
         if not self.mixture or "=" not in value or os.path.exists(expand(value)):
@@ -367,7 +411,7 @@ class Field:
         """The value that a flag's text means; ValueError if it means none (``1e5`` is a whole number)."""
         if self.optional and text.lower() in ("none", "null"):
             return None
-        if text in self.words:
+        if text in self.words or self.is_open(text):
             return text
         if self.kind == "float":
             return float(text)
@@ -403,19 +447,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "small": {},
     "large": {
         "model": "gpt2-xl",
-        "micro_batch_size": 2,
+        "micro_batch_size": f"{OPEN}2",
         "global_batch_size": 512,
         "learning_rate": 2e-4,
         "num_warmup_steps": 750,
         "max_train_steps": 50_000,
         "save_checkpoint_steps": 1024,
-        "deepspeed": "zero2_activation_checkpointing:auto",
+        "deepspeed": f"{OPEN}zero2_activation_checkpointing:auto",
     },
     "demo": {
         "model": "demo",
         "seq_length": 256,
         "global_batch_size": 16,
-        "micro_batch_size": 8,
+        "micro_batch_size": f"{OPEN}8",
         "learning_rate": 2e-3,
         "num_warmup_steps": 20,
         "max_train_steps": 300,

@@ -198,7 +198,7 @@ def _evaluation(config: RunConfig) -> Found:
     if 0 < tokens < FEW_EVAL_TOKENS:
         yield ConfigWarning(
             field="max_eval_steps",
-            sentence=f"max_eval_steps {config.max_eval_steps} x micro_batch_size {config.micro_batch_size} evaluates "
+            sentence=f"max_eval_steps {config.max_eval_steps} x micro_batch_size {rows} evaluates "
             f"on {tokens:,} tokens, whose loss is much by chance; -1 evaluates on the whole validation split",
         )
     completes = config.eval_prompts or config.eval_problems

@@ -29,26 +29,33 @@ def device_precisions(device: str) -> tuple[str, ...]:
     return WITHOUT_BF16 if oldest is not None and oldest[1] < AMPERE else GPU_PRECISIONS
 
 
+def begun_run(config: RunConfig) -> Path | None:
+    """The folder of the run that this config continues, or whose checkpoint it begins from; None for a new one."""
+    if config.resume == "never" or config.run_name is None:
+        return None
+    return Path(config.output_dir) / config.run_name if config.resume == "auto" else run_of(config.resume)
+
+
 def began_with(config: RunConfig) -> str | None:
     """The precision of the run that this config continues, or whose checkpoint it begins from; None for a new one.
 
     ``auto`` follows it: another machine may be faster in another precision, but the losses of a run that changes it
     would part.
     """
-    if config.resume == "never" or config.run_name is None:
-        return None
-    run = Path(config.output_dir) / config.run_name if config.resume == "auto" else run_of(config.resume)
-    saved = saved_ds_config(run / "ds_config.json")
+    run = begun_run(config)
+    saved = None if run is None else saved_ds_config(run / "ds_config.json")
     return None if saved is None else precision(saved)
 
 
 def open_for(config: RunConfig, device: str) -> DsFile:
     """The DeepSpeed JSON of a run on this machine's ``cpu`` or ``cuda``, as read."""
-    return open_ds_config(config.deepspeed, device_precisions(device), began=began_with(config))
+    return open_ds_config(config.ds_config_name, device_precisions(device), began=began_with(config))
 
 
 def with_precision(config: RunConfig, followed: str) -> RunConfig:
-    """The config with a shipped file's name in place of ``NAME:auto``."""
+    """The config with a shipped file's name in place of ``NAME:auto``; what is left to the memory plan stays so."""
+    if config.deepspeed == "auto" or "deepspeed" in config.open_fields:
+        return config
     return dataclasses.replace(config, deepspeed=name_in(config.deepspeed, followed))
 
 

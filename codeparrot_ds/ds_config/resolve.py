@@ -282,7 +282,9 @@ def run_values(config: RunConfig, world_size: int | None) -> dict[KeyPath, Any]:
     values = {path: getattr(config, name) for path, name in RUN_OWNED_KEYS.items() if path != ACCUMULATION}
     if config.auto_micro_batch:
         del values[MICRO_BATCH]
-    elif world_size is not None and config.global_batch_size % (rows := config.micro_batch_rows * world_size) == 0:
+        return values
+    values[MICRO_BATCH] = config.micro_batch_rows
+    if world_size is not None and config.global_batch_size % (rows := config.micro_batch_rows * world_size) == 0:
         values[ACCUMULATION] = config.global_batch_size // rows
     return values
 
@@ -301,7 +303,7 @@ def _fill_run_values(
         name = RUN_OWNED_KEYS[path]
         source = f"run config: {name}" + (f" ({origins[name]})" if name in origins else "")
         if path == ACCUMULATION:
-            source += f" = {config.global_batch_size} / ({config.micro_batch_size} x {world_size})"
+            source += f" = {config.global_batch_size} / ({config.micro_batch_rows} x {world_size})"
         present = value_at(filled.config, path)
         if present == "auto":
             filled.autos[path] = Auto(path, source)

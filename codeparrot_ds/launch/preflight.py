@@ -43,7 +43,7 @@ from codeparrot_ds.evaluation.prompts import what_to_complete
 from codeparrot_ds.hub.hugging_face import require_token
 from codeparrot_ds.hub.places import is_remote, open_repository
 from codeparrot_ds.json_files import DamagedFileError, parts_of
-from codeparrot_ds.memory.micro_batch import with_micro_batch
+from codeparrot_ds.memory.choice import as_begun, with_choices
 from codeparrot_ds.memory.plan import predict, why_too_large
 from codeparrot_ds.memory.workload import Memory
 from codeparrot_ds.model.shapes import num_parameters
@@ -69,13 +69,17 @@ def preflight(
         precisions: what the device trains in, the fastest first; None asks this machine without torch.
 
     Raises:
-        UserError: as `check_run`, or what ``init_from`` and ``micro_batch_size: auto`` refuse.
+        UserError: as `check_run`, or what ``init_from`` and `with_choices` refuse.
     """
     precisions = tuple(precisions or device_precisions(device))
-    config = with_precision(with_initial_model(config), began_with(config) or precisions[0])
-    if config.auto_micro_batch:
+    config = as_begun(with_initial_model(config), world_size=world_size, device=device)
+    if device == "cpu":
+        config = config.on_cpu()
+    followed = began_with(config) or precisions[0]
+    config = with_precision(config, followed)
+    if config.is_left_to_plan:
         check_named(config)
-        config = with_micro_batch(config, world_size=world_size, device=device)
+        config = with_choices(config, world_size=world_size, device=device, precision=followed)
     return check_run(config, device=device, world_size=world_size, precisions=precisions)
 
 
@@ -86,7 +90,7 @@ def check_run(
 
     Warnings about the JSON, and what it changes for a run that resumes, are printed to stderr once nothing is wrong.
 
-    Args: as for `preflight`; nothing in ``config`` is ``auto``.
+    Args: as for `preflight`; nothing in ``config`` is left to the device.
 
     Raises:
         UserError: the first thing that is wrong, or all findings of the config check.

@@ -107,7 +107,7 @@ def front_door(
     if finished is not None and _is_at_its_end(run.config, finished, going_on):
         return 0
     assert run.file is not None
-    if (said := describe_choice(config.deepspeed, run.file, device=device)) is not None:
+    if (said := describe_choice(config.ds_config_name, run.file, device=device)) is not None:
         print(said, file=sys.stderr)
     for warning in config_warnings(run.config, continued_from(run.config)):
         print(f"warning: {warning.sentence}", file=sys.stderr)

@@ -194,7 +194,7 @@ def _run_of(request: PlanRequest) -> tuple[RunConfig, GPT2Shape]:
         if getattr(request, field) is not None:
             values[field] = getattr(request, field)
     if request.global_batch_size is not None:
-        values["micro_batch_size"] = _at_most(values.get("micro_batch_size", 12), request.global_batch_size)
+        values["micro_batch_size"] = _at_most(RunConfig(**values).micro_batch_rows, request.global_batch_size)
     config = RunConfig(**values)
     vocab_size = VOCAB_SIZE if request.vocab_size is None else request.vocab_size
     return config, find_shape(config.model, vocab_size=vocab_size, seq_length=config.seq_length)

@@ -549,7 +549,9 @@ def test_the_run_config_says_what_the_run_is(folder, options, tmp_path):
     save_config(
         dataclasses.replace(RunConfig(), data=values["data"], tokenizer=values["tokenizer"]), tmp_path / "c.yaml"
     )
-    arguments = ["--config", str(tmp_path / "c.yaml"), *options[4:], "demo"]
+    place = options.index("--deepspeed")
+    arguments = ["--config", str(tmp_path / "c.yaml"), *options[4:place], *options[place + 2 :], "demo"]
     assert main(["checkpoint", "import", str(folder), str(tmp_path / "run"), *arguments]) == 0
     config = load_config(tmp_path / "run" / "config.yaml")
     assert (config.data, config.save_checkpoint_steps) == (values["data"], 15_000)  # the file wins over the preset
+    assert config.deepspeed == RunConfig().deepspeed  # left to the device of the first start

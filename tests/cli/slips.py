@@ -215,7 +215,8 @@ OPTIONS = [
     Slip("a preset behind one", "train --seed 2 lrge", "did you mean 'large'?"),
     Slip("a run for a preset", "train first", "to continue a run write --config runs/first/config.yaml"),
     Slip("in a fast precision", TRAIN + " --deepspeed zro2:auto", "did you mean 'zero2:auto'?"),
-    Slip("auto without a name", TRAIN + " --deepspeed auto", "write NAME:auto, such as zero2:auto"),
+    Slip("auto without a name", "plan small auto", "write NAME:auto, such as zero2:auto"),
+    Slip("a CPU's", TRAIN + " --micro-batch-size auto,cpu=x", "must be a whole number or auto behind auto,cpu=, not"),
     Slip("a word for prompts", TRAIN + " --eval-prompts exampels", "did you mean 'examples'?"),
 ]
 

@@ -17,9 +17,10 @@ from codeparrot_ds.compare.candidates import (
     parse_config,
     reference_of,
     slug_of,
+    with_nothing_open,
 )
 from codeparrot_ds.compare.run import with_warnings
-from codeparrot_ds.config.run_config import FIELDS
+from codeparrot_ds.config.run_config import FIELDS, OPEN
 from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.errors import UserError
 
@@ -157,6 +158,20 @@ def test_an_autotuners_config_brings_its_micro_batch_and_its_notes(make_request,
     assert candidate.skipped is None
     assert candidate.config.micro_batch_size == 4 and candidate.resolved["gradient_clipping"] == 1.0
     assert any("gradient_clipping 0.5 is left out" in note for note in candidate.notes)
+
+
+def test_on_a_gpu_each_config_has_what_train_would_give_it(make_request, tmp_path, monkeypatch):
+    config = make_request("zero1", deepspeed=f"{OPEN}zero2:auto", micro_batch_size=f"{OPEN}4").config
+    for module in ("compare.candidates", "memory.choice"):
+        monkeypatch.setattr(f"codeparrot_ds.{module}.smallest_gpu", lambda: ("a GPU", 24 * 2**30))
+    given = {"world_size": 1, "precision": "bf16"}
+    assert with_nothing_open(config, named=True, device="cuda", **given).auto_micro_batch
+    base = with_nothing_open(config, named=False, device="cuda", **given)
+    assert (base.deepspeed, base.micro_batch_size) == ("zero1", base.global_batch_size)
+    assert with_nothing_open(config, named=True, device="cpu", **given).micro_batch_size == 4
+    for module in ("compare.candidates", "memory.choice"):
+        monkeypatch.setattr(f"codeparrot_ds.{module}.smallest_gpu", lambda: None)
+    assert with_nothing_open(config, named=True, device="cuda", **given).micro_batch_size == 4
 
 
 def test_an_automatic_micro_batch_is_chosen_for_each_config_and_the_comparison_continues(

@@ -23,7 +23,7 @@ def config_of(*arguments):
 def test_small_is_the_recipe():
     config = config_of("small")
     assert config == RunConfig()
-    assert (config.model, config.global_batch_size, config.micro_batch_size) == ("gpt2", 192, 12)
+    assert (config.model, config.global_batch_size, config.micro_batch_rows) == ("gpt2", 192, 12)
     assert (config.learning_rate, config.num_warmup_steps, config.max_train_steps) == (5e-4, 2000, 150_000)
     assert (config.weight_decay, config.lr_scheduler_type, config.seq_length) == (0.1, "cosine", 1024)
     assert config.gradient_accumulation_steps(16) == 1
@@ -31,10 +31,10 @@ def test_small_is_the_recipe():
 
 def test_large_is_the_recipe():
     config = config_of("large")
-    assert (config.model, config.global_batch_size, config.micro_batch_size) == ("gpt2-xl", 512, 2)
+    assert (config.model, config.global_batch_size, config.micro_batch_rows) == ("gpt2-xl", 512, 2)
     assert (config.learning_rate, config.num_warmup_steps, config.max_train_steps) == (2e-4, 750, 50_000)
     assert config.gradient_accumulation_steps(16) == 16
-    assert "activation_checkpointing" in config.deepspeed
+    assert "activation_checkpointing" in config.ds_config_name
 
 
 @pytest.mark.parametrize("preset", PRESETS)

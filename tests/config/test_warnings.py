@@ -132,7 +132,7 @@ def test_a_comparison_hears_of_the_fields_of_its_trials_alone():
 
 def test_a_batch_beyond_all_counting_is_refused_at_once():
     with pytest.raises(UserError, match=r"not divisible by micro_batch_size 12 \(nearest micro_batch_size: 10 or 16\)"):
-        RunConfig(global_batch_size=10**30)
+        RunConfig(global_batch_size=10**30).on_cpu()
     with pytest.raises(UserError, match=r"\(nearest micro_batch_size: 96 or 192\)"):
         RunConfig(micro_batch_size=100)
     with pytest.raises(UserError, match=r"\(nearest micro_batch_size: 192\)"):

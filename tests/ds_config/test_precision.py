@@ -71,9 +71,9 @@ def test_names(name, chosen):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("wanted", ["bf16", "fp16", "fp32"])
 def test_every_preset_has_its_config_in_every_precision(preset, wanted):
-    config = with_precision(RunConfig(**PRESETS[preset]), wanted)
+    config = with_precision(RunConfig(**PRESETS[preset]).on_cpu(), wanted)
     file = open_ds_config(config.deepspeed)
-    bf16 = open_ds_config(with_precision(RunConfig(**PRESETS[preset]), "bf16").deepspeed)
+    bf16 = open_ds_config(with_precision(RunConfig(**PRESETS[preset]).on_cpu(), "bf16").deepspeed)
     assert precision(file.config) == wanted
     assert file.config["zero_optimization"] == bf16.config["zero_optimization"]
     assert file.config.get("activation_checkpointing") == bf16.config.get("activation_checkpointing")
@@ -177,7 +177,7 @@ def test_a_run_keeps_the_precision_that_it_began_with(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "ds_config.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     assert began_with(config) == "fp32"
-    assert with_precision(config, "fp32").deepspeed == "zero2_fp32"
+    assert with_precision(config.on_cpu(), "fp32").deepspeed == "zero2_fp32"
     assert open_for(config, "cpu").path.name == "zero2_fp32.json"
     # A branch of it goes on as it was; a start afresh is the device's.
     checkpoint = str(tmp_path / "old" / "checkpoints" / "step-00000010")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ from codeparrot_ds.config.files import load_config, save_config
 from codeparrot_ds.config.run_config import FIELDS, PRESETS, RunConfig
 from codeparrot_ds.ds_config.facts import precision
 from codeparrot_ds.ds_config.precision import device_precisions
+from codeparrot_ds.launch.preflight import preflight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -85,8 +87,61 @@ def test_what_is_decided_is_said_with_what_was_asked(options, tmp_path, capsys):
     rows = {line.split()[0]: line for line in said.splitlines() if line.startswith("  ") and line.strip()}
     assert f"decided here; {tmp_path}/run.yaml: auto" in rows["micro_batch_size"]
     assert rows["seed"].split()[1:] == ["3", f"{tmp_path}/run.yaml"]
-    if device_precisions("cpu")[0] != "bf16":
-        assert "decided here; default: zero2:auto" in rows["deepspeed"]
+    assert "decided here; default: auto,cpu=zero2:auto" in rows["deepspeed"]
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """Makes this machine have so many GPUs of so many MiB, and a torch for them."""
+
+    def put(count: int, mebibytes: int) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        cases = {"list-gpus": "GPU {0}: Some GPU", "memory.total": f"{{0}}, GPU-{{0}}, Some GPU, {mebibytes}"}
+        cases["compute_cap"] = "{0}, GPU-{0}, Some GPU, 9.0"
+        branches = [
+            f"*{word}*) printf '{''.join(line.format(n) + chr(92) + 'n' for n in range(count))}';;"
+            for word, line in cases.items()
+        ]
+        (folder / "nvidia-smi").write_text(f'#!/bin/sh\ncase "$*" in {" ".join(branches)} esac\n')
+        (folder / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=":")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        installed = importlib.metadata.version
+        of_gpus = {"torch": "2.13.0"}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: of_gpus.get(name) or installed(name))
+
+    return put
+
+
+def test_on_gpus_every_way_to_the_run_config_gives_the_same_choice(options, gpus, tmp_path, capsys):
+    gpus(2, 24_576)
+    micro = options.index("--micro-batch-size")
+    asked = [*options[:micro], *options[micro + 2 :], "--run-name", "one"]
+    assert main(["train", *asked, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    chosen = "zero1, micro-batch 4 and 1 accumulation step(s), chosen for Some GPU: by the memory plan "
+    assert [line for line in said.err.splitlines() if line.startswith(chosen)]
+    assert "ZeRO-1, bf16" in facts(said.out)["model"] and facts(said.out)["ranks"].startswith("2 on cuda")
+    assert "decided here; preset demo: auto,cpu=8" in said.out
+    assert "decided here; default: auto,cpu=zero2:auto" in said.out
+    (tmp_path / "run.yaml").write_text(printed(capsys, *asked))
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
+    assert chosen in capsys.readouterr().err
+    # A rank that srun starts has the config alone, and asks the same.
+    config = load_config(tmp_path / "run.yaml")
+    run = preflight(config, device="cuda", world_size=2)
+    assert (run.config.deepspeed, run.config.micro_batch_size) == ("zero1", 4)
+    # What a run has begun with it keeps, on fewer ranks and on a CPU.
+    save_run(run.config, 50, 400, "running")
+    for ranks, device in ((1, "cuda"), (1, "cpu")):
+        again = preflight(config, device=device, world_size=ranks)
+        assert (again.config.deepspeed, again.config.micro_batch_size) == ("zero1", 4)
+    named = dataclasses.replace(config, deepspeed="zero3", micro_batch_size=2)
+    again = preflight(named, device="cuda", world_size=1)
+    assert (again.config.deepspeed, again.config.micro_batch_size) == ("zero3", 2)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +168,6 @@ def save_run(config: RunConfig, step: int, rows: int, status: str) -> Path:
     """A run with a checkpoint, as far as a start looks at it before its ranks do."""
     from codeparrot_ds.data.datasets import StreamStart, open_datasets, saved_stream, stream_of
     from codeparrot_ds.data.stream import stream_fingerprint
-    from codeparrot_ds.launch.preflight import preflight
     from codeparrot_ds.model.shapes import parameter_shapes
 
     resolved = preflight(config, device="cpu", world_size=1)

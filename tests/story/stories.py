@@ -16,8 +16,7 @@ from pathlib import Path
 
 from codeparrot_ds.cli import main as cli
 from codeparrot_ds.config.arguments import ArgumentParser, add_config_arguments, config_from_arguments
-from codeparrot_ds.launch.preflight import check_run
-from codeparrot_ds.memory.micro_batch import with_micro_batch
+from codeparrot_ds.launch.preflight import preflight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The demo with a smaller model on short rows: a run is mostly start-up. The learning rate is a small batch's: at the
@@ -81,7 +80,7 @@ def train_in_turn(runs: list[list[str]], *, ranks: int, device: str = "cpu", **v
     add_config_arguments(parser)
     for options in runs:
         config = config_from_arguments(parser.parse_args(options))
-        check_run(with_micro_batch(config, world_size=ranks, device=device), device=device, world_size=ranks)
+        preflight(config, device=device, world_size=ranks)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
     node = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     with tempfile.TemporaryDirectory() as folder:
