@@ -223,7 +223,7 @@ class StepCounter(TorchDispatchMode):
         for number in range(launches):
             self.launches.append(Launch(part, operator, num_bytes // launches + (rest if number == 0 else 0), flops))
 
-    def multi_tensor_adam(self, chunk_size: int, flag: Any, tensors: list[Any], *_: Any) -> None:
+    def fused_adam(self, chunk_size: int, flag: Any, tensors: list[Any], *_: Any) -> None:
         """FusedAdam's kernel: gradients, weights and both moments are read, all but the gradients written."""
         gradients, *others = tensors
         num_bytes = size_of(gradients) + 2 * size_of(others)
@@ -357,7 +357,7 @@ def count_steps(
         trainer: makes of an engine a function that trains one step, and says in the counter's ``part`` what runs.
     """
     counters: list[StepCounter] = []
-    device, _ = pretend(workloads[0], multi_tensor_adam=lambda *args: counters[0].multi_tensor_adam(*args))
+    device, _ = pretend(workloads[0], multi_tensor_adam=lambda *args: counters[0].fused_adam(*args))
     counter = StepCounter(device)
     counters.append(counter)
     with fake_device.FakeTensors(), counter:
