@@ -82,7 +82,8 @@ def build_engine(workload: Workload, device: torch.device) -> Any:
         zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
         device=device,
     )
-    return create_engine(model, ds_config, RunConfig(), traced=True)
+    run = RunConfig(lean_step="on" if workload.lean_step else "off")
+    return create_engine(model, ds_config, run, traced=True)
 
 
 def measure(workload: Workload, counter: StorageCounter, device: torch.device) -> tuple[Any, Memory]:

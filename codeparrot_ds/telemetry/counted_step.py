@@ -249,7 +249,8 @@ class StepCounter(TorchDispatchMode):
         else:
             known = _storages((args, kwargs))
             fresh = [leaf for leaf in tree_leaves(output) if not _storages(leaf) <= known]
-            num_bytes = size_of(args, kwargs, written, fresh)
+            read = {name: value for name, value in kwargs.items() if name not in ("out", "grad_input")}
+            num_bytes = size_of(args, read, written, fresh)
         lists = [value for value in args if isinstance(value, list | tuple) and value]
         launches = _launches_of_lists(lists) if name.startswith(_OF_LISTS) else 1
         self.kernel(name, num_bytes, _flops(operator, args, kwargs, output), launches=launches)

@@ -48,6 +48,7 @@ def operators() -> dict:
         count("addition", lambda: a + b)
         count("in place", lambda: a.add_(b))
         count("overwritten", lambda: a.copy_(b))
+        count("product elsewhere", lambda: torch.mul(a.bfloat16(), b[:1], out=b))
         count("zeros", lambda: torch.zeros_like(a))
         count("cast", lambda: a.bfloat16())
         count("expanded", lambda: a.view(10, 100) + torch.empty(1, device=device).expand(10, 100))
@@ -70,9 +71,15 @@ def all_figures() -> dict:
     """Of both models with one layer at each stage, and of one whole model by what its second layer adds."""
     names = [(model, f"zero{stage}") for model in counted_step.MICRO_BATCH_SIZES for stage in range(4)]
     works = [counted_step.workload(*name, counted_step.MICRO_BATCH_SIZES[name[0]], 1, 1) for name in names]
-    *steps, two_layers = counted_step.count([*works, counted_step.workload("gpt2", "zero1", 64, 1, 2)])
-    one_layer = {" ".join(name): figures for name, figures in zip(names, steps, strict=True)}
-    return {"one layer": one_layer, "whole": counted_step.continued(one_layer["gpt2 zero1"], two_layers, 11)}
+    plain = [counted_step.workload("gpt2", "zero1", 64, 1, layers, lean="off") for layers in (1, 2)]
+    figures = counted_step.count([*works, counted_step.workload("gpt2", "zero1", 64, 1, 2), *plain])
+    one_layer = {" ".join(name): each for name, each in zip(names, figures, strict=False)}
+    two_layers, *plain = figures[len(names) :]
+    return {
+        "one layer": one_layer,
+        "whole": counted_step.continued(one_layer["gpt2 zero1"], two_layers, 11),
+        "whole, plain": counted_step.continued(*plain, 11),
+    }
 
 
 if __name__ == "__main__":
