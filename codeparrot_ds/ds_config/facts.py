@@ -93,8 +93,10 @@ def _why_no_lean_step(ds_config: Mapping[str, Any]) -> str:
     reasons = {
         "ZeRO stage 3": zero_stage(ds_config) == 3,
         "fp16, whose loss scale has to know of each step": trained == "fp16",
-        "an optimizer other than DeepSpeed's fused AdamW": value_at(ds_config, ("optimizer", "type")) != "AdamW"
+        "an optimizer other than DeepSpeed's fused AdamW": str(value_at(ds_config, ("optimizer", "type"))).lower()
+        != "adamw"
         or bool(parameters.get("torch_adam")),
+        "Adam without its bias correction": parameters.get("bias_correction") is False,
         "an offloaded optimizer": offload_device(ds_config, "optimizer") != "none",
         "gradients that are added up in another precision": added_up is not None and short_dtype(added_up) != trained,
         "masters or moments in bf16": any(
@@ -102,6 +104,7 @@ def _why_no_lean_step(ds_config: Mapping[str, Any]) -> str:
         ),
         "torch_autocast": bool(value_at(ds_config, ("torch_autocast", "enabled"))),
         "a step without a norm": value_at(ds_config, (zero, "compute_grad_norm")) is False,
+        "gradients that are added up by hand": ds_config.get("managed_gradient_accumulation") is False,
         "DeepCompile": bool(value_at(ds_config, ("compile", "deepcompile"))),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -27,6 +27,7 @@ from codeparrot_ds.memory.gradient_memory import (
     GradientMemory,
     Partition,
     PartitionedGradients,
+    lean_step,
     partition_numel,
     partitions,
     sharded_gradients,
@@ -267,15 +268,15 @@ class QuickPlan:
                 before_step=whole,
                 initialization=self._built,
             )
-        decayed = sum(parameter.numel for parameter in self.parameters if parameter.decayed)
+        numels = [parameter.numel for parameter in self.parameters if parameter.decayed]
+        decayed, lean = sum(numels), self.workload.lean_step
         return EngineMemory(
             parameters=whole,
             optimizer=3 * FP32 * self.numel,  # fp32_groups_flat and Adam's two moments
             backward=backward,
             before_step=whole,
-            # step: the gradients in fp32 one by one, then flattened; both beside the 16-bit ones. A lean one casts
-            # them to where they lie flat.
-            step_temporary=(1 if self.workload.lean_step else 2) * FP32 * decayed,
+            # step: the gradients in fp32 one by one, then flattened; both beside the 16-bit ones.
+            step_temporary=lean_step(numels, decayed, width=settings.width) if lean else 2 * FP32 * decayed,
             # initialize_optimizer_states: Adam's states and a zero gradient before the first step.
             initialization=whole + 4 * FP32 * self.numel,
         )
@@ -370,7 +371,7 @@ class QuickPlan:
         """The largest of what ``step`` adds: the norm of one slice in fp64, or one group's gradients for the update."""
         settings = self.settings
         if self.workload.lean_step:
-            return FP32 * max(share.numel for share in shares)
+            return max(lean_step(share.slices.values(), share.numel, width=settings.width) for share in shares)
         norm = NORM_WIDTH * max(share.largest_slice for share in shares)
         if self._compact:
             return norm

@@ -215,6 +215,7 @@ OPTIONS = [
     Slip("a preset behind one", "train --seed 2 lrge", "did you mean 'large'?"),
     Slip("a run for a preset", "train first", "to continue a run write --config runs/first/config.yaml"),
     Slip("in a fast precision", TRAIN + " --deepspeed zro2:auto", "did you mean 'zero2:auto'?"),
+    Slip("lean", TRAIN + " --deepspeed zero3 --lean-step on", "lean_step on does not go with ZeRO stage 3"),
     Slip("auto without a name", TRAIN + " --deepspeed auto", "write NAME:auto, such as zero2:auto"),
     Slip("a word for prompts", TRAIN + " --eval-prompts exampels", "did you mean 'examples'?"),
 ]

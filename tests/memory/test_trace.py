@@ -200,9 +200,7 @@ def test_a_chunked_loss_keeps_logits_in_the_weights_precision(traced):
 def test_a_lean_step_takes_what_the_formulas_say(traced, name):
     (quick,) = quick_memories([TRACED[name]])
     for phase in ("forward_backward", "step"):
-        assert quick.phases[phase] == pytest.approx(traced[name].phases[phase], rel=0.03), phase
-    (plain,) = quick_memories([dataclasses.replace(TRACED[name], lean_step=False)])
-    assert quick.phases["step"] < plain.phases["step"]
+        assert quick.phases[phase] == pytest.approx(traced[name].phases[phase], rel=0.01), phase
 
 
 def test_offloading_moves_to_the_host(traced):
