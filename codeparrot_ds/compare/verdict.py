@@ -323,6 +323,7 @@ MEANING: Mapping[str, tuple[str, str]] = {
     "deepspeed: fp16.fp16_master_weights_and_grads": (UPDATE, "master weights' dtype"),
     "deepspeed: fp16.loss_scale": (UPDATE, "loss scale"),
     "deepspeed: fp16.initial_scale_power": (UPDATE, "initial loss scale"),
+    "lean_step": (UPDATE, "another kernel of Adam"),
     "lr_scheduler_type": (UPDATE, "schedule"),
     "num_warmup_steps": (UPDATE, "warm-up"),
     "max_train_steps": (UPDATE, "length of the schedule"),

@@ -131,6 +131,13 @@ class RunConfig:
         False, "model", "never hold the softmax of all tokens in fp32: less memory for the logits, the same loss"
     )
     compile: bool = _setting(False, "model", "compile the model with torch.compile")
+    lean_step: str = _setting(
+        "auto",
+        "model",
+        "optimizer steps that do not wait for the device and report a bad step one step late (auto: on a GPU, where "
+        "the DeepSpeed config allows it)",
+        choices=("auto", "on", "off"),
+    )
     deepspeed: str = _setting(
         f"{OPEN}zero2:auto",
         "model",

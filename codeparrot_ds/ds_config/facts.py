@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from codeparrot_ds.ds_config.known_keys import KeyPath
+from codeparrot_ds.errors import UserError
 
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Torch's name of each precision that weights are trained in."""
@@ -68,6 +69,45 @@ def offload_device(ds_config: Mapping[str, Any], what: str) -> str:
     """``"none"``, ``"cpu"`` or ``"nvme"``: where `what` (``"optimizer"`` or ``"parameters"``) lives."""
     block = {"optimizer": "offload_optimizer", "parameters": "offload_param"}[what]
     return value_at(ds_config, ("zero_optimization", block, "device")) or "none"
+
+
+def steps_lean(choice: str, ds_config: Mapping[str, Any], device: str) -> bool:
+    """Whether steps wait for nothing (``engine/lean_step.py``) by the run config's ``lean_step`` and a resolved config.
+
+    Raises:
+        UserError: it is ``on``, and the config has what such a step does not know.
+    """
+    # A CPU waits in neither way.
+    if choice == "off" or (choice == "auto" and device == "cpu"):
+        return False
+    reason = _why_no_lean_step(ds_config)
+    if reason and choice == "on":
+        raise UserError(f"lean_step on does not go with {reason}, which the DeepSpeed config has; use lean_step auto")
+    return not reason
+
+
+def _why_no_lean_step(ds_config: Mapping[str, Any]) -> str:
+    parameters = value_at(ds_config, ("optimizer", "params")) or {}
+    trained, added_up = precision(ds_config), value_at(ds_config, ("data_types", "grad_accum_dtype"))
+    zero = "zero_optimization"
+    reasons = {
+        "ZeRO stage 3": zero_stage(ds_config) == 3,
+        "fp16, whose loss scale has to know of each step": trained == "fp16",
+        "an optimizer other than DeepSpeed's fused AdamW": str(value_at(ds_config, ("optimizer", "type"))).lower()
+        != "adamw"
+        or bool(parameters.get("torch_adam")),
+        "Adam without its bias correction": parameters.get("bias_correction") is False,
+        "an offloaded optimizer": offload_device(ds_config, "optimizer") != "none",
+        "gradients that are added up in another precision": added_up is not None and short_dtype(added_up) != trained,
+        "masters or moments in bf16": any(
+            value_at(ds_config, ("bf16", key)) for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+        ),
+        "torch_autocast": bool(value_at(ds_config, ("torch_autocast", "enabled"))),
+        "a step without a norm": value_at(ds_config, (zero, "compute_grad_norm")) is False,
+        "gradients that are added up by hand": ds_config.get("managed_gradient_accumulation") is False,
+        "DeepCompile": bool(value_at(ds_config, ("compile", "deepcompile"))),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def activation_checkpointing(ds_config: Mapping[str, Any]) -> bool:

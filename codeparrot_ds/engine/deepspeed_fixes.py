@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
+from codeparrot_ds.engine.lean_step import norms_of_rows, step_without_waiting
 from codeparrot_ds.engine.private_parts import (
     BARE,
     FUSED,
+    LEAN,
     PARTS,
     UNFUSED,
     VERIFIED,
@@ -119,7 +121,7 @@ def guard_bare_optimizer(engine: Any) -> None:
 
     def total_norm() -> torch.Tensor:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(_norms_of_rows(grad), dtype=torch.float64) for grad in grads])
+        norms = torch.stack([torch.linalg.vector_norm(norms_of_rows(grad), dtype=torch.float64) for grad in grads])
         return norms.square().sum().float().sqrt()  # infinite where fp32 cannot hold the square, as at other stages
 
     def clip() -> None:
@@ -173,17 +175,9 @@ def norm_without_fp64_copies(engine: Any) -> None:
     def norm(gradients: list[torch.Tensor], params: Any, **kwargs: Any) -> torch.Tensor:
         # Padding alone has the mark; stage 3 has neither.
         gradients = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
-        return plain_norm([_norms_of_rows(gradient) for gradient in gradients], params, **kwargs)
+        return plain_norm([norms_of_rows(gradient) for gradient in gradients], params, **kwargs)
 
     optimizer.get_grad_norm_direct = norm
-
-
-def _norms_of_rows(tensor: torch.Tensor, width: int = 1024) -> torch.Tensor:
-    """The fp32 norms of each `width` numbers of a tensor, and the last few numbers themselves."""
-    numbers = tensor.detach().reshape(-1)
-    whole = numbers.numel() // width * width
-    norms = torch.linalg.vector_norm(numbers[:whole].view(-1, width), dim=1, dtype=torch.float32)
-    return torch.cat([norms, numbers[whole:].float()])
 
 
 def bound_stage3_norms(engine: Any) -> None:
@@ -345,6 +339,18 @@ FIXES = (
         configs=(Configs(traits=frozenset({"FusedAdam", "cpu"})), Configs(traits=frozenset({"DeepSpeedCPUAdam"}))),
         corrects={"ops/csrc/includes/cpu_adam.h": "d269bd3a7adc"},
         noticed_by="test_deepspeed_still_keeps_beta_powers_between_steps",
+    ),
+    # After those that change the plain step, whose place it takes.
+    Fix(
+        apply=step_without_waiting,
+        configs=(Configs((BARE, FUSED, ZERO12), frozenset({LEAN})),),
+        corrects={
+            "runtime.fp16.fused_optimizer:FP16_Optimizer.step": "8e7b65e5aefd",
+            "runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step": "fac1cee02b7c",
+            "runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.average_tensor": "da26b2ba0a2f",
+            "runtime.engine:DeepSpeedEngine._take_model_step": "8e74072e9526",
+        },
+        noticed_by="test_deepspeed_still_waits_for_the_device_in_a_step",
     ),
 )
 """`import_muon_uncompiled` is none of them: it changes no arithmetic, and comes before the engine."""

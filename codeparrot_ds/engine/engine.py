@@ -2,7 +2,7 @@
 
 Every engine that is made here leaves an optimizer step out when the gradient is not finite: weights, masters and Adam's
 states stay what they were bit for bit, the gradient is dropped, ``engine.skipped_steps`` counts it, and the schedule
-stands still. ``optimizer.overflow`` says so, the same on all ranks.
+stands still. ``optimizer.overflow`` says so, the same on all ranks; of a lean step (``lean_step.py``) one step late.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.schedule import learning_rate_factor
-from codeparrot_ds.ds_config.facts import activation_checkpointing
+from codeparrot_ds.ds_config.facts import activation_checkpointing, steps_lean
 from codeparrot_ds.engine.deepspeed_fixes import apply_fixes, import_muon_uncompiled, warn_of_unverified_version
 from codeparrot_ds.engine.private_parts import FUSED, UNFUSED, ZERO3, ZERO12, check_parts, use_of
 from codeparrot_ds.model.gpt2 import enable_activation_checkpointing, get_grouped_params
@@ -54,15 +54,23 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
         dist_init_required=False,
     )
-    use = use_of(engine, ds_config, traced=traced)
+    engine.lean_step = None  # set by its fix
+    use = use_of(engine, ds_config, traced=traced, lean=steps_lean(config.lean_step, ds_config, engine.device.type))
     check_parts(use, engine)
     apply_fixes(engine, use)
     return engine
 
 
-def step_was_applied(engine: Any) -> bool:
-    """Whether the last step was made and not skipped; the same on all ranks."""
-    return bool(engine.was_step_applied())
+def step_outcomes(engine: Any, most: int, *, wait: bool) -> list[bool]:
+    """Whether the last steps, `most` at most, were made and not skipped, the oldest first; the same on all ranks.
+
+    Each is said once. A lean step's (``engine/lean_step.py``) is known when the next one is made, or with `wait`.
+    """
+    if engine.lean_step is None:
+        return [bool(engine.was_step_applied())] * min(most, 1)
+    if wait:
+        engine.lean_step.settle()
+    return engine.lean_step.outcomes()
 
 
 def _loss_scaler(engine: Any) -> tuple[Any, bool]:

@@ -146,6 +146,7 @@ _FUSED, _UNFUSED = ("runtime.fp16.fused_optimizer", FUSED), ("runtime.fp16.unfus
 _BF16, _ENGINE = ("runtime.bf16_optimizer", BF16), ("runtime.engine", "DeepSpeedEngine")
 _SCALE, _SCALER = ("runtime.fp16.loss_scaler", "LossScaleConfig"), ("runtime.fp16.loss_scaler", "DynamicLossScaler")
 _CPU, _TRACED, _OFFLOAD, _NVME, _DYNAMIC = "cpu", "traced", "offloaded optimizer", "optimizer on NVMe", "dynamic scale"
+LEAN = "lean step"
 PARTS: tuple[Part, ...] = (
     # Before there is an engine
     *_parts("compile", "runtime.compiler", of=None, users="import_muon_uncompiled",
@@ -255,6 +256,22 @@ PARTS: tuple[Part, ...] = (
     *_parts("min_scale cur_iter last_overflow_iter cur_hysteresis", *_SCALER,
             "engine.optimizer.loss_scaler", of=(ZERO12, ZERO3), traits=(_DYNAMIC,), users="loss-scale",
             why="its lower end, and what a checkpoint keeps of it"),
+    # A step that waits for nothing
+    *_parts("buffered_allreduce_fallback", *_ENGINE, of=(BARE, FUSED), traits=(LEAN,), users="step_without_waiting",
+            why="copies gradients into buckets for other ranks, also where there are none"),
+    *_parts("clip_fp32_gradients", *_ENGINE, of=(BARE,), traits=(LEAN,), users="step_without_waiting",
+            why="clips before the step, which does it itself"),
+    *_parts("_global_grad_norm", *_FUSED, "engine.optimizer", of=(FUSED,), traits=(LEAN,),
+            users="step_without_waiting", why="what the engine reports as the norm"),
+    *_parts("_global_grad_norm", *_STAGE12, "engine.optimizer", of=(ZERO12,), traits=(LEAN,),
+            users="step_without_waiting", why="what the engine reports as the norm"),
+    *_parts("averaged_gradients all_grad_tensors bit16_groups dp_process_group", *_STAGE12, "engine.optimizer",
+            of=(ZERO12,), traits=(LEAN,), users="step_without_waiting",
+            why="this rank's gradients once they are reduced, the parameters, and the ranks that share the norm"),
+    *_parts("_grad_acc_hooks", *_STAGE12, "engine.optimizer", of=(ZERO12,), traits=(LEAN,),
+            users="step_without_waiting", why="copy gradients into buckets, also where there are no other ranks"),
+    *_parts("reduce_gradients overlapping_partition_gradients_reduce_epilogue", *_STAGE12, of=(ZERO12,),
+            traits=(LEAN,), users="step_without_waiting", why="reduce what is in the buckets"),
     # Adam in C++
     *_parts("_dummy_overflow_buf multi_tensor_adam", "ops.adam.fused_adam", "FusedAdam", "engine.basic_optimizer",
             traits=("FusedAdam", _CPU), users="forget_beta_powers", why="one update of a number that nobody needs"),
@@ -324,7 +341,7 @@ def wrapper_of(engine: Any) -> str:
     )
 
 
-def use_of(engine: Any, ds_config: Mapping[str, Any], *, traced: bool = False) -> Use:
+def use_of(engine: Any, ds_config: Mapping[str, Any], *, traced: bool = False, lean: bool = False) -> Use:
     """What decides which parts and fixes an engine needs."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam  # public: by class, a renamed one is no other optimizer
 
@@ -339,6 +356,7 @@ def use_of(engine: Any, ds_config: Mapping[str, Any], *, traced: bool = False) -
         _OFFLOAD: offload != "none",
         _NVME: offload == "nvme",
         _TRACED: traced,
+        LEAN: lean,
     }
     return Use(wrapper=wrapper_of(engine), traits=frozenset(name for name, has in traits.items() if has))
 

@@ -34,6 +34,7 @@ from codeparrot_ds.data.datasets import (
 )
 from codeparrot_ds.data.stream import StreamConfig, check_world_size
 from codeparrot_ds.devices import smallest_gpu
+from codeparrot_ds.ds_config.facts import steps_lean
 from codeparrot_ds.ds_config.file import open_ds_config
 from codeparrot_ds.ds_config.lint import check_ds_config, libaio_installed
 from codeparrot_ds.ds_config.precision import began_with, device_precisions, with_precision
@@ -116,6 +117,7 @@ def check_run(
     validation = check_datasets(config, datasets, began)
     check_world_size(config.num_lanes, world_size)
     run = resolve_run(config, file, world_size=world_size, device=device, model=model)
+    steps_lean(config.lean_step, run.ds_config, device)
     check_continuation(config, path)
     changed = check_ds_continuation(config, path, run.ds_config)
     checkpoint = check_checkpoint(config, path, run.shape)

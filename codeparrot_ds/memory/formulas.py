@@ -27,6 +27,7 @@ from codeparrot_ds.memory.gradient_memory import (
     GradientMemory,
     Partition,
     PartitionedGradients,
+    lean_step,
     partition_numel,
     partitions,
     sharded_gradients,
@@ -267,14 +268,15 @@ class QuickPlan:
                 before_step=whole,
                 initialization=self._built,
             )
-        decayed = sum(parameter.numel for parameter in self.parameters if parameter.decayed)
+        numels = [parameter.numel for parameter in self.parameters if parameter.decayed]
+        decayed, lean = sum(numels), self.workload.lean_step
         return EngineMemory(
             parameters=whole,
             optimizer=3 * FP32 * self.numel,  # fp32_groups_flat and Adam's two moments
             backward=backward,
             before_step=whole,
             # step: the gradients in fp32 one by one, then flattened; both beside the 16-bit ones.
-            step_temporary=2 * FP32 * decayed,
+            step_temporary=lean_step(numels, decayed, width=settings.width) if lean else 2 * FP32 * decayed,
             # initialize_optimizer_states: Adam's states and a zero gradient before the first step.
             initialization=whole + 4 * FP32 * self.numel,
         )
@@ -316,11 +318,15 @@ class QuickPlan:
         states = (settings.master_width + 2 * settings.state_width) * mine
         accumulator = settings.width * self.largest if offloaded else 0  # temp_grad_buffer_for_gpu_offload
         owned = self._gradients(shares).owned_bytes if not offloaded or self._compact else 0
+        backward = [self._backward_of_stages_1_and_2(shares, owned, later) for later in (False, True)]
+        if self.workload.lean_step and settings.world_size == 1:  # nothing goes through a bucket
+            owned = settings.width * self.numel
+            backward = [self._whole_gradients(settings.width, later) for later in (False, True)]
         return EngineMemory(
             parameters=settings.width * flat,
             optimizer=0 if offloaded else states,
             temporary=accumulator,
-            backward=[self._backward_of_stages_1_and_2(shares, owned, later) for later in (False, True)],
+            backward=backward,
             before_step=owned,
             step_temporary=0 if offloaded else self._step_of_stages_1_and_2(shares),
             # Flattening a group copies it.
@@ -364,6 +370,8 @@ class QuickPlan:
     def _step_of_stages_1_and_2(self, shares: Sequence[Partition]) -> int:
         """The largest of what ``step`` adds: the norm of one slice in fp64, or one group's gradients for the update."""
         settings = self.settings
+        if self.workload.lean_step:
+            return max(lean_step(share.slices.values(), share.numel, width=settings.width) for share in shares)
         norm = NORM_WIDTH * max(share.largest_slice for share in shares)
         if self._compact:
             return norm

@@ -14,6 +14,7 @@ from functools import cached_property
 from codeparrot_ds.memory.model_memory import FP32, Moment, Parameter
 
 NORM_WIDTH = 8  # utils.py, get_norm_dtype: gradient norms are taken in fp64
+LEAN_SMALL = 2**16  # engine/lean_step.py, SMALL: gradients below it are put together before they are cast
 # Elements that `engine.allreduce_gradients` flattens at once (engine.py, MEMORY_OPT_ALLREDUCE_SIZE).
 STAGE0_BUCKET_ELEMENTS = 500_000_000
 
@@ -247,6 +248,11 @@ class PartitionedGradients:
         if self.compact:
             return FP32 * max((parameter.numel for parameter in mine), default=0)
         return 0
+
+
+def lean_step(numels: Iterable[int], flat_numel: int, *, width: int) -> int:
+    """What a step that waits for nothing adds for one group: its gradients in fp32, and copies of the small ones."""
+    return FP32 * flat_numel + width * sum(numel for numel in numels if numel < LEAN_SMALL)
 
 
 def sharded_gradients(

@@ -15,7 +15,7 @@ from typing import Any
 
 from codeparrot_ds.config.run_config import PRESETS, RunConfig
 from codeparrot_ds.cpu import usable_cores
-from codeparrot_ds.ds_config.facts import VALUE_BYTES, precision
+from codeparrot_ds.ds_config.facts import VALUE_BYTES, precision, steps_lean
 from codeparrot_ds.ds_config.file import DsFile, open_ds_config, shipped_names
 from codeparrot_ds.ds_config.foreign import import_ds_config, own_batch
 from codeparrot_ds.ds_config.lint import check_ds_config
@@ -311,6 +311,7 @@ def _workload_of(
         attention=attention,
         dropout=config.dropout,
         chunked_loss=config.chunked_loss,
+        lean_step=steps_lean("off" if config.lean_step == "off" else "auto", ds_config, "cuda"),
     )
 
 

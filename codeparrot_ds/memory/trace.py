@@ -64,6 +64,7 @@ SOURCES = (
     "engine/engine.py",
     "engine/deepspeed_fixes.py",
     "engine/fragments.py",
+    "engine/lean_step.py",
     "engine/private_parts.py",
     "engine/ranks.py",
     "engine/traced.py",

@@ -26,6 +26,7 @@ class Workload:
     attention: str = "flash"  # or "math": whole (tokens x tokens) scores
     dropout: float = 0.0
     chunked_loss: bool = False
+    lean_step: bool = False  # whether steps wait for nothing: ``ds_config.facts.steps_lean``
 
     @property
     def micro_batch_size(self) -> int:

@@ -62,6 +62,8 @@ def train_session(session: Session) -> dict[str, Any]:
         fresh = step == 0 or step > first_step
         due = step > first_step and (due or step % config.save_checkpoint_steps == 0)
         evaluating = last or step % (config.eval_steps or config.save_checkpoint_steps) == 0
+        if last or stopping or due or evaluating:
+            session.bad_steps.settle()
         if fresh and evaluating:
             session.evaluate(step)
         saving = last or stopping or (due and session.is_healthy(step))  # else it waits for the next good step
@@ -102,12 +104,13 @@ def train_step(session: Session, batches: Iterator[Any], step: int, observer: Ob
     config, engine = session.config, session.engine
     with session.profiled(step):
         losses = accumulate_gradients(engine, batches, session, observer)
-    session.bad_steps.check(step)
+    logging = step % config.log_steps == 0 or step == config.max_train_steps
+    session.bad_steps.check(step, wait=logging)
     if step == session.step + 1:
         session.first_step_done()
-    if step % config.log_steps == 0 or step == config.max_train_steps:
+    if logging:
         beat("log")
-        # The only place where the host waits for the device.
+        # Here the host waits for the device anyway.
         row = session.meter.row(step, session.mean_loss(losses.sum()), engine)
         session.tracker.train(row)
         session.progress.show(row, session.meter.seconds_left(step))

@@ -217,6 +217,7 @@ OPTIONS = [
     Slip("in a fast precision", TRAIN + " --deepspeed zro2:auto", "did you mean 'zero2:auto'?"),
     Slip("auto without a name", "plan small auto", "write NAME:auto, such as zero2:auto"),
     Slip("a CPU's", TRAIN + " --micro-batch-size auto,cpu=x", "must be a whole number or auto behind auto,cpu=, not"),
+    Slip("lean", TRAIN + " --deepspeed zero3 --lean-step on", "lean_step on does not go with ZeRO stage 3"),
     Slip("a word for prompts", TRAIN + " --eval-prompts exampels", "did you mean 'examples'?"),
 ]
 

@@ -21,7 +21,8 @@ def build(make_config, only_rank):
         import deepspeed
 
         settings = {"num_warmup_steps": 0, "learning_rate": 1e-2, "max_train_steps": 50, "dropout": 0.0}
-        config = make_config(deepspeed=name, global_batch_size=4, micro_batch_size=4, **settings | changes)
+        settings |= {"global_batch_size": 4, "micro_batch_size": 4, "lean_step": "off"}
+        config = make_config(deepspeed=name, **settings | changes)
         source = find_ds_config(name)
         ds_config = resolve_ds_config(
             read_ds_config(source).config, config, world_size=1, model_hidden_size=SHAPE.n_embd

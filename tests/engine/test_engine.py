@@ -229,6 +229,31 @@ def test_deepspeed_still_keeps_beta_powers_between_steps(only_rank):
     assert not torch.equal(*after) and torch.allclose(*after, atol=1e-5)
 
 
+class Asked(TorchDispatchMode):
+    """Counts how often the host asks for a number of a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero0_fp32", "zero2"])
+def test_deepspeed_still_waits_for_the_device_in_a_step(build, name):
+    """When this fails without lean steps, DeepSpeed waits for nothing by itself: remove ``step_without_waiting``."""
+    asked = {}
+    for switch in ("off", "on"):
+        engine = build(name, lean_step=switch)
+        train_step(engine)
+        ids = torch.zeros(4, 32, dtype=torch.long, device=engine.device)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        with Asked() as asked[switch]:
+            engine.step()
+    assert asked["on"].count == 1  # what became of the step before, which has long been known
+    assert asked["off"].count > (1 if name == "zero2" else 0)
+
+
 def test_activation_checkpointing_recomputes_and_changes_nothing(build):
     engine, plain = build("zero2_activation_checkpointing"), build("zero2")
     calls = []

@@ -134,6 +134,15 @@ def test_what_accumulation_costs():
     assert peak("zero3", 2) == peak("zero3", 1)
 
 
+@pytest.mark.parametrize("config", ["zero0", "zero1", "zero2"])
+def test_a_lean_step_holds_less(config):
+    """2 bytes a parameter in the step, or 4 at stage 0; and no bucket where a rank is alone."""
+    plain, lean = (quick(workload(config, "gpt2-xl", 1, lean_step=lean)) for lean in (False, True))
+    fewer = (4 if config == "zero0" else 2) * num_parameters(KNOWN_SHAPES["gpt2-xl"])
+    assert plain.phases["step"] - lean.phases["step"] == pytest.approx(fewer, rel=0.02)
+    assert lean.device["buckets"] == 0 and lean.peak_bytes < plain.peak_bytes
+
+
 def test_a_peak_is_a_line_in_the_micro_batch():
     sizes = [quick(workload("zero2", "gpt2-xl", micro_batch_size=rows)).peak_bytes for rows in (8, 16, 24)]
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0

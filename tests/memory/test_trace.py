@@ -125,6 +125,9 @@ TRACED = {
     "offload": workload("zero3_offload", world_size=8),
     "nvme": workload("zero3_nvme", world_size=1),
     "fp16": workload("zero0_fp16"),
+    "lean, stage 0": dataclasses.replace(workload("zero0"), lean_step=True),
+    "lean, one rank": dataclasses.replace(workload("zero2", world_size=1, accumulation=2), lean_step=True),
+    "lean, two ranks": dataclasses.replace(workload("zero1"), lean_step=True),
 }
 
 
@@ -191,6 +194,13 @@ def test_a_chunked_loss_keeps_logits_in_the_weights_precision(traced):
     assert plain.peak_bytes - chunked.peak_bytes == pytest.approx(fewer, rel=0.05)
     (quick,) = quick_memories([TRACED["chunked"]])
     assert quick.peak_bytes == pytest.approx(chunked.peak_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["lean, stage 0", "lean, one rank", "lean, two ranks"])
+def test_a_lean_step_takes_what_the_formulas_say(traced, name):
+    (quick,) = quick_memories([TRACED[name]])
+    for phase in ("forward_backward", "step"):
+        assert quick.phases[phase] == pytest.approx(traced[name].phases[phase], rel=0.01), phase
 
 
 def test_offloading_moves_to_the_host(traced):

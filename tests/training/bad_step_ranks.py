@@ -55,6 +55,8 @@ CONFIGS = {
     "zero2_fp32, no norm": ("zero2_fp32", {"zero_optimization": {"compute_grad_norm": False}}),
     "zero3, no clipping": ("zero3", {}),
     "zero0, torch's Adam": ("zero0", {"optimizer": {"params": {"torch_adam": True}}}),
+    **{f"{name}, lean": (name, {}) for name in ("zero0", "zero0_fp32", "zero1_fp32", "zero2")},
+    # Last: DeepSpeed keeps autocast as long as a process lives.
     "zero0_fp32, fp16 autocast": ("zero0_fp32", {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
 }
 # What is poisoned on rank 1, with which number, in which of the two micro-batches.
@@ -92,13 +94,16 @@ def merged(base: dict, changes: dict) -> dict:
 class Trainer:
     """An engine with its data, as the session has it, and a place to poison it."""
 
-    def __init__(self, name: str, folder: str, *, limit: int = 100, changes: dict | None = None) -> None:
+    def __init__(
+        self, name: str, folder: str, *, limit: int = 100, changes: dict | None = None, learning_rate: float = 1e-2
+    ) -> None:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         file, of_the_config = CONFIGS[name]
         config = RunConfig(
             data=data, tokenizer=tokenizer, seq_length=32, global_batch_size=BATCH, micro_batch_size=MICRO_BATCH,
-            num_warmup_steps=0, learning_rate=1e-2, max_train_steps=50,
+            num_warmup_steps=0, learning_rate=learning_rate, max_train_steps=50,
             max_grad_norm=0.0 if name.endswith(("no norm", "no clipping")) else 1.0,
+            lean_step="on" if name.endswith("lean") else "off",
         )  # fmt: skip
         ds_config = open_ds_config(file).config
         ds_config = resolve_ds_config(ds_config, config, world_size=2, model_hidden_size=32, nvme_path=folder)
@@ -149,7 +154,7 @@ class Trainer:
         self.step += 1
         self.lines.clear()
         quoted.clear()
-        self.bad_steps.check(self.step)
+        self.bad_steps.check(self.step, wait=True)
         self.state = self._state()
         return {
             "losses": losses.tolist(),
@@ -201,6 +206,36 @@ def poisoned_and_clean(name: str, folder: str) -> dict:
     return said | {"seconds": time.perf_counter() - started}
 
 
+def late(folder: str) -> dict:
+    """Lean steps as the loop makes them, which does not wait: what is said after each of two bad ones, a good one, a
+    bad one, and at the end."""
+    trainer = Trainer("zero2, lean", folder, limit=3)
+    said = []
+    for poison in (None, *POISONS[:2], None, POISONS[3]):
+        trainer.poison = poison
+        accumulate_gradients(trainer.engine, trainer.loader, trainer)
+        trainer.step += 1
+        trainer.bad_steps.check(trainer.step)
+        said.append([len(trainer.lines), trainer.bad_steps.in_a_row, trainer.engine.skipped_steps])
+    trainer.bad_steps.settle()
+    trainer.close()
+    said.append([len(trainer.lines), trainer.bad_steps.in_a_row, trainer.engine.skipped_steps])
+    return {"said": said, "lines": trainer.lines}
+
+
+def as_plain(name: str, folder: str) -> list[list[float]]:
+    """The losses of 50 lean steps on this rank, and of 50 plain ones."""
+    found = []
+    for kind in (f"{name}, lean", name):
+        trainer = Trainer(kind, folder, learning_rate=2e-3)
+        losses = []
+        for _ in range(50):
+            losses.append(accumulate_gradients(trainer.engine, trainer.loader, trainer).mean().item())
+        trainer.close()
+        found.append(losses)
+    return found
+
+
 def too_many(folder: str) -> dict:
     """Three bad steps in a row where three are too many; two before a good one are not."""
     trainer = Trainer("zero2", folder, limit=3)
@@ -238,7 +273,8 @@ for name in ("zero2", "zero2_offload", "zero3_nvme"):
 gc.freeze()  # DeepSpeed collects garbage several times an engine: what the imports made need not be looked through
 with tempfile.TemporaryDirectory() as scratch:
     folder = ranks.broadcast(scratch)
-    answer: dict = {}
+    answer: dict = {"late": late(folder)}
+    answer["as plain"] = {name: as_plain(name, folder) for name in ("zero1_fp32", "zero2")}
     for name in only or CONFIGS:
         answer[name] = poisoned_and_clean(name, f"{folder}/{name}")
         gc.collect()

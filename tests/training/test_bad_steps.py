@@ -16,16 +16,20 @@ pytestmark = pytest.mark.timeout(1500)  # the first of them may have to wait for
 SCRIPT = Path(__file__).with_name("bad_step_ranks.py")
 CLASSES = {
     "zero0": "FP16_Optimizer",
+    "zero0, lean": "FP16_Optimizer",
     "zero0, torch's Adam": "FP16_UnfusedOptimizer",
     "zero0_fp16": "FP16_Optimizer",
     "zero0_fp32": "FusedAdam",
     "zero0_fp32, fp16 autocast": "FusedAdam",
+    "zero0_fp32, lean": "FusedAdam",
     "zero1": "DeepSpeedZeroOptimizer",
     "zero1_fp16": "DeepSpeedZeroOptimizer",
     "zero1_fp32": "DeepSpeedZeroOptimizer",
     "zero1_fp32 on the CPU": "DeepSpeedZeroOptimizer",
+    "zero1_fp32, lean": "DeepSpeedZeroOptimizer",
     "zero1_fp32_accumulation": "BF16_Optimizer",
     "zero2": "DeepSpeedZeroOptimizer",
+    "zero2, lean": "DeepSpeedZeroOptimizer",
     "zero2, unchecked": "DeepSpeedZeroOptimizer",
     "zero2_fp16": "DeepSpeedZeroOptimizer",
     "zero2_fp32": "DeepSpeedZeroOptimizer",
@@ -53,7 +57,7 @@ def poisoned(run_ranks, corpus_dir, tokenizer_dir) -> list[dict]:
 
 
 def test_every_class_of_engine_is_among_them(poisoned):
-    names = poisoned[0].keys() - {"too many", "scaling"}
+    names = poisoned[0].keys() - {"too many", "scaling", "late", "as plain"}
     assert {name: poisoned[0][name]["optimizer"] for name in names} == CLASSES
 
 
@@ -92,6 +96,26 @@ def test_a_bad_step_is_told_with_its_rows(poisoned, name):
         assert said == line and again.startswith(f"step {number + 2}: the ")
         assert len(rows) == 2 and all(row.startswith("row ") and " begins " in row for row in rows)
         assert not main[number]["log"]
+
+
+def test_a_lean_step_is_reported_with_the_next_one(poisoned):
+    """(lines, in a row, skipped steps) after each of: good, bad, bad, good, bad, the end."""
+    for rank, lines in zip(poisoned, (1, 0), strict=True):
+        said = rank["late"]["said"]
+        assert said == [[0, 0, 0], [0, 0, 0], [lines, 1, 1], [2 * lines, 2, 2], [2 * lines, 0, 2], [3 * lines, 1, 3]]
+    begins = [line.split(" (")[0] for line in poisoned[0]["late"]["lines"]]
+    assert begins == [
+        "step 2 skipped: the loss of rows 9 and 11",
+        "step 3 skipped: the loss of rows 21 and 23",
+        "step 5 skipped: the gradient of rows 37 and 39",
+    ]
+
+
+@pytest.mark.parametrize(("name", "band"), [("zero1_fp32", 1e-6), ("zero2", 5e-4)])
+def test_lean_steps_of_two_ranks_learn_what_plain_ones_learn(poisoned, name, band):
+    for rank in poisoned:
+        lean, plain = rank["as plain"][name]
+        assert lean == pytest.approx(plain, rel=band) and lean[-1] < lean[0] - 1
 
 
 def test_the_rows_that_are_quoted_are_the_poisoned_ones(poisoned, make_config):
