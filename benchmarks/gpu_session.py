@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,7 +78,10 @@ class Session:
 
     def prepare(self) -> None:
         """Wheels, what the device is, its clocks from now on, and operators that build while ceilings are measured."""
-        self.facts["device"] = ask_gpus(*DEVICE)
+        # A driver that does not know one of these says nothing of any.
+        self.facts["device"] = ask_gpus(*DEVICE) or ask_gpus(*DEVICE[:3])
+        (self.folder / "calibration").mkdir(exist_ok=True)
+        (self.folder / "calibration" / "device.json").write_text(json.dumps(self.facts["device"], indent=1) + "\n")
         site = bring_wheels(Path(self.options.bundle), Path(self.workspace.name) / "site", self.log)
         if site is not None:
             sys.path[:0] = [str(site)]
@@ -171,6 +175,9 @@ class Session:
                     item.error = self.workers.run(item.order, seconds, lambda part: self.keep(item, part))
             except ItemFailure as failure:
                 item.error = str(failure)
+            except Exception as error:  # an item's, and no reason to lose those that come after it
+                item.error = f"{type(error).__name__}: {error}"
+                self.log.write(traceback.format_exc())
             item.status = "done" if item.error is None else "failed"
         item.seconds = round(time.monotonic() - began, 1)
         during = [values for at, values in self.samples if item.began <= at <= self.elapsed]

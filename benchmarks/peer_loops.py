@@ -151,7 +151,8 @@ def our_model(options: argparse.Namespace) -> nn.Module:
     """Returns the model of a training run, whose initial weights all loops begin with."""
     from codeparrot_ds.model.gpt2 import build_model
 
-    return build_model(shape_of(options), eos_token_id=0, seed=options.seed)
+    # On the device: a GPU's generators draw other numbers than a CPU's.
+    return build_model(shape_of(options), eos_token_id=0, seed=options.seed, device=device())
 
 
 def plain_model(options: argparse.Namespace) -> nn.Module:
@@ -349,7 +350,7 @@ def with_masters(
     from codeparrot_ds.model.gpt2 import get_grouped_params
 
     keep_freed_pages()
-    model = our_model(options).to(device(), torch.bfloat16).train()
+    model = our_model(options).to(torch.bfloat16).train()
     compile_parts(options, model)
     groups = get_grouped_params(model)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -418,7 +419,7 @@ def fsdp2(options: argparse.Namespace, rows: torch.Tensor, log_dir: str) -> Iter
     from codeparrot_ds.model.gpt2 import get_grouped_params
 
     keep_freed_pages()
-    model = our_model(options).to(device()).train()
+    model = our_model(options).train()
     compile_parts(options, model)
     mesh = init_device_mesh(device().type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)

@@ -10,8 +10,10 @@ from .plan import Item, Sizes
 
 SPEED = (
     "Ratio: to the run as it is, window by window in turns with it; ~ to all of its windows, of what ran in a process "
-    "of its own. Loss: the largest difference to its losses at the same steps."
+    "of its own. Loss: the largest difference to its losses at the same steps; a lever's is within {:g}, or NOT EQUAL."
 )
+LOSS_BAND = 5e-3
+"""Nats, of runs whose arithmetic is bf16 in another order, as in training_speed.py."""
 
 
 def text(items: Sequence[Item], facts: Mapping[str, Any], sizes: Sizes, seconds: float, limit: float) -> str:
@@ -43,7 +45,7 @@ def speeds(items: list[Item]) -> list[str]:
     rows = [item for item in items if item.all("window")]
     if not rows:
         return []
-    lines = ["", "## Speed", "", SPEED, ""]
+    lines = ["", "## Speed", "", SPEED.format(LOSS_BAND), ""]
     lines += ["| item | tokens/s | ratio | loss, nats | MFU | GB | first window, s per step | MHz |", "|---" * 8 + "|"]
     everywhere = [row for item in rows for row in item.all("baseline")]
     for item in rows:
@@ -53,9 +55,12 @@ def speeds(items: list[Item]) -> list[str]:
         if item.peer is not None and everywhere:
             ratio = f"~{median_of(windows, 'tokens_per_second') / median_of(everywhere, 'tokens_per_second'):.3f}"
         gap, first = item.one("loss_gap"), item.one("warmup") or {}
+        loss = "" if gap is None else f"{gap:.2e}"
+        if item.order is not None and item.order["does"] == "train" and gap is not None and not gap <= LOSS_BAND:
+            loss += " NOT EQUAL"
         cells = [
             item.name, f"{median_of(windows, 'tokens_per_second'):,.0f}",
-            ratio, "" if gap is None else f"{gap:.2e}",
+            ratio, loss,
             *(f"{median_of(windows, key) * scale:{form}}" if all(key in w for w in windows) else ""
               for key, scale, form in (("mfu", 1, ".1%"), ("memory_bytes", 1e-9, ".2f"))),
             f"{first['step_seconds']:.2f}" if first else "", f"{item.device['clocks.sm']:.0f}" if item.device else "",
@@ -84,6 +89,8 @@ def ceilings(items: list[Item]) -> list[str]:
             lines.append(f"- all of a micro-batch: {milliseconds:.2f} ms, {item.one('tflops'):,.3g} TFLOP/s")
         for measured in item.all("measured"):
             rate = f", {measured['tb_per_second']:.3g} TB/s" if "tb_per_second" in measured else ""
+            if "bytes_per_logit" in measured:
+                rate = f", in which a copy moves {measured['bytes_per_logit']:.1f} bytes per logit"
             lines.append(f"- {measured['name']}: {1e3 * measured['seconds']:.3g} ms{rate}")
         for backend in item.all("backend"):
             said = backend.get("failure") or f"{1e3 * backend['seconds']:.3g} ms, {backend['tflops']:,.3g} TFLOP/s"

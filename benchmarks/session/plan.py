@@ -44,6 +44,8 @@ class Sizes:
     labels: tuple[str, str]
     peers: dict[str, int]
     """Rows of a micro-batch, of peers that take another than ours."""
+    compiled_limit: float
+    """Seconds for an item with torch.compile in it."""
     windows: int
     """Logged steps of each run that count."""
     batches: tuple[tuple[int, int], ...]
@@ -60,6 +62,7 @@ ON_GPU = Sizes(
     labels=("111M", "1.5B"),
     # At 64 rows the recipe's eager attention keeps 198 GB.
     peers={"recipe": 32},
+    compiled_limit=75,
     windows=2,
     batches=((64, 64), (32, 192), (96, 192), (128, 384)),
     ceilings={"seconds": 0.03, "copy_bytes": 2**31},
@@ -73,6 +76,7 @@ ON_CPU = Sizes(
     large=_SHORT | {"micro_batch_size": 1, "global_batch_size": 2},
     labels=("demo's shape", "demo's shape, 1 x 2"),
     peers={"recipe": 1},
+    compiled_limit=20,  # a CPU's compiler may take a minute, which is no reason to wait
     windows=1,
     batches=((2, 2), (1, 4), (4, 4), (4, 8)),
     ceilings={"seconds": 0.002, "copy_bytes": 2**26},
@@ -200,6 +204,8 @@ def run_item(
     order |= {"does": "train", "fields": fields | changes | {"run_name": run_name}, "patch": patch}
     # The profiled step is the fourth, and belongs to no window that counts.
     order |= {"windows": options.sizes.windows, "warmup": -(-4 // fields["log_steps"]) if "profile" in fields else 1}
+    if "compile" in changes or "compile" in str(patch):
+        limit = options.sizes.compiled_limit
     item = Item(name=name, limit=limit, order=order, lacks=lacking(changes))
     if changes and all(
         value == fields.get(key, FIELDS[key].default) for key, value in changes.items() if key in FIELDS
@@ -232,7 +238,9 @@ def peer_items(ranks: int, sizes: Sizes, small: dict[str, Any]) -> list[Item]:
         rows, processes = sizes.peers.get(loop, small["micro_batch_size"]), 1 if loop == "recipe" else ranks
         accumulation = small["global_batch_size"] // processes // rows
         arguments = [loop, *shared, "--micro-batch", str(rows), "--accumulation", str(accumulation), *more]
-        item = Item(name=f"peer: {name}", limit=50)
+        item = Item(
+            name=f"peer: {name}", limit=sizes.compiled_limit if name == "nanoGPT" or "--compile" in more else 50
+        )
         if loop in ("recipe", "trainer"):  # Accelerate keeps one set-up per process, and the Trainer its own
             item.peer = arguments
         else:
