@@ -42,6 +42,7 @@ from codeparrot_ds.supervision.process_end import signal_at_parents_end  # noqa:
 WORKER = [sys.executable, str(REPOSITORY / "benchmarks" / "session" / "items.py")]
 PEERS = str(REPOSITORY / "benchmarks" / "peer_loops.py")
 TRAIN = [sys.executable, "-m", "codeparrot_ds", "train"]
+WORKSPACE_BYTES = 55e9
 LEAST_SECONDS = 5.0  # an item with less than this left is not begun
 DEVICE = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.mem", "clocks.sm")
 DEVICE += ("clocks.mem", "temperature.gpu", "pstate", "pcie.link.gen.max", "pcie.link.width.max")
@@ -287,12 +288,11 @@ class ItemFailure(Exception):
     """Why an item has no result, in one line."""
 
 
-def roomiest() -> str | None:
-    """The temporary folder, or the memory's file system where that has more room: 1.5B wants 50 GB for checkpoints."""
-    places = [tempfile.gettempdir(), "/dev/shm"]
-    return max(
-        (place for place in places if os.access(place, os.W_OK)), key=lambda place: shutil.disk_usage(place).free
-    )
+def roomiest() -> str:
+    """A folder for what is not kept: a run of 1.5B parameters wants room for two checkpoints before it starts."""
+    places = [tempfile.gettempdir(), "/dev/shm"]  # NVMe configs want a disk, so memory only where that is too small
+    free = {place: shutil.disk_usage(place).free for place in places if os.access(place, os.W_OK)}
+    return places[0] if free.get(places[0], 0) > WORKSPACE_BYTES else max(free, key=lambda place: free[place])
 
 
 def bring_wheels(bundle: Path, site: Path, log: IO[str]) -> Path | None:
