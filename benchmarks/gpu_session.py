@@ -240,7 +240,8 @@ class Session:
         command = [sys.executable, *(launcher if item.peer[0] == "trainer" else []), PEERS, *item.peer]
         found = json.loads(self.command(command, seconds).splitlines()[-1])
         for speed, loss in zip(found["step_tokens_per_second"], found["losses"][1:], strict=False):
-            self.keep(item, {"window": {"tokens_per_second": speed, "loss": loss}})
+            memory = {} if found["memory_bytes"] is None else {"memory_bytes": found["memory_bytes"]}
+            self.keep(item, {"window": {"tokens_per_second": speed, "loss": loss} | memory})
         self.keep(item, {"loop": found})
 
     def story(self, item: Item, seconds: float) -> None:

@@ -532,6 +532,7 @@ def summarize(options: argparse.Namespace, steps: list[Step]) -> dict:
     return {
         **{name: getattr(options, name) for name in names},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
         "tokens_per_second": statistics.median(samples),

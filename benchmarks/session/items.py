@@ -36,6 +36,7 @@ from codeparrot_ds.errors import UserError  # noqa: E402
 from codeparrot_ds.metrics import TrainingRow  # noqa: E402
 from codeparrot_ds.model.shapes import find_shape  # noqa: E402
 from codeparrot_ds.training.loop import Observer, train_session, train_step  # noqa: E402
+from session.pages import loss_gap  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 LEFT_BYTES = 2e9  # that an item may leave on the device before the next one gets a fresh process
@@ -135,11 +136,6 @@ def release() -> None:
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
-
-
-def loss_gap(mine: dict[int, float], theirs: dict[int, float]) -> float | None:
-    """The largest difference of the losses at steps that both logged."""
-    return max((abs(mine[step] - theirs[step]) for step in mine.keys() & theirs.keys()), default=None)
 
 
 def train_windows(bench: Bench, order: Order, emit: Emit) -> None:

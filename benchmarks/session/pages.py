@@ -9,8 +9,8 @@ from typing import Any
 from .plan import Item, Sizes
 
 SPEED = (
-    "Ratio: to the run as it is, window by window in turns with it; ~ to all of its windows, of what ran in a process "
-    "of its own. Loss: the largest difference to its losses at the same steps; a lever's is within {:g}, or NOT EQUAL."
+    "Ratio: to the run as it is, window by window in turns with it; ~ to all of its windows, of what had no turns with "
+    "it. Loss: the largest difference to its losses at the same steps; a lever's is within {:g}, or NOT EQUAL."
 )
 LOSS_BAND = 5e-3
 """Nats, of runs whose arithmetic is bf16 in another order, as in training_speed.py."""
@@ -47,15 +47,19 @@ def speeds(items: list[Item]) -> list[str]:
         return []
     lines = ["", "## Speed", "", SPEED.format(LOSS_BAND), ""]
     lines += ["| item | tokens/s | ratio | loss, nats | MFU | GB | first window, s per step | MHz |", "|---" * 8 + "|"]
-    everywhere = [row for item in rows for row in item.all("baseline")]
+    turns = [row for item in rows for row in item.all("baseline")]
+    by_name = {item.name: item for item in rows}
     for item in rows:
-        windows, base = item.all("window"), item.all("baseline")
+        windows, base, gap = item.all("window"), item.all("baseline"), item.one("loss_gap")
         ratios = [w["tokens_per_second"] / b["tokens_per_second"] for w, b in zip(windows, base, strict=False)]
         ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
-        if item.peer is not None and everywhere:
-            ratio = f"~{median_of(windows, 'tokens_per_second') / median_of(everywhere, 'tokens_per_second'):.3f}"
-        gap, first = item.one("loss_gap"), item.one("warmup") or {}
-        loss = "" if gap is None else f"{gap:.2e}"
+        other = by_name.get(item.beside or "")
+        beside = turns if item.peer is not None else other.all("window") if other is not None else []
+        if beside:
+            ratio = f"~{median_of(windows, 'tokens_per_second') / median_of(beside, 'tokens_per_second'):.3f}"
+        if other is not None and item.rows_per_step == other.rows_per_step:
+            gap = loss_gap(item.one("losses") or {}, other.one("losses") or {})
+        first, loss = item.one("warmup") or {}, "" if gap is None else f"{gap:.2e}"
         if item.order is not None and item.order["does"] == "train" and gap is not None and not gap <= LOSS_BAND:
             loss += " NOT EQUAL"
         cells = [
@@ -67,6 +71,11 @@ def speeds(items: list[Item]) -> list[str]:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def loss_gap(mine: Mapping[Any, float], theirs: Mapping[Any, float]) -> float | None:
+    """The largest difference of the losses at steps that both logged."""
+    return max((abs(mine[step] - theirs[step]) for step in mine.keys() & theirs.keys()), default=None)
 
 
 def median_of(rows: list[dict[str, Any]], key: str) -> float:

@@ -96,6 +96,8 @@ class Item:
     """For the ranks of `session.items`; None of what runs in processes of its own."""
     peer: list[str] | None = None
     """Arguments of peer_loops.py, of a loop that wants a process of its own."""
+    beside: str | None = None
+    """Name of the item that it is compared with, where it has no turns with one."""
     lacks: str | None = None
     """Why this checkout cannot do it."""
     status: str = "not begun"
@@ -113,6 +115,11 @@ class Item:
 
     def one(self, key: str) -> Any:
         return next(iter(self.all(key)), None)
+
+    @property
+    def rows_per_step(self) -> int | None:
+        """Of a run."""
+        return self.order["fields"]["global_batch_size"] if self.order is not None and "fields" in self.order else None
 
     def as_json(self) -> dict[str, Any]:
         names = ("name", "status", "error", "began", "seconds", "device", "order", "peer", "parts")
@@ -173,7 +180,9 @@ def plan(options: argparse.Namespace, *, vocab_size: int, folder: Path, workspac
     kept = {"keep_files": str(folder / "calibration" / "large")}
     items.append(run_item(f"{large_name}: as it is", large | {"profile": 1}, options, limit=60, **kept))
     for name, changes in large_levers.items():
-        items.append(run_item(f"{large_name}: {name}", large, options, changes=changes, limit=45))
+        item = run_item(f"{large_name}: {name}", large, options, changes=changes, limit=45)
+        item.beside = f"{large_name}: as it is"  # two engines of this size need not fit
+        items.append(item)
     items += peer_items(options.ranks, sizes, small)
     items.append(Item(name="train as a user sees it, and a resume", limit=75))
     half = {"max_train_steps": 6, "save_checkpoint_steps": 3, "log_steps": 1, "num_warmup_steps": 2}
