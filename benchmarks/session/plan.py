@@ -10,19 +10,22 @@ from typing import Any
 from codeparrot_ds.config.run_config import FIELDS
 
 # A lever is a change of the run as it is: fields of the run config, or a patch of the model that items.py knows. One
-# whose fields or values this checkout lacks has that as its result, and so has one that is on by default.
+# whose fields or values this checkout lacks has that as its result, and so has one that is on by default or is the same
+# as one before it.
 LEVERS: dict[str, dict[str, Any]] = {
     "fused loss": {"fused_loss": True},
     "without fused loss": {"fused_loss": False},
     "loss by torch.compile (patched in)": {"patch": "compiled loss"},
     "loss by Liger (patched in)": {"patch": "liger"},
     "chunked loss": {"chunked_loss": True},
-    "compiled per block": {"compile": "blocks"},
-    "compiled per block, fused loss": {"compile": "blocks", "fused_loss": True},
-    "compiled whole": {"compile": True},
+    "compiled per block": {"compile": True, "compile_scope": "blocks"},
+    "compiled per block, fused loss": {"compile": True, "compile_scope": "blocks", "fused_loss": True},
+    "compiled whole": {"compile": True, "compile_scope": "whole"},
+    "compiled": {"compile": True},
     "lean boundary": {"lean_step": True},
     "without lean boundary": {"lean_step": False},
-    "compiled per block, fused loss, lean boundary": {"compile": "blocks", "fused_loss": True, "lean_step": True},
+    "compiled per block, fused loss, lean boundary": {"compile": True, "compile_scope": "blocks"}
+    | {"fused_loss": True, "lean_step": True},
     "ZeRO-0": {"deepspeed": "zero0"},
     "ZeRO-2": {"deepspeed": "zero2"},
 }
@@ -165,10 +168,7 @@ def plan(options: argparse.Namespace, *, vocab_size: int, folder: Path, workspac
         for name, (rows, step) in batches.items()
     }
     for name, changes in levers.items():
-        item = run_item(f"{small_name}: {name}", small, options, changes=changes)
-        if item.order is not None:
-            item.order["against"] = small
-        items.append(item)
+        items.append(run_item(f"{small_name}: {name}", small, options, changes=changes, against=small))
     more_rows = large["micro_batch_size"] * 3 // 2
     large_levers: dict[str, dict[str, Any]] = {
         "activation checkpointing, ZeRO-2": {"deepspeed": "zero2_activation_checkpointing"},
@@ -183,6 +183,7 @@ def plan(options: argparse.Namespace, *, vocab_size: int, folder: Path, workspac
         item = run_item(f"{large_name}: {name}", large, options, changes=changes, limit=45)
         item.beside = f"{large_name}: as it is"  # two engines of this size need not fit
         items.append(item)
+    name_doubles(items)
     items += peer_items(options.ranks, sizes, small)
     items.append(Item(name="train as a user sees it, and a resume", limit=75))
     half = {"max_train_steps": 6, "save_checkpoint_steps": 3, "log_steps": 1, "num_warmup_steps": 2}
@@ -216,11 +217,21 @@ def run_item(
     if "compile" in changes or "compile" in str(patch):
         limit = options.sizes.compiled_limit
     item = Item(name=name, limit=limit, order=order, lacks=lacking(changes))
-    if changes and all(
-        value == fields.get(key, FIELDS[key].default) for key, value in changes.items() if key in FIELDS
-    ):
-        item.lacks = item.lacks or "the run as it is has it"
     return item
+
+
+def name_doubles(items: list[Item]) -> None:
+    """Says of each run that is the same as one before it, by the defaults of this checkout, which that is."""
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    seen: list[tuple[dict[str, Any], str]] = []
+    for item in items:
+        if item.order is None or item.order["does"] != "train" or item.lacks is not None:
+            continue
+        own = defaults | item.order["fields"] | {"patch": item.order["patch"], "run_name": None, "profile": None}
+        same = next((name for fields, name in seen if fields == own), None)
+        if same is not None and not item.name.endswith(", again"):
+            item.lacks = f"the same as {same}"
+        seen.append((own, item.name))
 
 
 def peer_items(ranks: int, sizes: Sizes, small: dict[str, Any]) -> list[Item]:
