@@ -322,6 +322,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=570, help="that the session may take; then the record is whole"
     )
+    parser.add_argument("--patience", type=float, default=1.0, help="times the items' limits, on a busy machine")
     parser.add_argument("--small", action="store_true", help="the demo's shape on short rows: a dry run on a CPU")
     parser.add_argument("--only", nargs="+", metavar="WORDS", help="items whose name has one of these words in it")
     parser.add_argument("--list", action="store_true", help="print the items and end")

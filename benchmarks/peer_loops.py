@@ -75,6 +75,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of the recipe's loop")
     parser.add_argument("--dropout", type=float, help="of the recipe's loop and the Trainer's (default: GPT-2's 0.1)")
     parser.add_argument("--lean", action="store_true", help="of bare and ddp: one kernel casts many parameters")
+    parser.add_argument("--fused-loss", action="store_true", help="of bare, ddp and fsdp2: ours, where it has one")
     parser.add_argument("--compile", action="store_true", help="of bare, ddp and fsdp2: each block, and the loss")
     parser.add_argument(
         "--threads", type=int, help="of torch on the CPU; all cores, shared by the processes, by default"
@@ -151,8 +152,9 @@ def our_model(options: argparse.Namespace) -> nn.Module:
     """Returns the model of a training run, whose initial weights all loops begin with."""
     from codeparrot_ds.model.gpt2 import build_model
 
+    chosen = {"fused_loss": True} if options.fused_loss else {}
     # On the device: a GPU's generators draw other numbers than a CPU's.
-    return build_model(shape_of(options), eos_token_id=0, seed=options.seed, device=device())
+    return build_model(shape_of(options), eos_token_id=0, seed=options.seed, device=device(), **chosen)
 
 
 def plain_model(options: argparse.Namespace) -> nn.Module:

@@ -57,9 +57,11 @@ class Training(Observer):
 
         started = time.perf_counter()
         self.fields, self.before_bytes = fields, allocated()
+        self.is_compiled = patch is not None
         self.session = start_session(RunConfig(**fields))
         if patch is not None:
             patch(self.session.engine.module)
+        self.is_compiled |= self.session.config.compile
         self._batches: Iterator[Any] = iter(self.session.loader)
         self.step = 0
         self.rows: list[dict[str, Any]] = []
@@ -94,7 +96,7 @@ class Training(Observer):
         session.finish(self.step, "stopped")
         session.engine.destroy()
         del session
-        release()
+        release(compiled=self.is_compiled)
 
 
 class Bench:
@@ -129,9 +131,12 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if ON_GPU else 0
 
 
-def release() -> None:
-    """Gives back the memory of what nothing refers to any more, compiled code included."""
-    if "torch._dynamo" in sys.modules:
+def release(*, compiled: bool = False) -> None:
+    """Gives back the memory of what nothing refers to any more; ``compiled``: and torch.compile begins anew.
+
+    It compiles a function for a few models and then, without a word, no more.
+    """
+    if compiled:
         torch._dynamo.reset()
     gc.collect()
     if ON_GPU:
@@ -147,6 +152,8 @@ def train_windows(bench: Bench, order: Order, emit: Emit) -> None:
     run = Training(order["fields"], patch)
     for _ in range(order["warmup"]):  # the compiler's time and the profile are in it
         emit(start_seconds=run.start_seconds, warmup=run.window())
+    if base is not None and base.is_compiled:
+        base.window()  # the item before may have had everything compiled anew
     for _ in range(order["windows"]):
         emit(window=run.window(), **({} if base is None else {"baseline": base.window()}))
     same_rows = base is not None and base.fields["global_batch_size"] == order["fields"]["global_batch_size"]
@@ -159,7 +166,8 @@ def train_windows(bench: Bench, order: Order, emit: Emit) -> None:
         precision=session.run.precision,
         zero_stage=session.run.zero_stage,
         profile=read_if_there(session.folder.path / "profile" / "profile.json"),
-        memory=read_if_there(session.folder.path / "run.json").get("memory"),
+        # Beside another run the device counts what both take.
+        memory=read_if_there(session.folder.path / "run.json").get("memory") if base is None else None,
     )
     if order.get("keep_files") and session.ranks.is_main:
         keep_files(session.folder.path, Path(order["keep_files"]))
@@ -258,6 +266,8 @@ def peer(bench: Bench, order: Order, emit: Emit) -> None:
     import peer_loops
 
     base = bench.keep(order["against"])
+    if base.is_compiled:
+        base.window()  # as in `train_windows`
     before = allocated()
     options = peer_loops.parse_arguments(order["arguments"])
     rows = peer_loops.load_rows(options)
@@ -278,7 +288,7 @@ def peer(bench: Bench, order: Order, emit: Emit) -> None:
         steps.close()
     emit(losses=losses, loss_gap=loss_gap(losses, base.losses))
     del steps
-    release()
+    release(compiled=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -465,19 +475,18 @@ def main() -> int:
         order = json.loads(line) | {"ready": ready}
         try:
             ITEMS[order["does"]](bench, order, lambda **part: send(part=part))
-        except UserError as error:  # refused before anything was made
-            send(end="failed", error=str(error))
+            end = {"end": "done"}
+        except UserError as error:
+            end = {"end": "failed", "error": str(error)}
         except Exception as error:
             traceback.print_exc()
             send(end="failed", error=describe(error), leaves=True)
             return 1
-        else:
-            baseline = bench.baseline
-            left = allocated() - (0 if baseline is None else baseline_bytes(baseline))
-            send(end="done", leaves=left > LEFT_BYTES)
-            if left > LEFT_BYTES:
-                print(f"{left / 1e9:.1f} GB are left on the device; the next item gets a fresh process", flush=True)
-                return 0
+        left = allocated() - (0 if bench.baseline is None else baseline_bytes(bench.baseline))
+        send(**end, leaves=left > LEFT_BYTES)
+        if left > LEFT_BYTES:
+            print(f"{left / 1e9:.1f} GB are left on the device; the next item gets a fresh process", flush=True)
+            return 0
     return 0
 
 

@@ -12,24 +12,22 @@ from codeparrot_ds.config.run_config import FIELDS
 # A lever is a change of the run as it is: fields of the run config, or a patch of the model that items.py knows. One
 # whose fields or values this checkout lacks has that as its result, and so has one that is on by default or is the same
 # as one before it.
+_PLAIN = {"fused_loss": False, "lean_step": "off"}
+_PER_BLOCK = {"compile": True, "compile_scope": "blocks"}
 LEVERS: dict[str, dict[str, Any]] = {
-    "fused loss": {"fused_loss": True},
     "without fused loss": {"fused_loss": False},
+    "without lean boundary": {"lean_step": "off"},
+    "without both": _PLAIN,
     "loss by torch.compile (patched in)": {"patch": "compiled loss"},
     "loss by Liger (patched in)": {"patch": "liger"},
     "chunked loss": {"chunked_loss": True},
-    "compiled per block": {"compile": True, "compile_scope": "blocks"},
-    "compiled per block, fused loss": {"compile": True, "compile_scope": "blocks", "fused_loss": True},
+    "compiled per block": _PER_BLOCK,
+    "compiled per block, without both": _PER_BLOCK | _PLAIN,
     "compiled whole": {"compile": True, "compile_scope": "whole"},
     "compiled": {"compile": True},
-    "lean boundary": {"lean_step": True},
-    "without lean boundary": {"lean_step": False},
-    "compiled per block, fused loss, lean boundary": {"compile": True, "compile_scope": "blocks"}
-    | {"fused_loss": True, "lean_step": True},
     "ZeRO-0": {"deepspeed": "zero0"},
     "ZeRO-2": {"deepspeed": "zero2"},
 }
-ALL_LEVERS = "compiled per block, fused loss, lean boundary"
 # Configs whose memory records/2026-11-28-gpu-memory-h200 did not reach.
 MEMORY_LEFT = (
     *("zero3_offload_optimizer", "zero3_fp16", "zero3_fp32", "zero3_offload", "zero3_offload_cpu_checkpointing"),
@@ -172,9 +170,9 @@ def plan(options: argparse.Namespace, *, vocab_size: int, folder: Path, workspac
     more_rows = large["micro_batch_size"] * 3 // 2
     large_levers: dict[str, dict[str, Any]] = {
         "activation checkpointing, ZeRO-2": {"deepspeed": "zero2_activation_checkpointing"},
-        **{name: LEVERS[name] for name in ("compiled per block, fused loss", ALL_LEVERS)},
+        "compiled per block": _PER_BLOCK,
+        "without fused loss and lean boundary": _PLAIN,
         f"{more_rows} x 2 rows": {"micro_batch_size": more_rows, "global_batch_size": 2 * more_rows * options.ranks},
-        "lean boundary": LEVERS["lean boundary"],
         "as it is, again": {},
     }
     kept = {"keep_files": str(folder / "calibration" / "large")}
@@ -195,6 +193,8 @@ def plan(options: argparse.Namespace, *, vocab_size: int, folder: Path, workspac
         fields = small | {"deepspeed": config, "micro_batch_size": 4, "global_batch_size": 8 * options.ranks}
         fields |= {"log_steps": 3, "run_name": f"memory-{config}"}
         items.append(Item(name=f"memory of {config}", limit=30, order={"does": "memory", "fields": fields}))
+    for item in items:
+        item.limit *= options.patience
     return [item for item in items if not options.only or any(words in item.name for words in options.only)]
 
 
@@ -241,18 +241,18 @@ def peer_items(ranks: int, sizes: Sizes, small: dict[str, Any]) -> list[Item]:
     shared += ["--warmup", str(small["log_steps"]), "--steps", str(small["log_steps"] * sizes.windows)]
     shared += ["--num-warmup-steps", str(small["num_warmup_steps"])]
     shared += ["--num-lanes", str(small.get("num_lanes", FIELDS["num_lanes"].default))]
-    lean = ["--lean", *(["--compile"] if sizes is ON_GPU else [])]  # a CPU's compiler would take the whole session
-    loops: list[tuple[str, str, list[str]]] = [("recipe bf16", "recipe", [])]
-    loops += [("Trainer + DeepSpeed", "trainer", [])]
+    fused = ["--fused-loss"] if "fused_loss" in FIELDS else []  # the levers that ours has by default
+    lean = ["--lean", *fused]
+    # A CPU's compiler would take the whole session.
+    compiled = ["--compile"] if sizes is ON_GPU else []
+    loops: list[tuple[str, str, list[str]]] = [("recipe bf16", "recipe", []), ("Trainer + DeepSpeed", "trainer", [])]
     if ranks > 1:
-        loops += [
-            ("DDP", "ddp", []),
-            ("DDP lean", "ddp", lean),
-            ("FSDP2", "fsdp2", []),
-            ("FSDP2 lean", "fsdp2", lean[1:]),
-        ]
+        loops += [("DDP", "ddp", []), ("DDP lean", "ddp", lean), ("FSDP2", "fsdp2", fused)]
     else:
         loops += [("nanoGPT", "nanogpt", []), ("bare", "bare", []), ("bare lean", "bare", lean)]
+    if compiled:
+        loop, name = ("ddp", "DDP") if ranks > 1 else ("bare", "bare")
+        loops.append((f"{name} lean, compiled per block", loop, lean + compiled))
     items = []
     for name, loop, more in loops:
         rows, processes = sizes.peers.get(loop, small["micro_batch_size"]), 1 if loop == "recipe" else ranks

@@ -12,7 +12,9 @@ from benchmarks.session.plan import ON_CPU, ON_GPU, Item, plan
 
 
 def items(ranks: int = 1, sizes=ON_GPU, only=None) -> list[Item]:
-    options = argparse.Namespace(ranks=ranks, sizes=sizes, only=only, data="/corpus", tokenizer="/tokenizer")
+    options = argparse.Namespace(
+        ranks=ranks, sizes=sizes, only=only, patience=1.0, data="/corpus", tokenizer="/tokenizer"
+    )
     return plan(options, vocab_size=32_768, folder=Path("/record"), workspace="/workspace")
 
 
