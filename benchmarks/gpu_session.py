@@ -222,7 +222,7 @@ class Session:
             try:
                 printed, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
-                raise ItemFailure(f"not done within {seconds:.0f} s") from None
+                raise ItemFailure(f"not done in the {seconds:.0f} s that it had left") from None
             finally:
                 end_group(process)
                 errors.seek(0)
