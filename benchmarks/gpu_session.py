@@ -88,6 +88,8 @@ class Session:
             sys.path[:0] = [str(site)]
         paths = [str(REPOSITORY), *([str(site)] if site else []), os.environ.get("PYTHONPATH", "")]
         self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if self.options.small:  # on a busy machine threads mostly wait for each other, and a dry run measures nothing
+            self.environment.setdefault("OMP_NUM_THREADS", "1")
         self.environment["HF_HUB_OFFLINE"] = "1"  # no wait for a network that is not there
         self.facts["wheels"] = sorted(path.name for path in site.glob("*.dist-info")) if site else []
         self.facts["wheels_seconds"] = round(self.elapsed, 1)
@@ -173,7 +175,7 @@ class Session:
                     self.story(item, min(item.limit, self.left))
                 else:
                     assert self.workers is not None
-                    item.error = self.workers.run(item.order, seconds, lambda part: self.keep(item, part))
+                    item.error = self.workers.run(item.order, seconds, lambda part: self.keep(item, part), self.left)
             except ItemFailure as failure:
                 item.error = str(failure)
             except Exception as error:  # an item's, and no reason to lose those that come after it

@@ -102,18 +102,21 @@ class Training(Observer):
 class Bench:
     """What lives on from one item to the next: the run as it is, beside which levers are measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, more_seconds: Callable[[float], None]) -> None:
+        self._more_seconds = more_seconds
         self.baseline: Training | None = None
         self._started = 0
 
     def keep(self, fields: Order) -> Training:
-        """The run of these fields, after its warm-up; started where it is not there."""
+        """The run of these fields, after its warm-up; started where it is not there, in time of its own."""
         if self.baseline is None or without_name(self.baseline.fields) != without_name(fields):
+            started = time.perf_counter()
             self.rest()
             self._started += 1
             # Each start is a run of its own, also that of a process which follows one that broke.
             self.baseline = Training(fields | {"run_name": f"as-it-is-{os.getpid()}-{self._started}"})
             self.baseline.window()
+            self._more_seconds(time.perf_counter() - started)
         return self.baseline
 
     def rest(self) -> None:
@@ -470,7 +473,8 @@ def main() -> int:
 
     if ON_GPU:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    bench = Bench()
+    bench = Bench(lambda seconds: send(more_seconds=seconds))
+    send(ready=ready)
     for line in sys.stdin:
         order = json.loads(line) | {"ready": ready}
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
@@ -15,6 +16,7 @@ from typing import IO, Any
 
 from codeparrot_ds.supervision.process_end import signal_at_parents_end
 
+START_SECONDS = 120.0  # that ranks may take to import torch, beside an item's own
 OTHERS_SECONDS = 10.0  # that the other ranks have once one has failed
 
 
@@ -31,17 +33,24 @@ class Workers:
     def alive(self) -> bool:
         return bool(self._processes)
 
-    def run(self, order: dict[str, Any], seconds: float, part: Callable[[dict[str, Any]], None]) -> str | None:
+    def run(
+        self, order: dict[str, Any], seconds: float, part: Callable[[dict[str, Any]], None], left: float = math.inf
+    ) -> str | None:
         """Has every rank work on an order; returns what went wrong, if anything.
 
         Args:
-            order: as gpu_session_items.py takes it.
-            seconds: after these the ranks are killed.
+            order: as items.py takes it.
+            seconds: after these the ranks are killed; their start, and what an order has to start anew before it can
+                begin, is not counted.
             part: gets each part of rank 0's result as it comes.
+            left: seconds that all of it may take.
         """
-        deadline = time.monotonic() + seconds
+        started = time.monotonic()
+        end, deadline = started + left, started + seconds
+        starting: set[int] = set()
         if not self._processes:
             self._start()
+            starting, deadline = set(range(self._ranks)), deadline + START_SECONDS
         for process in self._processes:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it has ended: its results say so at once
@@ -52,7 +61,7 @@ class Workers:
             for rank, descriptor in enumerate(self._results):
                 selector.register(descriptor, selectors.EVENT_READ, rank)
             while len(ends) < self._ranks:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                ready = selector.select(max(0.0, min(end, deadline) - time.monotonic()))
                 if not ready:
                     break
                 for key, _ in ready:
@@ -63,6 +72,11 @@ class Workers:
                             ends.setdefault(rank, {"end": "failed", "error": self._how_it_ended(rank), "leaves": True})
                         elif "end" in message:
                             ends[rank] = message
+                        elif "ready" in message:
+                            starting.discard(rank)
+                            deadline = deadline if starting else time.monotonic() + seconds
+                        elif rank == 0 and "more_seconds" in message:
+                            deadline += message["more_seconds"]
                         elif rank == 0:
                             part(message["part"])
                 if any(end["end"] == "failed" for end in ends.values()):  # the others may wait for it for ever
@@ -73,7 +87,7 @@ class Workers:
         if failed:
             rank, error = min(failed.items())
             return error if self._ranks == 1 or error.startswith("rank ") else f"rank {rank}: {error}"
-        return None if len(ends) == self._ranks else f"not done within {seconds:.0f} s"
+        return None if len(ends) == self._ranks else f"not done within {min(seconds, left):.0f} s"
 
     def _start(self) -> None:
         with socket.socket() as probe:

@@ -16,11 +16,17 @@ import json, os, signal, sys, time
 def send(**fields):
     os.write(int(sys.argv[1]), (json.dumps(fields) + "\\n").encode())
 rank = int(os.environ["RANK"])
+time.sleep(float(os.environ.get("IMPORTS", "0")))
+send(ready=True)
 for line in sys.stdin:
     does = json.loads(line)["does"]
     send(part={"pid": os.getpid(), "rank": rank})
     if does == "hang" or does == "hang beside a failure" and rank:
         time.sleep(60)
+    if does == "start anew":
+        time.sleep(1.0)
+        send(more_seconds=1.0)
+        time.sleep(1.0)
     if does == "die" and rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if does == "exit" and rank == 0:
@@ -88,3 +94,11 @@ def test_ranks_do_not_wait_for_one_that_failed(ranks, monkeypatch):
     error, _ = run(workers, "hang beside a failure", seconds=50)
     assert error == "rank 0: what was wrong" and time.monotonic() - started < 20
     assert run(workers, "work")[0] is None
+
+
+def test_what_has_to_start_first_takes_nothing_of_an_orders_time(ranks, monkeypatch):
+    monkeypatch.setenv("IMPORTS", "1.5")
+    workers = ranks(2)
+    assert run(workers, "start anew", seconds=1.5)[0] is None
+    assert run(workers, "hang", seconds=0.5)[0] == "not done within 0 s"  # 0.5
+    assert workers.run({"does": "work"}, 20, lambda part: None, left=0.5) == "not done within 0 s"
