@@ -39,6 +39,7 @@ from codeparrot_ds.training.loop import Observer, train_session, train_step  # n
 from session.pages import loss_gap  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
+LOSSES = ("causal_lm_loss", "chunked_lm_loss", "fused_lm_loss")  # of model/loss.py, as far as this checkout has them
 LEFT_BYTES = 2e9  # that an item may leave on the device before the next one gets a fresh process
 
 Order = dict[str, Any]
@@ -359,7 +360,7 @@ def products(bench: Bench, order: Order, emit: Emit) -> None:
 
 def passes(bench: Bench, order: Order, emit: Emit) -> None:
     """Copies, softmax and the loss over the vocabulary: bytes per second."""
-    from codeparrot_ds.model.loss import causal_lm_loss, chunked_lm_loss
+    from codeparrot_ds.model import loss as module
 
     seconds = copy_seconds(order["copy_bytes"], order["seconds"])
     bytes_per_second = 2 * order["copy_bytes"] / seconds
@@ -378,9 +379,9 @@ def passes(bench: Bench, order: Order, emit: Emit) -> None:
 
         return work
 
-    losses = {"the loss": causal_lm_loss, "the chunked loss": chunked_lm_loss}
+    losses = {name: vars(module)[name] for name in LOSSES if name in vars(module)}
     if ON_GPU:  # a CPU's compiler takes longer than all of this
-        losses["the loss, compiled"] = torch.compile(causal_lm_loss)
+        losses["causal_lm_loss, compiled"] = torch.compile(module.causal_lm_loss)
     for name, loss in losses.items():
         seconds = timed(forward_and_backward(loss), order["seconds"])
         per_logit = bytes_per_second * seconds / logits.numel()  # that a copy moves in this time

@@ -76,7 +76,8 @@ def test_killed_at_any_moment_it_leaves_a_valid_record_and_no_process(workshop, 
     while not (out / "README.md").is_file():  # written before anything is measured
         assert process.poll() is None
         time.sleep(0.05)
-    time.sleep(random.uniform(0, 8))
+    moment = random.uniform(0, 8)
+    time.sleep(moment)
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
