@@ -24,9 +24,9 @@ for line in sys.stdin:
     if does == "hang" or does == "hang beside a failure" and rank:
         time.sleep(60)
     if does == "start anew":
-        time.sleep(1.0)
-        send(more_seconds=1.0)
-        time.sleep(1.0)
+        time.sleep(1)
+        send(more_seconds=30)
+        time.sleep(3)
     if does == "die" and rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if does == "exit" and rank == 0:
@@ -97,8 +97,8 @@ def test_ranks_do_not_wait_for_one_that_failed(ranks, monkeypatch):
 
 
 def test_what_has_to_start_first_takes_nothing_of_an_orders_time(ranks, monkeypatch):
-    monkeypatch.setenv("IMPORTS", "1.5")
+    monkeypatch.setenv("IMPORTS", "4")
     workers = ranks(2)
-    assert run(workers, "start anew", seconds=1.5)[0] is None
+    assert run(workers, "start anew", seconds=3)[0] is None
     assert run(workers, "hang", seconds=0.5)[0] == "not done within 0 s"  # 0.5
     assert workers.run({"does": "work"}, 20, lambda part: None, left=0.5) == "not done within 0 s"
