@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ def record_parser(doc: str, *, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+@functools.cache  # a record that grows with each result asks again and again
 def hardware() -> str:
     """Processor, cores in use, memory, and the GPUs where there are any."""
     cpu = platform.processor() or platform.machine()
@@ -36,24 +38,45 @@ def hardware() -> str:
     cpu = found[1] if found else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     text = f"{len(os.sched_getaffinity(0))} cores of {cpu}, {memory:.0f} GiB"
+    return f"{text}, {', '.join(gpu['name'] for gpu in ask_gpus('name')) or 'no GPU'}"
+
+
+def ask_gpus(*fields: str) -> list[dict[str, str]]:
+    """What ``nvidia-smi --query-gpu`` says of each GPU; empty where there is none."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        return f"{text}, no GPU"
-    return f"{text}, {', '.join(gpu for gpu in gpus if gpu)}"
+        return []
+    return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in lines if line.strip()]
 
 
+@functools.cache
 def commit() -> str:
     """The commit of this checkout, marked when the tree differs from it; a copy without git names it in COMMIT."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: neither git nor COMMIT says"  # no reason to lose what was measured
+
+
+def last_words(said: str) -> str:
+    """The line of a failed program's that says what went wrong: the last with an error in it, or the last of all."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["it said nothing"])[-1][-300:]
+
+
+def record_folder(name: str, out: Path | None) -> Path:
+    """``records/<date>-<name>/``, or the folder that was asked for."""
+    return out or REPOSITORY / "records" / f"{datetime.date.today().isoformat()}-{name}"
 
 
 def write_record(name: str, *, title: str, text: str, raw: Any, out: Path | None) -> Path:
-    """Writes ``records/<date>-<name>/`` with README.md and raw.json; returns the folder.
+    """Writes README.md and raw.json into `record_folder`, each at once; returns the folder.
 
     Args:
         name: what was measured and on what, for the folder's name.
@@ -62,7 +85,7 @@ def write_record(name: str, *, title: str, text: str, raw: Any, out: Path | None
         raw: all numbers, JSON.
         out: another folder.
     """
-    folder = out or REPOSITORY / "records" / f"{datetime.date.today().isoformat()}-{name}"
+    folder = record_folder(name, out)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": f"python {shlex.join([os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]])}",
@@ -72,9 +95,16 @@ def write_record(name: str, *, title: str, text: str, raw: Any, out: Path | None
         "python": platform.python_version(),
     }
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), "", text.strip(), ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-    (folder / "raw.json").write_text(json.dumps(facts | {"raw": raw}, indent=1) + "\n", encoding="utf-8")
+    _replace(folder / "raw.json", json.dumps(facts | {"raw": raw}, indent=1) + "\n")
+    _replace(folder / "README.md", "\n".join(lines))
     return folder
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file at once: killed at any moment, a benchmark leaves the one before or this one, and no half."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def _versioned(package: str) -> str:
