@@ -75,6 +75,7 @@ def measure(workload: Workload, counter: StorageCounter, device: torch.device) -
             seed=0,
             dropout=workload.dropout,
             chunked_loss=workload.chunked_loss,
+            fused_loss=workload.fused_loss,
             zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
             device=device,
         )

@@ -26,6 +26,7 @@ class Workload:
     attention: str = "flash"  # or "math": whole (tokens x tokens) scores
     dropout: float = 0.0
     chunked_loss: bool = False
+    fused_loss: bool = False  # unless it is chunked
 
     @property
     def micro_batch_size(self) -> int:

@@ -1,0 +1,127 @@
+"""What makes a step cheaper trains the same: fifty steps of the real engine with and without, at every stage."""
+
+import logging
+import re
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from codeparrot_ds.engine.compiled import compile_model
+from codeparrot_ds.model import loss
+from codeparrot_ds.model.loss import fused_lm_loss
+from tests.engine.conftest import SHAPE
+from tests.model.loss_kernels import gradient_by_formula, kernels_on_cpu, losses_by_formula
+
+STEPS = 50
+# Relative to a loss. In bf16 a gradient's last place turns over now and then, and a weight with it.
+BAND = {"fp32": 1e-6, "bf16": 1e-3}
+
+
+def fifty_losses(engine):
+    """The losses of so many steps, on the same rows for every engine."""
+    random, losses = torch.Generator().manual_seed(0), []
+    for _ in range(STEPS):
+        ids = torch.randint(SHAPE.vocab_size, (4, 16), generator=random)
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert engine.global_steps == STEPS and losses[0] != losses[-1]
+    return losses
+
+
+_plain: dict[str, list[float]] = {}
+
+
+@pytest.fixture
+def train(build, monkeypatch):
+    """Fifty losses of an engine by its config, as on a GPU; of the plain engine, or with changes."""
+    monkeypatch.setattr(loss, "by_cache", lambda logits: False)
+
+    def losses_of(name, change=None, **settings):
+        if change is None and name in _plain:
+            return _plain[name]
+        engine = build(name, learning_rate=1e-3, **settings)
+        if change is not None:
+            change(engine)
+            return fifty_losses(engine)
+        return _plain.setdefault(name, fifty_losses(engine))
+
+    return losses_of
+
+
+def band(name):
+    return BAND["fp32" if name.endswith("fp32") else "bf16"]
+
+
+@pytest.mark.parametrize(
+    "name", ["zero0_fp32", "zero1_fp32", "zero2_fp32", "zero3_fp32", "zero1", "zero3", "zero2_activation_checkpointing"]
+)
+def test_the_fused_loss_trains_as_the_plain_one(train, name):
+    def change(engine):
+        engine.module.loss_function = fused_lm_loss
+
+    with kernels_on_cpu(losses_by_formula, gradient_by_formula):
+        fused = train(name, change)
+    plain = train(name)
+    assert fused == pytest.approx(plain, rel=band(name), abs=0)
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """What is logged from INFO on."""
+    monkeypatch.setattr(logging.getLogger("codeparrot_ds"), "propagate", True)  # a run's logging ends it
+    caplog.set_level(logging.INFO, logger="codeparrot_ds")
+    torch._dynamo.reset()
+    return caplog
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch):
+    """The graphs of the compiler, forwards and backwards, without its generated code, which takes half a minute."""
+    monkeypatch.setattr(get_accelerator(), "_compile_backend", "aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs"),
+    [*((f"zero{stage}_fp32", 1) for stage in range(4)), ("zero2_activation_checkpointing", 2)],
+)
+def test_compiled_blocks_train_as_the_plain_ones(train, make_config, said, graphs_alone, name, graphs):
+    """One graph serves all blocks, and with activation checkpointing one more, in which nothing is kept."""
+    config = make_config(compile=True)
+    compiled = train(name, lambda engine: compile_model(engine, config), compile=True)
+    assert compiled == pytest.approx(train(name), rel=band(name), abs=0)
+    found = re.findall(r"compiled the model's blocks: (\d+) graph\(s\) in \d+\.\d s, kept in ", said.text)
+    assert found == ["1"] * graphs, said.text
+
+
+def test_a_whole_model_is_compiled_too(train, make_config, said, graphs_alone):
+    config = make_config(compile=True, compile_scope="whole")
+    changed = train("zero1_fp32", lambda engine: compile_model(engine, config), compile=True, compile_scope="whole")
+    assert changed == pytest.approx(train("zero1_fp32"), rel=1e-6, abs=0)
+    assert "compiled the model: 1 graph(s)" in said.text
+
+
+def test_evaluation_makes_no_graph(build, make_config, said, graphs_alone):
+    """Its batches have other sizes; its loss is that of whoever loads the export, to the last bit."""
+    engine, plain, ids = build("zero1_fp32", compile=True), build("zero1_fp32"), torch.zeros(3, 9, dtype=torch.long)
+    compile_model(engine, make_config(compile=True))
+    for each in (engine, plain):
+        each.eval()
+    with torch.no_grad():
+        assert torch.equal(engine(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert "compiled" not in said.text
+
+
+def test_a_compiler_that_fails_is_said_once_and_the_run_trains(train, make_config, said, tmp_path, monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = make_config(compile=True)
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",), "compile_threads": 1}):
+        found = train("zero1_fp32", lambda engine: compile_model(engine, config), compile=True)
+    assert found == train("zero1_fp32")
+    (warning,) = [each.getMessage() for each in said.records if each.levelno >= logging.WARNING]
+    assert warning.startswith("the model's blocks cannot be compiled, and training continues as it is written: ")
+    assert "no-such-compiler" in warning or "C++" in warning
