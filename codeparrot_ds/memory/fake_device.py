@@ -14,6 +14,7 @@ import contextlib
 import os
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ class FinishedWork:
         return True
 
 
+waits: list[Callable[[], None]] = []
+"""Called whenever the host would wait for the device."""
+
+
+def _wait(*_: Any) -> None:
+    for noticed in waits:
+        noticed()
+
+
 class FakeStream:
     """A stream or an event: everything on it has happened."""
 
@@ -49,7 +59,8 @@ class FakeStream:
     def wait_stream(self, *_: Any) -> None:
         pass
 
-    wait_event = synchronize = record = wait = wait_stream
+    wait_event = record = wait = wait_stream
+    synchronize = _wait
 
     def record_event(self, *_: Any) -> FakeStream:
         return FakeStream()
@@ -100,6 +111,9 @@ def _make_accelerator() -> Any:
 
         def device_count(self) -> int:
             return 1
+
+        def synchronize(self, device_index: int | None = None) -> None:
+            _wait()
 
         def communication_backend_name(self) -> str:
             return "fake"
@@ -387,16 +401,19 @@ class _FakeHandle:
         return is_pinned(tensor)
 
 
-def use_fake_operators() -> FakeFiles:
-    """Replaces DeepSpeed's compiled operators by ones that leave tensors alone; returns what they "write"."""
+def _nothing(*_: Any, **__: Any) -> int:
+    return 0
 
-    def nothing(*_: Any, **__: Any) -> int:
-        return 0
 
+def use_fake_operators(multi_tensor_adam: Callable[..., Any] = _nothing) -> FakeFiles:
+    """Replaces DeepSpeed's compiled operators by ones that leave tensors alone; returns what they "write".
+
+    `multi_tensor_adam` is called in the place of FusedAdam's kernel.
+    """
     files = FakeFiles()
     replace_operators(
-        fused_adam=types.SimpleNamespace(multi_tensor_adam=nothing),
-        cpu_adam=types.SimpleNamespace(create_adam=nothing, adam_update=nothing, destroy_adam=nothing),
+        fused_adam=types.SimpleNamespace(multi_tensor_adam=multi_tensor_adam),
+        cpu_adam=types.SimpleNamespace(create_adam=_nothing, adam_update=_nothing, destroy_adam=_nothing),
         async_io=types.SimpleNamespace(aio_handle=files.make_handle),
         pin_memory=types.SimpleNamespace(pin_handle=files.make_handle),
     )

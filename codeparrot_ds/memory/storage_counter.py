@@ -37,7 +37,8 @@ class StorageCounter(TorchDispatchMode):
 
     Args:
         granularity: allocations are rounded up to it (512 bytes in CUDA's caching allocator).
-        fake: the tensors have no values: numbers that the program asks for are made up (see `_answer`).
+        fake: the tensors have no values: numbers that the program asks for are made up (see
+            `answer_without_values`).
     """
 
     def __init__(self, *, granularity: int = 1, fake: bool = False) -> None:
@@ -51,7 +52,7 @@ class StorageCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.fake:
-            answered, value = self._answer(operator, args)
+            answered, value = answer_without_values(operator, args)
             if answered:
                 return value
         output = operator(*args, **(kwargs or {}))
@@ -64,18 +65,6 @@ class StorageCounter(TorchDispatchMode):
                 if isinstance(leaf, torch.Tensor):
                     self.count(leaf, operator)
         return output
-
-    def _answer(self, operator: Any, args: Any) -> tuple[bool, Any]:
-        """Numbers of tensors without values: every float is 1, every integer 0, and nothing is infinite or NaN.
-
-        Those are the answers of a training step in which nothing goes wrong: it is not skipped.
-        """
-        if operator is torch.ops.aten._local_scalar_dense.default:
-            tensor = args[0]
-            if tensor.dtype == torch.bool:
-                return True, getattr(tensor, "is_true", False)
-            return True, 1.0 if tensor.dtype.is_floating_point else 0
-        return (True, True) if operator is torch.ops.aten.equal.default else (False, None)
 
     def count(self, tensor: torch.Tensor, operator: Any = "") -> Storage | None:
         """The record of a tensor's storage; a storage that is not known yet begins to count."""
@@ -127,6 +116,20 @@ class StorageCounter(TorchDispatchMode):
     def storages(self, device: str) -> list[Storage]:
         """What is alive now on a device (``cpu``, ``cuda`` …)."""
         return [record for record, _ in self.live.values() if record.device == device]
+
+
+def answer_without_values(operator: Any, args: Any) -> tuple[bool, Any]:
+    """Whether an operator asks for a number of a tensor, and the answer where tensors have no values.
+
+    Every float is 1, every integer 0, and nothing is infinite or NaN: those are the answers of a training step in which
+    nothing goes wrong: it is not skipped.
+    """
+    if operator is torch.ops.aten._local_scalar_dense.default:
+        tensor = args[0]
+        if tensor.dtype == torch.bool:
+            return True, getattr(tensor, "is_true", False)
+        return True, 1.0 if tensor.dtype.is_floating_point else 0
+    return (True, True) if operator is torch.ops.aten.equal.default else (False, None)
 
 
 def bytes_of(storages: list[Storage]) -> int:

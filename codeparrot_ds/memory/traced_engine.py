@@ -34,29 +34,56 @@ NUM_MICRO_BATCHES = 3
 
 
 def trace(workload: Workload, *, device_name: str = "accelerator") -> Memory:
-    """The memory of one rank, from tensors without memory; changes the process for good (`fake_ranks`).
+    """The memory of one rank, from tensors without memory; changes the process for good (`fake_device`).
 
     Args:
         device_name: ``"accelerator"``: what a GPU run does. ``"cpu"``: what a run on DeepSpeed's CPU accelerator does,
             where the host's memory is the device's.
     """
-    from codeparrot_ds.memory import fake_device as fake_ranks
+    from codeparrot_ds.memory import fake_device
 
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     accelerator = device_name == "accelerator"
-    device = fake_ranks.pretend_accelerator() if accelerator else torch.device("cpu")
-    fake_ranks.join_fake_ranks(workload.world_size)
-    files = fake_ranks.use_fake_operators()
-    fake_ranks.convert_modules_in_place()
-    fake_ranks.make_everything_finite()
-    if accelerator and workload.attention == "flash":
-        fake_ranks.use_fused_attention()
+    device, files = pretend(workload, accelerator=accelerator)
     # CUDA's caching allocator hands out blocks of 512 bytes.
     counter = StorageCounter(granularity=512 if accelerator else 1, fake=True)
-    with fake_ranks.FakeTensors(), counter:
+    with fake_device.FakeTensors(), counter:
         engine, memory = measure(workload, counter, device)
         checkpoint_bytes = _checkpoint_bytes(engine, workload.world_size, files.num_bytes)
     return dataclasses.replace(memory, nvme_bytes=files.num_bytes, checkpoint_bytes=checkpoint_bytes)
+
+
+def pretend(workload: Workload, *, accelerator: bool = True, **operators: Any) -> tuple[torch.device, Any]:
+    """Makes this process rank 0 of the workload's ranks, for good; returns its device and the files of offloading.
+
+    `operators` are given to ``use_fake_operators``.
+    """
+    from codeparrot_ds.memory import fake_device
+
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    device = fake_device.pretend_accelerator() if accelerator else torch.device("cpu")
+    fake_device.join_fake_ranks(workload.world_size)
+    files = fake_device.use_fake_operators(**operators)
+    fake_device.convert_modules_in_place()
+    fake_device.make_everything_finite()
+    if accelerator and workload.attention == "flash":
+        fake_device.use_fused_attention()
+    return device, files
+
+
+def build_engine(workload: Workload, device: torch.device) -> Any:
+    """The engine that a run of this workload trains with."""
+    ds_config = dict(workload.ds_config)
+    model = build_model(
+        workload.shape,
+        eos_token_id=0,
+        seed=0,
+        dropout=workload.dropout,
+        chunked_loss=workload.chunked_loss,
+        fused_loss=workload.fused_loss,
+        zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
+        device=device,
+    )
+    return create_engine(model, ds_config, RunConfig(), traced=True)
 
 
 def measure(workload: Workload, counter: StorageCounter, device: torch.device) -> tuple[Any, Memory]:
@@ -65,22 +92,10 @@ def measure(workload: Workload, counter: StorageCounter, device: torch.device) -
     ``nvme_bytes`` and ``checkpoint_bytes`` are left at 0.
     """
     gc.freeze()  # each micro-batch ends with a collection: it need not look through what was imported
-    ds_config = dict(workload.ds_config)
     peaks = _Peaks(counter, device.type)
     counter.phase = "initialization"
     with peaks.of("initialization"):
-        model = build_model(
-            workload.shape,
-            eos_token_id=0,
-            seed=0,
-            dropout=workload.dropout,
-            chunked_loss=workload.chunked_loss,
-            fused_loss=workload.fused_loss,
-            zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
-            device=device,
-        )
-        engine = create_engine(model, ds_config, RunConfig(), traced=True)
-        del model
+        engine = build_engine(workload, device)
         gc.collect()
     gc.freeze()
     ids = torch.zeros(workload.micro_batch_size, workload.seq_length, dtype=torch.long, device=device)
