@@ -38,7 +38,9 @@ SEQ_LENGTH, VOCAB_SIZE = 1024, 32_768
 MICRO_BATCH_SIZES = {"gpt2": 64, "gpt2-xl": 16}
 
 
-def workload(model: str, config: str, micro_batch_size: int, accumulation_steps: int, layers: int | None) -> Workload:
+def workload(
+    model: str, config: str, micro_batch_size: int, accumulation_steps: int, layers: int | None, loss: str = "fused"
+) -> Workload:
     """A step of a shipped config on one rank, of the model or of one with another number of layers."""
     run = RunConfig(
         model=model, seq_length=SEQ_LENGTH, micro_batch_size=micro_batch_size,
@@ -50,7 +52,10 @@ def workload(model: str, config: str, micro_batch_size: int, accumulation_steps:
     ds_config = resolve_ds_config(
         read_ds_config(path).config, run, world_size=1, model_hidden_size=shape.n_embd, source=path
     )
-    return Workload(shape=shape, ds_config=ds_config, world_size=1, seq_length=SEQ_LENGTH)
+    return Workload(
+        shape=shape, ds_config=ds_config, world_size=1, seq_length=SEQ_LENGTH,
+        chunked_loss=loss == "chunked", fused_loss=loss == "fused",
+    )  # fmt: skip
 
 
 class Parts(Observer):
@@ -160,6 +165,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=["zero0", "zero1", "zero2", "zero3"], help="shipped files")
     parser.add_argument("--micro-batch-size", type=int, help="of all (default: 64 and 16)")
     parser.add_argument("--accumulation-steps", nargs="+", type=int, default=[1])
+    parser.add_argument("--loss", default="fused", choices=["fused", "plain", "chunked"])
     parser.add_argument("--layers", nargs=2, type=int, default=[], help="count models of so many layers")
     parser.add_argument("--gpu", default="H200", choices=list(GPUS))
     parser.add_argument("--operators", type=int, default=0, help="print so many operators of each step")
@@ -172,7 +178,7 @@ def main() -> None:
         for config in options.configs
         for steps in options.accumulation_steps
     ]
-    works = [workload(*point, layers) for point in points for layers in options.layers or [None]]
+    works = [workload(*point, layers, options.loss) for point in points for layers in options.layers or [None]]
     counted = count(works)
     if options.layers:
         few, more = options.layers

@@ -122,6 +122,7 @@ TRACED = {
     "math": workload("zero2", attention="math"),
     "dropout": workload("zero2", dropout=0.1),
     "chunked": dataclasses.replace(workload("zero2"), chunked_loss=True),
+    "fused": dataclasses.replace(workload("zero2"), fused_loss=True),
     "offload": workload("zero3_offload", world_size=8),
     "nvme": workload("zero3_nvme", world_size=1),
     "fp16": workload("zero0_fp16"),
@@ -191,6 +192,14 @@ def test_a_chunked_loss_keeps_logits_in_the_weights_precision(traced):
     assert plain.peak_bytes - chunked.peak_bytes == pytest.approx(fewer, rel=0.05)
     (quick,) = quick_memories([TRACED["chunked"]])
     assert quick.peak_bytes == pytest.approx(chunked.peak_bytes, rel=0.03)
+
+
+def test_a_fused_loss_keeps_the_logits_alone(traced):
+    plain, fused = traced["plain"], traced["fused"]
+    assert fused.device["logits"] == 0  # so few that the peak is at another moment
+    assert plain.peak_bytes - fused.peak_bytes > 0.7 * plain.device["logits"]
+    (quick,) = quick_memories([TRACED["fused"]])
+    assert quick.peak_bytes == pytest.approx(fused.peak_bytes, rel=0.03)
 
 
 def test_offloading_moves_to_the_host(traced):
