@@ -101,7 +101,10 @@ def compiled_where_possible(function: Callable, what: str) -> Callable:
             return function(*args, **kwargs)
         made = counters["stats"]["unique_graphs"] - graphs
         if made:
-            seconds, folder = time.perf_counter() - started, os.environ.get("TORCHINDUCTOR_CACHE_DIR", "/tmp")
+            seconds, folder = (
+                time.perf_counter() - started,
+                os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torch's own cache"),
+            )
             logger.info("compiled %s: %d graph(s) in %.1f s, kept in %s", what, made, seconds, folder)
         return result
 
