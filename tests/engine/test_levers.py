@@ -1,7 +1,9 @@
 """What makes a step cheaper trains the same: fifty steps of the real engine with and without, at every stage."""
 
+import dataclasses
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 
 from codeparrot_ds.engine.compiled import compile_model
 from codeparrot_ds.model import loss
+from codeparrot_ds.model.gpt2 import build_model
 from codeparrot_ds.model.loss import fused_lm_loss
 from tests.engine.conftest import SHAPE
 from tests.model.loss_kernels import gradient_by_formula, kernels_on_cpu, losses_by_formula
@@ -92,12 +95,35 @@ def test_compiled_blocks_train_as_the_plain_ones(train, make_config, said, graph
     assert found == ["1"] * graphs, said.text
 
 
+def test_all_levers_together_train_as_none(train, make_config, graphs_alone):
+    config = make_config(compile=True)
+
+    def change(engine):
+        engine.module.loss_function = fused_lm_loss
+        compile_model(engine, config)
+
+    with kernels_on_cpu(losses_by_formula, gradient_by_formula):
+        changed, plain = train("zero3_fp32", change, compile=True)
+    assert changed == pytest.approx(plain, rel=1e-6, abs=0)
+
+
 def test_a_whole_model_is_compiled_too(train, make_config, said, monkeypatch):
     monkeypatch.setattr(get_accelerator(), "_compile_backend", "eager")  # its backward pass is long to trace
     config = make_config(compile=True, compile_scope="whole")
     compiled, plain = train("zero1_fp32", lambda engine: compile_model(engine, config), steps=5)
     assert compiled == pytest.approx(plain, rel=1e-6, abs=0)
     assert "compiled the model: 1 graph(s)" in said.text
+
+
+def test_blocks_that_scale_their_attention_by_their_place_have_a_graph_each(make_config, said, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "_compile_backend", "eager")
+    shape = dataclasses.replace(SHAPE, n_layer=9, scale_attn_by_inverse_layer_idx=True)
+    model = build_model(shape, eos_token_id=0, seed=1).train()
+    ids = torch.arange(32).view(2, 16)
+    plain = model(input_ids=ids, labels=ids).loss
+    compile_model(SimpleNamespace(module=model, is_deepcompile_enabled=lambda: False), make_config(compile=True))
+    assert model(input_ids=ids, labels=ids).loss == pytest.approx(plain.item(), rel=1e-6)
+    assert said.text.count("1 graph(s)") == 9 and "limit" not in said.text
 
 
 def test_evaluation_makes_no_graph(build, make_config, said, graphs_alone):

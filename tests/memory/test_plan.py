@@ -221,7 +221,7 @@ def test_a_kept_trace_is_used_where_it_belongs():
     )
     from codeparrot_ds.memory.workload import Workload
 
-    workload = Workload(shape=shape, ds_config=resolved, world_size=2, seq_length=256)
+    workload = Workload(shape=shape, ds_config=resolved, world_size=2, seq_length=256, fused_loss=True)
     keep(workload, dataclasses.replace(row.memory, depth="traced", resident_bytes=7))
     assert predict(config, shape, resolved, 2).resident_bytes == 7
     assert predict(config, shape, resolved | {"train_micro_batch_size_per_gpu": 1}, 2).depth == "quick"
