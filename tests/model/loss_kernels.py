@@ -1,14 +1,10 @@
 """What the fused loss's operators do on a CPU, which has no kernels of them: Triton's, interpreted, or the formulas."""
 
 import contextlib
-import importlib
-import sys
 
 import torch
 
 from codeparrot_ds.model.fused_loss import fused_loss_works
-
-KERNELS = "codeparrot_ds.model.loss_kernel"
 
 
 @contextlib.contextmanager
@@ -23,15 +19,6 @@ def kernels_on_cpu(losses, gradient):
     finally:
         library._destroy()
         fused_loss_works.cache_clear()
-
-
-def interpreted(monkeypatch):
-    """The module of Triton's kernels as its interpreter runs them: one program after another, in NumPy."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, KERNELS, raising=False)  # a GPU's, where there is one
-    module = importlib.import_module(KERNELS)
-    monkeypatch.setitem(sys.modules, KERNELS, module)
-    return module
 
 
 def losses_by_formula(logits, targets):

@@ -14,20 +14,23 @@ from torch.utils._pytree import tree_leaves
 from codeparrot_ds.model import fused_loss, loss
 from codeparrot_ds.model.fused_loss import FusedCrossEntropy, fused_loss_works
 from codeparrot_ds.model.loss import causal_lm_loss, chunked_lm_loss, fused_lm_loss
-from tests.model.loss_kernels import KERNELS, gradient_by_formula, interpreted, kernels_on_cpu, losses_by_formula
+from tests.model.loss_kernels import gradient_by_formula, kernels_on_cpu, losses_by_formula
 from tests.model.tiny_gpt2 import build, rows
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Triton's, interpreted, with few logits at a time, so that a row takes several."""
+    """Triton's in its interpreter (``tests/conftest.py``), with few logits at a time, so that a row takes several."""
+    if torch.cuda.is_available():
+        pytest.skip("the GPU runs them")
     if importlib.util.find_spec("triton") is None:
         assert os.environ.get("CI") != "true", "the test requirements bring triton"
         pytest.skip("no triton")
-    module = interpreted(monkeypatch)
-    monkeypatch.setattr(module, "BLOCK", 128)
-    with kernels_on_cpu(module.losses_of, module.gradient_in_place):
-        yield module
+    from codeparrot_ds.model import loss_kernel
+
+    monkeypatch.setattr(loss_kernel, "BLOCK", 128)
+    with kernels_on_cpu(loss_kernel.losses_of, loss_kernel.gradient_in_place):
+        yield loss_kernel
 
 
 @pytest.fixture
@@ -257,7 +260,7 @@ def test_a_gpu_whose_triton_is_missing_has_pytorchs_loss(monkeypatch, caplog):
     """What the operators do on a GPU, in a process to which nothing is called triton."""
     monkeypatch.setattr(logging.getLogger("codeparrot_ds"), "propagate", True)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, KERNELS, raising=False)
+    monkeypatch.delitem(sys.modules, "codeparrot_ds.model.loss_kernel", raising=False)
     with kernels_on_cpu(fused_loss._losses_by_triton, fused_loss._gradient_by_triton):
         assert not fused_loss_works(torch.device("cpu"), torch.float32, 300)
     assert "triton" in caplog.text
