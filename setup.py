@@ -83,6 +83,8 @@ setup(
         "test": [
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "types-PyYAML"),
             "accelerate>=1.6",
+            # Interprets the GPU's kernels where there is none; torch's CUDA build brings it along anyway.
+            "triton>=3.6; sys_platform == 'linux'",
         ],
     },
     classifiers=[

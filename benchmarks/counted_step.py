@@ -41,7 +41,14 @@ MICRO_BATCH_SIZES = {"gpt2": 64, "gpt2-xl": 16}
 
 
 def workload(
-    model: str, config: str, micro_batch_size: int, accumulation_steps: int, layers: int | None, *, lean: str = "auto"
+    model: str,
+    config: str,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    layers: int | None,
+    *,
+    lean: str = "auto",
+    loss: str = "fused",
 ) -> Workload:
     """A step of a shipped config on one rank, of the model or of one with another number of layers."""
     run = RunConfig(
@@ -54,8 +61,15 @@ def workload(
     ds_config = resolve_ds_config(
         read_ds_config(path).config, run, world_size=1, model_hidden_size=shape.n_embd, source=path
     )
-    lean_step = steps_lean(lean, ds_config, "cuda")
-    return Workload(shape=shape, ds_config=ds_config, world_size=1, seq_length=SEQ_LENGTH, lean_step=lean_step)
+    return Workload(
+        shape=shape,
+        ds_config=ds_config,
+        world_size=1,
+        seq_length=SEQ_LENGTH,
+        chunked_loss=loss == "chunked",
+        fused_loss=loss == "fused",
+        lean_step=steps_lean(lean, ds_config, "cuda"),
+    )
 
 
 class Parts(Observer):
@@ -166,6 +180,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, help="of all (default: 64 and 16)")
     parser.add_argument("--accumulation-steps", nargs="+", type=int, default=[1])
     parser.add_argument("--lean-step", default="auto", choices=("auto", "on", "off"), help="as the run config's")
+    parser.add_argument("--loss", default="fused", choices=("fused", "plain", "chunked"))
     parser.add_argument("--layers", nargs=2, type=int, default=[], help="count models of so many layers")
     parser.add_argument("--gpu", default="H200", choices=list(GPUS))
     parser.add_argument("--operators", type=int, default=0, help="print so many operators of each step")
@@ -179,7 +194,9 @@ def main() -> None:
         for steps in options.accumulation_steps
     ]
     works = [
-        workload(*point, layers, lean=options.lean_step) for point in points for layers in options.layers or [None]
+        workload(*point, layers, lean=options.lean_step, loss=options.loss)
+        for point in points
+        for layers in options.layers or [None]
     ]
     counted = count(works)
     if options.layers:

@@ -232,6 +232,13 @@ def add_plan(commands: Any) -> None:
         default=None,
         help="as the run config's chunked_loss (default: the preset's)",
     )
+    group.add_argument(
+        "--no-fused-loss",
+        dest="fused_loss",
+        action="store_false",
+        default=None,
+        help="as without the run config's fused_loss (default: the preset's)",
+    )
     group = parser.add_argument_group("device")
     group.add_argument(
         "--device-memory", metavar="SIZE", help="of one device, as 80GB or 80GiB (default: this machine's smallest GPU)"

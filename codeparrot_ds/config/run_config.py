@@ -130,7 +130,19 @@ class RunConfig:
     chunked_loss: bool = _setting(
         False, "model", "never hold the softmax of all tokens in fp32: less memory for the logits, the same loss"
     )
-    compile: bool = _setting(False, "model", "compile the model with torch.compile")
+    fused_loss: bool = _setting(
+        True,
+        "model",
+        "on a GPU, where Triton works: the loss by two kernels that write the gradient over the logits; less memory "
+        "and time, the same loss; chunked_loss goes before it",
+    )
+    compile: bool = _setting(False, "model", "compile the model with torch.compile, for training")
+    compile_scope: str = _setting(
+        "blocks",
+        "model",
+        "what compile compiles: blocks (one graph for all of them, in seconds), or the whole model as one graph",
+        choices=("blocks", "whole"),
+    )
     lean_step: str = _setting(
         "auto",
         "model",

@@ -78,7 +78,7 @@ def config_warnings(
         continued: what the run resumes from, where it does.
         groups: of the fields that matter (``FIELDS``); None for all.
     """
-    rules = (_beyond_end, _schedule, _intervals, _evaluation, _optimizer)
+    rules = (_beyond_end, _schedule, _intervals, _evaluation, _optimizer, _compile)
     found = [each for rule in rules for each in rule(config)]
     if continued is not None:
         found += _jump(config, continued)
@@ -245,6 +245,13 @@ def _optimizer(config: RunConfig) -> Found:
             field="dropout",
             sentence=f"dropout {config.dropout:g} is the share that is dropped, not that which is kept; usual is "
             "0 to 0.1",
+        )
+
+
+def _compile(config: RunConfig) -> Found:
+    if config.compile_scope != RunConfig.compile_scope and not config.compile:
+        yield ConfigWarning(
+            field="compile_scope", sentence=f"compile_scope {config.compile_scope} compiles nothing without compile"
         )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.config.schedule import learning_rate_factor
 from codeparrot_ds.ds_config.facts import activation_checkpointing, steps_lean
+from codeparrot_ds.engine.compiled import keep_hooks_out_of_blocks
 from codeparrot_ds.engine.deepspeed_fixes import apply_fixes, import_muon_uncompiled, warn_of_unverified_version
 from codeparrot_ds.engine.private_parts import FUSED, UNFUSED, ZERO3, ZERO12, check_parts, use_of
 from codeparrot_ds.model.gpt2 import enable_activation_checkpointing, get_grouped_params
@@ -47,6 +48,7 @@ def create_engine(model: nn.Module, ds_config: dict[str, Any], config: RunConfig
     if torch.distributed.get_rank() == 0:
         warn_of_unverified_version()
     import_muon_uncompiled()
+    keep_hooks_out_of_blocks(model, ds_config, config)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=get_grouped_params(model, config.weight_decay),

@@ -62,10 +62,11 @@ def _build_key() -> str:
 def use_operators_folder(environment: dict[str, str] | os._Environ[str]) -> None:
     """Sets what a build needs in an environment: the folder, and this interpreter's ninja before the system's.
 
-    What ``torch.compile`` makes is kept beside the operators, not in a temporary folder as it would be.
+    What ``torch.compile`` and Triton make is kept beside the operators, not in a temporary folder or in the home.
     """
     environment["TORCH_EXTENSIONS_DIR"] = str(operators_folder())
-    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(operators_folder() / "inductor"))
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        environment.setdefault(variable, str(operators_folder() / name))
     scripts = str(Path(sys.executable).parent)
     path = environment.get("PATH", "")
     if path.split(os.pathsep)[0] != scripts:

@@ -150,6 +150,7 @@ class QuickPlan:
             attention=workload.attention,
             dropout=workload.dropout > 0,
             chunked_loss=workload.chunked_loss,
+            fused_loss=workload.fused_loss,
             checkpointing=activation_checkpointing(workload.ds_config),
             checkpoints_on_host=self.settings.checkpoints_on_host,
         ).moments()

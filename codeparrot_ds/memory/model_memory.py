@@ -91,6 +91,8 @@ class BackwardPass:
     """Whether each block keeps its input only and is computed again in the backward pass."""
     chunked_loss: bool = False
     """Whether the fp32 softmax is there for some tokens at a time (``model/gpt2.py``)."""
+    fused_loss: bool = False
+    """Whether the gradient takes the logits' place, unless the loss is chunked (``model/fused_loss.py``)."""
     checkpoints_on_host: bool = False
     """Whether the blocks' inputs wait in host memory."""
 
@@ -132,9 +134,9 @@ class BackwardPass:
     def logits(self) -> int:
         """Bytes a row of the loss's backward pass: log-probabilities and two gradients of their size, all fp32.
 
-        A chunked loss has the logits and their gradient, in the precision of the weights.
+        A chunked loss has the logits and their gradient, in the precision of the weights, a fused one the logits alone.
         """
-        widths = 2 * self.width if self.chunked_loss else 3 * FP32
+        widths = 2 * self.width if self.chunked_loss else self.width if self.fused_loss else 3 * FP32
         return widths * self.seq_length * self.shape.vocab_size
 
     @property

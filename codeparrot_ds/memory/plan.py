@@ -49,6 +49,7 @@ class PlanRequest:
     attention: str = "flash"
     dropout: float | None = None
     chunked_loss: bool | None = None
+    fused_loss: bool | None = None
     device_memory: int | None = None
     trace: bool = False
     num_workers: int = 1
@@ -130,9 +131,9 @@ def plan_of(
     for name in arguments.ds_configs:
         if name.isdigit():
             raise UserError(f"{name!r} is not a DeepSpeed config; several numbers of one option have commas: 1,2,4")
-    alike = "model ds_configs micro_batch_sizes global_batch_size seq_length vocab_size attention dropout chunked_loss"
+    alike = "model ds_configs micro_batch_sizes global_batch_size seq_length vocab_size attention dropout"
     request = PlanRequest(
-        **{name: getattr(arguments, name) for name in [*alike.split(), "trace"]},
+        **{name: getattr(arguments, name) for name in [*alike.split(), "chunked_loss", "fused_loss", "trace"]},
         world_sizes=arguments.world_size,
         device_memory=device_memory,
         num_workers=arguments.num_workers or usable_cores(),
@@ -190,7 +191,7 @@ def _run_of(request: PlanRequest) -> tuple[RunConfig, GPT2Shape]:
     elif request.model not in KNOWN_SHAPES and "/" not in request.model and not request.model.endswith(".json"):
         hint = did_you_mean(request.model, [*PRESETS, *KNOWN_SHAPES])
         raise UserError(f"model {request.model!r} is neither a preset, a known shape nor a GPT-2 config.json{hint}")
-    for field in ("global_batch_size", "seq_length", "dropout", "chunked_loss"):
+    for field in ("global_batch_size", "seq_length", "dropout", "chunked_loss", "fused_loss"):
         if getattr(request, field) is not None:
             values[field] = getattr(request, field)
     if request.global_batch_size is not None:
@@ -312,6 +313,7 @@ def _workload_of(
         dropout=config.dropout,
         chunked_loss=config.chunked_loss,
         lean_step=steps_lean("off" if config.lean_step == "off" else "auto", ds_config, "cuda"),
+        fused_loss=config.fused_loss,
     )
 
 
@@ -502,6 +504,7 @@ def _backward_in_16_bits(plan: Plan, attention: str, checkpointing: bool) -> Bac
         attention=attention,
         dropout=plan.config.dropout > 0,
         chunked_loss=plan.config.chunked_loss,
+        fused_loss=plan.config.fused_loss,
         checkpointing=checkpointing,
     )
 

@@ -59,6 +59,7 @@ SOURCES = (
     "model/activation.py",
     "model/attention.py",
     "model/cpu_kernels.py",
+    "model/fused_loss.py",
     "model/loss.py",
     "model/products.py",
     "engine/engine.py",

@@ -79,6 +79,7 @@ def build_engine(workload: Workload, device: torch.device) -> Any:
         seed=0,
         dropout=workload.dropout,
         chunked_loss=workload.chunked_loss,
+        fused_loss=workload.fused_loss,
         zero3_config=ds_config if zero_stage(ds_config) == 3 else None,
         device=device,
     )

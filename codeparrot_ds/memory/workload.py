@@ -27,6 +27,7 @@ class Workload:
     dropout: float = 0.0
     chunked_loss: bool = False
     lean_step: bool = False  # whether steps wait for nothing: ``ds_config.facts.steps_lean``
+    fused_loss: bool = False  # unless it is chunked
 
     @property
     def micro_batch_size(self) -> int:

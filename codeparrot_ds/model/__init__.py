@@ -1,1 +1,1 @@
-"""The model and its loss; `cpu_kernels` and `products` are for CPUs, `foreign` for models of other programs."""
+"""The model and its loss; `cpu_kernels`, `products`: for CPUs; `loss_kernel`: for GPUs; `foreign`: others' models."""

@@ -21,7 +21,7 @@ from torch import nn
 
 from codeparrot_ds.model.activation import TanhGELU
 from codeparrot_ds.model.attention import register_causal_attention
-from codeparrot_ds.model.loss import causal_lm_loss, chunked_lm_loss
+from codeparrot_ds.model.loss import causal_lm_loss, chunked_lm_loss, fused_lm_loss
 from codeparrot_ds.model.shapes import GPT2Shape
 
 
@@ -50,6 +50,7 @@ def build_model(
     seed: int,
     dropout: float = 0.0,
     chunked_loss: bool = False,
+    fused_loss: bool = False,
     zero3_config: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
@@ -62,6 +63,7 @@ def build_model(
             they are equal at every ZeRO stage and world size.
         dropout: probability for residual, embedding and attention dropout.
         chunked_loss: whether the loss is `chunked_lm_loss` instead of `causal_lm_loss`.
+        fused_loss: whether it is `fused_lm_loss`, unless it is chunked.
         zero3_config: the resolved DeepSpeed config of a stage 3 run: the model is then built under ``zero.Init``, each
             parameter partitioned as soon as it exists.
         device: where the weights of the other stages are created.
@@ -89,7 +91,7 @@ def build_model(
     if config.activation_function == "gelu_pytorch_tanh":
         for block in model.transformer.h:
             block.mlp.act = TanhGELU()
-    model.loss_function = chunked_lm_loss if chunked_loss else causal_lm_loss
+    model.loss_function = chunked_lm_loss if chunked_loss else fused_lm_loss if fused_loss else causal_lm_loss
     return model
 
 

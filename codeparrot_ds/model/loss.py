@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from codeparrot_ds.model.cpu_kernels import CACHED_ELEMENTS, OnePassCrossEntropy, by_cache
+from codeparrot_ds.model.fused_loss import FusedCrossEntropy, fused_loss_works
 from codeparrot_ds.model.shapes import chunk_of_tokens
 
 
@@ -33,6 +35,20 @@ def chunked_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int,
     at_once = cached and logits.requires_grad and logits.dtype != torch.float16
     cross_entropy = OnePassCrossEntropy if at_once else ChunkedCrossEntropy
     return cross_entropy.apply(logits.view(-1, vocab_size), _next_tokens(labels), max(1, chunk))
+
+
+def fused_lm_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+    """`causal_lm_loss` of a GPU by two kernels of this project's, which write the gradient over the logits.
+
+    A CPU and a compiled model take `causal_lm_loss`: the one has its own way to the same end, the other's compiler
+    fuses the passes itself.
+    """
+    if by_cache(logits) or torch.compiler.is_compiling():
+        return causal_lm_loss(logits, labels, vocab_size)
+    # Tensors without memory (of the memory plan) have no kernel to try.
+    if not isinstance(logits, FakeTensor) and not fused_loss_works(logits.device, logits.dtype, vocab_size):
+        return chunked_lm_loss(logits, labels, vocab_size)  # which needs little more memory; the plain one, much
+    return FusedCrossEntropy.apply(logits.view(-1, vocab_size), _next_tokens(labels))
 
 
 def _next_tokens(labels: torch.Tensor) -> torch.Tensor:

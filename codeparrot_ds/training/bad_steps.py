@@ -20,6 +20,7 @@ import torch
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.loader import TrainingLoader
 from codeparrot_ds.data.stream import StreamConfig, describe_place
+from codeparrot_ds.engine.compiled import compiles_whole
 from codeparrot_ds.engine.engine import loss_scale, lowest_loss_scale, step_outcomes
 from codeparrot_ds.engine.ranks import Ranks, SharedError
 from codeparrot_ds.telemetry.tracking import Progress
@@ -286,5 +287,5 @@ def watch_steps(
         start_row=start_row,
         limit=config.max_bad_steps,
         say=progress.say,
-        watch_gradients=not config.compile,  # a hook inside a compiled model would cut its graph
+        watch_gradients=not compiles_whole(engine, config),
     )

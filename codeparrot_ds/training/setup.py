@@ -9,6 +9,7 @@ import torch
 from codeparrot_ds.checkpoint.initial import load_initial_weights
 from codeparrot_ds.checkpoint.run_folder import forgotten_if_refused
 from codeparrot_ds.config.run_config import RunConfig
+from codeparrot_ds.engine.compiled import compile_model
 from codeparrot_ds.engine.engine import create_engine
 from codeparrot_ds.engine.operators import build_operators
 from codeparrot_ds.engine.ranks import Ranks
@@ -60,7 +61,7 @@ def start_session(given: RunConfig | ResolvedRun, *, peak_flops: float | None = 
     leave_later(config, folder, ranks, restored)
     startup.lap("checkpoint")
     if config.compile:
-        engine.compile()
+        compile_model(engine, config)
     step = restored.step if restored else 0
     loader = data.loader(config, ranks, stream_start)
     progress = Progress(active=ranks.is_main, start=step, total=config.max_train_steps)
@@ -103,6 +104,7 @@ def _build_model(run: ResolvedRun, ranks: Ranks) -> Any:
         seed=config.seed,
         dropout=config.dropout,
         chunked_loss=config.chunked_loss,
+        fused_loss=config.fused_loss,
         zero3_config=run.ds_config if run.zero_stage == 3 else None,
         device=ranks.device,
     )

@@ -52,6 +52,7 @@ def test_no_demo_warns_whatever_its_steps(steps):
         ({"keep_checkpoint_every": 600}, "keep_checkpoint_every 600 keeps no checkpoint for ever"),
         ({"max_hours": 1e-4}, "max_hours 0.0001 is 0.36 seconds"),
         ({"eval_prompts": "examples", "eval_new_tokens": 257}, "eval_new_tokens 257 is above seq_length 256"),
+        ({"compile_scope": "whole"}, "compile_scope whole compiles nothing without compile"),
         ({"allow_execution": True}, "allow_execution runs nothing without eval_problems"),
         ({"global_batch_size": 8 * 10**29}, "x seq_length 256 is 2.05e+32 tokens for one step"),
         ({"log_steps": 301}, "there is one line of metrics, at the end"),

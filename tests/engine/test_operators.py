@@ -64,9 +64,9 @@ def test_operators_folder_belongs_to_the_versions(monkeypatch, tmp_path):
 
 
 def test_a_cache_of_compiled_models_that_the_user_chose_stays():
-    environment = {"TORCHINDUCTOR_CACHE_DIR": "/mine"}
+    environment = {"TORCHINDUCTOR_CACHE_DIR": "/mine", "TRITON_CACHE_DIR": "/own"}
     use_operators_folder(environment)
-    assert environment["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+    assert (environment["TORCHINDUCTOR_CACHE_DIR"], environment["TRITON_CACHE_DIR"]) == ("/mine", "/own")
 
 
 def test_use_operators_folder(monkeypatch, tmp_path):
@@ -79,6 +79,7 @@ def test_use_operators_folder(monkeypatch, tmp_path):
             "PATH": f"{scripts}:/usr/bin:/bin",
             "TORCH_EXTENSIONS_DIR": str(tmp_path),
             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+            "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         }
     empty = {}
     use_operators_folder(empty)

@@ -187,12 +187,15 @@ def demo_plan(*configs, **values):
     return plan(model="demo", world_sizes=(2,), ds_configs=configs, micro_batch_sizes=(2,), **values)
 
 
-def test_a_chunked_loss_takes_less_for_its_logits_wherever_they_are_told():
-    plain, chunked = (plan(ds_configs=("zero2",), chunked_loss=chosen) for chosen in (None, True))
-    assert activation_line(plain, 2).endswith("; logits 0.8 GB")  # 3 x 4 bytes x 2 x 1024 x 32,768
+def test_each_loss_takes_what_it_takes_for_its_logits_wherever_they_are_told():
+    fused = plan(ds_configs=("zero2",))
+    chunked, plain = (plan(ds_configs=("zero2",), chunked_loss=chosen, fused_loss=False) for chosen in (True, None))
+    assert activation_line(fused, 2).endswith("; logits 0.1 GB")  # 2 bytes x 2 x 1024 x 32,768
     assert activation_line(chunked, 2).endswith("; logits 0.5 GB")  # 2 x 2 bytes, and 2 x 4 of a row
-    peaks = [row.memory.peak_bytes for row in chunked.rows], [row.memory.peak_bytes for row in plain.rows]
-    assert all(less <= more for less, more in zip(*peaks, strict=True)) and peaks[0][-1] < peaks[1][-1]
+    assert activation_line(plain, 2).endswith("; logits 0.8 GB")  # 3 x 4 bytes
+    peaks = [[row.memory.peak_bytes for row in each.rows] for each in (fused, chunked, plain)]
+    assert all(sorted(sizes) == list(sizes) for sizes in zip(*peaks, strict=True))
+    assert peaks[0][-1] < peaks[1][-1] < peaks[2][-1]
 
 
 def test_traces_agree_with_the_formulas_and_replace_them():
@@ -218,7 +221,7 @@ def test_a_kept_trace_is_used_where_it_belongs():
     )
     from codeparrot_ds.memory.workload import Workload
 
-    workload = Workload(shape=shape, ds_config=resolved, world_size=2, seq_length=256, lean_step=True)
+    workload = Workload(shape=shape, ds_config=resolved, world_size=2, seq_length=256, lean_step=True, fused_loss=True)
     keep(workload, dataclasses.replace(row.memory, depth="traced", resident_bytes=7))
     assert predict(config, shape, resolved, 2).resident_bytes == 7
     assert predict(config, shape, resolved | {"train_micro_batch_size_per_gpu": 1}, 2).depth == "quick"

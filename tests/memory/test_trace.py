@@ -122,6 +122,7 @@ TRACED = {
     "math": workload("zero2", attention="math"),
     "dropout": workload("zero2", dropout=0.1),
     "chunked": dataclasses.replace(workload("zero2"), chunked_loss=True),
+    "fused": dataclasses.replace(workload("zero2"), fused_loss=True),
     "offload": workload("zero3_offload", world_size=8),
     "nvme": workload("zero3_nvme", world_size=1),
     "fp16": workload("zero0_fp16"),
@@ -201,6 +202,14 @@ def test_a_lean_step_takes_what_the_formulas_say(traced, name):
     (quick,) = quick_memories([TRACED[name]])
     for phase in ("forward_backward", "step"):
         assert quick.phases[phase] == pytest.approx(traced[name].phases[phase], rel=0.01), phase
+
+
+def test_a_fused_loss_keeps_the_logits_alone(traced):
+    plain, fused = traced["plain"], traced["fused"]
+    assert fused.device["logits"] == 0  # so few that the peak is at another moment
+    assert plain.peak_bytes - fused.peak_bytes > 0.7 * plain.device["logits"]
+    (quick,) = quick_memories([TRACED["fused"]])
+    assert quick.peak_bytes == pytest.approx(fused.peak_bytes, rel=0.03)
 
 
 def test_offloading_moves_to_the_host(traced):

@@ -71,7 +71,7 @@ def all_figures() -> dict:
     """Of both models with one layer at each stage, and of one whole model by what its second layer adds."""
     names = [(model, f"zero{stage}") for model in counted_step.MICRO_BATCH_SIZES for stage in range(4)]
     works = [counted_step.workload(*name, counted_step.MICRO_BATCH_SIZES[name[0]], 1, 1) for name in names]
-    plain = [counted_step.workload("gpt2", "zero1", 64, 1, layers, lean="off") for layers in (1, 2)]
+    plain = [counted_step.workload("gpt2", "zero1", 64, 1, layers, lean="off", loss="plain") for layers in (1, 2)]
     figures = counted_step.count([*works, counted_step.workload("gpt2", "zero1", 64, 1, 2), *plain])
     one_layer = {" ".join(name): each for name, each in zip(names, figures, strict=False)}
     two_layers, *plain = figures[len(names) :]
