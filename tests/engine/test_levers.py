@@ -122,7 +122,7 @@ def test_blocks_that_scale_their_attention_by_their_place_have_a_graph_each(make
     ids = torch.arange(32).view(2, 16)
     plain = model(input_ids=ids, labels=ids).loss
     compile_model(SimpleNamespace(module=model, is_deepcompile_enabled=lambda: False), make_config(compile=True))
-    assert model(input_ids=ids, labels=ids).loss == pytest.approx(plain.item(), rel=1e-6)
+    assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(plain.item(), rel=1e-6)
     assert said.text.count("1 graph(s)") == 9 and "limit" not in said.text
 
 
