@@ -142,11 +142,11 @@ def test_without_nvidia_smi_a_gpu_needs_a_number(monkeypatch):
 
 MIB = {24: 24_576, 40: 40_960, 80: 81_559, 141: 143_771}  # as nvidia-smi says of an L4, an A100, an H100 and an H200
 CHOICES = {
-    ("small", 24): [("zero1", 24), ("zero1", 24), ("zero1", 24)],
-    ("small", 40): [("zero1", 48), ("zero1", 48), ("zero1", 24)],
+    ("small", 24): [("zero1", 48), ("zero1", 48), ("zero1", 24)],
+    ("small", 40): [("zero1", 64), ("zero1", 48), ("zero1", 24)],
     ("small", 80): [("zero1", 64), ("zero1", 48), ("zero1", 24)],
     ("small", 141): [("zero1", 64), ("zero1", 48), ("zero1", 24)],
-    ("large", 24): [("zero2_offload", 4), ("zero2_activation_checkpointing", 16), ("zero1", 4)],
+    ("large", 24): [("zero2_offload", 4), ("zero2_activation_checkpointing", 32), ("zero1", 4)],
     ("large", 40): [("zero1", 4), ("zero1", 8), ("zero1", 8)],
     ("large", 80): [("zero1", 16), ("zero1", 16), ("zero1", 16)],
     ("large", 141): [("zero1", 32), ("zero1", 32), ("zero1", 32)],
@@ -188,7 +188,7 @@ def test_the_choice_is_said_in_one_line_with_its_reason(tokenizer, gpu, capsys):
     gpu(MIB[24])
     chosen("large", tokenizer, 2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("zero2_activation_checkpointing, micro-batch 16 and 16 accumulation step(s), chosen for ")
+    assert line.startswith("zero2_activation_checkpointing, micro-batch 32 and 8 accumulation step(s), chosen for ")
     assert "GB of 25.8 GB per rank; less than 4 row(s) would fit with zero1, zero2; --deepspeed and --micro" in line
     chosen("large", tokenizer)
     assert re.search(r"per rank and \d\d\.\d GB of the host's; less than 4 row\(s\)", capsys.readouterr().err)
@@ -223,7 +223,7 @@ def test_a_json_of_the_users_stays(tokenizer, gpu, tmp_path):
 def test_a_gpu_without_bf16_has_what_is_shipped_in_fp16(tokenizer, gpu):
     gpu(15_360)  # a T4
     config = chosen("small", tokenizer, precision="fp16")
-    assert (config.deepspeed, config.micro_batch_size) == ("zero1_fp16", 16)
+    assert (config.deepspeed, config.micro_batch_size) == ("zero1_fp16", 32)
     with pytest.raises(UserError, match=r"no DeepSpeed config holds 1 row\(s\) of gpt2-xl here: zero\S+_fp16 needs "):
         chosen("large", tokenizer, precision="fp16")
 
