@@ -132,8 +132,9 @@ class Checkpoint:
             for entry in entries.values()
         ):  # a negative size is one that no file has
             raise UserError(f"{path} is damaged: it is not a table of files with 'bytes' and 'sha256'")
-        if outside := [name for name in entries if name.startswith("/") or ".." in name.split("/")]:
-            raise UserError(f"{path} is damaged: it names {outside[0]!r}, which is not in the checkpoint's folder")
+        for name in entries:
+            if name.startswith("/") or ".." in name.split("/") or not name.isprintable():  # a message has one line
+                raise UserError(f"{path} is damaged: it names {name!r}, which is not in the checkpoint's folder")
         files = {name: WrittenFile(entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
         return Manifest(created=created, files=files)
 

@@ -339,7 +339,7 @@ def test_a_manifest_with_other_values_in_it_is_damaged(checkpoints, entry):
     assert [str(checkpoint.path / MANIFEST) in problem for problem in checkpoint.damage()] == [True]
 
 
-@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a/../../b"])
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a/../../b", "line\nline"])
 def test_a_manifest_names_no_file_outside(checkpoints, name):
     checkpoint = save(checkpoints, 50)
     content = json.loads((checkpoint.path / MANIFEST).read_text())
