@@ -172,6 +172,10 @@ def _choose(history: list[Commit], destination: Destination, checkpoint: str) ->
     return min(judged, key=lambda commit: float(commit.trailer("Eval-Loss") or "inf"))
 
 
+MOST_WORKERS = 3
+"""That the end of a run starts one after another where they are killed."""
+
+
 def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float, stopped: Callable[[], bool] = lambda: False) -> str:
     """Starts a worker on what waits in a run's queue, waits for it, and says how things stand.
 
@@ -184,13 +188,17 @@ def settle(run_dir: str | os.PathLike[str], *, wait_seconds: float, stopped: Cal
         UserError: exports were refused, or the place wants something that only the user can fix.
     """
     destination, queue = read_destination(run_dir), PushQueue(run_dir)
-    if queue.entry_folders():
+    end = time.monotonic() + wait_seconds
+    for _ in range(MOST_WORKERS):
+        if not queue.entry_folders():
+            break
         worker = start_drain(run_dir)
-        end = time.monotonic() + wait_seconds
         while queue.entry_folders() and (worker.poll() is None or queue.is_draining()):
             if time.monotonic() > end or stopped():
                 break
             time.sleep(0.05)
+        if (worker.poll() or 0) >= 0:  # else it was killed, for want of memory perhaps
+            break
     left, problem, dropped = queue.pending(), queue.problem(), queue.dropped()
     place = f"branch {destination.branch} of {destination.repository}"
     lines = queue.refused() + [f"not pushed: {drop}" for drop in dropped]

@@ -206,9 +206,10 @@ def start_drain(run_dir: str | os.PathLike[str]) -> subprocess.Popen[bytes]:
 def _let_training_go_first() -> None:
     os.nice(NICENESS)
     # A kernel that groups processes by session weighs a process against those of its own session only, and the worker
-    # has one to itself: the session needs the same (sched(7), "The autogroup feature").
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(f"{NICENESS}")
+    # has one to itself: the session needs the same (sched(7), "The autogroup feature"), unless it is somebody else's.
+    if os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(f"{NICENESS}")
 
 
 def main(arguments: list[str]) -> int:

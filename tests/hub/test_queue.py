@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from codeparrot_ds.errors import UserError
+from codeparrot_ds.hub import commands
 from codeparrot_ds.hub.commands import hub_publish, hub_push, hub_status
 from codeparrot_ds.hub.local_git import LocalRepository
 from codeparrot_ds.hub.queue import PushQueue, file_sha256
@@ -183,7 +184,10 @@ def test_the_draining_process_imports_no_torch_and_logs(run, repository):
         "import sys; from codeparrot_ds.hub.worker import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules); sys.exit(code or len(heavy))"
     )
+    group = Path("/proc/self/autogroup")  # absent where the kernel does not weigh sessions
+    before = group.read_text() if group.exists() else None
     assert subprocess.run([sys.executable, "-c", probe, str(run)], check=False).returncode == 0
+    assert before is None or group.read_text() == before  # this session is nobody's to slow down
     enqueue(run, 1000)
     assert start_drain(run).wait(timeout=60) == 0
     assert "pushed step 1000 to branch brave-fox-1" in (run / "hub" / "push.log").read_text()
@@ -218,6 +222,24 @@ def test_a_background_worker_lets_training_go_first(run, repository):
             assert worker.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
     assert worker.wait(timeout=60) == 0 and titles(repository) == ["step 500: loss 3.21"]
+
+
+def test_a_worker_that_is_killed_at_the_end_of_a_run_is_started_again(run, monkeypatch):
+    started = []
+
+    def killed(run_dir):
+        started.append(start_drain(run_dir))
+        if len(started) <= most:
+            started[-1].kill()
+        return started[-1]
+
+    monkeypatch.setattr(commands, "start_drain", killed)
+    enqueue(run, 500)
+    most = 3
+    assert "1 checkpoint(s) still wait" in commands.settle(run, wait_seconds=60) and len(started) == 3
+    started.clear()
+    most = 1
+    assert commands.settle(run, wait_seconds=60).endswith("has every checkpoint") and len(started) == 2
 
 
 def test_runs_without_anything_to_push_say_so(run, tmp_path):
