@@ -142,7 +142,8 @@ def _safetensors(content: bytes, draw: random.Random) -> bytes:
     """The header's length, or a value of its table: offsets that overlap or leave the file, shapes, dtypes, names."""
     size = int.from_bytes(content[:8], "little")
     if draw.random() < 0.15 or size > len(content):
-        return struct.pack("<Q", draw.choice((0, 1, size + 1, size - 1, 2**20, 2**31, 2**63, 2**64 - 1))) + content[8:]
+        sizes = (0, 1, size + 1, size - 1, 2**20, 2**31, 2**63, 2**64 - 1)
+        return struct.pack("<Q", draw.choice(sizes) % 2**64) + content[8:]
     header = _json(content[8 : 8 + size], draw)
     return struct.pack("<Q", len(header)) + header + content[8 + size :]
 
