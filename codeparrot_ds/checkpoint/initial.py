@@ -18,7 +18,7 @@ from codeparrot_ds.checkpoint.run_folder import KEPT_TOKENIZERS
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.config.run_config import RunConfig
 from codeparrot_ds.data.encoder import find_tokenizer, load_encoder
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.hub.revision import fetch, parse_revision
 from codeparrot_ds.json_files import DamagedFileError, parts_of, read_object
 from codeparrot_ds.model.foreign import WEIGHTS, WEIGHTS_INDEX, is_model, recognized, refuse_own_code
@@ -188,7 +188,7 @@ def _tensors_in(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         reason = str(error).removesuffix(f": {path}")
     except SafetensorError as error:
-        reason = f"it is no safetensors file, or damaged ({error})"
+        reason = f"it is no safetensors file, or damaged ({first_line(error)})"
     raise UserError(f"{path} cannot be read: {reason}")
 
 

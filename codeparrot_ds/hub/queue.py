@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from codeparrot_ds import durable
-from codeparrot_ds.errors import UserError
+from codeparrot_ds.errors import UserError, first_line
 from codeparrot_ds.hub.local_git import folder_files
 from codeparrot_ds.json_files import DamagedFileError, lines_of, parse_json, parts_of, read_object
 from codeparrot_ds.secret_check import check_export
@@ -345,7 +345,7 @@ def read_entry(path: Path) -> Entry | str:
                 eval_loss=None if loss is None else float(loss),
             )
     except (OSError, DamagedFileError) as error:
-        return f"entry.json cannot be read ({error})"
+        return f"entry.json cannot be read ({first_line(error)})"
 
 
 def damage(entry: Entry) -> str | None:
