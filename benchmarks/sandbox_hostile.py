@@ -12,7 +12,6 @@ import ctypes
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ sys.path.insert(0, str(REPOSITORY))  # the programs are the tests'
 from codeparrot_ds.sandbox.groups import Group, make_group
 from codeparrot_ds.sandbox.judge import Check, Limits, group_bytes
 from tests.evaluation.escapes import ESCAPES
-from tests.evaluation.hostile import HOSTILE
+from tests.evaluation.hostile import HOSTILE, listening
 from tests.evaluation.test_escapes import HASTY, SMALL, descendants, what_is_left
 from tests.evaluation.wrong import PROBLEMS, WRONG
 
@@ -153,28 +152,13 @@ def judge_as(user: str, found: dict[str, Any], asked: list[Any], port: int, abst
     return rows
 
 
-def tell(server: socket.socket, asked: list[Any]) -> None:
-    """Notes whoever connects."""
-    while True:
-        connection, _ = server.accept()
-        asked.append(server.getsockname())
-        connection.close()
-
-
 def main() -> None:
     parser = record_parser(__doc__, name="sandbox-hostile-cpu")
     options = parser.parse_args()
     assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: no orphan is overlooked
-    asked: list[Any] = []
-    servers = [socket.socket(socket.AF_INET), socket.socket(socket.AF_UNIX)]
-    servers[0].bind(("127.0.0.1", 0))
-    servers[1].bind(abstract := f"\0codeparrot-{os.getpid()}")
-    for server in servers:
-        server.listen()
-        threading.Thread(target=tell, args=(server, asked), daemon=True).start()
-    port = servers[0].getsockname()[1]
     found = programs()
-    rows = [row for user in USERS for row in judge_as(user, found, asked, port, abstract)]
+    with listening(b"secret") as (port, abstract, asked):
+        rows = [row for user in USERS for row in judge_as(user, found, asked, port, abstract)]
     lines = ["| | " + " | ".join(USERS) + " |", "|---" * (len(USERS) + 1) + "|"]
 
     def count(text: str, choose: Any) -> None:

@@ -83,8 +83,7 @@ def fused_loss_works(device: torch.device, dtype: torch.dtype, vocab_size: int) 
     problem = _problem(device, dtype, vocab_size)
     if problem is not None:
         logger.warning(
-            "the fused loss cannot be used here and PyTorch's takes its place, slower and with more memory for the "
-            "logits: %s",
+            "the fused loss cannot be used here, and PyTorch's in chunks, which is slower, takes its place: %s",
             problem,
         )
     return problem is None

@@ -5,6 +5,13 @@ Each is ``(program, kinds)``: what its verdict may be, never ``passed``. The tes
 port and a socket that tell it, and the process that judges.
 """
 
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 CALLS = "def answer():\n    "
 
 HOSTILE = {
@@ -187,3 +194,29 @@ HOSTILE = {
     "null in the source": ("x = 1\0", "syntax"),
     "nothing": ("", "error"),
 }
+
+
+@contextlib.contextmanager
+def listening(answer: bytes) -> Iterator[tuple[int, str, list[Any]]]:
+    """A TCP port of loopback and an abstract name that give the answer to whoever connects, and who did until now."""
+    asked: list[Any] = []
+
+    def serve(server: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:  # closed
+                return
+            asked.append(server.getsockname())
+            connection.sendall(answer)
+            connection.close()
+
+    with socket.socket(socket.AF_INET) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        tcp.bind(("127.0.0.1", 0))
+        unix.bind(abstract := f"\0codeparrot-{os.getpid()}")
+        for server in (tcp, unix):
+            server.listen()
+            threading.Thread(target=serve, args=(server,), daemon=True).start()
+        yield tcp.getsockname()[1], abstract, asked
+        for server in (tcp, unix):
+            server.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits in it

@@ -3,10 +3,8 @@
 import builtins
 import os
 import re
-import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 from codeparrot_ds.errors import UserError
 from codeparrot_ds.sandbox import judge as sandbox
 from codeparrot_ds.sandbox.judge import KINDS, Check, Judge, Limits, check_sandbox, judge_all, names_defined
-from tests.evaluation.hostile import HOSTILE
+from tests.evaluation.hostile import HOSTILE, listening
 from tests.evaluation.wrong import PROBLEMS, WRONG
 from tests.evaluation.wrong import RIGHT as RIGHT_OF_PROBLEMS
 
@@ -42,18 +40,6 @@ def judge():
     with_checker.close()
 
 
-def tell(server, asked):
-    """Tells the secret to whoever connects."""
-    while True:
-        try:
-            connection, _ = server.accept()
-        except OSError:  # closed: the tests are through
-            return
-        asked.append(server.getsockname())
-        connection.sendall(SECRET.encode())
-        connection.close()
-
-
 def descendants():
     """Processes whose parents lead to this one."""
     parents = {}
@@ -76,34 +62,23 @@ def hostile_verdicts(tmp_path_factory):
     (folder / "home.txt").write_text(SECRET)
     for path in (folder, *folder.parents[:2]):
         path.chmod(0o777)  # the file system's permissions must not be what protects it
-    before, asked = descendants(), []
-    servers = [socket.socket(socket.AF_INET), socket.socket(socket.AF_UNIX)]
-    servers[0].bind(("127.0.0.1", 0))
-    servers[1].bind(abstract := f"\0codeparrot-{os.getpid()}")
-    for server in servers:
-        server.listen()
-        threading.Thread(target=tell, args=(server, asked), daemon=True).start()
-    places = {
-        "home": str(folder / "home.txt"),
-        "outside": str(folder),
-        "port": servers[0].getsockname()[1],
-        "abstract": abstract,
-        "host": os.getpid(),
-    }
-    os.environ["CANARY"] = SECRET
+    before = descendants()
     check = Check(tests=(f"assert answer() == {SECRET!r}",))
     verdicts = {}
-    for limits in (HASTY, PATIENT):
-        names = [name for name, (_, kinds) in HOSTILE.items() if ("timeout" in kinds) == (limits is HASTY)]
-        texts = [HOSTILE[name][0] for name in names]
-        texts = [text.format_map(places) if any("{" + place in text for place in places) else text for text in texts]
-        found = judge_all([(text, check) for text in texts], limits=limits, num_workers=4)
-        verdicts |= zip(names, found, strict=True)
-    yield verdicts
+    os.environ["CANARY"] = SECRET
+    with listening(SECRET.encode()) as (port, abstract, asked):
+        home = str(folder / "home.txt")
+        places = {"home": home, "outside": str(folder), "port": port, "abstract": abstract, "host": os.getpid()}
+        for limits in (HASTY, PATIENT):
+            names = [name for name, (_, kinds) in HOSTILE.items() if ("timeout" in kinds) == (limits is HASTY)]
+            texts = [HOSTILE[name][0] for name in names]
+            texts = [
+                text.format_map(places) if any("{" + place in text for place in places) else text for text in texts
+            ]
+            found = judge_all([(text, check) for text in texts], limits=limits, num_workers=4)
+            verdicts |= zip(names, found, strict=True)
+        yield verdicts
     del os.environ["CANARY"]
-    for server in servers:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
     assert asked == []
     assert sorted(path.name for path in folder.iterdir()) == ["home.txt"]
     soon = time.monotonic() + 5

@@ -236,8 +236,8 @@ def no_compiler(*_):
 @pytest.mark.parametrize(
     ("gradient", "words"),
     [
-        (no_compiler, "for the logits: Failed to find C compiler. Please specify via CC environment variable."),
-        (wrong_gradient, "for the logits: its result differs from PyTorch's"),
+        (no_compiler, "takes its place: Failed to find C compiler. Please specify via CC environment variable."),
+        (wrong_gradient, "takes its place: its result differs from PyTorch's"),
     ],
 )
 def test_kernels_that_do_not_work_are_said_once_and_pytorchs_loss_is_taken(monkeypatch, caplog, gradient, words):
