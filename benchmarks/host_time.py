@@ -38,9 +38,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--config", help=argparse.SUPPRESS)  # of a process that measures
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # as before 0.2.0: neither lever
     options = parser.parse_args()
     if options.config is not None:
-        _measure(options.config, options.layers)
+        _measure(options.config, options.layers, options.plain)
         return
     usual = RunConfig(**PRESETS["large"]).on_cpu()
     request = PlanRequest(model="large", device_memory=H200_BYTES)
@@ -77,7 +78,8 @@ def _described(rows: list[dict[str, Any]], layers: int, rounds: int) -> tuple[st
     ]
     lines += [
         "",
-        f"{layers} layers, one rank, bf16; medians of {rounds} rounds, in which the two take turns with a step of "
+        f"{layers} layers, one rank, bf16, the first with neither lean step nor fused loss, as before 0.2.0; medians "
+        f"of {rounds} rounds, in which the two take turns with a step of "
         f"{ACCUMULATION} micro-batches. `{after['config']}` takes {ratios['seconds_per_micro_step']:.2f} of the host's "
         f"time per micro-step ({ratios['mean_seconds']:.2f} where the last of a step, with what ZeRO and Adam do once, "
         f"is shared out), and {ratios['seconds_per_step']:.3f} per step of the same rows. Tensors without memory cost "
@@ -91,7 +93,14 @@ def _in_turn(names: list[str], rounds: int, layers: int) -> dict[str, list[list[
     command = [sys.executable, str(Path(__file__)), "--layers", str(layers), "--config"]
     pipe: Any = subprocess.PIPE
     workers = {
-        name: subprocess.Popen([*command, name], stdin=pipe, stdout=pipe, text=True, cwd=REPOSITORY) for name in names
+        name: subprocess.Popen(
+            [*command, name, *(["--plain"] if name == names[0] else [])],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        for name in names
     }
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     for turn in range(rounds + 1):  # the first warms up
@@ -126,7 +135,7 @@ def _row(name: str, size: int, steps: list[list[float]], global_batch_size: int)
     }
 
 
-def _measure(name: str, layers: int) -> None:
+def _measure(name: str, layers: int, plain: bool) -> None:
     """A process of one config: for each line of stdin a step, whose times go to stdout."""
     stdout, sys.stdout = sys.stdout, sys.stderr  # which DeepSpeed logs to
     import torch
@@ -148,8 +157,8 @@ def _measure(name: str, layers: int) -> None:
     shape = dataclasses.replace(shape, n_layer=layers)
     ds_config = resolve(open_ds_config(name), config, world_size=1, model_hidden_size=shape.n_embd).config
     with fake_device.FakeTensors():
-        model = build_model(shape, eos_token_id=0, seed=0, dropout=0.0, device=device)
-        engine = create_engine(model, ds_config, RunConfig(), traced=True)
+        model = build_model(shape, fused_loss=not plain, eos_token_id=0, seed=0, dropout=0.0, device=device)
+        engine = create_engine(model, ds_config, RunConfig(lean_step="off" if plain else "auto"), traced=True)
         answers = StorageCounter(fake=True)
         ids = torch.zeros(1, config.seq_length, dtype=torch.long, device=device)
         for _ in sys.stdin:
