@@ -258,9 +258,11 @@ def load_encoder(tokenizer: str | Path) -> Encoder:
             f"The tokenizer in {folder} has no end-of-sequence token {eos_token!r}; "
             "name one of its tokens as eos_token in tokenizer_config.json."
         )
-    if (other := loaded.id_to_token(eos_token_id)) != eos_token:
+    # Of two tokens of one id the library's own list of ids keeps either, by chance.
+    vocabulary = loaded.get_vocab()
+    if others := sorted(token for token, known in vocabulary.items() if known == eos_token_id and token != eos_token):
         raise UserError(
-            f"{path} has one id for {eos_token!r}, its end-of-sequence token, and {other!r}; save it again."
+            f"{path} has one id for {eos_token!r}, its end-of-sequence token, and {others[0]!r}; save it again."
         )
     encoder = Encoder(loaded, path=path, eos_token_id=eos_token_id, fingerprint=hashlib.sha256(data).hexdigest())
     if encoder.vocab_size > MAX_VOCAB_SIZE:  # the library makes a list of all ids up to the highest
