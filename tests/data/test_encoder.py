@@ -101,8 +101,9 @@ def test_ids_that_cannot_be_are_refused_before_memory_is_taken(
     description["added_tokens"] = []
     description["model"]["vocab"][token] = token_id
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match=message):
-        load_encoder(tmp_path)
+    for _ in range(10):  # which of two tokens the library's list of ids keeps is chance, anew in each load
+        with pytest.raises(UserError, match=message):
+            load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(

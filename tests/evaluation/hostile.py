@@ -217,6 +217,8 @@ def listening(answer: bytes) -> Iterator[tuple[int, str, list[Any]]]:
         for server in (tcp, unix):
             server.listen()
             threading.Thread(target=serve, args=(server,), daemon=True).start()
-        yield tcp.getsockname()[1], abstract, asked
-        for server in (tcp, unix):
-            server.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits in it
+        try:
+            yield tcp.getsockname()[1], abstract, asked
+        finally:
+            for server in (tcp, unix):
+                server.shutdown(socket.SHUT_RDWR)  # closing alone does not wake who waits in it
