@@ -15,7 +15,7 @@ from codeparrot_ds.checkpoint.folders import EXPORT, TOKENIZER_FILES, Checkpoint
 from codeparrot_ds.checkpoint.state import RunState, read_state
 from codeparrot_ds.checkpoint.tensor_files import FragmentReader, TensorEntry, write_tensor_file
 from codeparrot_ds.config.run_config import RunConfig
-from codeparrot_ds.data.encoder import TOKENIZER_SETTINGS, tokenizer_settings
+from codeparrot_ds.data.encoder import TOKENIZER_SETTINGS, tokenizer_of, tokenizer_settings
 from codeparrot_ds.ds_config.facts import TORCH_DTYPES, precision
 from codeparrot_ds.durable import WrittenFile
 from codeparrot_ds.hub.card import NEEDED, Card, corpus_of, model_card
@@ -167,11 +167,9 @@ def _tokenizer_files(folder: Path, *, eos_token_id: int, context: int) -> tuple[
     Returns:
         Contents by file name, and the id of each of `SPECIAL_TOKENS`.
     """
-    from tokenizers import Tokenizer
-
     kept = [name for name in TOKENIZER_FILES if name not in TOKENIZER_SETTINGS and (folder / name).is_file()]
     contents = {name: (folder / name).read_bytes() for name in kept}
-    vocabulary = Tokenizer.from_str(contents["tokenizer.json"].decode())
+    vocabulary = tokenizer_of(folder / "tokenizer.json", contents["tokenizer.json"])
 
     def token_id(token: Any) -> int | None:
         return vocabulary.token_to_id(token["content"] if isinstance(token, dict) else token)

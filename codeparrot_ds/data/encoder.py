@@ -110,7 +110,7 @@ class Encoder:
         """The tokenizer that encodes."""
         if self._finds_special_tokens or not self._special_tokens:
             return self._tokenizer
-        with _damage_of(self.path):
+        with damage_of(self.path):
             return _without(self._tokenizer, self._special_tokens)
 
     def _encode(self, texts: list[str]) -> list[Any]:
@@ -249,8 +249,7 @@ def load_encoder(tokenizer: str | Path) -> Encoder:
     refuse_own_code(folder, ("tokenizer_config.json",))
     path = folder / "tokenizer.json"
     data = path.read_bytes()
-    with _damage_of(path):
-        loaded = Tokenizer.from_str(data.decode())
+    loaded = tokenizer_of(path, data)
     eos_token = _eos_token(folder)
     eos_token_id = loaded.token_to_id(eos_token)
     if eos_token_id is None:
@@ -272,8 +271,44 @@ def load_encoder(tokenizer: str | Path) -> Encoder:
     return encoder
 
 
+def tokenizer_of(path: Path, data: bytes) -> Tokenizer:
+    """The tokenizer that the bytes of a ``tokenizer.json`` describe.
+
+    Raises:
+        UserError: the library cannot read it.
+    """
+    refuse_cut_letters(path, data)
+    with damage_of(path):
+        return Tokenizer.from_str(data.decode())
+
+
+def refuse_cut_letters(path: Path, data: bytes) -> None:
+    """Refuses merges from whose second part the prefix of continuing tokens would be cut inside a letter.
+
+    The library cuts as many bytes as the prefix has, whatever they are, and ends the whole process (tokenizers 0.23.3)
+    when the message about what is left is no UTF-8.
+
+    Raises:
+        UserError: there is such a merge.
+    """
+    try:
+        model = orjson.loads(data)["model"]
+        prefix, merges = model["continuing_subword_prefix"] or "", model["merges"]
+        seconds = [merge.split(" ")[-1] if isinstance(merge, str) else merge[-1] for merge in merges if prefix]
+        letters = {second: second.encode() for second in seconds}
+        size = len(prefix.encode())
+    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
+        return  # of another kind or form: the library says what is wrong with it
+    for second, content in letters.items():
+        if content[size : size + 1] and content[size] & 0xC0 == 0x80:  # UTF-8's bytes within a letter
+            raise UserError(
+                f"{path} is not a tokenizer that the tokenizers library can read: its merge with {second!r} lacks the "
+                f"continuing_subword_prefix {prefix!r}."
+            )
+
+
 @contextlib.contextmanager
-def _damage_of(path: Path) -> Iterator[None]:
+def damage_of(path: Path) -> Iterator[None]:
     """Within, what the library makes of a file that is no tokenizer is a sentence: a bare Exception, or a panic of its
     Rust, which Python takes for the end of the process."""
     try:

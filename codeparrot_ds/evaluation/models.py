@@ -14,6 +14,7 @@ from codeparrot_ds.checkpoint.folders import find_model, find_run
 from codeparrot_ds.checkpoint.run_folder import recorded_fingerprint
 from codeparrot_ds.config.files import load_config
 from codeparrot_ds.data.datasets import check_local_data, split_shards
+from codeparrot_ds.data.encoder import tokenizer_of
 from codeparrot_ds.data.hub_files import hub_file
 from codeparrot_ds.data.shards import Shard
 from codeparrot_ds.errors import UserError, first_line
@@ -126,6 +127,9 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str | None = 
         raise UserError(f"dtype '{dtype}' is none of {', '.join(DTYPES)}")
     place = find_model(source)
     refuse_own_code(place)
+    tokenizer_file = Path(place) / "tokenizer.json"
+    if tokenizer_file.is_file():  # what the library makes of damage is no error of transformers'
+        tokenizer_of(tokenizer_file, tokenizer_file.read_bytes())
     shows_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

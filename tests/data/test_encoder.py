@@ -107,7 +107,13 @@ def test_ids_that_cannot_be_are_refused_before_memory_is_taken(
 
 
 @pytest.mark.parametrize(
-    "change", [{"continuing_subword_prefix": "x" * 99}, {"merges": [["line\nline", "x"]]}, {"merges": [["1", "2"]]}]
+    "change",
+    [
+        {"continuing_subword_prefix": "x" * 99},
+        {"continuing_subword_prefix": "\0"},  # which would end the process, inside a letter of two bytes
+        {"merges": [["line\nline", "x"]]},
+        {"merges": [["1", "2"]]},
+    ],
 )
 def test_what_the_library_makes_of_damage_is_a_sentence(tokenizer_dir: Path, tmp_path: Path, change: object) -> None:
     """Also where it panics, or finds the damage only when special tokens are taken out."""

@@ -121,6 +121,11 @@ def test_models_that_cannot_be_used_are_named(model_folder, tmp_path, monkeypatc
     (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match="cannot be loaded"):
         load_generator(broken)
+    description = json.loads((broken / "tokenizer.json").read_text())
+    description["model"]["merges"] = [["a", "no such token"]]
+    (broken / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"broken/tokenizer\.json is not a tokenizer .*: Token `no such token` out of"):
+        load_generator(broken)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="org/absent: the model cannot be loaded"):
         load_generator("org/absent")
